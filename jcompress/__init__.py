@@ -1,0 +1,37 @@
+"""Compression of neural networks as pure transformations on parameter pytrees."""
+
+from jcompress import distill, factorize, formats, prune, quantize, share
+from jcompress.apply import ProjectState, compress, project, simulate, straight_through
+from jcompress.combine import chain, residual, stacked
+from jcompress.core import Compressed, Context, Method, finalize, materialize, merge, nbits, split
+from jcompress.rules import Plan, paths, plan
+from jcompress.version import __version__
+
+__all__ = [
+    "Compressed",
+    "Context",
+    "Method",
+    "Plan",
+    "ProjectState",
+    "__version__",
+    "chain",
+    "compress",
+    "distill",
+    "factorize",
+    "finalize",
+    "formats",
+    "materialize",
+    "merge",
+    "nbits",
+    "paths",
+    "plan",
+    "project",
+    "prune",
+    "quantize",
+    "residual",
+    "share",
+    "simulate",
+    "split",
+    "stacked",
+    "straight_through",
+]

@@ -1,0 +1,282 @@
+"""Putting a plan to work: once, on every forward pass, or after every optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jcompress import core, rules
+from jcompress.core import Context, PyTree
+from jcompress.rules import Plan
+
+
+def compress(
+    params: PyTree,
+    plan: Plan,
+    *,
+    step: Any = 0,
+    key: jax.Array | None = None,
+    stats: Mapping[str, Any] | None = None,
+    grads: PyTree = None,
+    previous: PyTree = None,
+) -> PyTree:
+    """Replace every array that the plan names by a compressed node.
+
+    Works under ``jit``, ``vmap`` and sharding. What is not compressed is copied, so ``params`` may be donated.
+
+    Args:
+      params: a pytree of arrays.
+      plan: from :func:`jcompress.plan`, made for the same structure.
+      step: the step at which hyperparameters that are schedules are read.
+      key: for methods that draw random numbers; each leaf gets its own, which depends on its path only.
+      stats: ``{path: statistics}`` from calibration.
+      grads: gradients, of the structure of ``params``.
+      previous: the tree of nodes of the last time, for methods that start from it.
+
+    Returns:
+      A pytree like ``params``, with nodes.
+
+    Raises:
+      ValueError: if the plan was made for other paths, a leaf is compressed already, something that a method
+        needs is missing, or, outside ``jit``, a leaf that is to be compressed holds NaN or infinity. Under ``jit``
+        values cannot be checked: there NaN counts as the largest magnitude.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"kernel": jnp.arange(8.0).reshape(4, 2), "bias": jnp.zeros(2)}
+      >>> plan = jc.plan(params, [("kernel", jc.prune.Magnitude(sparsity=0.5))])
+      >>> jc.compress(params, plan)["kernel"]
+      Masked(values=float32[4,2], mask=bool[4,2])
+    """
+    leaves = rules.paths(params)
+    nodes = _fit(leaves, plan, _contexts(params, leaves, step, key, stats, grads, previous))
+    treedef = jax.tree.structure(params, is_leaf=core.is_node)
+    return treedef.unflatten([nodes[path] if path in nodes else _copy(x) for path, x in leaves])
+
+
+def _copy(x: Any) -> Any:
+    return jax.tree.map(jnp.copy, x) if core.is_node(x) else jnp.copy(x)
+
+
+def _fit(leaves: list[tuple[str, Any]], plan: Plan, contexts: dict[str, Context]) -> dict[str, Any]:
+    """The nodes of all leaves that the plan names."""
+    _check_paths(leaves, plan)
+    arrays, nodes = dict(leaves), {}
+    for group in _groups(plan):
+        for path in group:
+            _check_array(path, arrays[path])
+        method = plan[group[0]]
+        assert method is not None
+        fitted = core.fit(method, [arrays[p] for p in group], [contexts[p] for p in group])
+        nodes.update(zip(group, fitted, strict=True))
+    return nodes
+
+
+def _groups(plan: Plan) -> list[list[str]]:
+    """The paths of each rule's leaves; a group shares one method."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for path, method in plan.items():
+        if method is not None:
+            groups.setdefault((plan.groups[path], id(method)), []).append(path)
+    return list(groups.values())
+
+
+def _check_paths(leaves: list[tuple[str, Any]], plan: Plan) -> None:
+    found, planned = {path for path, _ in leaves}, set(plan)
+    if found != planned:
+        extra, missing = sorted(found - planned), sorted(planned - found)
+        raise ValueError(
+            f"the plan was made for other parameters: not in the plan {extra[:3]}, not in the parameters {missing[:3]}; "
+            "make it anew with jc.plan(params, rules)"
+        )
+
+
+def _check_array(path: str, x: Any) -> None:
+    if core.is_node(x):
+        raise ValueError(
+            f"{path}: found a {type(x).__name__} node where an array was expected; materialize it first, or compose "
+            "methods with jc.chain"
+        )
+    finite = jnp.isfinite(x).sum()
+    if core.is_concrete(finite) and int(finite) != jnp.size(x):
+        bad = jnp.size(x) - int(finite)
+        raise ValueError(
+            f"{path}: found {bad} NaN or infinite values, expected finite ones; mend them, or keep the leaf dense"
+        )
+
+
+def _contexts(
+    params: PyTree, leaves: list[tuple[str, Any]], step: Any, key: Any, stats: Any, grads: PyTree, previous: PyTree
+) -> dict[str, Context]:
+    treedef = jax.tree.structure(params, is_leaf=core.is_node)
+    none = [None] * len(leaves)
+    grad_leaves = none if grads is None else treedef.flatten_up_to(grads)
+    previous_leaves = none if previous is None else treedef.flatten_up_to(previous)
+    return {
+        path: Context(
+            step=step,
+            key=None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF),
+            stats=None if stats is None else stats.get(path),
+            grad=grad,
+            previous=node,
+            path=path,
+        )
+        for (path, _), grad, node in zip(leaves, grad_leaves, previous_leaves, strict=True)
+    }
+
+
+@jax.custom_jvp
+def straight_through(w: jax.Array, value: jax.Array) -> jax.Array:
+    """``value`` forward, exactly; backward the identity in ``w`` (Bengio et al. 2013, arXiv:1308.3432)."""
+    return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return straight_through(*primals), tangents[0]
+
+
+def simulate(
+    params: PyTree,
+    plan: Plan,
+    *,
+    step: Any = 0,
+    key: jax.Array | None = None,
+    stats: Mapping[str, Any] | None = None,
+) -> PyTree:
+    """Dense parameters with the values that compression would give, and the gradients of the originals.
+
+    The forward pass sees exactly ``materialize(compress(params, plan))``; the backward pass is the identity, so
+    ``params`` can be trained while the network meets the compressed values (quantization-aware training; Jacob et
+    al. 2018, arXiv:1712.05877).
+
+    Args:
+      params: a pytree of arrays.
+      plan: from :func:`jcompress.plan`.
+      step: as in :func:`compress`, as are ``key`` and ``stats``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.array([[0.1, 1.0]])}
+      >>> plan = jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])
+      >>> jax.grad(lambda p: jc.simulate(p, plan)["w"].sum())(params)["w"].tolist()
+      [[1.0, 1.0]]
+    """
+    leaves, treedef = jax.tree.flatten(params, is_leaf=core.is_node)
+    still = [(path, jax.lax.stop_gradient(x)) for path, x in rules.paths(params)]
+    nodes = _fit(still, plan, _contexts(params, still, step, key, stats, None, None))
+    values = core.materialize(nodes, key=key)
+    return treedef.unflatten(
+        [straight_through(w, values[path]) if path in values else w for (path, _), w in zip(still, leaves, strict=True)]
+    )
+
+
+class ProjectState(NamedTuple):
+    """State of :func:`project`: the steps taken, the key if one was given, and what the nodes hold fixed."""
+
+    count: jax.Array
+    held: PyTree
+    key: jax.Array | None = None
+
+
+def project(
+    plan: Plan, every: int = 1, *, key: jax.Array | None = None, stats: Mapping[str, Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transform, last in the chain, that keeps dense parameters on the compressed set.
+
+    After each step the parameters are moved to the nearest point of the set that the held leaves (masks, codes,
+    assignments) describe, and on steps 0, ``every``, ``2 * every``, ... the held leaves are fitted anew. A pruned
+    weight is exactly 0.0 after any optimizer, momentum and weight decay included; a kept weight moves exactly as
+    it would have moved. Formats whose projection does not cost linear time (low rank) are projected at refits only.
+
+    Args:
+      plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
+      every: steps between refits.
+      key: for methods that draw random numbers.
+      stats: ``{path: statistics}`` from calibration.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``. ``update`` must be given ``params``, and takes ``grads=``, the raw
+      gradients, for methods that grow by gradient.
+
+    Raises:
+      ValueError: if ``every`` is not positive, or ``update`` is called without ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jcompress as jc
+      >>> params = {"w": jnp.array([[3.0, 0.1]])}
+      >>> plan = jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])
+      >>> tx = optax.chain(optax.sgd(0.5), jc.project(plan))
+      >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["w"].tolist()
+      [[2.5, 0.0]]
+    """
+    if every < 1:
+        raise ValueError(f"project: every={every} must be a positive number of steps")
+
+    def refit(new: PyTree, step: Any, step_key: Any, grads: PyTree, previous: dict[str, Any]) -> dict[str, Any]:
+        leaves = rules.paths(new)
+        contexts = _contexts(new, leaves, step, step_key, stats, grads, None)
+        contexts = {p: dataclasses.replace(c, previous=previous.get(p)) for p, c in contexts.items()}
+        return _fit(leaves, plan, contexts)
+
+    def init(params: PyTree) -> ProjectState:
+        grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
+        nodes = refit(params, jnp.zeros((), jnp.int32), key, grads, {})
+        return ProjectState(jnp.zeros((), jnp.int32), core.split(nodes)[1], key)
+
+    def update(
+        updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **_: Any
+    ) -> tuple[PyTree, ProjectState]:
+        if params is None:
+            raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
+        new = optax.apply_updates(params, updates)
+        arrays = {path: x for path, x in rules.paths(new) if path in state.held}
+        linear = {path for path, node in state.held.items() if _is_linear(node)}
+        step_key = None if state.key is None else jax.random.fold_in(state.key, state.count)
+
+        def fitted() -> tuple[dict, dict]:
+            previous = {path: state.held[path].project(arrays[path]) for path in linear}
+            nodes = refit(new, state.count, step_key, grads, previous)
+            values = core.materialize({path: node for path, node in nodes.items() if path not in linear})
+            return core.split(nodes)[1], values
+
+        def kept() -> tuple[dict, dict]:
+            return state.held, {path: x for path, x in arrays.items() if path not in linear}
+
+        held, values = jax.lax.cond(state.count % every == 0, fitted, kept)
+        values |= {path: held[path].project(arrays[path]).materialize() for path in linear}
+        updates = _replace(updates, params, new, values)
+        return updates, ProjectState(optax.safe_increment(state.count), held, state.key)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]  # optax types params as optional
+
+
+def _needs(plan: Plan, name: str) -> bool:
+    return any(need.split(".")[0] == name for method in plan.values() for need in getattr(method, "needs", ()))
+
+
+def _is_linear(node: Any) -> bool:
+    if not core.is_node(node):
+        return True
+    fields = [getattr(node, f.name) for f in dataclasses.fields(node)]
+    return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
+
+
+def _replace(updates: PyTree, params: PyTree, new: PyTree, values: dict[str, Any]) -> PyTree:
+    """Updates that lead to ``values``, and are the old ones wherever those lead there already."""
+    leaves, treedef = jax.tree.flatten(updates)
+    at = [path for path, _ in rules.paths(params)]
+    moved = []
+    for path, u, p, n in zip(at, leaves, jax.tree.leaves(params), jax.tree.leaves(new), strict=True):
+        if path in values:
+            value = values[path]
+            u = jnp.where(value == n, u, (value - p).astype(u.dtype))
+        moved.append(u)
+    return treedef.unflatten(moved)

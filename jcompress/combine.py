@@ -1,0 +1,258 @@
+"""New methods from old ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from jcompress import core
+from jcompress.core import Compressed, Context, Method
+from jcompress.formats import Sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """See :func:`chain`."""
+
+    first: Method
+    then: Method
+
+    @property
+    def joint(self) -> bool:
+        """Whether either part decides for all leaves of a rule at once."""
+        return core.is_joint(self.first) or core.is_joint(self.then)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What either part needs in the context."""
+        return core.needs(self.first, self.then)
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise if the first part cannot take the leaf; the second sees what the first made of it."""
+        core.check(self.first, path, shape, dtype)
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
+        """One node for each array of the rule."""
+        nodes = core.fit(self.first, arrays, contexts)
+        found = [list(_trainable(node, context)) for node, context in zip(nodes, contexts, strict=True)]
+        leaves = [pair for row in found for pair in row]
+        if not leaves:
+            return nodes
+        fitted = iter(core.fit(self.then, [x for x, _ in leaves], [c for _, c in leaves]))
+        return [_with_trainable(node, fitted) for node in nodes]
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Any:
+        """The node for one array."""
+        return self.fit([w], [context])[0]
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, _flat(self)))})"
+
+
+def chain(*methods: Method) -> Method:
+    """Compress by the first method, then the trainable leaves of its result by the next, and so on.
+
+    Nodes nest: ``chain(Magnitude(0.9), KMeans(16))`` gives a mask around a codebook, fitted to the kept weights and
+    stored for them only; ``chain(SVD(8), Int(8))`` gives factors in 8 bits.
+
+    Args:
+      *methods: at least one.
+
+    Returns:
+      A method.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> method = jc.chain(jc.prune.Magnitude(sparsity=0.5), jc.quantize.Int(bits=4))
+      >>> method(jnp.ones((8, 4)))
+      Masked(values=Quantized(codes=int8[8,4], scale=float32[1,4], bits=4), mask=bool[8,4])
+    """
+    if not methods:
+        raise ValueError("chain needs at least one method")
+    *rest, last = methods
+    for method in reversed(rest):
+        last = Chain(method, last)
+    return last
+
+
+def _flat(method: Any) -> list[Any]:
+    return [method.first, *_flat(method.then)] if isinstance(method, Chain) else [method]
+
+
+def _fields(node: Compressed) -> list[tuple[str, Any]]:
+    fields = dataclasses.fields(node)  # type: ignore[arg-type]  # every format is a dataclass
+    return [(f.name, getattr(node, f.name)) for f in fields if not f.metadata.get("static")]
+
+
+def _trainable(node: Any, context: Context) -> Iterator[tuple[jax.Array, Context]]:
+    """The trainable leaves of a node, each with what is known about it."""
+    if not core.is_node(node):
+        if node is not None and core.is_trainable(node):
+            yield node, context
+        return
+    support = node.support()
+    for i, (name, x) in enumerate(_fields(node)):
+        alike = name in node.elementwise
+        where = context.where if alike else None
+        if name in support:
+            where = support[name] if where is None else support[name] & where
+        inner = Context(
+            step=context.step,
+            key=None if context.key is None else jax.random.fold_in(context.key, i),
+            stats=context.stats if alike else None,
+            grad=context.grad if alike else None,
+            where=where,
+            path=f"{context.path}/{name}",
+        )
+        for entry in x if isinstance(x, tuple) else (x,):
+            yield from _trainable(entry, inner)
+
+
+def _with_trainable(node: Any, leaves: Iterator[Any]) -> Any:
+    """The node with its trainable leaves replaced, in the order of :func:`_trainable`."""
+    if isinstance(node, tuple):
+        return tuple(_with_trainable(x, leaves) for x in node)
+    if not core.is_node(node):
+        return next(leaves) if node is not None and core.is_trainable(node) else node
+    return dataclasses.replace(node, **{name: _with_trainable(x, leaves) for name, x in _fields(node)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """See :func:`residual`."""
+
+    methods: tuple[Method, ...]
+
+    @property
+    def joint(self) -> bool:
+        """Whether any part decides for all leaves of a rule at once."""
+        return any(map(core.is_joint, self.methods))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What any part needs in the context."""
+        return core.needs(*self.methods)
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise if any part cannot take the leaf."""
+        for method in self.methods:
+            core.check(method, path, shape, dtype)
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Sum]:
+        """One node for each array of the rule."""
+        rest, terms = list(arrays), []
+        for i, method in enumerate(self.methods):
+            keyed = [c if c.key is None else dataclasses.replace(c, key=jax.random.fold_in(c.key, i)) for c in contexts]
+            nodes = core.fit(method, rest, keyed)
+            rest = [w - core.dense(node) for w, node in zip(rest, nodes, strict=True)]
+            terms.append(nodes)
+        return [Sum(tuple(column)) for column in zip(*terms, strict=True)]
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
+        """The node for one array."""
+        return self.fit([w], [context])[0]
+
+    def __repr__(self) -> str:
+        return f"residual({', '.join(map(repr, self.methods))})"
+
+
+def residual(*methods: Method) -> Method:
+    """Fit each method to what the ones before it left over; the result is the sum.
+
+    ``residual(Magnitude(0.99), Int(4))`` keeps outliers apart, ``residual(Int(4), SVD(8))`` corrects a quantized
+    matrix by one of low rank, ``residual(SVD(8), Magnitude(0.95))`` is low rank + sparse.
+
+    Args:
+      *methods: at least two.
+
+    Returns:
+      A method.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> w = jnp.ones((4, 4)).at[1, 2].set(100.0)
+      >>> method = jc.residual(jc.prune.Magnitude(sparsity=15 / 16), jc.quantize.Int(bits=2))
+      >>> bool((method(w).materialize() == w).all())
+      True
+    """
+    if len(methods) < 2:
+        raise ValueError("residual needs at least two methods")
+    return Residual(methods)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """See :func:`stacked`."""
+
+    method: Method
+
+    @property
+    def joint(self) -> bool:
+        """Whether the method decides for all leaves of a rule at once."""
+        return core.is_joint(self.method)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the method needs in the context."""
+        return core.needs(self.method)
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise if the leaf has no leading axis or the method cannot take one layer."""
+        if not shape:
+            raise ValueError(f"{path}: stacked needs a leading axis of layers, found a scalar; keep it dense")
+        core.check(self.method, path, shape[1:], dtype)
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
+        """One node for each array of the rule, its leaves stacked like the layers."""
+        layers = {w.shape[0] for w in arrays}
+        if len(layers) > 1:
+            raise ValueError(
+                f"{contexts[0].path}: leaves that share a decision need the same number of layers, found {sorted(layers)}"
+            )
+        mapped = [_mapped(c, layers) for c in contexts]
+
+        def one(ws: list[jax.Array], varying: list[dict[str, Any]]) -> list[Any]:
+            inner = [dataclasses.replace(c, **v) for c, v in zip(contexts, varying, strict=True)]
+            return core.fit(self.method, ws, inner)
+
+        return jax.vmap(one)(list(arrays), mapped)
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Any:
+        """The node for one array."""
+        return self.fit([w], [context])[0]
+
+    def __repr__(self) -> str:
+        return f"stacked({self.method!r})"
+
+
+def _mapped(context: Context, layers: set[int]) -> dict[str, Any]:
+    """The parts of a context that differ from layer to layer."""
+    names = ("stats", "grad", "previous", "where")
+    varying = {name: getattr(context, name) for name in names if getattr(context, name) is not None}
+    if context.key is not None:
+        varying["key"] = jax.random.split(context.key, layers.pop())
+    return varying
+
+
+def stacked(method: Method) -> Method:
+    """Treat the leading axis as separate layers, as where layers are stacked for ``jax.lax.scan``.
+
+    Each layer gets its own threshold, scale, codebook or factors, and the leaves of the node are stacked alike, so
+    a slice of the node inside ``scan`` is the node of that layer.
+
+    Args:
+      method: any method. If it decides for several leaves at once, it does so layer by layer.
+
+    Returns:
+      A method.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> w = jnp.stack([jnp.ones((2, 2)), 100 * jnp.ones((2, 2))])
+      >>> jc.stacked(jc.quantize.Int(bits=8, axis=None))(w).scale.shape
+      (2, 1, 1)
+    """
+    return Stacked(method)

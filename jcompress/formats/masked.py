@@ -1,0 +1,54 @@
+"""Arrays with entries that are exactly zero."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core
+from jcompress.core import Compressed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Masked(Compressed):
+    """An array whose entries are exactly 0.0 where the mask is False.
+
+    Stored are the kept values and the mask in the cheapest exact code: one bit an entry, the gaps between kept
+    entries, one number for each group of an N:M pattern, one bit a row where whole rows go, or nothing.
+
+    Attributes:
+      values: float array, or a node that stands for one; its hidden entries are never read.
+      mask: boolean array that broadcasts to the shape of ``values``; True keeps.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> node = jc.formats.Masked(values=jnp.ones((8, 4)), mask=jnp.eye(8, 4, dtype=bool))
+      >>> float(node.materialize().sum()), node.nbits()
+      (4.0, 140)
+    """
+
+    values: Any
+    mask: Any
+    elementwise: ClassVar[tuple[str, ...]] = ("values",)
+
+    def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
+        values = core.dense(self.values, key=key)
+        return jnp.where(self.mask, values, jnp.zeros_like(values))
+
+    def project(self, w: jax.Array, where: jax.Array | None = None) -> Masked:
+        if core.is_node(self.values):
+            inner = self.mask if where is None else self.mask & where
+            return dataclasses.replace(self, values=self.values.project(w, inner))
+        return dataclasses.replace(self, values=w)
+
+    def finalize(self) -> Masked:
+        if core.is_node(self.values):
+            return self
+        return dataclasses.replace(self, values=jnp.where(self.mask, self.values, jnp.zeros_like(self.values)))
+
+    def support(self) -> dict[str, jax.Array]:
+        return {"values": self.mask}

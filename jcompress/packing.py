@@ -1,0 +1,237 @@
+"""Bits: integers of any width in one stream, and the cheapest exact code for a mask.
+
+Pure NumPy. What this module counts is what ``jcompress.io`` writes, so the size that a node reports and the
+size on disk cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+_CHUNK = 1 << 20
+
+
+def _unsigned(values: np.ndarray) -> np.ndarray:
+    """The bit patterns of an array of numbers as unsigned integers."""
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8)
+    return np.ascontiguousarray(values).view(np.dtype(f"u{values.dtype.itemsize}"))
+
+
+def _to_bits(values: np.ndarray, width: int) -> np.ndarray:
+    """Unsigned integers as rows of ``width`` bits, the lowest first."""
+    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+    rows = np.unpackbits(little.view(np.uint8).reshape(values.size, -1), axis=1, bitorder="little")
+    return rows[:, :width].reshape(-1)
+
+
+class BitWriter:
+    """Joins integers of any width into one stream of bits without padding between arrays."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._rest = np.zeros(0, np.uint8)
+        self.nbits = 0
+
+    def write(self, values: np.ndarray, width: int) -> None:
+        """Append the ``width`` lowest bits of every element, in C order."""
+        flat = _unsigned(np.asarray(values).reshape(-1))
+        self.nbits += flat.size * width
+        if self._rest.size == 0 and width == 8 * flat.dtype.itemsize:
+            self._pieces.append(flat.astype(flat.dtype.newbyteorder("<"), copy=False).tobytes())
+            return
+        for start in range(0, flat.size, _CHUNK):
+            bits = np.concatenate([self._rest, _to_bits(flat[start : start + _CHUNK], width)])
+            whole = bits.size // 8 * 8
+            self._pieces.append(np.packbits(bits[:whole], bitorder="little").tobytes())
+            self._rest = bits[whole:]
+
+    def getvalue(self) -> bytes:
+        """The stream, the last byte filled up with zeros."""
+        return b"".join(self._pieces) + np.packbits(self._rest, bitorder="little").tobytes()
+
+
+class BitReader:
+    """Reads back what :class:`BitWriter` wrote."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+        self._at = 0
+
+    def read(self, count: int, width: int, dtype: np.dtype) -> np.ndarray:
+        """``count`` elements of ``width`` bits; narrow signed integers get their sign back."""
+        unsigned = np.dtype(f"u{dtype.itemsize}")
+        pieces = [self._integers(n, width, unsigned) for n in _chunks(count)]
+        flat = np.concatenate(pieces) if pieces else np.zeros(0, unsigned)
+        if np.issubdtype(dtype, np.signedinteger) and width < 8 * dtype.itemsize:
+            sign = unsigned.type(1 << (width - 1))
+            flat = (flat ^ sign) - sign
+        return flat.astype(np.bool_) if dtype == np.bool_ else flat.view(dtype)
+
+    def _integers(self, count: int, width: int, unsigned: np.dtype) -> np.ndarray:
+        first, last = self._at // 8, -(-(self._at + count * width) // 8)
+        if last > self._data.size:
+            raise ValueError(f"the stream ends at bit {8 * self._data.size}; bit {self._at + count * width} was wanted")
+        window, skip = self._data[first:last], self._at % 8
+        self._at += count * width
+        if skip == 0 and width == 8 * unsigned.itemsize:
+            return window.view(unsigned.newbyteorder("<")).astype(unsigned)
+        bits = np.unpackbits(window, bitorder="little")[skip : skip + count * width].reshape(count, width)
+        wide = np.zeros((count, 8 * unsigned.itemsize), np.uint8)
+        wide[:, :width] = bits
+        packed = np.packbits(wide, axis=1, bitorder="little")
+        return packed.reshape(-1).view(unsigned.newbyteorder("<")).astype(unsigned)
+
+
+def _chunks(count: int) -> Iterator[int]:
+    while count > 0:
+        yield min(count, _CHUNK)
+        count -= _CHUNK
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskCode:
+    """How one mask is written: its scheme, and the shape left when axes along which it is constant are dropped.
+
+    Attributes:
+      scheme: ``"bits"``, one bit an entry; ``"gaps"``, the distance from one kept entry to the next in ``width``
+        bits, the largest value standing for "so far and nothing yet"; or ``"choice"``, the number of each
+        group's subset where every ``m`` along axis -2 keep the same count ``n``.
+      shape: the shape of the mask once constant axes have length 1.
+      nbits: the exact cost.
+    """
+
+    scheme: str
+    shape: tuple[int, ...]
+    nbits: int
+    width: int = 0
+    n: int = 0
+    m: int = 0
+
+
+def mask_code(mask: np.ndarray) -> MaskCode:
+    """The cheapest of the codes for ``mask``; ties go to the simplest."""
+    core = _drop_constant_axes(mask)
+    codes = [MaskCode("bits", core.shape, core.size)]
+    codes += _gap_codes(core)
+    codes += _choice_codes(core)
+    return min(codes, key=lambda code: code.nbits)
+
+
+def _drop_constant_axes(mask: np.ndarray) -> np.ndarray:
+    for axis, length in enumerate(mask.shape):
+        if length > 1:
+            first = mask.take([0], axis)
+            if (mask == first).all():
+                mask = first
+    return mask
+
+
+def _gaps(mask: np.ndarray) -> np.ndarray:
+    """Zeros before each kept entry."""
+    return np.diff(np.flatnonzero(mask), prepend=-1) - 1
+
+
+def _gap_codes(mask: np.ndarray) -> Iterable[MaskCode]:
+    gaps = _gaps(mask)
+    for width in range(1, 17):
+        nbits = width * int(gaps.size + (gaps // ((1 << width) - 1)).sum())
+        yield MaskCode("gaps", mask.shape, nbits, width=width)
+
+
+def _choice_codes(mask: np.ndarray) -> Iterable[MaskCode]:
+    rows = mask.shape[-2] if mask.ndim > 1 else 0
+    for m in (2, 4, 8, 16, 32):
+        if rows and rows % m == 0 and mask.size:
+            counts = _groups(mask, m).sum(-1)
+            n = int(counts.flat[0])
+            if (counts == n).all():
+                width = (math.comb(m, n) - 1).bit_length()
+                yield MaskCode("choice", mask.shape, width * counts.size, width=width, n=n, m=m)
+                return
+
+
+def _groups(mask: np.ndarray, m: int) -> np.ndarray:
+    """Axis -2 in groups of ``m``, which become the last axis."""
+    *lead, rows, columns = mask.shape
+    return np.swapaxes(mask.reshape(*lead, rows // m, m, columns), -1, -2)
+
+
+def _ungroup(groups: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.swapaxes(groups, -1, -2).reshape(shape)
+
+
+def encode_mask(mask: np.ndarray, code: MaskCode) -> np.ndarray:
+    """The integers, ``code.width`` bits each (one bit for ``"bits"``), that stand for ``mask``."""
+    core = mask[tuple(slice(0, n) for n in code.shape)]
+    if code.scheme == "bits":
+        return core.reshape(-1).astype(np.uint8)
+    if code.scheme == "gaps":
+        return _escape(_gaps(core), (1 << code.width) - 1)
+    kept = np.nonzero(_groups(core, code.m).reshape(-1, code.m))[1].reshape(-1, code.n)
+    # The combinatorial number system: the subset {p_1 < ... < p_n} has the number sum of C(p_i, i).
+    table = np.array([[math.comb(p, i + 1) for i in range(code.n)] for p in range(code.m)], np.uint64)
+    return table.reshape(code.m, code.n)[kept, np.arange(code.n)].sum(-1, dtype=np.uint64)
+
+
+def decode_mask(values: np.ndarray, code: MaskCode, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask of ``shape`` that ``values`` stand for."""
+    if code.scheme == "bits":
+        core = values.astype(np.bool_).reshape(code.shape)
+    elif code.scheme == "gaps":
+        core = np.zeros(math.prod(code.shape), np.bool_)
+        core[_unescape(values, (1 << code.width) - 1)] = True
+        core = core.reshape(code.shape)
+    else:
+        core = _ungroup(_subsets(values, code.n, code.m).reshape(*_group_shape(code)), code.shape)
+    return np.broadcast_to(core, shape).copy()
+
+
+def mask_count(code: MaskCode) -> tuple[int, int]:
+    """How many integers the code takes, and their width."""
+    width = max(code.width, 1) if code.scheme == "bits" else code.width
+    if code.scheme == "bits":
+        return code.nbits, width
+    if width == 0:
+        return math.prod(code.shape) // code.m, 0
+    return code.nbits // width, width
+
+
+def _group_shape(code: MaskCode) -> tuple[int, ...]:
+    *lead, rows, columns = code.shape
+    return (*lead, rows // code.m, columns, code.m)
+
+
+def _escape(gaps: np.ndarray, top: int) -> np.ndarray:
+    """Each gap as its number of escapes ``top`` and a rest below it."""
+    escapes = gaps // top
+    ends = np.cumsum(escapes + 1) - 1
+    out = np.full(int(ends[-1]) + 1 if ends.size else 0, top, np.uint32)
+    out[ends] = gaps - escapes * top
+    return out
+
+
+def _unescape(values: np.ndarray, top: int) -> np.ndarray:
+    """The positions of the kept entries."""
+    values = values.astype(np.int64)
+    kept = values != top
+    return (np.cumsum(values + kept) - 1)[kept]
+
+
+def _subsets(numbers: np.ndarray, n: int, m: int) -> np.ndarray:
+    """The subsets of ``m`` that the numbers stand for, as rows of a mask."""
+    rest = numbers.astype(np.uint64).copy()
+    out = np.zeros((rest.size, m), np.bool_)
+    left = np.full(rest.size, n)
+    table = np.array([[math.comb(p, i) for i in range(n + 1)] for p in range(m)], np.uint64)
+    for p in reversed(range(m)):
+        value = table[p, left]
+        take = (left > 0) & (rest >= value)
+        out[:, p] = take
+        rest = np.where(take, rest - value, rest)
+        left = left - take
+    return out

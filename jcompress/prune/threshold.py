@@ -1,0 +1,267 @@
+"""The exact k-th largest of many values, without sorting and without moving them.
+
+Floats are ordered like their bit patterns, so the threshold is an integer that can be searched for. Every
+step of the search counts how many values reach each of three probes in a single read, and a count is a sum:
+under sharding only scalars cross devices. Probes are interpolated where that makes progress and bisect the
+bit pattern where it does not, so the search always ends, and ends exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Count(NamedTuple):
+    """A non-negative integer below 2**47 as ``high * 2**16 + low``: int32 wraps past 2**31 parameters."""
+
+    high: jax.Array
+    low: jax.Array
+
+    @classmethod
+    def of(cls, value: int | jax.Array) -> Count:
+        if isinstance(value, int):
+            return cls(jnp.uint32(value >> 16), jnp.uint32(value & 0xFFFF))
+        value = value.astype(jnp.uint32)
+        return cls(value >> 16, value & 0xFFFF)
+
+    @classmethod
+    def total(cls, counts: Sequence[jax.Array]) -> Count:
+        low = sum(((c & 0xFFFF) for c in counts), jnp.uint32(0))
+        high = sum(((c >> 16) for c in counts), jnp.uint32(0))
+        return cls(high + (low >> 16), low & 0xFFFF)
+
+    def reaches(self, other: Count) -> jax.Array:
+        return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
+
+    def equals(self, other: Count) -> jax.Array:
+        return (self.high == other.high) & (self.low == other.low)
+
+    def minus(self, other: Count) -> jax.Array:
+        """The difference as float32, which is all that interpolation needs."""
+        high = self.high.astype(jnp.float32) - other.high.astype(jnp.float32)
+        return high * 65536.0 + (self.low.astype(jnp.float32) - other.low.astype(jnp.float32))
+
+    def left_after(self, other: Count) -> Count:
+        """``max(self - other, 0)``, exactly."""
+        borrow = (self.low < other.low).astype(jnp.uint32)
+        left = Count(self.high - other.high - borrow, (self.low - other.low) & 0xFFFF)
+        return _pick(self.reaches(other), left, Count.of(0))
+
+
+def ordered_bits(x: jax.Array) -> jax.Array:
+    """Unsigned integers ordered as the floats ``x`` are; -0.0 equals 0.0, and NaN comes out largest.
+
+    As wide as ``x``, in uint32 at least; the largest integer of that width is left free.
+    """
+    width = 8 * x.dtype.itemsize
+    unsigned, largest = jnp.dtype(f"uint{width}"), (1 << width) - 1
+    sign = jnp.array(1 << (width - 1), unsigned)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros_like(x), x), unsigned)
+    bits = jnp.where(bits >= sign, ~bits, bits | sign)
+    bits = jnp.where(jnp.isnan(x), jnp.array(largest - 1, unsigned), bits)
+    return bits.astype(jnp.promote_types(unsigned, jnp.uint32))
+
+
+def _reduce(operands: Sequence[jax.Array], start: Sequence[jax.Array], combine: Sequence[Callable]) -> list[jax.Array]:
+    """Several full reductions of same-shaped operands in one read, which one call each would not be."""
+
+    def step(a: list, b: list) -> list:
+        return [f(x, y) for f, x, y in zip(combine, a, b, strict=True)]
+
+    return lax.reduce(list(operands), list(start), step, tuple(range(operands[0].ndim)))
+
+
+class _Search(NamedTuple):
+    """``low`` reaches the wanted count, ``high`` does not; the answer is the last integer that does."""
+
+    low: jax.Array
+    low_count: Count
+    high: jax.Array
+    high_count: Count
+    margin: jax.Array
+    stalled: jax.Array
+    reads: jax.Array
+
+
+def _increasing(low: jax.Array, high: jax.Array, offsets: Sequence[jax.Array]) -> list[jax.Array]:
+    """``low`` plus the offsets, as strictly increasing integers inside ``(low, high)`` where there is room."""
+    unsigned, probes, last = low.dtype, [], low
+    limit = float(jnp.iinfo(unsigned).max) * 0.999
+    for i, offset in enumerate(offsets):
+        room = high - 1 - min(len(offsets) - 1 - i, 1)
+        probe = low + jnp.clip(jnp.floor(offset), 0.0, limit).astype(unsigned)
+        last = jnp.minimum(jnp.maximum(jnp.minimum(probe, room), last + 1), high - 1)
+        probes.append(last)
+    return probes
+
+
+def _interpolated(s: _Search, wanted: Count) -> list[jax.Array]:
+    """Three probes about the place where a straight line between the ends of the bracket meets the count."""
+    width = (s.high - s.low).astype(jnp.float32)
+    inside = jnp.maximum(s.low_count.minus(s.high_count), 1.0)
+    fraction = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
+    noise = 1.5 * jnp.sqrt(fraction * (1 - fraction) / inside) + 1.0 / inside
+    spread = jnp.minimum(s.margin + noise, 0.25)
+    bisect = s.stalled | (spread >= 0.25)
+    centre = jnp.where(bisect, 0.5, jnp.clip(fraction, spread, 1 - spread))
+    return _increasing(s.low, s.high, [(centre + side * spread) * width for side in (-1, 0, 1)])
+
+
+def _narrow(s: _Search, probes: list[jax.Array], counts: list[Count], wanted: Count) -> _Search:
+    low, low_count, high, high_count = s.low, s.low_count, s.high, s.high_count
+    for probe, count in zip(probes, counts, strict=True):
+        reaches = count.reaches(wanted)
+        low, low_count = jnp.where(reaches, probe, low), _pick(reaches, count, low_count)
+    for probe, count in zip(probes[::-1], counts[::-1], strict=True):
+        reaches = count.reaches(wanted)
+        high, high_count = jnp.where(reaches, high, probe), _pick(reaches, high_count, count)
+    within = (low >= probes[0]) & (high <= probes[-1])
+    shrunk = (high - low) <= (s.high - s.low) // 4
+    margin = jnp.where(within, 4 * s.margin**2, jnp.sqrt(s.margin) / 2)
+    return _Search(low, low_count, high, high_count, margin, ~(within | shrunk), s.reads + 1)
+
+
+def _pick(condition: jax.Array, a: Count, b: Count) -> Count:
+    return Count(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
+
+
+def _search(count: Callable[[list[jax.Array]], list[Count]], start: _Search, wanted: Count) -> _Search:
+    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count."""
+
+    def is_open(s: _Search) -> jax.Array:
+        return (s.high - s.low > 1) & ~s.low_count.equals(wanted)
+
+    def narrow(s: _Search) -> _Search:
+        probes = _interpolated(s, wanted)
+        return _narrow(s, probes, count(probes), wanted)
+
+    return lax.while_loop(is_open, narrow, start)
+
+
+def _count_reaching(scores: Sequence[jax.Array], probes: list[jax.Array]) -> list[Count]:
+    """How many scores reach each probe. The barrier keeps XLA from hoisting the keys into a copy."""
+    counts = []
+    for x in scores:
+        x, *held = lax.optimization_barrier((x, *probes))
+        bits = ordered_bits(x)
+        flags = [(bits >= probe).astype(jnp.uint32) for probe in held]
+        counts.append(_reduce(flags, [jnp.uint32(0)] * 3, [lax.add] * 3))
+    return [Count.total(column) for column in zip(*counts, strict=True)]
+
+
+def _common_float(scores: Sequence[jax.Array]) -> list[jax.Array]:
+    """The scores in one dtype that holds them all, so that their bits compare."""
+    dtype = jnp.result_type(*(x.dtype for x in scores))
+    return [x.astype(dtype) for x in scores]
+
+
+def _start(scores: Sequence[jax.Array], total: Count) -> tuple[_Search, jax.Array, jax.Array]:
+    """One read: the bracket from the smallest to the largest, and mean and deviation of the bits between."""
+    dtype = scores[0].dtype
+    one, mantissa = ordered_bits(jnp.ones((), dtype)), float(1 << jnp.finfo(dtype).nmant)
+    top = (1 << 8 * dtype.itemsize) - 1
+    start = [jnp.float32(0), jnp.float32(0), jnp.zeros_like(one), jnp.full_like(one, top)]
+    combine = [lax.add, lax.add, lax.max, lax.min]
+    rows = []
+    for x in scores:
+        bits = ordered_bits(x)
+        above, below = (bits - one).astype(jnp.float32), (one - bits).astype(jnp.float32)
+        place = jnp.where(bits >= one, above, -below) / mantissa
+        rows.append(_reduce([place, place * place, bits, bits], start, combine))
+    sums, squares, largest, smallest = (jnp.stack(column) for column in zip(*rows, strict=True))
+    n = jnp.maximum(total.minus(Count.of(0)), 1.0)
+    mean = sums.sum() / n
+    deviation = jnp.sqrt(jnp.maximum(squares.sum() / n - mean**2, 1e-12))
+    search = _Search(
+        low=jnp.min(smallest), low_count=total, high=jnp.max(largest) + 1, high_count=Count.of(0),
+        margin=jnp.float32(0.1), stalled=jnp.array(False), reads=jnp.int32(1),
+    )  # fmt: skip
+    centre = jnp.where(
+        one >= search.low, (one - search.low).astype(jnp.float32), -(search.low - one).astype(jnp.float32)
+    )
+    return search, centre + mean * mantissa, deviation * mantissa
+
+
+def kth_largest(scores: Sequence[jax.Array], count: int | jax.Array) -> _Search:
+    """Search for the ``count``-th largest of all ``scores`` together; ``.low`` is its ordered bits.
+
+    The first probes lie where the threshold would be if the ordered bits were normally distributed: the bits
+    are close to a logarithm, and the logarithm of a weight's magnitude nearly is.
+    """
+    wanted, total = Count.of(count), Count.of(sum(x.size for x in scores))
+    scores = _common_float(scores)
+    start, centre, deviation = _start(scores, total)
+    part = wanted.minus(Count.of(0)) / jnp.maximum(total.minus(Count.of(0)), 1.0)
+    z = jax.scipy.special.ndtri(jnp.clip(1 - part, 1e-6, 1 - 1e-6))
+    guess = _increasing(start.low, start.high, [centre + (z + side) * deviation for side in (-0.4, 0.0, 0.4)])
+    first = _narrow(start, guess, _count_reaching(scores, guess), wanted)
+    return _search(lambda probes: _count_reaching(scores, probes), first, wanted)
+
+
+def keep_largest(scores: Sequence[jax.Array], count: int | jax.Array) -> list[jax.Array]:
+    """Masks that keep exactly ``count`` of all ``scores`` together, the largest; ties go to the lower index.
+
+    Args:
+      scores: float arrays of any shapes and float dtypes, compared with one another. NaN counts as largest.
+      count: how many to keep, from 0 to the number of scores. May be traced.
+
+    Returns:
+      Boolean masks in the shapes of ``scores``; the order of indices is that of the list, then C order.
+
+    Memory beyond the masks is constant, time is a few reads of the scores, and under sharding only scalars cross
+    devices.
+    """
+    for x in scores:
+        if x.size >= 1 << 32:
+            raise ValueError(
+                f"an array of {x.size} scores is too large to count in 32 bits; treat its layers apart with jc.stacked"
+            )
+    if not sum(x.size for x in scores):
+        return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
+    found, wanted = kth_largest(scores, count), Count.of(count)
+    scores = _common_float(scores)
+
+    def separate() -> list[jax.Array]:
+        return [ordered_bits(x) >= found.low for x in scores]
+
+    def tied() -> list[jax.Array]:
+        left, masks = wanted.left_after(found.high_count), []
+        for x in scores:
+            bits = ordered_bits(x)
+            ties, left = _first(bits == found.low, left)
+            masks.append((bits > found.low) | ties)
+        return masks
+
+    return lax.cond(found.low_count.equals(wanted), separate, tied)
+
+
+def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:
+    """The first ``count`` of the flags that are set, and how many of the count are left over."""
+    if flags.size == 0:
+        return flags, count
+    rank = jnp.full(flags.shape, flags.size, jnp.uint32)  # rank falls from size to 1 in C order
+    stride = 1
+    for axis in reversed(range(flags.ndim)):
+        rank = rank - lax.broadcasted_iota(jnp.uint32, flags.shape, axis) * jnp.uint32(stride)
+        stride *= flags.shape[axis]
+
+    def reaching(probes: list[jax.Array]) -> list[Count]:
+        held_flags, *held = lax.optimization_barrier((flags, *probes))
+        columns = [(held_flags & (rank >= probe)).astype(jnp.uint32) for probe in held]
+        return [Count.of(c) for c in _reduce(columns, [jnp.uint32(0)] * len(held), [lax.add] * len(held))]
+
+    (found,) = reaching([jnp.uint32(0)])
+    wanted = _pick(found.reaches(count), count, found)
+    none = wanted.equals(Count.of(0))
+    end = jnp.uint32(flags.size)
+    start = _Search(
+        low=jnp.where(none, end, jnp.uint32(1)), low_count=_pick(none, wanted, found), high=end + 1, high_count=Count.of(0),
+        margin=jnp.float32(0.1), stalled=jnp.array(False), reads=jnp.int32(0),
+    )  # fmt: skip
+    cut = _search(reaching, start, wanted)
+    return flags & (rank >= cut.low) & ~none, count.left_after(wanted)

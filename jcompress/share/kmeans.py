@@ -1,0 +1,146 @@
+"""Weight sharing by one-dimensional k-means."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcompress import core
+from jcompress.core import Context
+from jcompress.formats import Codebook
+from jcompress.share.optimal import optimal_codebook
+
+
+@dataclasses.dataclass(frozen=True)
+class KMeans:
+    """Give every weight one of a few shared values (Han et al. 2016, arXiv:1510.00149).
+
+    Minimizes ``sum (w - codebook[index])**2`` by Lloyd's algorithm from a linear start, or exactly: in one
+    dimension the optimum is a shortest path (Wang & Song 2011), found by dynamic programming.
+
+    Attributes:
+      clusters: the number of shared values, at most 65,536.
+      scope: ``"leaf"``, a codebook for each leaf, or ``"global"``, one fitted to all leaves of the rule. Each node
+        then keeps a copy, which is stored, and trains, with its leaf.
+      iterations: the most rounds of Lloyd's algorithm; it stops when no value moves.
+      exact: whether to find the optimum. That runs on the host and needs the values, so it works outside ``jit`` only.
+
+    Raises:
+      ValueError: for fewer than 1 or more than 65,536 clusters, or ``exact`` under ``jit``.
+
+    Where a mask stands around the array, only kept weights count. An array with fewer distinct values than
+    clusters is represented exactly.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> node = jc.share.KMeans(clusters=2, exact=True)(jnp.array([0.0, 1.0, 10.0, 12.0]))
+      >>> node.materialize().tolist()
+      [0.5, 0.5, 11.0, 11.0]
+    """
+
+    clusters: int = 16
+    scope: Literal["leaf", "global"] = "leaf"
+    iterations: int = 100
+    exact: bool = False
+
+    __repr__ = core.method_repr
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.clusters, (int, np.integer)) or not 1 <= self.clusters <= 65_536:
+            raise ValueError(f"KMeans: clusters={self.clusters!r} is not an integer from 1 to 65536")
+        if self.scope not in ("leaf", "global"):
+            raise ValueError(f"KMeans: scope={self.scope!r} is unknown; use 'leaf' or 'global'")
+        if self.iterations < 0:
+            raise ValueError(f"KMeans: iterations={self.iterations} must not be negative")
+
+    @property
+    def joint(self) -> bool:
+        """Whether one codebook serves all leaves of the rule."""
+        return self.scope == "global"
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Codebook]:
+        """One node for each array of the rule."""
+        xs = [w.reshape(-1).astype(jnp.float32) for w in arrays]
+        wheres = [
+            None if c.where is None else jnp.broadcast_to(c.where, w.shape).reshape(-1)
+            for w, c in zip(arrays, contexts, strict=True)
+        ]
+        if not sum(x.size for x in xs):
+            codebook = jnp.zeros(self.clusters, jnp.float32)
+        elif self.exact:
+            codebook = self._optimum(xs, wheres, contexts[0].path)
+        else:
+            codebook = self._lloyd(xs, wheres)
+        return [
+            Codebook(
+                _nearest(w.astype(jnp.float32), codebook).astype(self._index_dtype),
+                codebook.astype(w.dtype),
+                self.clusters,
+                w.ndim,
+            )
+            for w in arrays
+        ]
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Codebook:
+        """The node for one array."""
+        return self.fit([w], [context])[0]
+
+    @property
+    def _index_dtype(self) -> Any:
+        return jnp.uint8 if self.clusters <= 256 else jnp.uint16
+
+    def _optimum(self, xs: list[jax.Array], wheres: list[jax.Array | None], path: str) -> jax.Array:
+        if not all(core.is_concrete(x) for x in xs):
+            raise ValueError(
+                f"{path}: KMeans(exact=True) reads the values on the host, so it works outside jit only; use exact=False"
+            )
+        kept = [
+            np.asarray(x) if where is None else np.asarray(x)[np.asarray(where)]
+            for x, where in zip(xs, wheres, strict=True)
+        ]
+        return jnp.asarray(optimal_codebook(np.concatenate(kept), self.clusters))
+
+    def _lloyd(self, xs: list[jax.Array], wheres: list[jax.Array | None]) -> jax.Array:
+        def step(state: tuple) -> tuple:
+            i, codebook, _ = state
+            totals = [_totals(x, where, codebook) for x, where in zip(xs, wheres, strict=True)]
+            total, count = (sum(column) for column in zip(*totals, strict=True))
+            means = jnp.where(count > 0, total / jnp.maximum(count, 1.0), codebook)
+            return i + 1, jnp.sort(means), jnp.any(means != codebook)
+
+        def moving(state: tuple) -> jax.Array:
+            return (state[0] < self.iterations) & state[2]
+
+        start = (jnp.int32(0), _linear_start(xs, wheres, self.clusters), jnp.array(True))
+        return jax.lax.while_loop(moving, step, start)[1]
+
+
+def _linear_start(xs: list[jax.Array], wheres: list[jax.Array | None], clusters: int) -> jax.Array:
+    """Values spaced evenly from the smallest weight to the largest."""
+    pairs = [(x, True if where is None else where) for x, where in zip(xs, wheres, strict=True)]
+    low = jnp.stack([jnp.min(x, where=where, initial=jnp.inf) for x, where in pairs]).min()
+    high = jnp.stack([jnp.max(x, where=where, initial=-jnp.inf) for x, where in pairs]).max()
+    low, high = (jnp.where(low <= high, end, 0.0) for end in (low, high))
+    if clusters == 1:
+        return ((low + high) / 2)[None]
+    parts = jnp.arange(clusters) / (clusters - 1)
+    return low * (1 - parts) + high * parts
+
+
+def _nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
+    """The index of the nearest value of a sorted codebook."""
+    middles = (codebook[1:] + codebook[:-1]) / 2
+    return jnp.searchsorted(middles, x, method="compare_all" if codebook.size <= 16 else "scan_unrolled")
+
+
+def _totals(x: jax.Array, where: jax.Array | None, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum and number of the weights nearest to each value."""
+    index, k = _nearest(x, codebook), codebook.size
+    weight = jnp.ones_like(x) if where is None else where.astype(x.dtype)
+    x = x if where is None else jnp.where(where, x, 0.0)
+    return jax.ops.segment_sum(x, index, k), jax.ops.segment_sum(weight, index, k)
