@@ -57,7 +57,7 @@ def compress(
     leaves = rules.paths(params)
     nodes = _fit(leaves, plan, _contexts(params, leaves, step, key, stats, grads, previous))
     treedef = jax.tree.structure(params, is_leaf=core.is_node)
-    return treedef.unflatten([nodes[path] if path in nodes else _copy(x) for path, x in leaves])
+    return jax.tree.unflatten(treedef, [nodes[path] if path in nodes else _copy(x) for path, x in leaves])
 
 
 def _copy(x: Any) -> Any:
@@ -67,7 +67,8 @@ def _copy(x: Any) -> Any:
 def _fit(leaves: list[tuple[str, Any]], plan: Plan, contexts: dict[str, Context]) -> dict[str, Any]:
     """The nodes of all leaves that the plan names."""
     _check_paths(leaves, plan)
-    arrays, nodes = dict(leaves), {}
+    arrays = dict(leaves)
+    nodes: dict[str, Any] = {}
     for group in _groups(plan):
         for path in group:
             _check_array(path, arrays[path])
@@ -92,8 +93,8 @@ def _check_paths(leaves: list[tuple[str, Any]], plan: Plan) -> None:
     if found != planned:
         extra, missing = sorted(found - planned), sorted(planned - found)
         raise ValueError(
-            f"the plan was made for other parameters: not in the plan {extra[:3]}, not in the parameters {missing[:3]}; "
-            "make it anew with jc.plan(params, rules)"
+            f"the plan was made for other parameters: not in the plan {extra[:3]}, "
+            f"not in the parameters {missing[:3]}; make it anew with jc.plan(params, rules)"
         )
 
 
@@ -111,13 +112,18 @@ def _check_array(path: str, x: Any) -> None:
         )
 
 
+def _like(treedef: Any, tree: PyTree) -> list[Any]:
+    """The subtrees of ``tree`` that stand where ``treedef`` has leaves."""
+    return treedef.flatten_up_to(tree)
+
+
 def _contexts(
     params: PyTree, leaves: list[tuple[str, Any]], step: Any, key: Any, stats: Any, grads: PyTree, previous: PyTree
 ) -> dict[str, Context]:
     treedef = jax.tree.structure(params, is_leaf=core.is_node)
     none = [None] * len(leaves)
-    grad_leaves = none if grads is None else treedef.flatten_up_to(grads)
-    previous_leaves = none if previous is None else treedef.flatten_up_to(previous)
+    grad_leaves = none if grads is None else _like(treedef, grads)
+    previous_leaves = none if previous is None else _like(treedef, previous)
     return {
         path: Context(
             step=step,
@@ -159,7 +165,12 @@ def simulate(
     Args:
       params: a pytree of arrays.
       plan: from :func:`jcompress.plan`.
-      step: as in :func:`compress`, as are ``key`` and ``stats``.
+      step: as in :func:`compress`.
+      key: as in :func:`compress`; also drawn from by nodes that sample.
+      stats: as in :func:`compress`.
+
+    Returns:
+      A pytree like ``params``, of arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -172,15 +183,19 @@ def simulate(
     still = [(path, jax.lax.stop_gradient(x)) for path, x in rules.paths(params)]
     nodes = _fit(still, plan, _contexts(params, still, step, key, stats, None, None))
     values = core.materialize(nodes, key=key)
-    return treedef.unflatten(
-        [straight_through(w, values[path]) if path in values else w for (path, _), w in zip(still, leaves, strict=True)]
+    return jax.tree.unflatten(
+        treedef,
+        [
+            straight_through(w, values[path]) if path in values else w
+            for (path, _), w in zip(still, leaves, strict=True)
+        ],
     )
 
 
 class ProjectState(NamedTuple):
     """State of :func:`project`: the steps taken, the key if one was given, and what the nodes hold fixed."""
 
-    count: jax.Array
+    steps: jax.Array
     held: PyTree
     key: jax.Array | None = None
 
@@ -239,23 +254,23 @@ def project(
         new = optax.apply_updates(params, updates)
         arrays = {path: x for path, x in rules.paths(new) if path in state.held}
         linear = {path for path, node in state.held.items() if _is_linear(node)}
-        step_key = None if state.key is None else jax.random.fold_in(state.key, state.count)
+        step_key = None if state.key is None else jax.random.fold_in(state.key, state.steps)
 
         def fitted() -> tuple[dict, dict]:
             previous = {path: state.held[path].project(arrays[path]) for path in linear}
-            nodes = refit(new, state.count, step_key, grads, previous)
+            nodes = refit(new, state.steps, step_key, grads, previous)
             values = core.materialize({path: node for path, node in nodes.items() if path not in linear})
             return core.split(nodes)[1], values
 
         def kept() -> tuple[dict, dict]:
             return state.held, {path: x for path, x in arrays.items() if path not in linear}
 
-        held, values = jax.lax.cond(state.count % every == 0, fitted, kept)
+        held, values = jax.lax.cond(state.steps % every == 0, fitted, kept)
         values |= {path: held[path].project(arrays[path]).materialize() for path in linear}
         updates = _replace(updates, params, new, values)
-        return updates, ProjectState(optax.safe_increment(state.count), held, state.key)
+        return updates, ProjectState(optax.safe_increment(state.steps), held, state.key)
 
-    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]  # optax types params as optional
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _needs(plan: Plan, name: str) -> bool:
@@ -279,4 +294,4 @@ def _replace(updates: PyTree, params: PyTree, new: PyTree, values: dict[str, Any
             value = values[path]
             u = jnp.where(value == n, u, (value - p).astype(u.dtype))
         moved.append(u)
-    return treedef.unflatten(moved)
+    return jax.tree.unflatten(treedef, moved)

@@ -210,7 +210,8 @@ class Stacked:
         layers = {w.shape[0] for w in arrays}
         if len(layers) > 1:
             raise ValueError(
-                f"{contexts[0].path}: leaves that share a decision need the same number of layers, found {sorted(layers)}"
+                f"{contexts[0].path}: leaves that share a decision need the same number of layers, "
+                f"found {sorted(layers)}; give them rules of their own"
             )
         mapped = [_mapped(c, layers) for c in contexts]
 

@@ -70,9 +70,8 @@ class Compressed:
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every format is a dataclass
         values = [(f, getattr(self, f.name)) for f in fields]
-        shown = [
-            f"{f.name}={_short(x)}" for f, x in values if not (f.metadata.get("static") and x == f.default or x is None)
-        ]
+        told = [(f, x) for f, x in values if x is not None and not (f.metadata.get("static") and x == f.default)]
+        shown = [f"{f.name}={_short(x)}" for f, x in told]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -120,7 +119,9 @@ class Method(Protocol):
     ``fit(arrays, contexts)`` gives a list of nodes.
     """
 
-    def __call__(self, w: jax.Array, context: Context = ..., /) -> Any: ...
+    def __call__(self, w: jax.Array, context: Context = ..., /) -> Any:
+        """The node for one array."""
+        ...
 
 
 def fit(method: Method, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
@@ -219,7 +220,7 @@ def materialize(tree: PyTree, *, key: jax.Array | None = None) -> PyTree:
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
     keys = [None] * len(leaves) if key is None else [jax.random.fold_in(key, i) for i in range(len(leaves))]
-    return treedef.unflatten([dense(x, key=k) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(treedef, [dense(x, key=k) for x, k in zip(leaves, keys, strict=True)])
 
 
 def finalize(tree: PyTree) -> PyTree:
@@ -297,6 +298,7 @@ class Part:
 
     @property
     def nbits(self) -> int:
+        """The exact number of bits."""
         if self.code is not None:
             return self.code.nbits
         return self.width * (int(self.array.size) if self.where is None else int(self.where.sum()))

@@ -69,15 +69,16 @@ class SVD:
         rows, columns = _matrix_shape(shape)
         if self.rank is not None and self.rank > min(rows, columns):
             raise ValueError(
-                f"{path}: rank {self.rank} is above the limit {min(rows, columns)} of a {rows} x {columns} matrix; "
-                f"use at most {min(rows, columns)}, and less than {max(rows * columns // max(rows + columns, 1), 1)} to win bytes"
+                f"{path}: rank {self.rank} is above the limit {min(rows, columns)} of a {rows} x {columns} matrix; use "
+                f"at most that, and less than {rows * columns / max(rows + columns, 1):.4g} to win bytes"
             )
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> LowRank:
         """The node for one array."""
         self.check(context.path, w.shape, w.dtype)
         matrix = w.reshape(_matrix_shape(w.shape))
-        rank = self.rank if self.rank is not None else _rank_for(matrix, self.energy, context.path)
+        rank = _rank_for(matrix, self.energy, context.path) if self.energy is not None else self.rank
+        assert rank is not None
         u, v = _sketched(matrix, rank, context.key) if self.randomized else truncated_svd(matrix, rank)
         return LowRank(u.reshape(*w.shape[:-1], rank), v)
 
@@ -89,7 +90,7 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, shape[-1]
 
 
-def _rank_for(matrix: jax.Array, energy: float | None, path: str) -> int:
+def _rank_for(matrix: jax.Array, energy: float, path: str) -> int:
     if not core.is_concrete(matrix):
         raise ValueError(
             f"{path}: SVD(energy={energy}) chooses its rank by the values, so it works outside jit only; give a rank"

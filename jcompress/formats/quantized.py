@@ -84,7 +84,7 @@ def pool(x: jax.Array, axes: tuple[int, ...], group_size: int | None, combine: A
       combine: ``jnp.add``, ``jnp.maximum`` or ``jnp.minimum``.
       start: its identity.
     """
-    reduce = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}[combine]
+    reduce: Any = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}[combine]
     if group_size is None:
         return reduce(x, axis=axes, keepdims=True, initial=start)
     *lead, rows, columns = x.shape

@@ -22,11 +22,16 @@ class Selection(Protocol):
     """What every method that chooses a mask by scores has: these three hyperparameters."""
 
     @property
-    def sparsity(self) -> Any: ...
+    def sparsity(self) -> Any:
+        """The fraction of zeros."""
+
     @property
-    def scope(self) -> Scope: ...
+    def scope(self) -> Scope:
+        """For each leaf, or for all together."""
+
     @property
-    def pattern(self) -> NM | None: ...
+    def pattern(self) -> NM | None:
+        """What the mask must follow."""
 
 
 def validate(method: Selection) -> None:
@@ -41,14 +46,14 @@ def validate(method: Selection) -> None:
     check_sparsity(name, method.sparsity)
     if method.pattern is not None and abs(float(method.sparsity) - method.pattern.sparsity) > 1e-6:
         raise ValueError(
-            f"{name}: sparsity={method.sparsity} disagrees with {method.pattern}, which fixes it at {method.pattern.sparsity:g}; "
-            "leave sparsity out"
+            f"{name}: sparsity={method.sparsity} disagrees with {method.pattern}, which fixes it at "
+            f"{method.pattern.sparsity:g}; leave sparsity out"
         )
 
 
 def check_sparsity(name: str, sparsity: Any) -> None:
     """Raise for a sparsity outside [0, 1]."""
-    if not np.all((0 <= np.asarray(sparsity)) & (np.asarray(sparsity) <= 1)):
+    if not np.all((np.asarray(sparsity) >= 0) & (np.asarray(sparsity) <= 1)):
         raise ValueError(f"{name}: sparsity={sparsity} is outside [0, 1]; it is the fraction of zeros")
 
 

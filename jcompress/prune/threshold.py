@@ -24,6 +24,7 @@ class Count(NamedTuple):
 
     @classmethod
     def of(cls, value: int | jax.Array) -> Count:
+        """The count of an integer, or of a uint32 scalar."""
         if isinstance(value, int):
             return cls(jnp.uint32(value >> 16), jnp.uint32(value & 0xFFFF))
         value = value.astype(jnp.uint32)
@@ -31,14 +32,17 @@ class Count(NamedTuple):
 
     @classmethod
     def total(cls, counts: Sequence[jax.Array]) -> Count:
+        """The sum of many uint32 counts."""
         low = sum(((c & 0xFFFF) for c in counts), jnp.uint32(0))
         high = sum(((c >> 16) for c in counts), jnp.uint32(0))
         return cls(high + (low >> 16), low & 0xFFFF)
 
     def reaches(self, other: Count) -> jax.Array:
+        """``self >= other``."""
         return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
 
     def equals(self, other: Count) -> jax.Array:
+        """``self == other``."""
         return (self.high == other.high) & (self.low == other.low)
 
     def minus(self, other: Count) -> jax.Array:
@@ -244,15 +248,11 @@ def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:
     """The first ``count`` of the flags that are set, and how many of the count are left over."""
     if flags.size == 0:
         return flags, count
-    rank = jnp.full(flags.shape, flags.size, jnp.uint32)  # rank falls from size to 1 in C order
-    stride = 1
-    for axis in reversed(range(flags.ndim)):
-        rank = rank - lax.broadcasted_iota(jnp.uint32, flags.shape, axis) * jnp.uint32(stride)
-        stride *= flags.shape[axis]
 
     def reaching(probes: list[jax.Array]) -> list[Count]:
-        held_flags, *held = lax.optimization_barrier((flags, *probes))
-        columns = [(held_flags & (rank >= probe)).astype(jnp.uint32) for probe in held]
+        held_flags, rank, *held = lax.optimization_barrier((flags, jnp.uint32(flags.size), *probes))
+        reached = [held_flags & (_falling_rank(flags.shape, rank) >= probe) for probe in held]
+        columns = [x.astype(jnp.uint32) for x in reached]
         return [Count.of(c) for c in _reduce(columns, [jnp.uint32(0)] * len(held), [lax.add] * len(held))]
 
     (found,) = reaching([jnp.uint32(0)])
@@ -260,8 +260,18 @@ def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:
     none = wanted.equals(Count.of(0))
     end = jnp.uint32(flags.size)
     start = _Search(
-        low=jnp.where(none, end, jnp.uint32(1)), low_count=_pick(none, wanted, found), high=end + 1, high_count=Count.of(0),
-        margin=jnp.float32(0.1), stalled=jnp.array(False), reads=jnp.int32(0),
+        low=jnp.where(none, end, jnp.uint32(1)), low_count=_pick(none, wanted, found),
+        high=end + 1, high_count=Count.of(0), margin=jnp.float32(0.1), stalled=jnp.array(False), reads=jnp.int32(0),
     )  # fmt: skip
     cut = _search(reaching, start, wanted)
+    rank = _falling_rank(flags.shape, jnp.uint32(flags.size))
     return flags & (rank >= cut.low) & ~none, count.left_after(wanted)
+
+
+def _falling_rank(shape: tuple[int, ...], first: jax.Array) -> jax.Array:
+    """``first`` at the first entry, one less at each next in C order."""
+    rank, stride = jnp.broadcast_to(first, shape), 1
+    for axis in reversed(range(len(shape))):
+        rank = rank - lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        stride *= shape[axis]
+    return rank

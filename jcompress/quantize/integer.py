@@ -74,16 +74,19 @@ class Int:
         if self.group_size is not None:
             if len(shape) < 2:
                 raise ValueError(
-                    f"{path}: group_size {self.group_size} needs axis -2, found shape {shape}; quantize it without groups or keep it dense"
+                    f"{path}: group_size {self.group_size} needs axis -2, found shape {shape}; quantize it without groups, "
+                    "or keep it dense"
                 )
             if shape[-2] % self.group_size and not self.pad:
                 divisor = max(d for d in range(1, self.group_size + 1) if shape[-2] % d == 0) if shape[-2] else 1
                 raise ValueError(
-                    f"{path}: group_size {self.group_size} does not divide axis -2 of length {shape[-2]}; use {divisor}, or pad=True"
+                    f"{path}: group_size {self.group_size} does not divide axis -2 of length {shape[-2]}; "
+                    f"use {divisor}, or pad=True"
                 )
         elif self.axis is not None and len(shape) > 1 and not -len(shape) <= self.axis < len(shape):
             raise ValueError(
-                f"{path}: axis {self.axis} is out of range for shape {shape}; use an axis from {-len(shape)} to {len(shape) - 1}"
+                f"{path}: axis {self.axis} is out of range for shape {shape}; "
+                f"use an axis from {-len(shape)} to {len(shape) - 1}"
             )
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:

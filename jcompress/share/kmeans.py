@@ -97,7 +97,7 @@ class KMeans:
     def _optimum(self, xs: list[jax.Array], wheres: list[jax.Array | None], path: str) -> jax.Array:
         if not all(core.is_concrete(x) for x in xs):
             raise ValueError(
-                f"{path}: KMeans(exact=True) reads the values on the host, so it works outside jit only; use exact=False"
+                f"{path}: KMeans(exact=True) reads the values, so it works outside jit only; use exact=False"
             )
         kept = [
             np.asarray(x) if where is None else np.asarray(x)[np.asarray(where)]

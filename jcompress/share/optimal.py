@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+
+Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def optimal_codebook(values: np.ndarray, clusters: int) -> np.ndarray:
@@ -38,12 +42,12 @@ def optimal_codebook(values: np.ndarray, clusters: int) -> np.ndarray:
     edges = [n]
     for cut in reversed(cuts):
         edges.append(int(cut[edges[-1]]))
-    edges = np.array([*edges, 0][::-1])
-    means = (sums[1][edges[1:]] - sums[1][edges[:-1]]) / (sums[0][edges[1:]] - sums[0][edges[:-1]])
+    bounds = np.array([*edges, 0][::-1])
+    means = np.diff(sums[1][bounds]) / np.diff(sums[0][bounds])
     return (means + (points - shifted)[0]).astype(np.float32)
 
 
-def _next_row(best: np.ndarray, cost, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:  # noqa: ANN001
+def _next_row(best: np.ndarray, cost: Cost, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """``D_k`` and its cuts from ``D_{k-1}``: all midpoints of one depth of the recursion at a time."""
     row, cut = np.full(n + 1, np.inf), np.zeros(n + 1, np.int64)
     low, high = np.array([k]), np.array([n])
@@ -60,7 +64,9 @@ def _next_row(best: np.ndarray, cost, n: int, k: int) -> tuple[np.ndarray, np.nd
     return row, cut
 
 
-def _segment_argmin(best, cost, starts, ends, middle):  # noqa: ANN001, ANN202
+def _segment_argmin(
+    best: np.ndarray, cost: Cost, starts: np.ndarray, ends: np.ndarray, middle: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """For each segment of candidate cuts ``starts..ends``, the cut of least cost for the point ``middle``."""
     lengths = ends - starts + 1
     offsets = np.cumsum(lengths) - lengths
