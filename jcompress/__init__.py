@@ -1,9 +1,10 @@
 """Compression of neural networks as pure transformations on parameter pytrees."""
 
-from jcompress import distill, factorize, formats, prune, quantize, share
+from jcompress import distill, factorize, formats, measure, prune, quantize, share
 from jcompress.apply import ProjectState, compress, project, simulate, straight_through
 from jcompress.combine import chain, residual, stacked
 from jcompress.core import Compressed, Context, Method, finalize, materialize, merge, nbits, split
+from jcompress.measure import report
 from jcompress.rules import Plan, paths, plan
 from jcompress.version import __version__
 
@@ -21,6 +22,7 @@ __all__ = [
     "finalize",
     "formats",
     "materialize",
+    "measure",
     "merge",
     "nbits",
     "paths",
@@ -28,6 +30,7 @@ __all__ = [
     "project",
     "prune",
     "quantize",
+    "report",
     "residual",
     "share",
     "simulate",

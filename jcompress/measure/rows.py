@@ -1,0 +1,170 @@
+"""One parameter after compression: what it costs, by kind, and what it lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core
+from jcompress.core import Compressed
+from jcompress.measure.ratios import compression_ratio
+
+_KINDS = {"mask": "index", "codebook": "codebook", "scale": "scale", "zero": "scale"}
+"""What the arrays under a field are for; those under any other field are values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter, or all of them together.
+
+    All sizes are in bytes, as floats: exact, in steps of an eighth, since codes are packed to the bit.
+
+    Attributes:
+      path: where the parameter is, or ``"total"``.
+      shape: of the dense array; empty for the total.
+      dtype: of the dense array before; empty for the total.
+      method: what the plan names, or the nest of formats, such as ``Masked(Codebook)``; ``"dense"`` for an array.
+      size: the number of weights.
+      density: the part of them that is not zero; 1 if there are none.
+      bits_per_weight: stored bits / size, everything included; 0 if there are no weights.
+      stored_bytes: what is saved, the sum of the next four.
+      value_bytes: kept values, codes, factors and assignments.
+      index_bytes: masks as coded: which entries are kept.
+      codebook_bytes: tables of shared values.
+      scale_bytes: scales and zero points.
+      dense_bytes: what the dense array took.
+      ratio: ``dense_bytes / stored_bytes``.
+      relative_error: ``||w - w'|| / ||w||``, Frobenius norms; 0 if both are zero. The total's is over all
+        floating-point parameters as one vector.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    method: str
+    size: int
+    density: float
+    bits_per_weight: float
+    stored_bytes: float
+    value_bytes: float
+    index_bytes: float
+    codebook_bytes: float
+    scale_bytes: float
+    dense_bytes: float
+    ratio: float
+    relative_error: float
+
+
+class _Norms(NamedTuple):
+    """Sums over one parameter; the squares are of entries divided by ``unit``, so that they cannot overflow."""
+
+    nonzeros: Any
+    unit: Any
+    square: Any
+    error: Any
+
+
+class Measured(NamedTuple):
+    """What rows and the total are made of. ``bits`` is by kind."""
+
+    size: int
+    nonzeros: int
+    bits: Mapping[str, int]
+    dense_bits: int
+    square: float
+    error: float
+    counted: bool
+
+
+def measure(w: Any, leaf: Any) -> Measured:
+    norms = jax.device_get(_norms(w, leaf))
+    unit, counted = float(norms.unit) ** 2, jnp.issubdtype(w.dtype, jnp.inexact)
+    return Measured(
+        size=math.prod(w.shape),
+        nonzeros=int(norms.nonzeros),
+        bits=_bits(leaf),
+        dense_bits=core.leaf_nbits(w),
+        square=unit * float(norms.square),
+        error=unit * float(norms.error),
+        counted=bool(counted),
+    )
+
+
+@jax.jit
+def _norms(w: Any, leaf: Any) -> _Norms:
+    value = core.dense(leaf)
+    wide = jnp.promote_types(jnp.promote_types(w.dtype, value.dtype), jnp.float32)
+    x, y = w.astype(wide), value.astype(wide)
+    largest = jnp.maximum(jnp.max(jnp.abs(x), initial=0), jnp.max(jnp.abs(y), initial=0))
+    unit = jnp.where(largest > 0, largest, 1)
+    return _Norms(
+        nonzeros=jnp.sum(value != 0, dtype=jnp.uint32),
+        unit=unit,
+        square=jnp.sum(jnp.abs(x / unit) ** 2),
+        error=jnp.sum(jnp.abs(x / unit - y / unit) ** 2),
+    )
+
+
+def _bits(leaf: Any) -> dict[str, int]:
+    """Stored bits by kind."""
+    bits = dict.fromkeys(("value", "index", "codebook", "scale"), 0)
+    if not core.is_node(leaf):
+        return bits | {"value": core.leaf_nbits(leaf)}
+    for part in core.parts(leaf):
+        bits[_kind(part.name)] += part.nbits
+    return bits
+
+
+def _kind(name: str) -> str:
+    """The outermost field of known kind decides: a codebook's own scales are part of what the codebook costs."""
+    return next((_KINDS[field] for field in name.split("/") if field in _KINDS), "value")
+
+
+def formats_of(leaf: Any) -> str:
+    """The formats of a node, nested ones in parentheses."""
+    if not core.is_node(leaf):
+        return "dense"
+    inner = [formats_of(x) for x in _children(leaf)]
+    return f"{type(leaf).__name__}({', '.join(inner)})" if inner else type(leaf).__name__
+
+
+def _children(node: Compressed) -> list[Any]:
+    fields = dataclasses.fields(node)  # type: ignore[arg-type]  # every format is a dataclass
+    values = [getattr(node, f.name) for f in fields if not f.metadata.get("static")]
+    return [x for x in jax.tree.leaves(values, is_leaf=core.is_node) if core.is_node(x)]
+
+
+def make_row(path: str, shape: tuple[int, ...], dtype: str, method: str, measured: Iterable[Measured]) -> Row:
+    """The row of one parameter, or of many together."""
+    measured = list(measured)
+    size, nonzeros = sum(m.size for m in measured), sum(m.nonzeros for m in measured)
+    kinds = {
+        f"{kind}_bytes": sum(m.bits[kind] for m in measured) / 8 for kind in ("value", "index", "codebook", "scale")
+    }
+    stored, before = sum(kinds.values()), sum(m.dense_bits for m in measured) / 8
+    counted = measured if len(measured) == 1 else [m for m in measured if m.counted]
+    return Row(
+        path=path,
+        shape=tuple(shape),
+        dtype=dtype,
+        method=method,
+        size=size,
+        density=nonzeros / size if size else 1.0,
+        bits_per_weight=8 * stored / size if size else 0.0,
+        stored_bytes=stored,
+        **kinds,
+        dense_bytes=before,
+        ratio=compression_ratio(before, stored),
+        relative_error=_relative(sum(m.error for m in counted), sum(m.square for m in counted)),
+    )
+
+
+def _relative(error: float, square: float) -> float:
+    if square == 0:
+        return 0.0 if error == 0 else math.inf if error > 0 else math.nan
+    return math.sqrt(error / square)
