@@ -63,12 +63,14 @@ def ordered_bits(x: jax.Array) -> jax.Array:
     As wide as ``x``, in uint32 at least; the largest integer of that width is left free.
     """
     width = 8 * x.dtype.itemsize
-    unsigned, largest = jnp.dtype(f"uint{width}"), (1 << width) - 1
-    sign = jnp.array(1 << (width - 1), unsigned)
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros_like(x), x), unsigned)
-    bits = jnp.where(bits >= sign, ~bits, bits | sign)
-    bits = jnp.where(jnp.isnan(x), jnp.array(largest - 1, unsigned), bits)
-    return bits.astype(jnp.promote_types(unsigned, jnp.uint32))
+    unsigned = jnp.dtype(f"uint{width}")
+    sign, nan = (jnp.array(k, unsigned) for k in (1 << (width - 1), (1 << width) - 2))
+    # Integers, not floats: to compare 16-bit floats a CPU would widen them, and keep the wide copy.
+    bits = lax.bitcast_convert_type(x, unsigned)
+    magnitude = bits & ~sign
+    ordered = jnp.where((bits >= sign) & (magnitude > 0), ~bits, magnitude | sign)
+    ordered = jnp.where(jnp.isnan(x), nan, ordered)
+    return ordered.astype(jnp.promote_types(unsigned, jnp.uint32))
 
 
 def _reduce(operands: Sequence[jax.Array], start: Sequence[jax.Array], combine: Sequence[Callable]) -> list[jax.Array]:
@@ -250,21 +252,22 @@ def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:
         return flags, count
 
     def reaching(probes: list[jax.Array]) -> list[Count]:
-        held_flags, rank, *held = lax.optimization_barrier((flags, jnp.uint32(flags.size), *probes))
+        held_flags, rank, *held = lax.optimization_barrier((flags, size, *probes))
         reached = [held_flags & (_falling_rank(flags.shape, rank) >= probe) for probe in held]
-        columns = [x.astype(jnp.uint32) for x in reached]
-        return [Count.of(c) for c in _reduce(columns, [jnp.uint32(0)] * len(held), [lax.add] * len(held))]
+        return [Count.of(c) for c in _reduce([x.astype(jnp.uint32) for x in reached], [zero] * 3, [lax.add] * 3)]
 
-    (found,) = reaching([jnp.uint32(0)])
+    size, zero = jnp.uint32(flags.size), jnp.uint32(0)
+    rank = _falling_rank(flags.shape, size)
+    ends = [flags.astype(jnp.uint32), jnp.where(flags, rank, zero), jnp.where(flags, rank, size)]
+    total, first, last = _reduce(ends, [zero, zero, size], [lax.add, lax.max, lax.min])
+    found = Count.of(total)
     wanted = _pick(found.reaches(count), count, found)
     none = wanted.equals(Count.of(0))
-    end = jnp.uint32(flags.size)
     start = _Search(
-        low=jnp.where(none, end, jnp.uint32(1)), low_count=_pick(none, wanted, found),
-        high=end + 1, high_count=Count.of(0), margin=jnp.float32(0.1), stalled=jnp.array(False), reads=jnp.int32(0),
+        low=jnp.where(none, first, last), low_count=_pick(none, wanted, found), high=first + 1, high_count=Count.of(0),
+        margin=jnp.float32(0.1), stalled=jnp.array(False), reads=jnp.int32(0),
     )  # fmt: skip
     cut = _search(reaching, start, wanted)
-    rank = _falling_rank(flags.shape, jnp.uint32(flags.size))
     return flags & (rank >= cut.low) & ~none, count.left_after(wanted)
 
 
