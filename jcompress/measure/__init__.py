@@ -1,13 +1,21 @@
 """What compression did: the report, simple ratios, latency, and the picture of accuracy against bytes."""
 
+from jcompress.measure.front import Point, non_dominated
+from jcompress.measure.picture import pareto
 from jcompress.measure.ratios import compression_ratio, space_saving, sparsity
 from jcompress.measure.rows import Row
 from jcompress.measure.table import Report, report
+from jcompress.measure.timing import Latency, latency
 
 __all__ = [
+    "Latency",
+    "Point",
     "Report",
     "Row",
     "compression_ratio",
+    "latency",
+    "non_dominated",
+    "pareto",
     "report",
     "space_saving",
     "sparsity",

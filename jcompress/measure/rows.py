@@ -82,6 +82,7 @@ class Measured(NamedTuple):
 
 
 def measure(w: Any, leaf: Any) -> Measured:
+    """Compare one dense array with the node or array that stands for it."""
     norms = jax.device_get(_norms(w, leaf))
     unit, counted = float(norms.unit) ** 2, jnp.issubdtype(w.dtype, jnp.inexact)
     return Measured(
@@ -98,7 +99,8 @@ def measure(w: Any, leaf: Any) -> Measured:
 @jax.jit
 def _norms(w: Any, leaf: Any) -> _Norms:
     value = core.dense(leaf)
-    wide = jnp.promote_types(jnp.promote_types(w.dtype, value.dtype), jnp.float32)
+    # By hand, since 8-bit floats refuse promotion.
+    wide = jnp.result_type(complex if jnp.iscomplexobj(w) or jnp.iscomplexobj(value) else float)
     x, y = w.astype(wide), value.astype(wide)
     largest = jnp.maximum(jnp.max(jnp.abs(x), initial=0), jnp.max(jnp.abs(y), initial=0))
     unit = jnp.where(largest > 0, largest, 1)

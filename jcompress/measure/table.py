@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.measure.rows import Row, formats_of, make_row, measure
+from jcompress.measure.units import in_bytes
 
 
 def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None) -> Report:
@@ -43,8 +43,8 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None)
       >>> print(jc.report(params, jc.compress(params, plan), plan))
       path    shape  density  bits/w  stored  index  ratio  error  method
       bias    4           0%   32.00    16 B      -   1.0x      0  dense
-      kernel  16x4       25%    8.25    66 B    2 B   3.9x  0.647  Magnitude(sparsity=0.75)
-      total   68       23.5%    9.65    82 B    2 B   3.3x  0.647
+      kernel  16x4       25%    8.17    66 B    2 B   3.9x  0.647  Magnitude(sparsity=0.75)
+      total   68       23.5%    9.57    82 B    2 B   3.3x  0.647
     """
     pairs = _matched(before, after)
     if plan is not None:
@@ -125,9 +125,8 @@ class Report:
 
     def __repr__(self) -> str:
         t = self.total
-        return (
-            f"Report({len(self.rows)} parameters, {_size(t.stored_bytes)} of {_size(t.dense_bytes)}, {_ratio(t.ratio)})"
-        )
+        sizes = f"{in_bytes(t.stored_bytes)} of {in_bytes(t.dense_bytes)}"
+        return f"Report({len(self.rows)} parameters, {sizes}, {_ratio(t.ratio)})"
 
     def __str__(self) -> str:
         table = self._cells()
@@ -165,20 +164,12 @@ def _row_cells(row: Row, kinds: list[str]) -> list[str]:
         str(row.size) if is_total else "x".join(map(str, row.shape)) or "scalar",
         f"{100 * row.density:.3g}%",
         f"{row.bits_per_weight:.2f}",
-        _size(row.stored_bytes),
-        *(_size(cost) if cost else "-" for cost in (getattr(row, f"{kind}_bytes") for kind in kinds)),
+        in_bytes(row.stored_bytes),
+        *(in_bytes(cost) if cost else "-" for cost in (getattr(row, f"{kind}_bytes") for kind in kinds)),
         _ratio(row.ratio),
         f"{row.relative_error:.3g}",
         row.method,
     ]
-
-
-def _size(count: float) -> str:
-    """Bytes in decimal units; below 1000, whole bytes, rounded up."""
-    if count < 1000:
-        return f"{math.ceil(count)} B"
-    power = next((i for i in (1, 2, 3) if count < 999.95 * 1000**i), 4)
-    return f"{count / 1000**power:.1f} {' kMGT'[power]}B"
 
 
 def _ratio(ratio: float) -> str:
