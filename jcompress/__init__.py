@@ -1,9 +1,10 @@
 """Compression of neural networks as pure transformations on parameter pytrees."""
 
-from jcompress import distill, factorize, formats, measure, prune, quantize, share
+from jcompress import distill, factorize, formats, io, measure, prune, quantize, share
 from jcompress.apply import ProjectState, compress, project, simulate, straight_through
 from jcompress.combine import chain, residual, stacked
 from jcompress.core import Compressed, Context, Method, finalize, materialize, merge, nbits, split
+from jcompress.io import load, save
 from jcompress.measure import report
 from jcompress.rules import Plan, paths, plan
 from jcompress.version import __version__
@@ -21,6 +22,8 @@ __all__ = [
     "factorize",
     "finalize",
     "formats",
+    "io",
+    "load",
     "materialize",
     "measure",
     "merge",
@@ -32,6 +35,7 @@ __all__ = [
     "quantize",
     "report",
     "residual",
+    "save",
     "share",
     "simulate",
     "split",

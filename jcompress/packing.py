@@ -40,6 +40,8 @@ class BitWriter:
     def write(self, values: np.ndarray, width: int) -> None:
         """Append the ``width`` lowest bits of every element, in C order."""
         flat = _unsigned(np.asarray(values).reshape(-1))
+        if not 0 <= width <= 8 * flat.dtype.itemsize:
+            raise ValueError(f"found width {width}, expected 0 to {8 * flat.dtype.itemsize} bits for {flat.dtype}")
         self.nbits += flat.size * width
         if self._rest.size == 0 and width == 8 * flat.dtype.itemsize:
             self._pieces.append(flat.astype(flat.dtype.newbyteorder("<"), copy=False).tobytes())
@@ -61,6 +63,11 @@ class BitReader:
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = np.frombuffer(data, np.uint8)
         self._at = 0
+
+    @property
+    def nbits(self) -> int:
+        """The bits read so far."""
+        return self._at
 
     def read(self, count: int, width: int, dtype: np.dtype) -> np.ndarray:
         """``count`` elements of ``width`` bits; narrow signed integers get their sign back."""
