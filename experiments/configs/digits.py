@@ -1,0 +1,101 @@
+"""scikit-learn's digits: 1,797 images of 8x8, embedded, so nothing is downloaded.
+
+Command: python -m experiments.compress
+
+@@
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+import jcompress as jc
+from experiments.stages import Stage
+
+KERNELS = ".*/kernel"
+SPARSITY = 0.9
+
+
+def int8(params: Any, steps: int) -> list[Stage]:
+    """8 bits, a scale for each output channel; the scales are fine-tuned."""
+    return [Stage([(KERNELS, jc.quantize.Int(bits=8))])]
+
+
+def int4(params: Any, steps: int) -> list[Stage]:
+    """4 bits, a scale for each output channel; the weights learn through the rounding (straight-through)."""
+    return [Stage([(KERNELS, jc.quantize.Int(bits=4, clip="mse"))], train="simulate")]
+
+
+def magnitude(params: Any, steps: int) -> list[Stage]:
+    """The smallest weights of all layers go at once; the others are fine-tuned."""
+    return [Stage([(KERNELS, jc.prune.Magnitude(sparsity=SPARSITY, scope="global"))])]
+
+
+def gradual(params: Any, steps: int) -> list[Stage]:
+    """The smallest weights go little by little, on a cubic ramp over the first two thirds."""
+    return [Stage([(KERNELS, jc.prune.Magnitude(sparsity=_ramp(SPARSITY, steps), scope="global"))], train="project")]
+
+
+def random(params: Any, steps: int) -> list[Stage]:
+    """The control: as many weights go, chosen at random."""
+    return [Stage([(KERNELS, jc.prune.Random(sparsity=SPARSITY, scope="global"))])]
+
+
+def svd(params: Any, steps: int) -> list[Stage]:
+    """Each kernel but the head as two factors with a third of its numbers; the factors are fine-tuned."""
+    rules = []
+    for path, kernel in jc.paths(params):
+        rows, columns = math.prod(kernel.shape[:-1]), kernel.shape[-1]
+        rank = rows * columns // (3 * (rows + columns))
+        if re.fullmatch("(?!head/)" + KERNELS, path) and rank:
+            rules.append((re.escape(path), jc.factorize.SVD(rank=rank)))
+    return [Stage(rules)]
+
+
+def kmeans(params: Any, steps: int) -> list[Stage]:
+    """Each kernel with 16 shared values, which are fine-tuned."""
+    return [Stage([(KERNELS, jc.share.KMeans(clusters=16))])]
+
+
+def deep_compression(params: Any, steps: int) -> list[Stage]:
+    """Gradual pruning, then k-means of what is left; the shared values and the biases are kept in 16 bits."""
+    sparsity = 0.95
+    half = jc.quantize.Float("float16")
+    ramp = jc.prune.Magnitude(sparsity=_ramp(sparsity, steps * 0.7), scope="global")
+    shared = jc.chain(jc.prune.Magnitude(sparsity=sparsity, scope="global"), jc.share.KMeans(clusters=16), half)
+    return [Stage([(KERNELS, ramp)], train="project", part=0.7), Stage([(KERNELS, shared), (".*", half)], part=0.3)]
+
+
+def _ramp(sparsity: float, steps: float) -> optax.Schedule:
+    return optax.polynomial_schedule(0.0, sparsity, power=3, transition_steps=max(int(steps * 2 / 3), 1))
+
+
+PLANS = {f.__name__: f for f in (int8, int4, magnitude, gradual, random, svd, kmeans, deep_compression)}
+
+
+def get_config() -> ConfigDict:
+    """Fork this file, or change a value with ``--config.<name>=<value>``."""
+    config = ConfigDict()
+    config.name = "digits"
+    config.data = "digits"
+    config.data_options = ConfigDict({"val": 0.2, "test": 0.2})
+    config.models = ("lenet_300_100", "cnn")
+    config.model_options = ConfigDict()  # {model: {field: value}}, see experiments/models.py
+    config.plans = ConfigDict(PLANS)
+    config.only = ""  # some of the plans, joined by commas; all of them by default
+    config.seeds = 3  # each with its own split, where the data has none, its own start and its own batches
+
+    config.epochs = 40.0
+    config.finetune_epochs = 30.0  # every plan, and the dense baseline, gets these once
+    config.batch_size = 64
+    config.learning_rate = 2e-3
+    config.finetune_learning_rate = 1e-3
+
+    config.latency_batch = 256
+    config.checkpoint_seconds = 60.0
+    return config
