@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -39,33 +40,36 @@ class Codebook(Compressed):
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         codebook = core.dense(self.codebook, key=key)
-        flat = self._flat(self.indices).astype(jnp.int32)
-        return jnp.take_along_axis(codebook, flat, axis=-1, mode="clip").reshape(self.indices.shape)
+        return jnp.take(codebook.reshape(-1), self._places(), mode="clip")
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Codebook:
         """Every shared value becomes the mean of its entries; one without entries becomes 0."""
-        weight = None if where is None else self._flat(jnp.broadcast_to(where, w.shape))
-        mean = cluster_means(self._flat(w), self._flat(self.indices), self.clusters, weight)
-        if core.is_node(self.codebook):
-            mean = self.codebook.project(mean)
-        return dataclasses.replace(self, codebook=mean)
+        layers = self.indices.shape[: self.indices.ndim - self.ndim]
+        total, count = cluster_totals(w, self._places(), math.prod(layers) * self.clusters, where)
+        mean = (
+            jnp.where(count > 0, total / jnp.maximum(count, 1.0), 0.0).reshape(*layers, self.clusters).astype(w.dtype)
+        )
+        return dataclasses.replace(self, codebook=self.codebook.project(mean) if core.is_node(self.codebook) else mean)
 
-    def _flat(self, x: jax.Array) -> jax.Array:
-        """One row a stacked layer."""
-        return x.reshape(*x.shape[: x.ndim - self.ndim], -1)
+    def _places(self) -> jax.Array:
+        """Indices into the codebooks of all stacked layers, laid end to end."""
+        layers = self.indices.shape[: self.indices.ndim - self.ndim]
+        first = self.clusters * jnp.arange(math.prod(layers), dtype=jnp.int32).reshape(*layers, *[1] * self.ndim)
+        return self.indices.astype(jnp.int32) + first if layers else self.indices.astype(jnp.int32)
 
     def widths(self) -> dict[str, int]:
         return {"indices": (self.clusters - 1).bit_length()}
 
 
-def cluster_means(w: jax.Array, indices: jax.Array, clusters: int, where: jax.Array | None = None) -> jax.Array:
-    """Means (..., clusters) of the entries of ``w`` (..., n) by their cluster."""
-    batch = w.shape[:-1]
-    x = w.reshape(-1, w.shape[-1]).astype(jnp.float32)
-    weight = jnp.ones_like(x) if where is None else where.reshape(x.shape).astype(jnp.float32)
-    x = jnp.where(weight > 0, x, 0.0)
-    place = indices.reshape(x.shape).astype(jnp.int32) + clusters * jnp.arange(x.shape[0])[:, None]
-    segments = clusters * x.shape[0]
-    total = jax.ops.segment_sum(x.reshape(-1), place.reshape(-1), segments)
-    count = jax.ops.segment_sum(weight.reshape(-1), place.reshape(-1), segments)
-    return jnp.where(count > 0, total / jnp.maximum(count, 1.0), 0.0).reshape(*batch, clusters).astype(w.dtype)
+def cluster_totals(
+    w: jax.Array, indices: jax.Array, clusters: int, where: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Sum and number (clusters,) of the entries of ``w`` by their cluster.
+
+    The array keeps its axes: flattened, it would be gathered where it is sharded along any axis but the first.
+    """
+    x = w.astype(jnp.float32)
+    weight = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(jnp.float32)
+    x = x if where is None else jnp.where(where, x, 0.0)
+    zeros = jnp.zeros(clusters, jnp.float32)
+    return zeros.at[indices].add(x, mode="drop"), zeros.at[indices].add(weight, mode="drop")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context
@@ -59,8 +60,13 @@ class Random:
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Masked]:
         """One node for each array of the rule."""
-        return select.fit(self, lambda w, c: jax.random.uniform(c.key, w.shape), arrays, contexts)
+        return select.fit(self, _uniform, arrays, contexts)
 
     def __call__(self, w: jax.Array, context: Context, /) -> Masked:
         """The node for one array; the context must hold a key."""
         return self.fit([w], [context])[0]
+
+
+def _uniform(w: jax.Array, context: Context) -> jax.Array:
+    """Uniform scores, sharded as ``w`` is."""
+    return jnp.zeros_like(w, jnp.float32) + jax.random.uniform(context.key, w.shape)

@@ -22,6 +22,14 @@ class _Grid(NamedTuple):
     zero: jax.Array | None
 
 
+class _Range(NamedTuple):
+    """Ends of a range and the squared error they lead to, in the shape of the scales."""
+
+    error: jax.Array
+    low: jax.Array | None
+    high: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Int:
     """Round to the nearest integer of a uniform grid (Jacob et al. 2018, arXiv:1712.05877).
@@ -115,61 +123,66 @@ class Int:
         if self.symmetric and self.bits == 1:
             total = pool(jnp.abs(x), axes, self.group_size, jnp.add, 0.0)
             counted = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(x.dtype)
-            return _Grid(_positive(total / jnp.maximum(pool(counted, axes, self.group_size, jnp.add, 0.0), 1.0)), None)
+            return _Grid(total / jnp.maximum(pool(counted, axes, self.group_size, jnp.add, 0.0), 1.0), None)
         high = pool(jnp.abs(x) if self.symmetric else x, axes, self.group_size, jnp.maximum, 0.0)
         low = None if self.symmetric else pool(x, axes, self.group_size, jnp.minimum, 0.0)
-        if self.clip == "minmax":
-            return self._grid_over(low, high, 1.0)
-        return self._grid_over(low, high, self._best_part(x, low, high, axes, where))
+        if self.clip == "mse":
+            low, high = self._best_range(x, low, high, axes, where)
+        return self._grid_over(low, high)
 
-    def _grid_over(self, low: jax.Array | None, high: jax.Array, part: Any) -> _Grid:
-        """The grid over ``part`` of the range; ``low`` is None on a symmetric grid."""
+    def _grid_over(self, low: jax.Array | None, high: jax.Array) -> _Grid:
+        """The grid from ``low`` to ``high``, or, where ``low`` is None, from ``-high`` to ``high``."""
         if low is None:
-            return _Grid(_positive(part * high / (2 ** (self.bits - 1) - 1)), None)
+            return _Grid(_positive(_over(high, 2 ** (self.bits - 1) - 1)), None)
         top = 2**self.bits - 1
-        scale = _positive(part * (high - low) / top)
-        return _Grid(scale, jnp.clip(jnp.round(-part * low / scale), 0, top))
+        scale = _positive(_over(high - low, top))
+        return _Grid(scale, jnp.clip(jnp.round(-low / scale), 0, top))
 
     def _codes(self, x: jax.Array, grid: _Grid, axes: tuple[int, ...]) -> jax.Array:
         """Codes as floats."""
-        scaled = x / spread(grid.scale, x, self.group_size)
         if self.symmetric and self.bits == 1:
-            return jnp.where(scaled < 0, -1.0, 0.0)
+            return jnp.where(x < 0, -1.0, 0.0)
+        scaled = x / spread(grid.scale, x, self.group_size)
         if grid.zero is None:
             most = 2 ** (self.bits - 1) - 1
             return jnp.clip(jnp.round(scaled), -most, most)
         return jnp.clip(jnp.round(scaled) + spread(grid.zero, x, self.group_size), 0, 2**self.bits - 1)
 
-    def _best_part(
+    def _best_range(
         self, x: jax.Array, low: jax.Array | None, high: jax.Array, axes: tuple[int, ...], where: jax.Array | None
-    ) -> jax.Array:
+    ) -> tuple[jax.Array | None, jax.Array]:
         """The part of the range with the least squared error, for each scale: a coarse search, then a fine one.
 
         Candidates are tried one after another, so memory does not grow with their number.
         """
 
-        def error(part: jax.Array) -> jax.Array:
-            grid = self._grid_over(low, high, part)
+        def error(low: jax.Array | None, high: jax.Array) -> jax.Array:
+            grid = self._grid_over(low, high)
             levels = self._codes(x, grid, axes)
             levels = levels if grid.zero is None else levels - spread(grid.zero, x, self.group_size)
             difference = x - spread(grid.scale, x, self.group_size) * levels
             difference = difference if where is None else jnp.where(where, difference, 0.0)
             return pool(difference**2, axes, self.group_size, jnp.add, 0.0)
 
-        def search(
-            best: tuple[jax.Array, jax.Array], centre: Any, step: float, count: int
-        ) -> tuple[jax.Array, jax.Array]:
-            def one(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                part = jnp.clip(centre - step * i.astype(jnp.float32), 0.01, 1.0)
-                found = error(part)
-                better = found < best[0]
-                return jnp.where(better, found, best[0]), jnp.where(better, part, best[1])
+        def search(best: _Range, parts: jax.Array) -> _Range:
+            centre = best
 
-            return jax.lax.fori_loop(0, count, one, best)
+            def one(i: jax.Array, best: _Range) -> _Range:
+                tried = [None if end is None else jnp.minimum(parts[i] * abs(end), abs(whole)) * jnp.sign(end)
+                         for end, whole in ((centre.low, low), (centre.high, high))]  # fmt: skip
+                found = _Range(error(*tried), *tried)
+                return jax.tree.map(lambda a, b: jnp.where(found.error < best.error, a, b), found, best)
 
-        whole = jnp.ones_like(high)
-        coarse = search((error(whole), whole), whole, 0.02, 48)
-        return search(coarse, coarse[1] + 0.02, 0.0025, 16)[1]
+            return jax.lax.fori_loop(0, parts.size, one, best)
+
+        coarse = search(_Range(error(low, high), low, high), jnp.linspace(0.04, 0.98, 48))
+        best = search(coarse, jnp.linspace(0.98, 1.02, 16))
+        return best.low, best.high
+
+
+def _over(x: jax.Array, n: int) -> jax.Array:
+    """``x / n`` as a product: XLA makes it one in some programs and not in others, which then differ in the last bit."""
+    return x * (1.0 / n)
 
 
 def _positive(scale: jax.Array) -> jax.Array:

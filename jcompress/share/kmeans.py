@@ -13,6 +13,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Codebook
+from jcompress.formats.codebook import cluster_totals
 from jcompress.share.optimal import optimal_codebook
 
 
@@ -65,9 +66,9 @@ class KMeans:
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Codebook]:
         """One node for each array of the rule."""
-        xs = [w.reshape(-1).astype(jnp.float32) for w in arrays]
+        xs = [w.astype(jnp.float32) for w in arrays]
         wheres = [
-            None if c.where is None else jnp.broadcast_to(c.where, w.shape).reshape(-1)
+            None if c.where is None else jnp.broadcast_to(c.where, w.shape)
             for w, c in zip(arrays, contexts, strict=True)
         ]
         if not sum(x.size for x in xs):
@@ -100,7 +101,7 @@ class KMeans:
                 f"{path}: KMeans(exact=True) reads the values, so it works outside jit only; use exact=False"
             )
         kept = [
-            np.asarray(x) if where is None else np.asarray(x)[np.asarray(where)]
+            np.ravel(x) if where is None else np.asarray(x)[np.asarray(where)]
             for x, where in zip(xs, wheres, strict=True)
         ]
         return jnp.asarray(optimal_codebook(np.concatenate(kept), self.clusters))
@@ -108,7 +109,10 @@ class KMeans:
     def _lloyd(self, xs: list[jax.Array], wheres: list[jax.Array | None]) -> jax.Array:
         def step(state: tuple) -> tuple:
             i, codebook, _ = state
-            totals = [_totals(x, where, codebook) for x, where in zip(xs, wheres, strict=True)]
+            totals = [
+                cluster_totals(x, _nearest(x, codebook), self.clusters, where)
+                for x, where in zip(xs, wheres, strict=True)
+            ]
             total, count = (sum(column) for column in zip(*totals, strict=True))
             means = jnp.where(count > 0, total / jnp.maximum(count, 1.0), codebook)
             return i + 1, jnp.sort(means), jnp.any(means != codebook)
@@ -136,11 +140,3 @@ def _nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
     """The index of the nearest value of a sorted codebook."""
     middles = (codebook[1:] + codebook[:-1]) / 2
     return jnp.searchsorted(middles, x, method="compare_all" if codebook.size <= 16 else "scan_unrolled")
-
-
-def _totals(x: jax.Array, where: jax.Array | None, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum and number of the weights nearest to each value."""
-    index, k = _nearest(x, codebook), codebook.size
-    weight = jnp.ones_like(x) if where is None else where.astype(x.dtype)
-    x = x if where is None else jnp.where(where, x, 0.0)
-    return jax.ops.segment_sum(x, index, k), jax.ops.segment_sum(weight, index, k)

@@ -1,0 +1,85 @@
+"""The conformance list: every method and, through what they give, every format. A new method adds its row here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jcompress as jc
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method and what the common properties must know about it.
+
+    Attributes:
+      name: the row's name.
+      method: what is tested.
+      shape: the array it is fitted to.
+      jit: whether it works under jit.
+      exact: whether jit, vmap and eager agree to the last bit, or to float tolerance.
+      stationary: whether ``project`` solves the least squares problem of the whole nest.
+      gathers: whether the mathematics moves parameters between devices.
+    """
+
+    name: str
+    method: Any
+    shape: tuple[int, ...] = (16, 8)
+    jit: bool = True
+    exact: bool = True
+    stationary: bool = True
+    gathers: bool = False
+
+
+M, Int, SVD, KMeans, Float = jc.prune.Magnitude, jc.quantize.Int, jc.factorize.SVD, jc.share.KMeans, jc.quantize.Float
+
+METHODS = [
+    Row("magnitude", M(sparsity=0.7)),
+    Row("magnitude-vector", M(sparsity=0.7), shape=(40,)),
+    Row("magnitude-global", M(sparsity=0.7, scope="global")),
+    Row("magnitude-none", M(sparsity=0.0)),
+    Row("magnitude-all", M(sparsity=1.0)),
+    Row("magnitude-2:4", M(pattern=jc.prune.NM(2, 4))),
+    Row("magnitude-1:8", M(pattern=jc.prune.NM(1, 8), sparsity=0.875), shape=(2, 16, 3)),
+    Row("random", jc.prune.Random(sparsity=0.7)),
+    Row("random-2:4", jc.prune.Random(pattern=jc.prune.NM(2, 4))),
+    Row("int8", Int(bits=8)),
+    Row("int8-tensor", Int(bits=8, axis=None)),
+    Row("int5-vector", Int(bits=5), shape=(40,)),
+    Row("int4-group", Int(bits=4, group_size=4)),
+    Row("int4-group-padded", Int(bits=4, group_size=5, pad=True)),
+    Row("int4-affine", Int(bits=4, symmetric=False)),
+    Row("int3-group-affine", Int(bits=3, symmetric=False, group_size=8)),
+    Row("int2-mse", Int(bits=2, clip="mse"), exact=False),
+    Row("int3-affine-mse", Int(bits=3, clip="mse", symmetric=False), exact=False),
+    Row("int1", Int(bits=1)),
+    Row("int1-affine", Int(bits=1, symmetric=False)),
+    Row("int8-convolution", Int(bits=8), shape=(3, 3, 4, 8)),
+    Row("bfloat16", Float("bfloat16")),
+    Row("float16", Float("float16")),
+    Row("svd", SVD(rank=3), exact=False, gathers=True),
+    Row("svd-convolution", SVD(rank=3), shape=(3, 3, 2, 8), exact=False, gathers=True),
+    Row("svd-energy", SVD(energy=0.9), jit=False, exact=False, gathers=True),
+    Row("svd-randomized", SVD(rank=3, randomized=True), exact=False, gathers=True),
+    Row("kmeans", KMeans(clusters=4), exact=False),
+    Row("kmeans-256", KMeans(clusters=256), exact=False),
+    Row("kmeans-global", KMeans(clusters=5, scope="global"), exact=False),
+    Row("kmeans-exact", KMeans(clusters=4, exact=True), jit=False, gathers=True),
+    Row("magnitude-int4", jc.chain(M(sparsity=0.7), Int(bits=4))),
+    Row("2:4-int4-group", jc.chain(M(pattern=jc.prune.NM(2, 4)), Int(bits=4, group_size=8))),
+    Row("magnitude-kmeans-bfloat16", jc.chain(M(sparsity=0.7), KMeans(clusters=4), Float()), exact=False, stationary=False),
+    Row("magnitude-bfloat16", jc.chain(M(sparsity=0.7), Float())),
+    Row("global-kmeans", jc.chain(M(sparsity=0.7, scope="global"), KMeans(clusters=4, scope="global")), exact=False),
+    Row("svd-int8", jc.chain(SVD(rank=3), Int(bits=8)), exact=False, stationary=False, gathers=True),
+    Row("int4-scales-bfloat16", jc.chain(Int(bits=4, group_size=4), Float()), stationary=False),
+    Row("outliers-int4", jc.residual(M(sparsity=0.95), Int(bits=4)), exact=False),
+    Row("int2-svd", jc.residual(Int(bits=2), SVD(rank=2)), exact=False, stationary=False, gathers=True),
+    Row("svd-sparse", jc.residual(SVD(rank=2), M(sparsity=0.9)), exact=False, stationary=False, gathers=True),
+    Row("stacked-magnitude", jc.stacked(M(sparsity=0.7)), shape=(3, 8, 4)),
+    Row("stacked-global", jc.stacked(M(sparsity=0.7, scope="global")), shape=(3, 8, 4)),
+    Row("stacked-int4", jc.stacked(Int(bits=4, axis=None)), shape=(3, 8, 4)),
+    Row("stacked-svd", jc.stacked(SVD(rank=2)), shape=(3, 8, 4), exact=False, gathers=True),
+    Row("stacked-kmeans", jc.stacked(KMeans(clusters=3)), shape=(3, 8, 4), exact=False),
+    Row("stacked-random", jc.stacked(jc.prune.Random(sparsity=0.5)), shape=(3, 8, 4)),
+    Row("stacked-chain", jc.stacked(jc.chain(M(sparsity=0.5), KMeans(clusters=3))), shape=(3, 8, 4), exact=False),
+]  # fmt: skip

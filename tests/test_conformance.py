@@ -1,0 +1,321 @@
+"""What every method and every format must pass."""
+
+import dataclasses
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rows import METHODS
+
+import jcompress as jc
+from jcompress import core
+
+KEY = jax.random.key(7)
+every_row = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+
+
+def jitted(rows):
+    return pytest.mark.parametrize("row", [r for r in rows if r.jit], ids=lambda row: row.name)
+
+
+def array(row, dtype=jnp.float32, seed=0, shape=None):
+    values = np.random.default_rng(seed).normal(size=shape or row.shape)
+    return jnp.asarray(values, dtype)
+
+
+def compress(method, w, **kwargs):
+    params = {"layer": {"kernel": w}}
+    plan = jc.plan(params, [(".*", method)])
+    return jc.compress(params, plan, key=KEY, **kwargs)["layer"]["kernel"]
+
+
+def fitted(row, w):
+    """The node, by one compilation where that is possible."""
+    return jax.jit(partial(compress, row.method))(w) if row.jit else compress(row.method, w)
+
+
+def assert_same(a, b, exact=True):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    if not exact:
+        a, b = jc.materialize(a), jc.materialize(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=0 if exact else 1e-5)
+
+
+def methods_in(x):
+    if dataclasses.is_dataclass(x):
+        yield type(x)
+        for field in dataclasses.fields(x):
+            yield from methods_in(getattr(x, field.name))
+    elif isinstance(x, tuple):
+        for y in x:
+            yield from methods_in(y)
+
+
+def formats_in(x):
+    if core.is_node(x):
+        yield type(x)
+        for field in dataclasses.fields(x):
+            yield from formats_in(getattr(x, field.name))
+    elif isinstance(x, tuple):
+        for y in x:
+            yield from formats_in(y)
+
+
+def test_every_public_method_and_format_has_its_row():
+    listed = {method for row in METHODS for method in methods_in(row.method)}
+    rooms = (jc.prune, jc.quantize, jc.factorize, jc.share)
+    public = {x for room in rooms for x in map(room.__dict__.get, room.__all__) if isinstance(x, type)}
+    assert {m for m in public if hasattr(m, "__call__") and m is not jc.prune.NM} <= listed
+    given = {f for row in METHODS for f in formats_in(compress(row.method, array(row)))}
+    assert given == set(map(jc.formats.__dict__.get, jc.formats.__all__))
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_shape_and_dtype_are_kept(row, dtype):
+    w = array(row, dtype)
+    dense = jc.materialize(fitted(row, w))
+    assert dense.shape == w.shape
+    assert dense.dtype == w.dtype
+    assert bool(jnp.isfinite(dense).all())
+
+
+@jitted(METHODS)
+def test_jit_equals_eager(row):
+    w = array(row)
+    assert_same(jax.jit(lambda w: compress(row.method, w))(w), compress(row.method, w), row.exact)
+
+
+@jitted(METHODS)
+def test_vmap_equals_a_loop(row):
+    ws = jnp.stack([array(row, seed=seed) for seed in range(3)])
+    together = jax.jit(jax.vmap(lambda w: jc.materialize(compress(row.method, w))))(ws)
+    alone = jnp.stack([jc.materialize(fitted(row, w)) for w in ws])
+    np.testing.assert_allclose(np.asarray(together), np.asarray(alone), atol=0 if row.exact else 1e-5)
+
+
+@jitted(METHODS)
+def test_a_slice_inside_scan_is_the_node_of_its_layer(row):
+    ws = jnp.stack([array(row, seed=seed) for seed in range(3)])
+    node = jax.jit(partial(compress, jc.stacked(row.method)))(ws)
+    _, inside = jax.lax.scan(lambda carry, layer: (carry, layer.materialize()), 0, node)
+    np.testing.assert_array_equal(np.asarray(inside), np.asarray(node.materialize()))
+    if not getattr(row.method, "needs", ()):
+        alone = jnp.stack([jc.materialize(fitted(row, w)) for w in ws])
+        np.testing.assert_allclose(np.asarray(inside), np.asarray(alone), atol=0 if row.exact else 1e-5)
+
+
+@jitted(METHODS)
+def test_abstract_evaluation_gives_the_same_structure(row):
+    w = array(row)
+    abstract = jax.eval_shape(lambda w: compress(row.method, w), jax.ShapeDtypeStruct(w.shape, w.dtype))
+    node = fitted(row, w)
+    assert jax.tree.structure(abstract) == jax.tree.structure(node)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(node)
+    ]
+
+
+@every_row
+def test_project_is_stationary_and_idempotent(row):
+    node, target = fitted(row, array(row)), array(row, seed=1)
+    projected = node.project(target)
+    assert jax.tree.structure(projected) == jax.tree.structure(node)
+    held = [jc.split(x)[1] for x in (node, projected)]
+    for x, y in zip(*map(jax.tree.leaves, held), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    if not row.stationary:
+        return
+    train, rest = jc.split(projected)
+    gradient = jax.grad(lambda t: ((target - jc.merge(t, rest).materialize()) ** 2).sum())(train)
+    narrow = any(x.dtype.itemsize < 4 for x in jax.tree.leaves(train))
+    for x in jax.tree.leaves(gradient):
+        np.testing.assert_allclose(np.asarray(x, np.float32), 0, atol=0.1 if narrow else 2e-3)
+    again = projected.project(projected.materialize())
+    np.testing.assert_allclose(np.asarray(again.materialize()), np.asarray(projected.materialize()), atol=1e-5)
+
+
+@jitted(METHODS)
+def test_project_needs_no_trainable_leaves(row):
+    node, target = fitted(row, array(row)), array(row, seed=1)
+    if not core_is_linear(node):
+        pytest.skip("projected at refits only")
+    assert_same(jc.split(node)[1].project(target), node.project(target))
+
+
+def core_is_linear(node):
+    return all(f.linear for f in formats_in(node))
+
+
+@jitted(METHODS)
+def test_a_traced_step_does_not_recompile(row):
+    at_step = jax.jit(lambda w, step: compress(row.method, w, step=step))
+    for step in range(3):
+        at_step(array(row), step)
+    assert at_step._cache_size() == 1
+
+
+@every_row
+def test_the_optimizer_transform_holds_the_parameters_on_the_set(row):
+    if not row.jit:
+        pytest.skip("outside jit only")
+    params = {"kernel": array(row), "bias": jnp.ones(4)}
+    plan = jc.plan(params, [("kernel", row.method)])
+    tx = optax.chain(optax.adam(0.1), jc.project(plan, every=2, key=KEY))
+    assert jax.tree.structure(jax.eval_shape(tx.init, params)) == jax.tree.structure(tx.init(params))
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(jnp.sin, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    assert step._cache_size() == 1
+    node = state[1].held["kernel"]
+    if core_is_linear(node):
+        again = node.project(params["kernel"]).materialize()
+        np.testing.assert_allclose(
+            np.asarray(again), np.asarray(params["kernel"]), atol=1e-2 if "float16" in row.name else 2e-5
+        )
+
+
+@every_row
+def test_simulate_sees_the_value_and_passes_the_gradient(row):
+    params = {"kernel": array(row)}
+    plan = jc.plan(params, [("kernel", row.method)])
+    value, pull = jax.vjp(lambda p: jc.simulate(p, plan, key=KEY), params) if row.jit else (None, None)
+    if not row.jit:
+        pytest.skip("outside jit only")
+    node = jc.compress(params, plan, key=KEY)
+    np.testing.assert_allclose(
+        np.asarray(value["kernel"]), np.asarray(node["kernel"].materialize()), atol=0 if row.exact else 1e-5
+    )
+    np.testing.assert_array_equal(np.asarray(pull(value)[0]["kernel"]), np.asarray(value["kernel"]))
+
+
+@every_row
+def test_split_and_merge_are_inverse_and_only_floats_train(row):
+    node = fitted(row, array(row))
+    train, held = jc.split(node)
+    assert_same(jc.merge(train, held), node)
+    assert all(jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 2 for x in jax.tree.leaves(train))
+    assert not any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(held))
+    gradient = jax.grad(lambda t: (jc.merge(t, held).materialize() ** 2).sum())(train)
+    dense = node.materialize()
+    if bool((dense != 0).any()):
+        assert any(bool((g != 0).any()) for g in jax.tree.leaves(gradient))
+
+
+@every_row
+def test_finalize_keeps_the_value(row):
+    node = fitted(row, array(row))
+    assert_same(jc.materialize(jc.finalize({"w": node})), jc.materialize({"w": node}))
+
+
+@every_row
+def test_saved_bytes_are_what_nbits_says_and_load_is_exact(row, tmp_path):
+    tree = {"layer": {"kernel": fitted(row, array(row))}, "bias": jnp.arange(3.0)}
+    jc.save(tmp_path / "model", tree)
+    payload = jc.io.inspect(tmp_path / "model")
+    size = (tmp_path / "model").stat().st_size
+    head = (tmp_path / "model").read_bytes().split(b"\n", 1)[0]
+    manifest_bytes = int(head.split()[2])
+    assert payload
+    assert size - len(head) - 1 - manifest_bytes == math.ceil(jc.nbits(tree) / 8)
+    loaded = jc.load(tmp_path / "model")
+    assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+    assert_same(jc.materialize(loaded), jc.materialize(tree))
+    assert jc.nbits(loaded) == jc.nbits(tree)
+
+
+@every_row
+def test_the_report_adds_up_to_nbits(row):
+    before = {"layer": {"kernel": array(row)}, "bias": jnp.arange(3.0)}
+    after = {"layer": {"kernel": fitted(row, array(row))}, "bias": jnp.arange(3.0)}
+    table = jc.report(before, after)
+    assert 8 * table.total.stored_bytes == jc.nbits(after)
+
+
+@every_row
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
+def test_constant_arrays(row, value):
+    w = jnp.full(row.shape, value)
+    dense = jc.materialize(fitted(row, w))
+    kept = np.asarray(dense)[np.asarray(dense) != 0]
+    np.testing.assert_allclose(kept, value, rtol=5e-3 if "bfloat16" in row.name else 1e-4)
+    if value == 0:
+        assert not bool((dense != 0).any())
+
+
+@jitted(METHODS)
+def test_empty_arrays(row):
+    if "svd" in row.name:
+        pytest.skip("a factorization of an empty matrix has no rank")
+    shape = (*row.shape[:-1], 0)
+    node = fitted(row, jnp.zeros(shape))
+    assert node.materialize().shape == shape
+    assert node.nbits() >= 0
+
+
+@every_row
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_by_name(row, bad):
+    w = array(row).at[(0,) * len(row.shape)].set(bad)
+    with pytest.raises(ValueError, match=r"layer/kernel: found 1 NaN or infinite"):
+        compress(row.method, w)
+
+
+@every_row
+def test_the_input_may_be_donated(row):
+    if not row.jit:
+        pytest.skip("outside jit only")
+    w, bias = array(row), jnp.ones(3)
+    tree = {"kernel": w, "bias": bias}
+    small = jc.compress(tree, jc.plan(tree, [("kernel", row.method)]), key=KEY)
+    w.delete()
+    bias.delete()
+    assert bool(jnp.isfinite(jc.materialize(small)["kernel"]).all())
+    assert small["bias"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("row", [r for r in METHODS if r.jit and not r.gathers], ids=lambda row: row.name)
+def test_sharding_is_kept_and_no_parameters_are_moved(row, axis_type):
+    """Collectives may carry scalars, scales and codebooks, never anything that grows with the parameters."""
+    if axis_type == AxisType.Explicit and not row.exact:
+        pytest.skip("k-means gathers by index, which explicit axes leave to the caller")
+    shape = (*row.shape[:-1], 64) if len(row.shape) > 1 else (512,)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
+    sharding = NamedSharding(mesh, P(*[None] * (len(shape) - 1), "model"))
+    w = array(row, shape=shape)
+    placed = jax.device_put(w, sharding)
+    with jax.sharding.use_mesh(mesh) if hasattr(jax.sharding, "use_mesh") else jax.set_mesh(mesh):
+        at_once = jax.jit(partial(compress, row.method))
+        lowered = at_once.lower(placed).compile()
+        node = at_once(placed)
+    assert_same(jax.device_get(node), jax.device_get(compress(row.method, w)), row.exact)
+    for name, size in collectives(lowered.as_text()):
+        assert size <= max(8 * 8, 2 * w.size // 8), f"{name} moves {size} elements"
+    dense = jax.jit(lambda n: n.materialize())(node)
+    assert dense.sharding.is_equivalent_to(sharding, w.ndim)
+
+
+def collectives(hlo):
+    """Name and number of elements of every collective in compiled HLO."""
+    pattern = r"= \(?([^=]*?)\)? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    for shapes, name in re.findall(pattern, hlo):
+        sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\[([\d,]*)\]", shapes)]
+        yield name, max(sizes)
