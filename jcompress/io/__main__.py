@@ -16,7 +16,8 @@ from jcompress.io.storage import inspect
 def rows(spec: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """The leaves of a manifest's tree, each with its description in one line."""
     if isinstance(spec, dict) and "$" not in spec:
-        ((kind, value),) = spec.items() if len(spec) == 1 else [("", None)]
+        first: tuple[str, Any] = next(iter(spec.items()), ("", None))
+        kind, value = first
         if kind == "$tuple":
             yield from rows(value, path)
         elif kind in ("$dict", "$namedtuple"):

@@ -238,13 +238,14 @@ def placeholder(spec: str) -> Part:
         raise StorageError(f"the manifest has {spec!r}, which describes no array")
     shape = _shape(match["shape"])
     if match["impl"]:
-        shape += _key_shape(match["impl"])
+        shape += key_shape(match["impl"])
     dtype = jnp.dtype("uint32" if match["impl"] else match["dtype"])
     code = None if match["code"] is None else _code(match["code"], shape)
     return Part(spec, np.broadcast_to(np.zeros((), dtype), shape), core.dtype_bits(dtype), code=code)
 
 
-def _key_shape(impl: str) -> tuple[int, ...]:
+def key_shape(impl: str) -> tuple[int, ...]:
+    """The trailing axes of the data of a PRNG key."""
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl))).shape
 
 

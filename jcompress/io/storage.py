@@ -99,9 +99,7 @@ def _dumps(value: Any) -> bytes:
     try:
         return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError) as error:
-        raise StorageError(
-            f"metadata: found what JSON cannot hold ({error}); convert it to numbers and texts"
-        ) from None
+        raise StorageError(f"metadata: JSON cannot hold it ({error}); convert it to numbers and texts") from None
 
 
 def _checksum(data: bytes | memoryview) -> str:
