@@ -1,0 +1,75 @@
+"""Notebooks show nodes and plans in a few lines."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jcompress as jc
+
+treescope = pytest.importorskip("treescope")
+
+METHODS = {
+    "masked": jc.prune.Magnitude(sparsity=0.5),
+    "quantized": jc.quantize.Int(bits=4, group_size=4, symmetric=False),
+    "low_rank": jc.factorize.SVD(rank=2),
+    "codebook": jc.share.KMeans(clusters=4),
+    "cast": jc.quantize.Float("bfloat16"),
+    "nest": jc.chain(jc.prune.Magnitude(sparsity=0.5), jc.share.KMeans(clusters=4), jc.quantize.Int(bits=8)),
+    "sum": jc.residual(jc.prune.Magnitude(sparsity=0.9), jc.quantize.Int(bits=2)),
+    "stacked": jc.stacked(jc.quantize.Int(bits=4)),
+}
+
+
+def _compressed():
+    params = {name: jax.random.normal(jax.random.key(0), (3, 16, 8)) for name in METHODS}
+    params |= {"dense": jnp.ones((2, 2)), "none": None}
+    plan = jc.plan(params, list(METHODS.items()))
+    return jc.compress(params, plan), plan
+
+
+def test_a_tree_shows_every_format_and_its_static_fields():
+    tree, _ = _compressed()
+    shown = treescope.render_to_text(tree)
+    for name in jc.formats.__all__:
+        assert f"{name}(" in shown
+    assert "bits=4" in shown
+    assert "group_size=4" in shown
+    assert "clusters=4" in shown
+
+
+def test_a_tree_shows_no_array_entry_by_entry():
+    w = jax.random.normal(jax.random.key(0), (200, 100))
+    node = jc.chain(jc.prune.Magnitude(sparsity=0.5), jc.quantize.Int(bits=4))(w)
+    assert len(treescope.render_to_text(node)) < 1_500
+
+
+def test_a_tree_has_html():
+    tree, _ = _compressed()
+    shown = treescope.render_to_html(tree)
+    assert "treescope" in shown
+
+
+def test_the_halves_of_a_split_can_be_shown():
+    tree, _ = _compressed()
+    train, held = jc.split(tree)
+    assert "codes=None" in treescope.render_to_text(train)
+    assert "scale=None" in treescope.render_to_text(held)
+
+
+def test_a_plan_can_be_shown():
+    _, plan = _compressed()
+    assert "leaves compressed" in treescope.render_to_text(plan)
+    assert "Magnitude" in treescope.render_to_text(dict(plan))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_repr_of_a_node_is_short(name):
+    tree, _ = _compressed()
+    assert len(repr(tree[name])) < 200
+    assert "\n" not in repr(tree[name])
+
+
+def test_repr_of_a_plan_and_its_methods_is_short():
+    _, plan = _compressed()
+    assert len(repr(plan)) < 60
+    assert all(len(repr(method)) < 120 and "\n" not in repr(method) for method in plan.values())
