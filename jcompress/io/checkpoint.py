@@ -105,7 +105,7 @@ class Checkpoints:
         """
         self.wait()
         step = self._step(step)
-        about = self._manager.restore(step, args=self._args.Composite(manifest=self._args.JsonRestore()))["manifest"]
+        about = self._about(step)
         leaves = _leaves(state_like)
         _compare(about, _describe(state_like, leaves), self._plan)
         templates = {name: _template(x, about["keys"].get(name)) for name, x in leaves.items() if _is_stored(x)}
@@ -113,6 +113,18 @@ class Checkpoints:
         arrays = self._manager.restore(step, args=args)["state"]
         values = [_restored(name, x, arrays, about) for name, x in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(state_like), values)
+
+    def _about(self, step: int) -> dict[str, Any]:
+        try:
+            about = self._manager.restore(step, args=self._args.Composite(manifest=self._args.JsonRestore()))[
+                "manifest"
+            ]
+        except (KeyError, ValueError, FileNotFoundError) as error:
+            raise StorageError(
+                f"{self._manager.directory}: step {step} has no manifest of jcompress, or a damaged one; "
+                "restore it with what wrote it, or choose another step"
+            ) from error
+        return about
 
     def _step(self, step: int | None) -> int:
         steps = sorted(self._manager.all_steps())
