@@ -108,9 +108,7 @@ def test_arrays_longer_than_a_chunk():
     values = np.random.default_rng(1).integers(0, 8, packing._CHUNK + 5).astype(np.uint8)
     writer = packing.BitWriter()
     writer.write(values, 3)
-    np.testing.assert_array_equal(
-        packing.BitReader(writer.getvalue()).read(values.size, 3, np.dtype(np.uint8)), values
-    )
+    np.testing.assert_array_equal(packing.BitReader(writer.getvalue()).read(values.size, 3, np.dtype(np.uint8)), values)
 
 
 def test_a_width_beyond_the_dtype_is_refused():
@@ -172,9 +170,7 @@ def check(mask):
 
 
 @quick
-@hypothesis.given(
-    hnp.arrays(np.bool_, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9)), st.booleans()
-)
+@hypothesis.given(hnp.arrays(np.bool_, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9)), st.booleans())
 def test_any_mask_comes_back_at_its_least_cost(mask, invert):
     check(~mask if invert else mask)
 
