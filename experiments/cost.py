@@ -40,8 +40,7 @@ def multiply_adds(model: nn.Module, params: PyTree, x: Any) -> tuple[float, dict
     with nn.intercept_methods(record):
         jax.eval_shape(lambda p, x: model.apply({"params": p}, x), params, x[:1])
     cost = jax.jit(lambda p, x: model.apply({"params": p}, x)).lower(params, x[:1]).cost_analysis()
-    cost = cost[0] if isinstance(cost, (list, tuple)) else cost
-    return max(cost["flops"] / 2, sum(found.values())), found
+    return max((cost or {}).get("flops", 0.0) / 2, sum(found.values())), found
 
 
 def compressed_multiply_adds(tree: PyTree, dense: tuple[float, dict[str, float]]) -> float:

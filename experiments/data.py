@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 NAMES = ("digits", "mnist", "text", "tfds:<name>")
+OPTIONS = ("val", "test", "length")
 
 
 class DataError(ValueError):
@@ -33,7 +34,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
-    def take(self, index: np.ndarray) -> Split:
+    def take(self, index: np.ndarray | slice) -> Split:
         return Split(self.x[index], self.y[index])
 
 
@@ -56,7 +57,7 @@ class Data:
         value = 0
         for split in (self.train, self.val, self.test):
             for array in (split.x, split.y):
-                value = zlib.crc32(np.ascontiguousarray(array), value)
+                value = zlib.crc32(array.tobytes(), value)
         return value
 
 
@@ -136,15 +137,15 @@ def _mnist(folder: Path, val: float) -> Data:
         return _split_off("MNIST", _mnist_pair(images, labels), _mnist_test(folder), val)
     whole = _mnist_test(folder)
     cut = len(whole) * 4 // 5
-    return _split_off(f"MNIST-{len(whole) // 1000}k", whole.take(np.s_[:cut]), whole.take(np.s_[cut:]), val)
+    return _split_off(f"MNIST-{len(whole) // 1000}k", whole.take(slice(cut)), whole.take(slice(cut, None)), val)
 
 
 def _mnist_test(folder: Path) -> Split:
     images, labels = _find(folder, "t10k-images"), _find(folder, "t10k-labels")
     if not images or not labels:
         raise DataError(
-            f"{folder}: found no MNIST files; expected t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, and for "
-            "the full data set train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz"
+            f"{folder}: found no MNIST files; expected t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, and "
+            "for the full data set train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz"
         )
     return _mnist_pair(images, labels)
 
@@ -185,7 +186,7 @@ def _split_off(name: str, train: Split, test: Split, val: float) -> Data:
     """The last ``val`` of the training split validates."""
     cut = len(train) - round(val * len(train))
     classes = int(max(train.y.max(), test.y.max())) + 1
-    return Data(name, "image", classes, train.take(np.s_[:cut]), train.take(np.s_[cut:]), test)
+    return Data(name, "image", classes, train.take(slice(cut)), train.take(slice(cut, None)), test)
 
 
 def _text(folder: Path, length: int, val: float) -> Data:
@@ -199,7 +200,7 @@ def _text(folder: Path, length: int, val: float) -> Data:
     if not len(train) or not len(test):
         raise DataError(f"{path}: {len(content)} bytes are too few for examples of {length}; use a longer text")
     keep = len(train) - round(val * len(train))
-    return Data(f"text ({path.name})", "text", 256, train.take(np.s_[:keep]), train.take(np.s_[keep:]), test)
+    return Data(f"text ({path.name})", "text", 256, train.take(slice(keep)), train.take(slice(keep, None)), test)
 
 
 def _windows(content: np.ndarray, length: int) -> Split:

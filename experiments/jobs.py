@@ -15,7 +15,7 @@ import jcompress as jc
 from experiments import cost, models, train
 from experiments.data import Data
 from experiments.runs import Signals
-from experiments.stages import Program, Stage
+from experiments.stages import PlanFunction, Program, Stage
 from jcompress import measure
 from jcompress.io import inspect, load, save
 
@@ -71,33 +71,35 @@ class Job:
       name: of the model.
       config: see ``experiments/configs``.
       data: for the shapes.
-      plans: the names of plans in ``config.plans``.
+      plans: functions as in ``config.plans``.
     """
 
-    def __init__(self, name: str, config: ConfigDict, data: Data, plans: Sequence[str]) -> None:
+    def __init__(self, name: str, config: ConfigDict, data: Data, plans: Sequence[PlanFunction]) -> None:
         self.name, self.config = name, config
+        models.check(name, data.kind)
         self.module = models.build(name, data.classes, config.model_options.get(name, {}))
         self.apply = models.apply(self.module)
         self.evaluate = train.make_evaluate(self.apply)
+        self._jitted = jax.jit(self.apply)
         example = data.test.x[:1]
         self.shapes = jax.eval_shape(self.module.init, jax.random.key(0), example)["params"]
         self.steps = train.steps_in(config.epochs, len(data.train), config.batch_size)
         self.extra = train.steps_in(config.finetune_epochs, len(data.train), config.batch_size)
-        plain = [Stage([])]
-        self.stages = {BASELINE: plain, **{plan: config.plans[plan](self.shapes, self.extra) for plan in plans}}
-        self.programs = {
-            plan: [
-                Program(stage, self.shapes, self.apply, self.extra, config.finetune_learning_rate) for stage in stages
-            ]
-            for plan, stages in self.stages.items()
-        }
-        self.stages[DENSE] = plain
-        self.programs[DENSE] = [Program(plain[0], self.shapes, self.apply, self.steps, config.learning_rate)]
+        self.stages = {plan.__name__: plan(self.shapes, self.extra) for plan in plans}
+        self.programs = {DENSE: [self._program(Stage([]), self.steps, config.learning_rate)]}
+        for plan, stages in {BASELINE: [Stage([])], **self.stages}.items():
+            try:
+                self.programs[plan] = [self._program(s, self.extra, config.finetune_learning_rate) for s in stages]
+            except ValueError as error:
+                raise ValueError(f"{name}, plan {plan}: {error}") from None
         self._dense_cost: tuple[float, dict[str, float]] | None = None
+
+    def _program(self, stage: Stage, steps: int, learning_rate: float) -> Program:
+        return Program(stage, self.shapes, self.apply, steps, learning_rate)
 
     def start(self, data: Data, seed: int) -> PyTree:
         """Fresh parameters."""
-        return models.init(self.module, data.train.x, jax.random.key(seed))
+        return models.init(self.module, jnp.asarray(data.train.x[:1]), jax.random.key(seed))
 
     def compress(self, plan: str, seed: int, dense: PyTree, data: Data, checkpoint: Checkpoint) -> PyTree:
         """Run all stages of one plan, from its checkpoint if it was interrupted.
@@ -140,7 +142,7 @@ class Job:
         if self._dense_cost is None:
             self._dense_cost = cost.multiply_adds(self.module, params, data.test.x)
         test = self.evaluate(params, data.test)
-        row = {
+        row: dict[str, Any] = {
             "accuracy": test.accuracy,
             "correct": test.correct,
             "total": test.total,
@@ -154,6 +156,6 @@ class Job:
             row["validation_accuracy"] = validation.accuracy
             row["validation_bits"] = validation.bits
         if plan in (DENSE, BASELINE):
-            found = measure.latency(jax.jit(self.apply), params, jnp.asarray(data.test.x[: self.config.latency_batch]))
+            found = measure.latency(self._jitted, params, jnp.asarray(data.test.x[: self.config.latency_batch]))
             row["latency"] = [found.median, found.low, found.high]
         return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         place = self.param("position", nn.initializers.normal(0.02), (self.longest, self.width))
-        x = nn.Embed(256, self.width, name="embed")(x.astype(jnp.int32)) + place[: x.shape[1]]
+        x = nn.Embed(256, self.width, name="embed")(x.astype(jnp.int32)) + place[None, : x.shape[1]]
         for i in range(self.layers):
             x = Block(self.width, self.heads, name=f"block_{i}")(x)
         return nn.Dense(self.classes, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))
@@ -119,12 +119,21 @@ def build(name: str, classes: int, options: Mapping[str, Any] | None = None) -> 
     Raises:
       ValueError: if the name or an option is unknown.
     """
-    if name not in MODELS:
-        raise ValueError(f"model {name!r} is unknown; use one of {', '.join(MODELS)}")
+    check(name)
     try:
         return MODELS[name](classes=classes, **(options or {}))
     except TypeError as error:
         raise ValueError(f"model {name!r}: {str(error).split('__init__() ')[-1]}") from None
+
+
+def check(name: str, kind: str | None = None) -> None:
+    """Raise if there is no such model, or it does not read data of this kind."""
+    if name not in MODELS:
+        raise ValueError(f"model {name!r} is unknown; use one of {', '.join(MODELS)}")
+    if kind == "text" and name != "transformer":
+        raise ValueError(f"model {name!r} reads images, but the data is text; use 'transformer'")
+    if kind == "image" and name == "transformer":
+        raise ValueError("model 'transformer' reads text, but the data are images; use 'lenet_300_100' or 'cnn'")
 
 
 def init(model: nn.Module, x: jax.Array, key: jax.Array) -> PyTree:
@@ -134,4 +143,4 @@ def init(model: nn.Module, x: jax.Array, key: jax.Array) -> PyTree:
 
 def apply(model: nn.Module) -> Callable[[PyTree, jax.Array], jax.Array]:
     """The model as a function ``f(params, x)``."""
-    return lambda params, x: model.apply({"params": params}, x)
+    return lambda params, x: cast(jax.Array, model.apply({"params": params}, x))

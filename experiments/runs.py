@@ -26,7 +26,7 @@ class RunError(ValueError):
     """The folder cannot be used as asked. The message says how to mend it."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  (not an error)
     """Training stopped at a signal, after a checkpoint."""
 
     def __init__(self, number: int) -> None:
@@ -156,6 +156,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted({*old, *new})
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i in range(len(old)) for d in differences(old[i], new[i], f"{path}.{i}")]
     return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
 
 

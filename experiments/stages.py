@@ -12,10 +12,9 @@ import optax
 
 import jcompress as jc
 from experiments import train
-from jcompress.core import Method
 
 PyTree = Any
-Rules = Sequence[tuple[str, Method | None]]
+Rules = Sequence[tuple[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +72,12 @@ class Program:
     def begin(self, params: PyTree, key: jax.Array) -> tuple[train.State, PyTree]:
         """The state to train, and what is held, from dense parameters. Nothing is shared with ``params``."""
         if self.stage.train in ("project", "simulate"):
-            held, masters = key, jax.tree.map(jnp.copy, params)
-        else:
-            trained, rest = jc.split(self._compress(params, key))
-            held, masters = (_dtypes(trained), rest), _widened(trained)
-        return train.State(masters, self._init(masters), jnp.zeros((), jnp.int32)), held
+            return self._state(jax.tree.map(jnp.copy, params)), key
+        trained, rest = jc.split(self._compress(params, key))
+        return self._state(_widened(trained)), (_dtypes(trained), rest)
+
+    def _state(self, params: PyTree) -> train.State:
+        return train.State(params, self._init(params), jnp.zeros((), jnp.int32))
 
     def finish(self, state: train.State, held: PyTree, key: jax.Array) -> PyTree:
         """The compressed parameters in storage form."""

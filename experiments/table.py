@@ -19,13 +19,10 @@ Row = dict[str, Any]
 
 def line(row: Mapping[str, Any]) -> str:
     """One measurement, as it is made."""
-    quality = (
-        f"{100 * row['accuracy']:6.2f}%" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f} bits/byte"
-    )
-    return (
-        f"{row['model']} seed {row['seed']} {row['plan']:<18} {quality}  {row['bytes']:>9,} bytes  {row['ratio']:5.1f}x"
-        f"  ({row['seconds']:.1f} s)"
-    )
+    bits = row["bits_per_byte"]
+    quality = f"{100 * row['accuracy']:6.2f}%" if bits is None else f"{bits:.3f} bits/byte"
+    name = f"{row['model']} seed {row['seed']} {row['plan']}"
+    return f"{name:<40} {quality}  {row['bytes']:>11,} bytes {row['ratio']:6.1f}x  {row['seconds']:.1f} s"
 
 
 def summarize(results: Sequence[Mapping[str, Any]], order: Sequence[tuple[str, str]]) -> list[Row]:
@@ -101,11 +98,12 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     seeds = max((row["seeds"] for row in rows), default=0)
+    over = f"Mean and standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
     return [
-        f"Mean{' and standard deviation' if seeds > 1 else ''} over {seeds} seed{'s' if seeds > 1 else ''}. {DENSE}: as "
-        f"trained. {BASELINE}: the dense net after the fine-tuning epochs that every plan gets.",
-        "bytes: size of the saved file. ratio: to the file of the dense float32 net. latency: one batch, median (10th to 90th percentile).",
+        f"{over}. {DENSE}: as trained. {BASELINE}: the dense net after the fine-tuning epochs that every plan gets.",
+        "bytes: size of the saved file. ratio: to the file of the dense float32 net.",
         "* of one example, in theory: zeros skipped, factors applied in turn. Nothing here runs that fast yet.",
+        "latency: one batch, median (10th to 90th percentile) of 50 calls.",
     ]
 
 

@@ -22,12 +22,12 @@ SPARSITY = 0.9
 
 
 def int8(params: Any, steps: int) -> list[Stage]:
-    """8 bits, a scale for each output channel; the scales are fine-tuned."""
-    return [Stage([(KERNELS, jc.quantize.Int(bits=8))])]
+    """8 bits, a scale for each output channel; the weights learn through the rounding (straight-through)."""
+    return [Stage([(KERNELS, jc.quantize.Int(bits=8))], train="simulate")]
 
 
 def int4(params: Any, steps: int) -> list[Stage]:
-    """4 bits, a scale for each output channel; the weights learn through the rounding (straight-through)."""
+    """4 bits, the scales chosen for the least squared error."""
     return [Stage([(KERNELS, jc.quantize.Int(bits=4, clip="mse"))], train="simulate")]
 
 
@@ -38,7 +38,7 @@ def magnitude(params: Any, steps: int) -> list[Stage]:
 
 def gradual(params: Any, steps: int) -> list[Stage]:
     """The smallest weights go little by little, on a cubic ramp over the first two thirds."""
-    return [Stage([(KERNELS, jc.prune.Magnitude(sparsity=_ramp(SPARSITY, steps), scope="global"))], train="project")]
+    return [Stage([(KERNELS, jc.prune.Magnitude(sparsity=ramp(SPARSITY, steps), scope="global"))], train="project")]
 
 
 def random(params: Any, steps: int) -> list[Stage]:
@@ -48,13 +48,7 @@ def random(params: Any, steps: int) -> list[Stage]:
 
 def svd(params: Any, steps: int) -> list[Stage]:
     """Each kernel but the head as two factors with a third of its numbers; the factors are fine-tuned."""
-    rules = []
-    for path, kernel in jc.paths(params):
-        rows, columns = math.prod(kernel.shape[:-1]), kernel.shape[-1]
-        rank = rows * columns // (3 * (rows + columns))
-        if re.fullmatch("(?!head/)" + KERNELS, path) and rank:
-            rules.append((re.escape(path), jc.factorize.SVD(rank=rank)))
-    return [Stage(rules)]
+    return [Stage(low_rank(params, "(?!head/)" + KERNELS, part=1 / 3))]
 
 
 def kmeans(params: Any, steps: int) -> list[Stage]:
@@ -64,18 +58,29 @@ def kmeans(params: Any, steps: int) -> list[Stage]:
 
 def deep_compression(params: Any, steps: int) -> list[Stage]:
     """Gradual pruning, then k-means of what is left; the shared values and the biases are kept in 16 bits."""
-    sparsity = 0.95
     half = jc.quantize.Float("float16")
-    ramp = jc.prune.Magnitude(sparsity=_ramp(sparsity, steps * 0.7), scope="global")
-    shared = jc.chain(jc.prune.Magnitude(sparsity=sparsity, scope="global"), jc.share.KMeans(clusters=16), half)
-    return [Stage([(KERNELS, ramp)], train="project", part=0.7), Stage([(KERNELS, shared), (".*", half)], part=0.3)]
+    pruned = jc.prune.Magnitude(sparsity=ramp(SPARSITY, steps * 0.7), scope="global")
+    shared = jc.chain(jc.prune.Magnitude(sparsity=SPARSITY, scope="global"), jc.share.KMeans(clusters=16), half)
+    return [Stage([(KERNELS, pruned)], train="project", part=0.7), Stage([(KERNELS, shared), (".*", half)], part=0.3)]
 
 
-def _ramp(sparsity: float, steps: float) -> optax.Schedule:
+def ramp(sparsity: float, steps: float) -> optax.Schedule:
+    """From 0 to ``sparsity`` over the first two thirds of the steps, fast at first (Zhu & Gupta 2017)."""
     return optax.polynomial_schedule(0.0, sparsity, power=3, transition_steps=max(int(steps * 2 / 3), 1))
 
 
-PLANS = {f.__name__: f for f in (int8, int4, magnitude, gradual, random, svd, kmeans, deep_compression)}
+def low_rank(params: Any, pattern: str, part: float) -> list[tuple[str, Any]]:
+    """A rule for each matrix that matches: factors with ``part`` of its numbers."""
+    rules = []
+    for path, kernel in jc.paths(params):
+        rows, columns = math.prod(kernel.shape[:-1]), kernel.shape[-1]
+        rank = int(part * rows * columns / (rows + columns))
+        if re.fullmatch(pattern, path) and rank:
+            rules.append((re.escape(path), jc.factorize.SVD(rank=rank)))
+    return rules
+
+
+PLANS = (int8, int4, svd, kmeans, magnitude, gradual, random, deep_compression)
 
 
 def get_config() -> ConfigDict:
@@ -86,15 +91,15 @@ def get_config() -> ConfigDict:
     config.data_options = ConfigDict({"val": 0.2, "test": 0.2})
     config.models = ("lenet_300_100", "cnn")
     config.model_options = ConfigDict()  # {model: {field: value}}, see experiments/models.py
-    config.plans = ConfigDict(PLANS)
+    config.plans = PLANS  # functions of the parameters' shapes and the fine-tuning steps; named as they are
     config.only = ""  # some of the plans, joined by commas; all of them by default
     config.seeds = 3  # each with its own split, where the data has none, its own start and its own batches
 
     config.epochs = 40.0
-    config.finetune_epochs = 30.0  # every plan, and the dense baseline, gets these once
+    config.finetune_epochs = 60.0  # every plan, and the dense baseline, gets these once
     config.batch_size = 64
     config.learning_rate = 2e-3
-    config.finetune_learning_rate = 1e-3
+    config.finetune_learning_rate = 3e-3
 
     config.latency_batch = 256
     config.checkpoint_seconds = 60.0

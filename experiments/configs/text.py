@@ -1,0 +1,86 @@
+"""A transformer over bytes of text, such as Shakespeare's in tinyshakespeare.txt; the last tenth tests.
+
+Command: python -m experiments.compress --config.data=text --data_dir=<folder with a .txt file>
+
+@@
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import jcompress as jc
+from experiments.configs import digits
+from experiments.stages import Stage
+
+LAYERS = "block_.*/kernel"
+TABLES = "(embed/embedding|position|head/kernel)"
+
+
+def int8(params: Any, steps: int) -> list[Stage]:
+    """All matrices in 8 bits."""
+    return [Stage([(f"{LAYERS}|{TABLES}", jc.quantize.Int(bits=8))], train="simulate")]
+
+
+def int4(params: Any, steps: int) -> list[Stage]:
+    """The layers in 4 bits, a scale for 64 inputs; tables in 8 bits. The weights learn through the rounding."""
+    return [
+        Stage([(LAYERS, jc.quantize.Int(bits=4, group_size=64)), (TABLES, jc.quantize.Int(bits=8))], train="simulate")
+    ]
+
+
+def magnitude(params: Any, steps: int) -> list[Stage]:
+    """Half of the layers' weights go at once."""
+    return [Stage([(LAYERS, jc.prune.Magnitude(sparsity=0.5, scope="global"))])]
+
+
+def gradual(params: Any, steps: int) -> list[Stage]:
+    """The same half goes little by little."""
+    ramp = digits.ramp(0.5, steps)
+    return [Stage([(LAYERS, jc.prune.Magnitude(sparsity=ramp, scope="global"))], train="project")]
+
+
+def random(params: Any, steps: int) -> list[Stage]:
+    """The control: a random half goes."""
+    return [Stage([(LAYERS, jc.prune.Random(sparsity=0.5, scope="global"))])]
+
+
+def svd(params: Any, steps: int) -> list[Stage]:
+    """Each matrix of the layers as two factors with half of its numbers."""
+    return [Stage(digits.low_rank(params, LAYERS, part=0.5))]
+
+
+def kmeans(params: Any, steps: int) -> list[Stage]:
+    """The layers with 16 shared values each, tables in 8 bits."""
+    return [Stage([(LAYERS, jc.share.KMeans(clusters=16)), (TABLES, jc.quantize.Int(bits=8))])]
+
+
+def deep_compression(params: Any, steps: int) -> list[Stage]:
+    """Gradual pruning to half, then k-means of what is left; tables in 8 bits, all else in 16."""
+    half = jc.quantize.Float("float16")
+    mask = jc.prune.Magnitude(sparsity=0.5, scope="global")
+    shared = jc.chain(mask, jc.share.KMeans(clusters=16), half)
+    rules = [(LAYERS, shared), (TABLES, jc.quantize.Int(bits=8)), (".*", half)]
+    pruned = jc.prune.Magnitude(sparsity=digits.ramp(0.5, 0.7 * steps), scope="global")
+    return [Stage([(LAYERS, pruned)], train="project", part=0.7), Stage(rules, part=0.3)]
+
+
+def get_config() -> ConfigDict:
+    """Small by default; ``width=384, layers=8, heads=6`` has 14M parameters."""
+    config = digits.get_config()
+    config.name = "text"
+    config.data = "text"
+    config.data_options = ConfigDict({"length": 128})
+    config.models = ("transformer",)
+    config.model_options = ConfigDict({"transformer": {"width": 128, "layers": 3, "heads": 4, "longest": 128}})
+    config.plans = (int8, int4, svd, kmeans, magnitude, gradual, random, deep_compression)
+    config.seeds = 1
+    config.epochs = 2.0
+    config.finetune_epochs = 0.5
+    config.batch_size = 32
+    config.learning_rate = 2e-3
+    config.finetune_learning_rate = 1e-3
+    config.latency_batch = 8
+    return config
