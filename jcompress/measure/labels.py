@@ -53,8 +53,11 @@ def place(axes: Axes, notes: Sequence[Annotation], obstacles: Sequence[Box]) -> 
 
 def _settle(axes: Axes, note: Annotation, frame: Box, taken: list[Box]) -> Box:
     """Move one label where it covers least, the nearer the better; returns its box."""
+    from matplotlib.text import Text
+
     pixels = axes.figure.dpi / 72
-    extent, (x, y) = note.get_window_extent(), axes.transData.transform(note.xy)
+    extent = Text.get_window_extent(note)  # the annotation's own would count its arrow
+    x, y = axes.transData.transform(note.xy)
     best, cheapest = (0, 0.0, 0.0, Box(0, 0, 0, 0)), math.inf
     for distance, turn in itertools.product(_DISTANCES, _TURNS):
         dx = math.cos(turn * math.pi / 8) * (distance * pixels + extent.width / 2)
