@@ -67,25 +67,28 @@ def _copy(x: Any) -> Any:
 def _fit(leaves: list[tuple[str, Any]], plan: Plan, contexts: dict[str, Context]) -> dict[str, Any]:
     """The nodes of all leaves that the plan names."""
     _check_paths(leaves, plan)
-    arrays = dict(leaves)
-    nodes: dict[str, Any] = {}
-    for group in _groups(plan):
-        for path in group:
-            _check_array(path, arrays[path])
-        method = plan[group[0]]
-        assert method is not None
-        fitted = core.fit(method, [arrays[p] for p in group], [contexts[p] for p in group])
-        nodes.update(zip(group, fitted, strict=True))
+    arrays, nodes = dict(leaves), {}
+    for unit in _units(plan):
+        nodes |= _fit_unit(unit, plan, arrays, contexts)
     return nodes
 
 
-def _groups(plan: Plan) -> list[list[str]]:
-    """The paths of each rule's leaves; a group shares one method."""
-    groups: dict[tuple[int, int], list[str]] = {}
+def _fit_unit(unit: list[str], plan: Plan, arrays: dict[str, Any], contexts: dict[str, Context]) -> dict[str, Any]:
+    """The nodes of leaves that are decided together."""
+    for path in unit:
+        _check_array(path, arrays[path])
+    method = plan[unit[0]]
+    assert method is not None
+    return dict(zip(unit, core.fit(method, [arrays[p] for p in unit], [contexts[p] for p in unit]), strict=True))
+
+
+def _units(plan: Plan) -> list[list[str]]:
+    """The paths that are decided together: all of a rule where its method decides for all at once, else each alone."""
+    units: dict[Any, list[str]] = {}
     for path, method in plan.items():
         if method is not None:
-            groups.setdefault((plan.groups[path], id(method)), []).append(path)
-    return list(groups.values())
+            units.setdefault((plan.groups[path], id(method)) if core.is_joint(method) else path, []).append(path)
+    return list(units.values())
 
 
 def _check_paths(leaves: list[tuple[str, Any]], plan: Plan) -> None:
@@ -235,39 +238,32 @@ def project(
     if every < 1:
         raise ValueError(f"project: every={every} must be a positive number of steps")
 
-    def refit(new: PyTree, step: Any, step_key: Any, grads: PyTree, previous: dict[str, Any]) -> dict[str, Any]:
-        leaves = rules.paths(new)
-        contexts = _contexts(new, leaves, step, step_key, stats, grads, None)
-        contexts = {p: dataclasses.replace(c, previous=previous.get(p)) for p, c in contexts.items()}
-        return _fit(leaves, plan, contexts)
-
     def init(params: PyTree) -> ProjectState:
         grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
-        nodes = refit(params, jnp.zeros((), jnp.int32), key, grads, {})
-        return ProjectState(jnp.zeros((), jnp.int32), core.split(nodes)[1], key)
+        leaves, steps = rules.paths(params), jnp.zeros((), jnp.int32)
+        nodes = _fit(leaves, plan, _contexts(params, leaves, steps, key, stats, grads, None))
+        return ProjectState(steps, core.split(nodes)[1], key)
 
     def update(
         updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **_: Any
     ) -> tuple[PyTree, ProjectState]:
         if params is None:
             raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
-        new = optax.apply_updates(params, updates)
-        arrays = {path: x for path, x in rules.paths(new) if path in state.held}
-        linear = {path for path, node in state.held.items() if _is_linear(node)}
+        leaves = rules.paths(params)
+        _check_paths(leaves, plan)
         step_key = None if state.key is None else jax.random.fold_in(state.key, state.steps)
-
-        def fitted() -> tuple[dict, dict]:
-            previous = {path: state.held[path].project(arrays[path]) for path in linear}
-            nodes = refit(new, state.steps, step_key, grads, previous)
-            values = core.materialize({path: node for path, node in nodes.items() if path not in linear})
-            return core.split(nodes)[1], values
-
-        def kept() -> tuple[dict, dict]:
-            return state.held, {path: x for path, x in arrays.items() if path not in linear}
-
-        held, values = jax.lax.cond(state.steps % every == 0, fitted, kept)
-        values |= {path: held[path].project(arrays[path]).materialize() for path in linear}
-        updates = _replace(updates, params, new, values)
+        contexts = _contexts(params, leaves, state.steps, step_key, stats, grads, None)
+        changes, treedef = jax.tree.flatten(updates)
+        change = dict(zip([path for path, _ in leaves], changes, strict=True))
+        held: dict[str, Any] = {}
+        # One conditional for each unit: what a conditional reads must be written out first, so one for all leaves
+        # would keep the updates of the whole model in memory at once.
+        for unit in _units(plan):
+            due = state.steps % every == 0
+            fitted, moved = _advance(unit, plan, due, state.held, dict(leaves), change, contexts)
+            held |= fitted
+            change |= moved
+        updates = jax.tree.unflatten(treedef, list(change.values()))
         return updates, ProjectState(optax.safe_increment(state.steps), held, state.key)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -284,14 +280,32 @@ def _is_linear(node: Any) -> bool:
     return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
 
 
-def _replace(updates: PyTree, params: PyTree, new: PyTree, values: dict[str, Any]) -> PyTree:
-    """Updates that lead to ``values``, and are the old ones wherever those lead there already."""
-    leaves, treedef = jax.tree.flatten(updates)
-    at = [path for path, _ in rules.paths(params)]
-    moved = []
-    for path, u, p, n in zip(at, leaves, jax.tree.leaves(params), jax.tree.leaves(new), strict=True):
-        if path in values:
-            value = values[path]
-            u = jnp.where(value == n, u, (value - p).astype(u.dtype))
-        moved.append(u)
-    return jax.tree.unflatten(treedef, moved)
+def _advance(
+    unit: list[str], plan: Plan, due: jax.Array, held: PyTree, params: dict, change: dict, contexts: dict[str, Context]
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """One step of leaves that are decided together: what they hold, and the updates that lead onto the set."""
+    held = {path: held[path] for path in unit}
+    linear = [path for path in unit if _is_linear(held[path])]
+
+    def moved() -> dict[str, jax.Array]:
+        return {path: optax.apply_updates(params[path], change[path]) for path in unit}
+
+    def fitted() -> tuple[dict, dict]:
+        new = moved()
+        previous = {path: held[path].project(new[path]) for path in linear}
+        known = {path: dataclasses.replace(contexts[path], previous=previous.get(path)) for path in unit}
+        nodes = _fit_unit(unit, plan, new, known)
+        return core.split(nodes)[1], {path: nodes[path].materialize() for path in unit if path not in linear}
+
+    def kept() -> tuple[dict, dict]:
+        return held, {path: x for path, x in moved().items() if path not in linear}
+
+    held, values = jax.lax.cond(due, fitted, kept)
+    new = moved()
+    values |= {path: held[path].project(new[path]).materialize() for path in linear}
+    return held, {path: _towards(values[path], new[path], params[path], change[path]) for path in unit}
+
+
+def _towards(value: jax.Array, new: jax.Array, old: jax.Array, change: jax.Array) -> jax.Array:
+    """The update from ``old`` to ``value``; the old update wherever that leads there already."""
+    return jnp.where(value == new, change, (value - old).astype(change.dtype))
