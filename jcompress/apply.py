@@ -67,7 +67,8 @@ def _copy(x: Any) -> Any:
 def _fit(leaves: list[tuple[str, Any]], plan: Plan, contexts: dict[str, Context]) -> dict[str, Any]:
     """The nodes of all leaves that the plan names."""
     _check_paths(leaves, plan)
-    arrays, nodes = dict(leaves), {}
+    arrays = dict(leaves)
+    nodes: dict[str, Any] = {}
     for unit in _units(plan):
         nodes |= _fit_unit(unit, plan, arrays, contexts)
     return nodes

@@ -337,6 +337,7 @@ def _parts(x: Any, name: str, where: np.ndarray | None, width: int | None) -> It
     if is_node(x):
         yield from parts(x, where, name + "/")
         return
+    x = _without_key_type(x)
     if where is not None:
         where = np.broadcast_to(where, x.shape)
     if jnp.result_type(x) == jnp.bool_ and where is None:
@@ -359,9 +360,15 @@ def nbits(tree: PyTree) -> int:
 
 
 def leaf_nbits(x: Any) -> int:
-    """The exact number of stored bits of one node or one array."""
+    """The exact number of stored bits of one node or one array; Python scalars stand in the manifest, for nothing."""
     if is_node(x):
         return x.nbits()
-    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return int(np.size(x)) * dtype_bits(jnp.result_type(x))
+    if isinstance(x, (bool, int, float, complex, str)):
+        return 0
+    x = _without_key_type(x)
+    return int(x.size) * dtype_bits(x.dtype)
+
+
+def _without_key_type(x: Any) -> Any:
+    """PRNG keys as the integers they are stored as."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x

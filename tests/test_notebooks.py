@@ -1,7 +1,9 @@
 """Every notebook runs from top to bottom, and is kept without outputs."""
 
+import os
 import pathlib
 
+import jax
 import pytest
 
 nbclient = pytest.importorskip("nbclient")
@@ -24,6 +26,13 @@ def test_notebook_is_kept_without_outputs(path):
     assert "pip install" in code[0].source
 
 
+def _environment():
+    """One device, as readers have, and the tests' compilation cache."""
+    cache = jax.config.jax_compilation_cache_dir
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return kept | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+
 # Event loops and sockets of the kernel's client are not ours to mend.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -32,7 +41,7 @@ def test_notebook_runs(path, tmp_path):
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
-    client.execute()
+    client.execute(env=_environment())
     printed = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert printed
     assert not any(output.output_type == "error" for output in printed)

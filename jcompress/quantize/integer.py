@@ -168,9 +168,9 @@ class Int:
             centre = best
 
             def one(i: jax.Array, best: _Range) -> _Range:
-                tried = [None if end is None else jnp.minimum(parts[i] * abs(end), abs(whole)) * jnp.sign(end)
-                         for end, whole in ((centre.low, low), (centre.high, high))]  # fmt: skip
-                found = _Range(error(*tried), *tried)
+                end = jnp.minimum(parts[i] * centre.high, high)
+                start = None if low is None else jnp.maximum(parts[i] * centre.low, low)
+                found = _Range(error(start, end), start, end)
                 return jax.tree.map(lambda a, b: jnp.where(found.error < best.error, a, b), found, best)
 
             return jax.lax.fori_loop(0, parts.size, one, best)

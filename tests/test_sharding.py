@@ -1,0 +1,84 @@
+"""What crosses devices, read from the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_conformance import collectives
+
+import jcompress as jc
+
+SPECS = [P("data", None), P(None, "model"), P("data", "model"), P(("data", "model"), None)]
+
+
+def placed(mesh, spec):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (256, 128), "b": (128, 64), "c": (64, 64)}
+    return {
+        k: jax.device_put(rng.normal(size=s).astype(np.float32), NamedSharding(mesh, spec)) for k, s in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_global_threshold_moves_scalars_only(spec, axis_type):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    params = placed(mesh, spec)
+    plan = jc.plan(params, [(".*", jc.prune.Magnitude(sparsity=0.7, scope="global"))])
+    compress = jax.jit(lambda p: jc.compress(p, plan))
+    hlo = compress.lower(params).compile().as_text()
+    found = list(collectives(hlo))
+    assert found, "a global decision must communicate"
+    assert max(size for _, size in found) <= 8, found  # one scalar from each of 8 devices
+    small = compress(params)
+    total = sum(x.size for x in params.values())
+    assert sum(int((~node.mask).sum()) for node in small.values()) == round(0.7 * total)
+    alone = jc.compress(jax.device_get(params), plan)
+    for name, node in small.items():
+        np.testing.assert_array_equal(node.mask, alone[name].mask)
+        assert node.mask.sharding.is_equivalent_to(params[name].sharding, 2)
+        assert node.values.sharding.is_equivalent_to(params[name].sharding, 2)
+
+
+def test_ties_are_broken_alike_under_any_sharding():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    w = np.ones((64, 16), np.float32)
+    want = jc.prune.Magnitude(sparsity=0.3)(jnp.asarray(w)).mask
+    for spec in SPECS:
+        got = jax.jit(lambda w: jc.prune.Magnitude(sparsity=0.3)(w).mask)(jax.device_put(w, NamedSharding(mesh, spec)))
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("spec", SPECS[:3], ids=str)
+def test_one_codebook_for_sharded_leaves_moves_codebooks_only(spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params = placed(mesh, spec)
+    plan = jc.plan(params, [(".*", jc.share.KMeans(clusters=16, scope="global", iterations=5))])
+    compress = jax.jit(lambda p: jc.compress(p, plan))
+    assert max(size for _, size in collectives(compress.lower(params).compile().as_text())) <= 8 * 16
+    small, alone = compress(params), jc.compress(jax.device_get(params), plan)
+    np.testing.assert_allclose(small["a"].codebook, alone["a"].codebook, atol=2e-3)
+
+
+def test_the_transform_keeps_shardings_and_moves_no_parameters():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params = placed(mesh, P("data", "model"))
+    ramp = optax.linear_schedule(0.0, 0.8, 10)
+    plan = jc.plan(params, [(".*", jc.prune.Magnitude(sparsity=ramp, scope="global"))])
+    tx = optax.chain(optax.adam(1e-2), jc.project(plan, every=2))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
+    assert max(size for _, size in collectives(step.lower(params, state).compile().as_text())) <= 8
+    sharding = params["a"].sharding
+    for _ in range(3):
+        params, state = step(params, state)
+    assert params["a"].sharding.is_equivalent_to(sharding, 2)
+    assert state[1].held["a"].mask.sharding.is_equivalent_to(sharding, 2)

@@ -1,0 +1,120 @@
+"""Codebooks: Lloyd's algorithm and the exact optimum."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jcompress as jc
+from jcompress.share.optimal import optimal_codebook
+
+KMeans = jc.share.KMeans
+
+
+def error_of(values, codebook):
+    return float((np.abs(np.asarray(values, np.float64)[:, None] - np.asarray(codebook, np.float64)) ** 2).min(1).sum())
+
+
+def best_by_enumeration(values, clusters):
+    """The least error over all ways to cut the sorted values into intervals."""
+    x = np.sort(np.asarray(values, np.float64))
+    best = np.inf
+    for cuts in itertools.combinations(range(1, x.size), clusters - 1):
+        best = min(best, sum(np.square(p - p.mean()).sum() for p in np.split(x, cuts)))
+    return best
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-30, 30), min_size=5, max_size=11), st.integers(1, 4))
+def test_the_exact_optimum_equals_enumeration(values, clusters):
+    found = error_of(values, optimal_codebook(np.array(values, np.float32), clusters))
+    np.testing.assert_allclose(found, best_by_enumeration(values, clusters), atol=1e-3)
+
+
+def test_lloyd_never_beats_the_exact_optimum_and_comes_near(rng):
+    w = jnp.asarray(rng.normal(size=3000), jnp.float32)
+    exact, lloyd = (error_of(w, KMeans(clusters=8, exact=e)(w).codebook) for e in (True, False))
+    assert exact <= lloyd * (1 + 1e-6)
+    assert lloyd < 1.2 * exact
+
+
+def test_lloyd_stops_at_a_fixed_point(rng):
+    w = jnp.asarray(rng.normal(size=2000), jnp.float32)
+    node = KMeans(clusters=8, iterations=10_000)(w)
+    for j, value in enumerate(np.asarray(node.codebook)):
+        members = np.asarray(w)[np.asarray(node.indices) == j]
+        np.testing.assert_allclose(value, members.mean(), atol=1e-4)
+    nearest = np.abs(np.asarray(w)[:, None] - np.asarray(node.codebook)).argmin(1)
+    assert (nearest == np.asarray(node.indices)).mean() > 0.999
+
+
+def test_error_falls_with_the_number_of_values(rng):
+    w = rng.normal(size=500).astype(np.float32)
+    errors = [error_of(w, optimal_codebook(w, k)) for k in (1, 2, 4, 8, 16)]
+    assert errors == sorted(errors, reverse=True)
+    np.testing.assert_allclose(errors[0], np.square(w - w.mean()).sum(), rtol=1e-4)
+
+
+def test_planted_values_are_recovered(rng):
+    values = np.array([-3.0, -0.5, 0.25, 2.0], np.float32)
+    w = jnp.asarray(rng.choice(values, size=(30, 20)))
+    for exact in (True, False):
+        node = KMeans(clusters=4, exact=exact)(w)
+        np.testing.assert_allclose(node.materialize(), w, atol=1e-6)
+
+
+def test_fewer_distinct_values_than_clusters_are_exact():
+    w = jnp.array([1.0, 1.0, 2.0, 2.0])
+    for exact in (True, False):
+        np.testing.assert_array_equal(KMeans(clusters=16, exact=exact)(w).materialize(), w)
+
+
+def test_only_kept_weights_count_inside_a_mask(rng):
+    w = jnp.asarray(rng.normal(size=(40, 25)), jnp.float32)
+    node = jc.chain(jc.prune.Magnitude(sparsity=0.8), KMeans(clusters=4, exact=True))(w)
+    kept = np.asarray(w)[np.asarray(node.mask)]
+    np.testing.assert_allclose(np.sort(node.values.codebook), optimal_codebook(kept, 4), atol=1e-6)
+    assert float(jnp.abs(node.values.codebook).min()) > 0.5  # no value is spent on zero
+
+
+def test_one_codebook_for_all_leaves_of_a_rule(rng):
+    params = {k: jnp.asarray(s * rng.normal(size=(50, 4)), jnp.float32) for k, s in (("a", 1.0), ("b", 3.0))}
+    for exact in (True, False):
+        plan = jc.plan(params, [(".*", KMeans(clusters=8, scope="global", exact=exact))])
+        small = jc.compress(params, plan)
+        np.testing.assert_array_equal(small["a"].codebook, small["b"].codebook)
+        both = jnp.concatenate([params["a"].ravel(), params["b"].ravel()])
+        np.testing.assert_allclose(small["a"].codebook, KMeans(clusters=8, exact=exact)(both).codebook, atol=1e-4)
+
+
+def test_the_rate_of_deep_compression():
+    """16 weights of 32 bits in 4 shared values: n b / (n log2 k + k b) = 3.2 (Han et al. 2016, section 3)."""
+    w = jnp.arange(16.0).reshape(4, 4)
+    node = KMeans(clusters=4)(w)
+    assert 16 * 32 / node.nbits() == 3.2
+
+
+def test_centroid_gradients_are_sums_over_their_cluster(rng):
+    w = jnp.asarray(rng.normal(size=(10, 6)), jnp.float32)
+    upstream = jnp.asarray(rng.normal(size=(10, 6)), jnp.float32)
+    train, held = jc.split(KMeans(clusters=4)(w))
+    gradient = jax.grad(lambda t: (jc.merge(t, held).materialize() * upstream).sum())(train).codebook
+    want = [np.asarray(upstream)[np.asarray(held.indices) == j].sum() for j in range(4)]
+    np.testing.assert_allclose(gradient, want, rtol=1e-5)
+
+
+def test_exact_under_jit_says_why_not():
+    with pytest.raises(ValueError, match=r"KMeans\(exact=True\) reads the values, so it works outside jit only"):
+        jax.jit(KMeans(clusters=4, exact=True))(jnp.arange(9.0))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"clusters": 0}, {"clusters": 65_537}, {"clusters": 2.5}, {"scope": "all"}, {"iterations": -1}]
+)
+def test_bad_hyperparameters(kwargs):
+    with pytest.raises(ValueError, match="KMeans"):
+        KMeans(**kwargs)
