@@ -243,7 +243,8 @@ def project(
         grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
         leaves, steps = rules.paths(params), jnp.zeros((), jnp.int32)
         nodes = _fit(leaves, plan, _contexts(params, leaves, steps, key, stats, grads, None))
-        return ProjectState(steps, core.split(nodes)[1], key)
+        # A copy: a training step that donates its state must not delete the caller's key.
+        return ProjectState(steps, core.split(nodes)[1], None if key is None else jnp.copy(key))
 
     def update(
         updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **_: Any
