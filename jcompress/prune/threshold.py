@@ -232,18 +232,13 @@ def keep_largest(scores: Sequence[jax.Array], count: int | jax.Array) -> list[ja
     found, wanted = kth_largest(scores, count), Count.of(count)
     scores = _common_float(scores)
 
-    def separate() -> list[jax.Array]:
-        return [ordered_bits(x) >= found.low for x in scores]
-
-    def tied() -> list[jax.Array]:
-        left, masks = wanted.left_after(found.high_count), []
-        for x in scores:
-            bits = ordered_bits(x)
-            ties, left = _first(bits == found.low, left)
-            masks.append((bits > found.low) | ties)
-        return masks
-
-    return lax.cond(found.low_count.equals(wanted), separate, tied)
+    # The threshold itself is kept whole where the count came out exactly, else as far as the count allows.
+    left, masks = wanted.left_after(_pick(found.low_count.equals(wanted), Count.of(0), found.high_count)), []
+    for x in scores:
+        bits = ordered_bits(x)
+        ties, left = _first(bits == found.low, left)
+        masks.append((bits > found.low) | ties)
+    return masks
 
 
 def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:

@@ -169,7 +169,7 @@ class Int:
 
             def one(i: jax.Array, best: _Range) -> _Range:
                 end = jnp.minimum(parts[i] * centre.high, high)
-                start = None if low is None else jnp.maximum(parts[i] * centre.low, low)
+                start = None if low is None or centre.low is None else jnp.maximum(parts[i] * centre.low, low)
                 found = _Range(error(start, end), start, end)
                 return jax.tree.map(lambda a, b: jnp.where(found.error < best.error, a, b), found, best)
 
