@@ -151,14 +151,14 @@ def _require(method: Method, need: str, context: Context) -> None:
 
 
 def method_repr(method: Any) -> str:
-    """The name of a method and its hyperparameters that differ from the defaults."""
-    fields = dataclasses.fields(method)
-    shown = [
-        f
-        for f in fields
-        if f.repr and getattr(method, f.name) is not f.default and getattr(method, f.name) != f.default
-    ]
+    """The name of a method, its first hyperparameter, and the others that differ from the defaults."""
+    fields = [f for f in dataclasses.fields(method) if f.repr]
+    shown = [f for i, f in enumerate(fields) if _differs(getattr(method, f.name), None if i == 0 else f.default)]
     return f"{type(method).__name__}({', '.join(f'{f.name}={_shown(getattr(method, f.name))}' for f in shown)})"
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return value is not default and (not is_concrete(value) or np.ndim(value) > 0 or value != default)
 
 
 def _shown(hyperparameter: Any) -> str:

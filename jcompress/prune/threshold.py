@@ -193,14 +193,13 @@ def _start(scores: Sequence[jax.Array], total: Count) -> tuple[_Search, jax.Arra
     return search, centre + mean * mantissa, deviation * mantissa
 
 
-def kth_largest(scores: Sequence[jax.Array], count: int | jax.Array) -> _Search:
-    """Search for the ``count``-th largest of all ``scores`` together; ``.low`` is its ordered bits.
+def kth_largest(scores: Sequence[jax.Array], wanted: Count) -> _Search:
+    """Search for the ``wanted``-th largest of all ``scores`` together; ``.low`` is its ordered bits.
 
     The first probes lie where the threshold would be if the ordered bits were normally distributed: the bits
     are close to a logarithm, and the logarithm of a weight's magnitude nearly is.
     """
-    wanted, total = Count.of(count), Count.of(sum(x.size for x in scores))
-    scores = _common_float(scores)
+    total, scores = Count.of(sum(x.size for x in scores)), _common_float(scores)
     start, centre, deviation = _start(scores, total)
     part = wanted.minus(Count.of(0)) / jnp.maximum(total.minus(Count.of(0)), 1.0)
     z = jax.scipy.special.ndtri(jnp.clip(1 - part, 1e-6, 1 - 1e-6))
@@ -229,9 +228,14 @@ def keep_largest(scores: Sequence[jax.Array], count: int | jax.Array) -> list[ja
             )
     if not sum(x.size for x in scores):
         return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
-    found, wanted = kth_largest(scores, count), Count.of(count)
-    scores = _common_float(scores)
+    return _keep(list(scores), Count.of(count))
 
+
+@jax.jit
+def _keep(scores: list[jax.Array], wanted: Count) -> list[jax.Array]:
+    """Compiled once for each set of shapes, also where it is called outside ``jit``."""
+    scores = _common_float(scores)
+    found = kth_largest(scores, wanted)
     # The threshold itself is kept whole where the count came out exactly, else as far as the count allows.
     left, masks = wanted.left_after(_pick(found.low_count.equals(wanted), Count.of(0), found.high_count)), []
     for x in scores:

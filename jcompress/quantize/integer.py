@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -148,6 +149,7 @@ class Int:
             return jnp.clip(jnp.round(scaled), -most, most)
         return jnp.clip(jnp.round(scaled) + spread(grid.zero, x, self.group_size), 0, 2**self.bits - 1)
 
+    @partial(jax.jit, static_argnames=("self", "axes"))
     def _best_range(
         self, x: jax.Array, low: jax.Array | None, high: jax.Array, axes: tuple[int, ...], where: jax.Array | None
     ) -> tuple[jax.Array | None, jax.Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -76,7 +77,7 @@ class KMeans:
         elif self.exact:
             codebook = self._optimum(xs, wheres, contexts[0].path)
         else:
-            codebook = self._lloyd(xs, wheres)
+            codebook = _lloyd(xs, wheres, self.clusters, self.iterations)
         return [
             Codebook(
                 _nearest(w.astype(jnp.float32), codebook).astype(self._index_dtype),
@@ -106,22 +107,25 @@ class KMeans:
         ]
         return jnp.asarray(optimal_codebook(np.concatenate(kept), self.clusters))
 
-    def _lloyd(self, xs: list[jax.Array], wheres: list[jax.Array | None]) -> jax.Array:
-        def step(state: tuple) -> tuple:
-            i, codebook, _ = state
-            totals = [
-                cluster_totals(x, _nearest(x, codebook), self.clusters, where)
-                for x, where in zip(xs, wheres, strict=True)
-            ]
-            total, count = (sum(column) for column in zip(*totals, strict=True))
-            means = jnp.where(count > 0, total / jnp.maximum(count, 1.0), codebook)
-            return i + 1, jnp.sort(means), jnp.any(means != codebook)
 
-        def moving(state: tuple) -> jax.Array:
-            return (state[0] < self.iterations) & state[2]
+@partial(jax.jit, static_argnames=("clusters", "iterations"))
+def _lloyd(xs: list[jax.Array], wheres: list[jax.Array | None], clusters: int, iterations: int) -> jax.Array:
+    """A sorted codebook that no round of Lloyd's algorithm moves, or that of the last round."""
 
-        start = (jnp.int32(0), _linear_start(xs, wheres, self.clusters), jnp.array(True))
-        return jax.lax.while_loop(moving, step, start)[1]
+    def step(state: tuple) -> tuple:
+        i, codebook, _ = state
+        totals = [
+            cluster_totals(x, _nearest(x, codebook), clusters, where) for x, where in zip(xs, wheres, strict=True)
+        ]
+        total, count = (sum(column) for column in zip(*totals, strict=True))
+        means = jnp.where(count > 0, total / jnp.maximum(count, 1.0), codebook)
+        return i + 1, jnp.sort(means), jnp.any(means != codebook)
+
+    def moving(state: tuple) -> jax.Array:
+        return (state[0] < iterations) & state[2]
+
+    start = (jnp.int32(0), _linear_start(xs, wheres, clusters), jnp.array(True))
+    return jax.lax.while_loop(moving, step, start)[1]
 
 
 def _linear_start(xs: list[jax.Array], wheres: list[jax.Array | None], clusters: int) -> jax.Array:
