@@ -1,0 +1,69 @@
+"""The README runs as it is written, and the package keeps its layers."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MODULES = sorted((ROOT / "jcompress").rglob("*.py"))
+LAYERS = {
+    "packing": set(),
+    "core": {"packing"},
+    "formats": {"core", "packing"},
+    "rules": {"core"},
+    "apply": {"core", "rules"},
+    "combine": {"core", "formats"},
+    "prune": {"core", "formats"},
+    "quantize": {"core", "formats"},
+    "factorize": {"core", "formats"},
+    "share": {"core", "formats"},
+    "distill": {"core"},
+    "io": {"core", "formats", "packing", "rules", "version"},
+    "measure": {"core", "formats", "rules"},
+    "version": set(),
+}
+
+
+def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 6
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "total" in capsys.readouterr().out
+
+
+def test_the_ci_script_runs_the_readme_command():
+    commands = re.findall(r"^python3 -m venv .*$", README, re.M)
+    assert len(commands) == 2
+    assert "experiments.compress" in commands[0]
+    assert "pytest" in commands[1]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "jcompress":
+                yield from (f"jcompress.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down_and_stay_public(path):
+    room = path.relative_to(ROOT / "jcompress").parts[0].removesuffix(".py")
+    for name in imports(path):
+        assert "jax._src" not in name
+        assert not name.startswith("experiments")
+        if name.startswith("jcompress.") and room != "__init__":
+            other = name.split(".")[1]
+            assert other == room or other in LAYERS[room], f"{room} must not import {other}"
+
+
+def test_no_private_jax():
+    assert not [p for p in MODULES if "jax._src" in p.read_text()]
