@@ -19,10 +19,10 @@ from jcompress.rules import Plan
 def compress(
     params: PyTree,
     plan: Plan,
-    *,
     step: Any = 0,
     key: jax.Array | None = None,
     stats: Mapping[str, Any] | None = None,
+    *,
     grads: PyTree = None,
     previous: PyTree = None,
 ) -> PyTree:
@@ -155,7 +155,6 @@ def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple:
 def simulate(
     params: PyTree,
     plan: Plan,
-    *,
     step: Any = 0,
     key: jax.Array | None = None,
     stats: Mapping[str, Any] | None = None,

@@ -203,7 +203,7 @@ def dense(x: Any, *, key: jax.Array | None = None) -> Any:
     return x.materialize(key=key) if is_node(x) else x
 
 
-def materialize(tree: PyTree, *, key: jax.Array | None = None) -> PyTree:
+def materialize(tree: PyTree, key: jax.Array | None = None) -> PyTree:
     """Replace every node by the dense array it stands for, nested nodes innermost first.
 
     Args:
