@@ -1,0 +1,84 @@
+"""The benchmark and claim scripts run at small sizes and write what they say. No timing is asserted."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import mask_update, timing, train_step, vmap_levels
+from experiments.claims import lenet
+
+COMMON = ["--pairs", "2", "--out"]
+
+
+def rows(path):
+    record = json.loads(path.read_text())
+    assert record["environment"]["jax"]
+    assert all(math.isfinite(r["ratio"]) and r["ratio"] > 0 and r["pairs"] == 2 for r in record["rows"])
+    return record["rows"]
+
+
+def test_mask_update_writes_its_rows(tmp_path):
+    path = tmp_path / "mask.json"
+    mask_update.main(["--sizes", "4000", "--calls", "1", "--sparsity", "0.75", *COMMON, str(path)])
+    found = rows(path)
+    assert len(found) == 7
+    assert {r["extra"]["kept"] for r in found if "argsort" in r["name"]} == {1000}
+
+
+def test_train_step_writes_its_rows(tmp_path):
+    path = tmp_path / "step.json"
+    small = ["--widths", "8", "16", "4", "--batch", "4", "--width", "12", "--depth", "1", "--length", "8"]
+    train_step.main([*small, "--texts", "2", "--heads", "3", "--only", "project", *COMMON, str(path)])
+    assert {r["name"].split()[0] for r in rows(path)} == {"MLP", "transformer"}
+
+
+def test_vmap_levels_writes_its_rows(tmp_path):
+    path = tmp_path / "levels.json"
+    vmap_levels.main(["--sizes", "2000", "--levels", "3", *COMMON, str(path)])
+    assert len(rows(path)) == 2
+
+
+def test_a_ratio_is_the_median_of_paired_ratios():
+    found = timing.row("x", ("a", np.array([1.0, 2.0, 4.0])), ("b", np.array([3.0, 4.0, 4.0])), "<= 2")
+    assert found.ratio == 2.0 and found.met
+    assert timing.is_met(1.9, ">= 2") is False
+
+
+def claimed(drops, ratio):
+    claim = lenet.Claim(25, 0.5, len(drops), lenet.CLAIMS["digits", "lenet_300_100"].recipe)
+    made = [{"dense": 1, "control": 0.9, "compressed": 0.9 - d / 100, "ratio": ratio, "bytes": 1} for d in drops]
+    return lenet.summary(claim, made)
+
+
+def test_a_claim_counts_the_standard_error():
+    assert claimed([0.1, 0.1, 0.1, 0.1], 26)["holds"]
+    assert not claimed([0.1, 0.1, 0.1, 0.1], 24)["holds"]
+    found = claimed([-1.0, 1.0, -1.0, 1.0], 26)  # mean 0, deviation 2 / sqrt(3)
+    assert found["standard_error"] == pytest.approx(1 / 3**0.5)
+    assert not found["holds"]
+
+
+def test_a_claim_runs_and_continues(tmp_path, capsys):
+    arguments = ["--epochs", "0.05", "--random", "1", "--out", str(tmp_path)]
+    lenet.main([*arguments, "--splits", "1"])
+    lenet.main([*arguments, "--splits", "2"])
+    lines = (tmp_path / "digits_lenet_300_100.jsonl").read_text().splitlines()
+    assert [json.loads(line)["split"] for line in lines] == [0, 1]
+    record = json.loads((tmp_path / "digits_lenet_300_100.json").read_text())
+    assert record["summary"]["splits"] == 2 and not record["summary"]["holds"]
+    assert "random" in record["rows"][0] and "random" not in record["rows"][1]
+    assert "DOES NOT HOLD" in capsys.readouterr().out
+
+
+def test_validation_never_sees_the_test_split():
+    real, trial = (lenet.split("digits", 0, None, validate) for validate in (False, True))
+    assert len(real.train) + len(real.test) == 1797
+    assert len(trial.train) + len(trial.test) == len(real.train)
+
+
+def test_a_model_without_a_claim_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        lenet.main(["--model", "lenet5"])
+    assert "there is no claim" in capsys.readouterr().err
