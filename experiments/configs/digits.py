@@ -2,7 +2,10 @@
 
 Command: python -m experiments.compress
 
-@@
+Expect, over 3 seeds, test accuracy of LeNet-300-100 97.2 +- 1.0 percent (203 kB) and of the CNN 98.4 +- 0.3
+percent (55 kB) as dense baselines; 4 bits 97.1 and 98.6 percent at 29 and 8.5 kB; 90 percent pruned gradually 97.7
+and 98.1 percent; pruned, shared and fine-tuned (deep_compression) 97.5 percent at 7.6 kB (26.8x) and 97.9 percent at
+3.2 kB (17x); a random mask 96.4 and 85.7 percent. Time: 190 CPU seconds; 3 min 49 s on two busy cores.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 Command: python -m experiments.compress --config.data=text --data_dir=<folder with a .txt file>
 
-@@
+Expect on tinyshakespeare.txt, one seed, bits per byte of a net of 675,456 parameters after one epoch: dense baseline
+3.36 (2.7 MB); int8 3.36 (3.8x); int4 3.39 (6.2x); half pruned gradually 3.38 (1.7x); deep_compression 3.47 at 317 kB
+(8.5x); a random half 3.49. Longer training lowers all of them. Time: 8 CPU minutes; 10 min on two busy cores.
 """
 
 from __future__ import annotations
@@ -77,9 +79,9 @@ def get_config() -> ConfigDict:
     config.model_options = ConfigDict({"transformer": {"width": 128, "layers": 3, "heads": 4, "longest": 128}})
     config.plans = (int8, int4, svd, kmeans, magnitude, gradual, random, deep_compression)
     config.seeds = 1
-    config.epochs = 2.0
-    config.finetune_epochs = 0.5
-    config.batch_size = 32
+    config.epochs = 1.0
+    config.finetune_epochs = 0.25
+    config.batch_size = 16
     config.learning_rate = 2e-3
     config.finetune_learning_rate = 1e-3
     config.latency_batch = 8
