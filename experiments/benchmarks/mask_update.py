@@ -65,7 +65,7 @@ def compare(name: str, ours: Callable, theirs: Callable, w: Any, target: str, ar
     times = timing.paired(lambda: ours(w), lambda: theirs(w), args.pairs, (calls, 1))
     memory = memory_ratio(ours, w)
     return timing.row(
-        name, ("jcompress", times[0]), ("sort", times[1]), target,
+        name, ("jcompress", times[0]), (name.rsplit(" vs ", 1)[1], times[1]), target,
         memory=memory, memory_met=memory <= 2.5, differing_entries=differ, kept=int(sum(x.sum() for x in a)),
     )  # fmt: skip
 
