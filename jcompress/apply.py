@@ -216,7 +216,8 @@ def project(
     Args:
       plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
       every: steps between refits.
-      key: for methods that draw random numbers.
+      key: for methods that draw random numbers. It is the same at every refit; a method that should draw anew folds
+        the step in.
       stats: ``{path: statistics}`` from calibration.
 
     Returns:
@@ -252,8 +253,7 @@ def project(
             raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
         leaves = rules.paths(params)
         _check_paths(leaves, plan)
-        step_key = None if state.key is None else jax.random.fold_in(state.key, state.steps)
-        contexts = _contexts(params, leaves, state.steps, step_key, stats, grads, None)
+        contexts = _contexts(params, leaves, state.steps, state.key, stats, grads, None)
         changes, treedef = jax.tree.flatten(updates)
         change = dict(zip([path for path, _ in leaves], changes, strict=True))
         held: dict[str, Any] = {}

@@ -121,11 +121,14 @@ def test_random_masks_under_the_transform_nest():
     params = {"w": jnp.ones(1000)}
     plan = jc.plan(params, [("w", jc.prune.Random(sparsity=optax.linear_schedule(0.0, 0.9, 9)))])
     tx = optax.chain(optax.sgd(0.0), jc.project(plan, key=jax.random.key(3)))
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
+    previous = state[1].held["w"].mask
     for i in range(10):
-        updates, state = tx.update({"w": jnp.ones(1000)}, state, params)
-        params = optax.apply_updates(params, updates)
-        assert int((params["w"] == 0).sum()) >= 100 * i
+        _, state = update({"w": jnp.ones(1000)}, state, params)
+        mask = state[1].held["w"].mask
+        assert int((~mask).sum()) == 100 * i
+        assert not bool((mask & ~previous).any())
+        previous = mask
     with pytest.raises(ValueError, match="w: Random needs 'key'"):
         jc.project(plan).init(params)
 

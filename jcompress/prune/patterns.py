@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jcompress.prune.threshold import ordered_bits
 
@@ -51,11 +52,10 @@ class NM:
         """Mask of the shape of ``scores`` (..., in, out). Ranks come from pairwise comparisons, not from a sort."""
         *lead, rows, columns = scores.shape
         groups = ordered_bits(scores).reshape(*lead, rows // self.m, self.m, columns)
-        entries = [groups[..., i, :] for i in range(self.m)]
-        ranks = [jnp.zeros(entries[0].shape, jnp.int8 if self.m < 128 else jnp.int32) for _ in entries]
+        place = lax.broadcasted_iota(jnp.int32, groups.shape, groups.ndim - 2)
+        rank = jnp.zeros(groups.shape, jnp.int8 if self.m < 128 else jnp.int32)
         for i in range(self.m):
-            for j in range(i + 1, self.m):
-                later_wins = entries[j] > entries[i]
-                ranks[i] = ranks[i] + later_wins.astype(ranks[i].dtype)
-                ranks[j] = ranks[j] + (~later_wins).astype(ranks[j].dtype)
-        return jnp.stack([rank < self.n for rank in ranks], axis=-2).reshape(scores.shape)
+            other = groups[..., i : i + 1, :]
+            ahead = jnp.where(place > i, other >= groups, other > groups)
+            rank = rank + ahead.astype(rank.dtype)
+        return (rank < self.n).reshape(scores.shape)

@@ -68,7 +68,7 @@ def ordered_bits(x: jax.Array) -> jax.Array:
     # Integers, not floats: to compare 16-bit floats a CPU would widen them, and keep the wide copy.
     bits = lax.bitcast_convert_type(x, unsigned)
     magnitude = bits & ~sign
-    ordered = jnp.where((bits >= sign) & (magnitude > 0), ~bits, magnitude | sign)
+    ordered = jnp.where(bits >= sign, sign - magnitude, sign + magnitude)
     ordered = jnp.where(jnp.isnan(x), nan, ordered)
     return ordered.astype(jnp.promote_types(unsigned, jnp.uint32))
 
