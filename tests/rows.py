@@ -67,7 +67,9 @@ METHODS = [
     Row("kmeans-exact", KMeans(clusters=4, exact=True), jit=False, gathers=True),
     Row("magnitude-int4", jc.chain(M(sparsity=0.7), Int(bits=4))),
     Row("2:4-int4-group", jc.chain(M(pattern=jc.prune.NM(2, 4)), Int(bits=4, group_size=8))),
-    Row("magnitude-kmeans-bfloat16", jc.chain(M(sparsity=0.7), KMeans(clusters=4), Float()), exact=False, stationary=False),
+    Row(
+        "magnitude-kmeans-bfloat16", jc.chain(M(sparsity=0.7), KMeans(clusters=4), Float()), exact=False, stationary=False
+    ),
     Row("magnitude-bfloat16", jc.chain(M(sparsity=0.7), Float())),
     Row("global-kmeans", jc.chain(M(sparsity=0.7, scope="global"), KMeans(clusters=4, scope="global")), exact=False),
     Row("svd-int8", jc.chain(SVD(rank=3), Int(bits=8)), exact=False, stationary=False, gathers=True),

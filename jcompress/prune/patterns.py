@@ -56,6 +56,6 @@ class NM:
         rank = jnp.zeros(groups.shape, jnp.int8 if self.m < 128 else jnp.int32)
         for i in range(self.m):
             other = groups[..., i : i + 1, :]
-            ahead = jnp.where(place > i, other >= groups, other > groups)
+            ahead = (other > groups) | ((other == groups) & (place > i))
             rank = rank + ahead.astype(rank.dtype)
         return (rank < self.n).reshape(scores.shape)

@@ -83,8 +83,8 @@ class Int:
         if self.group_size is not None:
             if len(shape) < 2:
                 raise ValueError(
-                    f"{path}: group_size {self.group_size} needs axis -2, found shape {shape}; quantize it without groups, "
-                    "or keep it dense"
+                    f"{path}: group_size {self.group_size} needs axis -2, found shape {shape}; "
+                    "quantize it without groups, or keep it dense"
                 )
             if shape[-2] % self.group_size and not self.pad:
                 divisor = max(d for d in range(1, self.group_size + 1) if shape[-2] % d == 0) if shape[-2] else 1
@@ -183,7 +183,7 @@ class Int:
 
 
 def _over(x: jax.Array, n: int) -> jax.Array:
-    """``x / n`` as a product: XLA makes it one in some programs and not in others, which then differ in the last bit."""
+    """``x / n`` as a product: XLA makes it one in some programs only, and those would differ in the last bit."""
     return x * (1.0 / n)
 
 
