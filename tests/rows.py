@@ -68,12 +68,12 @@ METHODS = [
     Row("magnitude-int4", jc.chain(M(sparsity=0.7), Int(bits=4))),
     Row("2:4-int4-group", jc.chain(M(pattern=jc.prune.NM(2, 4)), Int(bits=4, group_size=8))),
     Row(
-        "magnitude-kmeans-bfloat16", jc.chain(M(sparsity=0.7), KMeans(clusters=4), Float()), exact=False, stationary=False
+        "magnitude-kmeans-bf16", jc.chain(M(sparsity=0.7), KMeans(clusters=4), Float()), exact=False, stationary=False
     ),
     Row("magnitude-bfloat16", jc.chain(M(sparsity=0.7), Float())),
     Row("global-kmeans", jc.chain(M(sparsity=0.7, scope="global"), KMeans(clusters=4, scope="global")), exact=False),
     Row("svd-int8", jc.chain(SVD(rank=3), Int(bits=8)), exact=False, stationary=False, gathers=True),
-    Row("int4-scales-bfloat16", jc.chain(Int(bits=4, group_size=4), Float()), stationary=False),
+    Row("int4-scales-bf16", jc.chain(Int(bits=4, group_size=4), Float()), stationary=False),
     Row("outliers-int4", jc.residual(M(sparsity=0.95), Int(bits=4)), exact=False),
     Row("int2-svd", jc.residual(Int(bits=2), SVD(rank=2)), exact=False, stationary=False, gathers=True),
     Row("svd-sparse", jc.residual(SVD(rank=2), M(sparsity=0.9)), exact=False, stationary=False, gathers=True),
