@@ -144,8 +144,9 @@ def test_leaves_that_are_no_floats():
     }
     table = jc.report(params, params | {"w": jnp.array([3.0, 0.0])})
     assert table.total.stored_bytes * 8 == jc.nbits(params)
+    assert "number" not in {row.path for row in table.rows}  # a Python scalar is no parameter
     assert {row.path: row.relative_error for row in table.rows if row.relative_error} == {"w": pytest.approx(0.8)}
-    assert table.total.relative_error == pytest.approx(math.sqrt(16 / (25 + 4 + 4)))  # counts and keys are no weights
+    assert table.total.relative_error == pytest.approx(math.sqrt(16 / (25 + 4)))  # counts and keys are no weights
 
 
 def test_text_is_aligned_and_has_a_total(rng):

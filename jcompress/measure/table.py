@@ -77,6 +77,8 @@ def _matched(before: PyTree, after: PyTree) -> list[tuple[str, Any, Any]]:
                 f"{path}: found a {type(w).__name__} node in the first tree, expected the dense parameters; "
                 "call report(before, after), or materialize it first"
             )
+        if isinstance(w, (bool, int, float, complex, str)):
+            continue  # Python scalars are settings, not parameters: they stand in the manifest of a file
         w, leaf = _as_array(path, w), leaf if core.is_node(leaf) else _as_array(path, leaf)
         _check_leaf(path, w, leaf)
         pairs.append((path, w, leaf))
