@@ -61,28 +61,23 @@ def assert_same(a, b, exact=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=0 if exact else 1e-5)
 
 
-def methods_in(x):
-    if dataclasses.is_dataclass(x):
+def classes_in(x, counts=dataclasses.is_dataclass):
+    """The classes of a nest of methods, or of the nodes in a nest of formats."""
+    if counts(x):
         yield type(x)
         for field in dataclasses.fields(x):
-            yield from methods_in(getattr(x, field.name))
+            yield from classes_in(getattr(x, field.name), counts)
     elif isinstance(x, tuple):
         for y in x:
-            yield from methods_in(y)
+            yield from classes_in(y, counts)
 
 
 def formats_in(x):
-    if core.is_node(x):
-        yield type(x)
-        for field in dataclasses.fields(x):
-            yield from formats_in(getattr(x, field.name))
-    elif isinstance(x, tuple):
-        for y in x:
-            yield from formats_in(y)
+    return classes_in(x, core.is_node)
 
 
 def test_every_public_method_and_format_has_its_row():
-    listed = {method for row in METHODS for method in methods_in(row.method)}
+    listed = {method for row in METHODS for method in classes_in(row.method)}
     rooms = (jc.prune, jc.quantize, jc.factorize, jc.share)
     public = {x for room in rooms for x in map(room.__dict__.get, room.__all__) if isinstance(x, type)}
     assert {m for m in public if m is not jc.prune.NM} <= listed
@@ -178,10 +173,8 @@ def test_a_traced_step_does_not_recompile(row):
     assert at_step._cache_size() == 1
 
 
-@every_row
+@jitted(METHODS)
 def test_the_optimizer_transform_holds_the_parameters_on_the_set(row):
-    if not row.jit:
-        pytest.skip("outside jit only")
     params = {"kernel": array(row), "bias": jnp.ones(4)}
     plan = jc.plan(params, [("kernel", row.method)])
     tx = optax.chain(optax.adam(0.1), jc.project(plan, every=2, key=KEY))
@@ -205,13 +198,11 @@ def test_the_optimizer_transform_holds_the_parameters_on_the_set(row):
         )
 
 
-@every_row
+@jitted(METHODS)
 def test_simulate_sees_the_value_and_passes_the_gradient(row):
     params = {"kernel": array(row)}
     plan = jc.plan(params, [("kernel", row.method)])
-    value, pull = jax.vjp(lambda p: jc.simulate(p, plan, key=KEY), params) if row.jit else (None, None)
-    if not row.jit:
-        pytest.skip("outside jit only")
+    value, pull = jax.vjp(lambda p: jc.simulate(p, plan, key=KEY), params)
     node = jc.compress(params, plan, key=KEY)
     np.testing.assert_allclose(
         np.asarray(value["kernel"]), np.asarray(node["kernel"].materialize()), atol=0 if row.exact else 1e-5
@@ -292,10 +283,8 @@ def test_values_that_are_not_finite_are_refused_by_name(row):
             compress(row.method, jnp.asarray(w))
 
 
-@every_row
+@jitted(METHODS)
 def test_the_input_may_be_donated(row):
-    if not row.jit:
-        pytest.skip("outside jit only")
     w, bias = array(row), jnp.ones(3)
     tree = {"kernel": w, "bias": bias}
     small = jc.compress(tree, jc.plan(tree, [("kernel", row.method)]), key=KEY)
