@@ -1,0 +1,75 @@
+"""What every reading of a function shares: its jaxpr with the parameters named, and the calls inside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jax_core
+
+from jcompress import core, rules
+from jcompress.core import PyTree
+
+CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
+    "custom_jvp_call_jaxpr", "custom_vjp_call_jaxpr",
+}  # fmt: skip
+REMAT = {"remat", "remat2", "checkpoint"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced function.
+
+    Attributes:
+      closed: its jaxpr; the parameters are the first inputs, the arguments follow.
+      paths: the path of each parameter.
+      in_tree: the structure of ``(params, *args)``.
+      out_tree: the structure of the outputs.
+    """
+
+    closed: jax_core.ClosedJaxpr
+    paths: tuple[str, ...]
+    in_tree: Any
+    out_tree: Any
+
+
+def shapes(tree: PyTree) -> PyTree:
+    """The tree with the shape and dtype of each array in its place."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def program(fn: Callable[..., Any], params: PyTree, *args: Any) -> Program:
+    """Trace ``fn(params, *args)``; arrays may be given by their shapes and dtypes.
+
+    Raises:
+      ValueError: if a parameter is a compressed node.
+    """
+    leaves = rules.paths(params)
+    for path, leaf in leaves:
+        if core.is_node(leaf):
+            raise ValueError(f"{path}: found a {type(leaf).__name__} node where an array was expected; materialize it")
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    in_tree, out_tree = jax.tree.structure((params, *args)), jax.tree.structure(out)
+    return Program(closed, tuple(path for path, _ in leaves), in_tree, out_tree)
+
+
+def called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr | None:
+    """The function that an equation calls on its own operands (``jit``, ``remat``, custom derivatives), or None."""
+    if eqn.primitive.name not in CALLS:
+        return None
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            found = eqn.params[name]
+            return found if isinstance(found, jax_core.ClosedJaxpr) else jax_core.ClosedJaxpr(found, ())
+    return None
+
+
+def bind(eqn: jax_core.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
+    """Apply an equation's primitive to values, with some of its parameters changed."""
+    functions, params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    out = eqn.primitive.bind(*functions, *values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
