@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.core import Context
-from jcompress.formats import Masked
-from jcompress.prune import select
-from jcompress.prune.patterns import NM
+from jcompress.prune import scores
+from jcompress.prune.scored import ByScore, fixed
 
 
 @dataclasses.dataclass(frozen=True)
-class Magnitude:
+class Magnitude(ByScore):
     """Keep the weights of largest magnitude (Han et al. 2015, arXiv:1506.02626).
 
     The score of a weight is ``|w|``. The number of weights kept is exact, ``n - round(sparsity * n)``, and ties go
@@ -40,28 +33,6 @@ class Magnitude:
       [0.0, -4.0, 0.0, -3.0]
     """
 
-    sparsity: Any = None
-    scope: select.Scope = "leaf"
-    pattern: NM | None = None
+    score: scores.Score = fixed(scores.magnitude)
 
     __repr__ = core.method_repr
-
-    def __post_init__(self) -> None:
-        select.validate(self)
-
-    @property
-    def joint(self) -> bool:
-        """Whether one threshold serves all leaves of the rule."""
-        return self.scope == "global" and self.pattern is None
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if the pattern does not fit the shape."""
-        select.check(self, path, shape)
-
-    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Masked]:
-        """One node for each array of the rule."""
-        return select.fit(self, lambda w, _: jnp.abs(w), arrays, contexts)
-
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:
-        """The node for one array."""
-        return self.fit([w], [context])[0]

@@ -1,0 +1,81 @@
+"""Masks by any score, and what the methods share that keep the weights of the highest score."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+
+from jcompress import core
+from jcompress.core import Context
+from jcompress.formats import Masked
+from jcompress.prune import scores, select
+from jcompress.prune.patterns import NM
+
+
+@dataclasses.dataclass(frozen=True)
+class ByScore:
+    """Keep the weights of the highest score, whatever the score is.
+
+    The number of weights kept is exact, ``n - round(sparsity * n)``, and ties go to the lower index.
+
+    Attributes:
+      sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern
+        fixes it.
+      scope: ``"leaf"``, a threshold for each leaf, or ``"global"``, one for all leaves of the rule.
+      pattern: :class:`NM`, or None for unstructured.
+      score: a function of an array and its context that gives an array of the same shape, such as those of
+        :mod:`jcompress.prune.scores`.
+
+    Raises:
+      ValueError: for a sparsity outside [0, 1] or one that disagrees with the pattern, or if what the score reads
+        is missing.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> from jcompress.prune.scored import ByScore
+      >>> method = ByScore(sparsity=0.5, score=lambda w, context: -w)
+      >>> method(jnp.array([1.0, -4.0, 2.0, -3.0])).materialize().tolist()
+      [0.0, -4.0, 0.0, -3.0]
+    """
+
+    sparsity: Any = None
+    scope: select.Scope = "leaf"
+    pattern: NM | None = None
+    score: scores.Score = dataclasses.field(default=scores.magnitude, repr=False)
+
+    __repr__ = core.method_repr
+
+    def __post_init__(self) -> None:
+        select.validate(self)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the score reads from the context."""
+        return scores.needs(self.score)
+
+    @property
+    def joint(self) -> bool:
+        """Whether one threshold serves all leaves of the rule."""
+        return self.scope == "global" and self.pattern is None
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise if the pattern does not fit the shape."""
+        select.check(self, path, shape)
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Masked]:
+        """One node for each array of the rule."""
+        return select.fit(self, partial(scores.evaluate, self.score), arrays, contexts)
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:
+        """The node for one array."""
+        return self.fit([w], [context])[0]
+
+
+def fixed(score: scores.Score) -> Any:
+    """The field of a subclass whose score is not for the user to choose."""
+    # A factory, since a function that stands in the class would be bound as a method of it.
+    return dataclasses.field(default_factory=lambda: score, init=False, repr=False)

@@ -1,0 +1,137 @@
+"""Scores: how much each weight matters, by different lights.
+
+A score is any callable ``(w, context) -> array of w's shape`` where the larger value is kept. What it reads beside
+the weight it names in an attribute ``needs``, as methods do: ``"key"``, ``"grad"``, ``"stats.hessian_diagonal"``.
+The same score serves masks (:class:`jcompress.prune.ByScore`) and whole groups
+(:func:`jcompress.prune.structured.importance`), so a new score is one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jcompress.core import Context
+
+Score = Callable[[jax.Array, Context], jax.Array]
+_Score = TypeVar("_Score", bound=Callable[..., Any])
+
+
+def reads(*needs: str) -> Callable[[_Score], _Score]:
+    """Say what a score reads from its context.
+
+    Example:
+      >>> from jcompress.prune import scores
+      >>> @scores.reads("grad")
+      ... def steepest(w, context):
+      ...     return abs(context.grad)
+      >>> scores.needs(steepest)
+      ('grad',)
+    """
+
+    def mark(score: _Score) -> _Score:
+        vars(score)["needs"] = needs
+        return score
+
+    return mark
+
+
+def needs(score: Score) -> tuple[str, ...]:
+    """What a score reads from its context."""
+    return tuple(getattr(score, "needs", ()))
+
+
+def evaluate(score: Score, w: jax.Array, context: Context) -> jax.Array:
+    """The scores of one array, once what the score reads is known to be there.
+
+    Raises:
+      ValueError: if something is missing; the message names the path.
+    """
+    for need in needs(score):
+        found: Any = context
+        for name in need.split("."):
+            found = getattr(found, name, None)
+        if found is None:
+            named = getattr(score, "__name__", type(score).__name__)
+            raise ValueError(
+                f"{context.path}: the score {named!r} needs {need!r}, which is missing; {_HINTS[need.split('.')[0]]}"
+            )
+    return score(w, context)
+
+
+_HINTS = {
+    "key": "pass key=jax.random.key(...)",
+    "grad": "pass grads=, the gradients of the loss",
+    "stats": "pass stats=jc.calibrate(fn, params, batches), with all that the score needs",
+}
+
+
+def magnitude(w: jax.Array, context: Context = Context()) -> jax.Array:
+    """``|w|`` (Han et al. 2015, arXiv:1506.02626).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jcompress.prune import scores
+      >>> scores.magnitude(jnp.array([1.0, -2.0])).tolist()
+      [1.0, 2.0]
+    """
+    return jnp.abs(w)
+
+
+def squared(w: jax.Array, context: Context = Context()) -> jax.Array:
+    """``w**2``: ranks single weights as the magnitude does, but adds up to energies over a group."""
+    return jnp.square(w)
+
+
+@reads("key")
+def random(w: jax.Array, context: Context) -> jax.Array:
+    """Uniform in [0, 1), sharded as ``w`` is."""
+    return jnp.zeros_like(w, jnp.float32) + jax.random.uniform(context.key, w.shape)
+
+
+@reads("grad")
+def taylor(w: jax.Array, context: Context) -> jax.Array:
+    """``|g w|``: the change of the loss, to first order, if the weight were zero (Molchanov et al. 2017, 1611.06440).
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> from jcompress.prune import scores
+      >>> scores.taylor(jnp.array([1.0, -2.0]), jc.Context(grad=jnp.array([3.0, 0.5]))).tolist()
+      [3.0, 1.0]
+    """
+    return jnp.abs(context.grad * w)
+
+
+@reads("grad")
+def signed_taylor(w: jax.Array, context: Context) -> jax.Array:
+    """``g w``, with its sign: over a group these add up before a square or magnitude is taken.
+
+    For single weights use :func:`taylor`; of these the negative ones would be cut first.
+    """
+    return context.grad * w
+
+
+@reads("stats.grad_square")
+def fisher(w: jax.Array, context: Context) -> jax.Array:
+    """``g**2 w**2 / 2``, where ``g**2`` is the mean squared gradient, the diagonal of the empirical Fisher matrix.
+
+    It stands for the Hessian in the change of the loss to second order (Theis et al. 2018, arXiv:1801.05787).
+    """
+    return 0.5 * context.stats.grad_square * jnp.square(w)
+
+
+@reads("stats.hessian_diagonal")
+def hessian(w: jax.Array, context: Context) -> jax.Array:
+    """``h w**2 / 2``, the saliency of optimal brain damage (LeCun et al. 1990).
+
+    Example:
+      >>> import types, jax.numpy as jnp, jcompress as jc
+      >>> from jcompress.prune import scores
+      >>> stats = types.SimpleNamespace(hessian_diagonal=jnp.array([2.0, 4.0]))
+      >>> scores.hessian(jnp.array([3.0, -1.0]), jc.Context(stats=stats)).tolist()
+      [9.0, 2.0]
+    """
+    return 0.5 * context.stats.hessian_diagonal * jnp.square(w)
