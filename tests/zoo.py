@@ -5,12 +5,14 @@ Widths that are independent differ in size, so that a mistaken coupling shows.
 
 import functools
 
+import zoo_linen
+import zoo_nnx
 import zoo_plain
 from zoo_entry import Built, Entry, randomize
 
 __all__ = ["ZOO", "Built", "Entry", "built", "randomize"]
 
-ZOO: list[Entry] = [*zoo_plain.ENTRIES]
+ZOO: list[Entry] = [*zoo_plain.ENTRIES, *zoo_linen.ENTRIES, *zoo_nnx.ENTRIES]
 
 
 @functools.cache

@@ -69,7 +69,7 @@ def _draw(path, leaf, key):
     if name != "kernel":
         return 0.5 * normal
     heads_in = any(part in path.split("/")[-2] for part in ("query", "key", "value"))
-    fan_in = shape[0] if heads_in else math.prod(shape[:-1])
+    fan_in = shape[-3] if heads_in and len(shape) > 2 else math.prod(shape[:-1])
     return normal * (2 / fan_in) ** 0.5
 
 
