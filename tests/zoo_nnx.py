@@ -277,14 +277,13 @@ class Mixer(nnx.Module):
         self.patches = nnx.Conv(2, 10, (4, 4), strides=(4, 4), rngs=rngs)
         self.block_0 = MixerBlock(4, 7, 10, 12, rngs=rngs)
         self.block_1 = MixerBlock(4, 9, 10, 14, rngs=rngs)
-        self.norm = nnx.LayerNorm(10, rngs=rngs)
         self.head = nnx.Linear(10, CLASSES, rngs=rngs)
 
     def __call__(self, x):
         x = self.patches(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = self.block_1(self.block_0(x))
-        return self.head(self.norm(x).mean(axis=1))
+        return self.head(x.mean(axis=1))
 
 
 def mixer():
@@ -294,7 +293,7 @@ def mixer():
         widths[f"channel_hidden_{i}"] = (f"block_{i}/channel_up/kernel", 1)
 
     def count(channels, **sizes):
-        total = conv_count(16, 2, channels) + 2 * channels + dense_count(channels, CLASSES)
+        total = conv_count(16, 2, channels) + dense_count(channels, CLASSES)
         for i in range(2):
             token, channel = sizes[f"token_hidden_{i}"], sizes[f"channel_hidden_{i}"]
             total += 4 * channels + dense_count(4, token) + dense_count(token, 4)
