@@ -1,0 +1,45 @@
+"""Pruning of whole units: neurons, channels, heads.
+
+Three steps, each a pure function. Score the units of each group that must be cut together, choose those that stay, and
+let ``jc.trace.mask`` set the others to zero or ``jc.shrink`` cut them out; between, :func:`reconstruct` and its kin
+refit what reads them. ``groups`` come from ``jc.trace.coupling``; in scores the larger value stays.
+"""
+
+from jcompress.prune.structured.channels import lasso, thinet
+from jcompress.prune.structured.choice import keep
+from jcompress.prune.structured.contraction import beside
+from jcompress.prune.structured.propagation import apoz, nisp
+from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
+from jcompress.prune.structured.reconstruction import fold_constants, liar, reconstruct
+from jcompress.prune.structured.redundancy import geometric_median, merge_neurons
+from jcompress.prune.structured.training import add_l1, group_lasso, group_lasso_proximal, l1_proximal, soft_filter
+from jcompress.prune.structured.units import Group, ManualGroup, within
+
+__all__ = [
+    "Group",
+    "ManualGroup",
+    "add_l1",
+    "apoz",
+    "beside",
+    "fold_constants",
+    "geometric_median",
+    "group_lasso",
+    "group_lasso_proximal",
+    "hessian",
+    "importance",
+    "keep",
+    "l1",
+    "l1_proximal",
+    "l2",
+    "lasso",
+    "liar",
+    "merge_neurons",
+    "nisp",
+    "random",
+    "reconstruct",
+    "slimming",
+    "soft_filter",
+    "taylor",
+    "thinet",
+    "within",
+]
