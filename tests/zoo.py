@@ -8,12 +8,19 @@ import functools
 import zoo_linen
 import zoo_nnx
 import zoo_plain
+import zoo_plain_dense
 import zoo_plain_sequence
 from zoo_entry import Built, Entry, randomize
 
 __all__ = ["ZOO", "Built", "Entry", "built", "randomize"]
 
-ZOO: list[Entry] = [*zoo_plain.ENTRIES, *zoo_plain_sequence.ENTRIES, *zoo_linen.ENTRIES, *zoo_nnx.ENTRIES]
+ZOO: list[Entry] = [
+    *zoo_plain_dense.ENTRIES,
+    *zoo_plain.ENTRIES,
+    *zoo_plain_sequence.ENTRIES,
+    *zoo_linen.ENTRIES,
+    *zoo_nnx.ENTRIES,
+]
 
 
 @functools.cache

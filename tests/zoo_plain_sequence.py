@@ -1,4 +1,4 @@
-"""Sequence models of the zoo in plain jax: attention, layers under scan, LSTM, mixer, gates."""
+"""Sequence models of the zoo in plain jax: attention, layers under scan, LSTM, mixer."""
 
 import jax
 import jax.numpy as jnp
@@ -323,45 +323,10 @@ def mixer():
     )
 
 
-def gates():
-    """A softmax and a sum of sigmoids over hidden units: cut units still count in both, each with what zero gives."""
-
-    def fn(p, x):
-        hidden = jax.nn.gelu(dense(p["first"], x))
-        attention = jax.nn.softmax(dense(p["attention"], hidden), axis=-1)
-        strength = jnp.sum(jax.nn.sigmoid(dense(p["strength"], hidden)), axis=-1, keepdims=True)
-        return dense(p["head"], attention) * strength
-
-    params = {
-        "first": dense_params(5, 12),
-        "attention": dense_params(12, 10),
-        "strength": dense_params(12, 8),
-        "head": dense_params(10, CLASSES),
-    }
-    return Built(
-        fn=fn,
-        params=randomize(params, jax.random.key(65)),
-        args=features(5),
-        widths={name: (f"{name}/kernel", 1) for name in ("first", "attention", "strength")},
-        sizes={"first": 12, "attention": 10, "strength": 8},
-        count=lambda first, attention, strength: (
-            dense_count(5, first)
-            + dense_count(first, attention)
-            + dense_count(first, strength)
-            + dense_count(attention, CLASSES)
-        ),
-        optional={
-            "attention": "a softmax over the cut axis counts the cut units, and its maximum may be theirs",
-            "strength": "a sum of sigmoids counts one half for each cut unit",
-        },
-    )
-
-
 ENTRIES = [
     Entry("encoder-plain", encoder),
     Entry("decoder-plain", decoder),
     Entry("scan-plain", scanned),
     Entry("lstm-plain", lstm),
     Entry("mixer-plain", mixer),
-    Entry("gates-plain", gates),
 ]
