@@ -1,0 +1,354 @@
+"""What a function costs: multiply-adds, bytes and bit operations, by parameter and in total."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jax_core
+
+from jcompress import core, rules
+from jcompress.core import PyTree
+from jcompress.formats import LowRank, Masked, Sum
+from jcompress.trace import operations, walk
+from jcompress.trace.views import Activation, Derived, Kind, View, computed, join, laid_out, peel, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class CostRow:
+    """What one parameter costs in one call.
+
+    Attributes:
+      path: the parameter.
+      shape: of the dense array.
+      multiply_adds: of the dense array with activations, padding of convolutions counted as multiplied.
+      compressed_multiply_adds: those of the node: only kept entries, one factor after the other, all terms of a sum.
+      parameter_bytes: of the dense array.
+      stored_bytes: of the node; where masks are not known yet, those of the dense array.
+      activation_bytes: read and written by its products.
+      bit_operations: multiply-adds x bits of a weight x bits of an activation, dense.
+      compressed_bit_operations: the same of the node.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    multiply_adds: float
+    compressed_multiply_adds: float
+    parameter_bytes: float
+    stored_bytes: float
+    activation_bytes: float
+    bit_operations: float
+    compressed_bit_operations: float
+
+
+_SUMMED = [f.name for f in dataclasses.fields(CostRow)][2:]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Cost:
+    """The result of :func:`cost`.
+
+    Attributes:
+      rows: one :class:`CostRow` a parameter, in the order of the tree.
+      flops: all operations of the dense function but transcendental ones, as XLA's cost analysis counts them.
+      transcendentals: exponentials, roots and the like.
+      product_multiply_adds: of products between activations, such as attention scores; in no row.
+      notes: what was counted in a way that a reader should know.
+    """
+
+    rows: tuple[CostRow, ...]
+    flops: float
+    transcendentals: float
+    product_multiply_adds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> CostRow:
+        """All parameters together, and the products between activations."""
+        sums = {name: float(sum(getattr(row, name) for row in self.rows)) for name in _SUMMED}
+        for name in ("multiply_adds", "compressed_multiply_adds"):
+            sums[name] += self.product_multiply_adds
+        return CostRow("total", (), **sums)
+
+    def compressed(self, tree: PyTree) -> Cost:
+        """The cost with other nodes (or arrays) in the parameters' places; nothing is traced again."""
+        leaves = dict(rules.paths(tree))
+        if set(leaves) != {row.path for row in self.rows}:
+            other = sorted(set(leaves) ^ {row.path for row in self.rows})
+            raise ValueError(f"{other[0]}: not in both trees; give parameters of the structure that was counted")
+        return dataclasses.replace(self, rows=tuple(_compressed(row, leaves[row.path]) for row in self.rows))
+
+    def __repr__(self) -> str:
+        total = self.total
+        return f"Cost({_short(total.multiply_adds)} multiply-adds, {_short(total.compressed_multiply_adds)} compressed)"
+
+    def __str__(self) -> str:
+        head = ("path", "shape", "multiply-adds", "compressed", "bytes", "stored", "activations", "bit operations")
+        rows = [_cells(row) for row in self.rows if row.multiply_adds]
+        if self.product_multiply_adds:
+            count = _short(self.product_multiply_adds)
+            rows.append(("(between activations)", "", count, count, "", "", "", ""))
+        table = [head, *rows, _cells(self.total)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(r, widths, strict=True))).rstrip()
+            for r in table
+        ]
+        return "\n".join([*lines, *self.notes])
+
+
+def _cells(row: CostRow) -> tuple[str, ...]:
+    numbers = (
+        row.multiply_adds, row.compressed_multiply_adds, row.parameter_bytes, row.stored_bytes, row.activation_bytes,
+        row.compressed_bit_operations,
+    )  # fmt: skip
+    return (row.path, "x".join(map(str, row.shape)), *map(_short, numbers))
+
+
+def _short(x: float) -> str:
+    """A number in three digits, with k, M, G, T."""
+    power = min(int(math.log10(x) // 3), 5) if x >= 1 else 0
+    return f"{x / 1000**power:.3g}{['', 'k', 'M', 'G', 'T', 'P'][power]}"
+
+
+def cost(fn: Callable[..., Any], params: PyTree, *args: Any) -> Cost:
+    """Count what ``fn(params, *args)`` costs, dense and with its compressed parameters; nothing is run or compiled.
+
+    ``flops`` follows XLA's cost analysis: two operations a multiply-add, products with padding left out, one an
+    element for the rest. It differs from XLA where that counts the body of a loop once: here a ``scan`` counts
+    ``length`` times. ``while`` counts once, as its trips are not known, and ``cond`` its dearest branch.
+
+    The compressed counts are those of kernels that skip zeros, apply factors one after the other, and read codes at
+    their width; whether a device has such kernels is another question.
+
+    Args:
+      fn: any JAX function.
+      params: a pytree of arrays or compressed nodes, which are made dense to trace ``fn``. Shapes will do for arrays.
+      *args: arrays, or their shapes and dtypes.
+
+    Returns:
+      A :class:`Cost`: print it, read ``.rows`` and ``.total``, or pass it to ``jc.report(before, after, cost=...)``.
+
+    Raises:
+      ValueError: for a node whose mask is abstract, as under ``jit``.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> fn = lambda params, x: jnp.maximum(x @ params["a"], 0) @ params["b"]
+      >>> params = {"a": jnp.ones((64, 32)), "b": jnp.ones((32, 10))}
+      >>> plan = jc.plan(params, [("a", jc.prune.Magnitude(sparsity=0.75))])
+      >>> print(jc.trace.cost(fn, jc.compress(params, plan), jnp.ones((8, 64))))
+      path   shape  multiply-adds  compressed  bytes  stored  activations  bit operations
+      a      64x32          16.4k        4.1k  8.19k    2.3k        3.07k           4.19M
+      b      32x10          2.56k       2.56k  1.28k   1.28k        1.34k           2.62M
+      total                 18.9k       6.66k  9.47k   3.58k        4.42k           6.82M
+    """
+    leaves, treedef = rules.paths(params), jax.tree.structure(params, is_leaf=core.is_node)
+    shapes = [jax.eval_shape(core.dense, x) if core.is_node(x) else walk.shapes(x) for _, x in leaves]
+    program = walk.program(fn, jax.tree.unflatten(treedef, shapes), *args)
+    tally = _Tally({path: s for (path, _), s in zip(leaves, shapes, strict=True)})
+    inputs: list[Kind] = [whole(path, s.shape) for (path, _), s in zip(leaves, shapes, strict=True)]
+    invars = program.closed.jaxpr.invars
+    _count(program.closed.jaxpr, [*inputs, *[Activation()] * (len(invars) - len(inputs))], 1, tally)
+    found = Cost(tuple(tally.rows()), tally.flops, tally.transcendentals, tally.between, tuple(tally.notes))
+    return found.compressed(params)
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What has been counted so far."""
+
+    params: dict[str, jax.ShapeDtypeStruct]
+    flops: float = 0.0
+    transcendentals: float = 0.0
+    between: float = 0.0
+    multiply_adds: dict[str, float] = dataclasses.field(default_factory=dict)
+    activation_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+    bits: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def branch(self) -> _Tally:
+        """A copy that counts on its own."""
+        counted = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return _Tally(**{name: dict(x) if isinstance(x, dict) else x for name, x in counted.items()})
+
+    def take(self, other: _Tally) -> None:
+        """Become another."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(other, field.name))
+
+    def product(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], times: float) -> None:
+        """One product: its multiply-adds go to the parameter in it, in parts if it was made of several."""
+        dot = eqn.primitive.name == "dot_general"
+        count = operations.multiply_adds_of_dot(eqn) if dot else operations.multiply_adds_of_convolution(eqn, True)
+        side = next((i for i in (1, 0) if isinstance(kinds[i], (View, Derived)) and not _is_lookup(kinds[i])), None)
+        if side is None:
+            self.between += count * times
+            return
+        other, kind = eqn.invars[1 - side].aval, kinds[side]
+        paths = [kind.path] if isinstance(kind, View) else [p for p, _ in kind.reasons] if kind else []
+        sizes = [math.prod(self.params[path].shape) for path in paths]
+        moved = _bytes(other) + _bytes(eqn.outvars[0].aval)
+        for path, size in zip(paths, sizes, strict=True):
+            part = count * times * size / max(sum(sizes), 1)
+            self.multiply_adds[path] = self.multiply_adds.get(path, 0.0) + part
+            self.bits[path] = max(self.bits.get(path, 0), core.dtype_bits(other.dtype))
+            self.activation_bytes[path] = self.activation_bytes.get(path, 0.0) + moved * times * size / max(sum(sizes), 1)
+
+    def rows(self) -> list[CostRow]:
+        """One row a parameter, dense."""
+        rows = []
+        for path, s in self.params.items():
+            count, bits = self.multiply_adds.get(path, 0.0), self.bits.get(path, 0)
+            size, wide = float(_bytes(s)), _weight_bits(s)
+            work = count * wide * bits
+            moved = self.activation_bytes.get(path, 0.0)
+            rows.append(CostRow(path, tuple(s.shape), count, count, size, size, moved, work, work))
+        return rows
+
+
+def _is_lookup(kind: Kind) -> bool:
+    return isinstance(kind, Derived) and kind.lookup
+
+
+def _weight_bits(x: Any) -> int:
+    return 32 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else core.dtype_bits(x.dtype)
+
+
+def _bytes(x: Any) -> float:
+    return math.prod(x.shape) * _weight_bits(x) / 8
+
+
+def _count(jaxpr: jax_core.Jaxpr, kinds: Sequence[Kind], times: float, tally: _Tally) -> list[Kind]:
+    """Count a jaxpr's equations; returns the kinds of its outputs."""
+    env: dict[Any, Kind] = dict.fromkeys(jaxpr.constvars)
+    env.update(zip(jaxpr.invars, kinds, strict=True))
+
+    def read(v: Any) -> Kind:
+        return None if isinstance(v, jax_core.Literal) else env[v]
+
+    for eqn in jaxpr.eqns:
+        outs = _equation(eqn, list(map(read, eqn.invars)), times, tally)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return list(map(read, jaxpr.outvars))
+
+
+def _equation(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally) -> list[Kind]:
+    name = eqn.primitive.name
+    called = walk.called(eqn)
+    if called is not None:
+        return _count(called.jaxpr, kinds, times, tally)
+    if name in _CONTROL:
+        return _CONTROL[name](eqn, kinds, times, tally)
+    if name in ("dot_general", "conv_general_dilated"):
+        tally.product(eqn, kinds, times)
+    flops, transcendentals = operations.operations(eqn)
+    tally.flops += flops * times
+    tally.transcendentals += transcendentals * times
+    if name in ("gather", "dynamic_slice") and isinstance(kinds[0], (View, Derived)):
+        made = computed(name, kinds[:1])
+        chosen = any(isinstance(k, Activation) for k in kinds[1:])
+        return [dataclasses.replace(made, lookup=True) if chosen and isinstance(made, Derived) else made]
+    return laid_out(eqn, kinds) or [computed(name, kinds)] * len(eqn.outvars)
+
+
+def _scan(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally) -> list[Kind]:
+    p = eqn.params
+    consts, split = p["num_consts"], p["num_consts"] + p["num_carry"]
+    slices = [peel(k, 0) if isinstance(k, View) else k for k in kinds[split:]]
+    return _loop(p["jaxpr"], kinds[:consts], kinds[consts:split], slices, times * p["length"], tally)
+
+
+def _loop(
+    closed: jax_core.ClosedJaxpr, before: list[Kind], carry: list[Kind], after: list[Kind], times: float, tally: _Tally
+) -> list[Kind]:
+    n = len(carry)
+    while True:
+        trial = tally.branch()
+        outs = _count(closed.jaxpr, [*before, *carry, *after], times, trial)
+        joined = [join("carry", pair) for pair in zip(carry, outs[:n], strict=True)]
+        if joined == carry:
+            tally.take(trial)
+            return [*carry, *(computed("scan", [k]) for k in outs[n:])]
+        carry = joined
+
+
+def _while(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally) -> list[Kind]:
+    p = eqn.params
+    tests, split = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+    tally.notes["a while loop was counted once: its trips are not known"] = None
+    _count(p["cond_jaxpr"].jaxpr, [*kinds[:tests], *kinds[split:]], times, tally)
+    return _loop(p["body_jaxpr"], kinds[tests:split], kinds[split:], [], times, tally)
+
+
+def _cond(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally) -> list[Kind]:
+    trials = [tally.branch() for _ in eqn.params["branches"]]
+    outs = [
+        _count(branch.jaxpr, kinds[1:], times, trial)
+        for branch, trial in zip(eqn.params["branches"], trials, strict=True)
+    ]
+    tally.take(max(trials, key=lambda t: t.flops))
+    return [join("cond", column) for column in zip(*outs, strict=True)]
+
+
+def _shard_map(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally) -> list[Kind]:
+    """The body runs once on each device."""
+    shards = math.prod(eqn.params["mesh"].shape.values())
+    body = eqn.params["jaxpr"]
+    return _count(getattr(body, "jaxpr", body), kinds, times * shards, tally)
+
+
+_CONTROL: dict[str, Callable[..., list[Kind]]] = {
+    "scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map,
+}  # fmt: skip
+
+
+def _compressed(row: CostRow, leaf: Any) -> CostRow:
+    if not core.is_node(leaf):
+        return dataclasses.replace(
+            row,
+            compressed_multiply_adds=row.multiply_adds,
+            stored_bytes=row.parameter_bytes,
+            compressed_bit_operations=row.bit_operations,
+        )
+    if not all(map(core.is_concrete, jax.tree.leaves(leaf))):
+        raise ValueError(f"{row.path}: found an abstract {type(leaf).__name__}; cost reads its mask, call it outside jit")
+    dense = jax.eval_shape(core.dense, leaf)
+    parts = _parts(leaf)
+    # The activation's bits, from the dense row, times those of each part.
+    each = row.bit_operations / _weight_bits(dense)
+    return dataclasses.replace(
+        row,
+        compressed_multiply_adds=row.multiply_adds * sum(part for part, _ in parts),
+        stored_bytes=core.leaf_nbits(leaf) / 8,
+        compressed_bit_operations=each * sum(part * bits for part, bits in parts),
+    )
+
+
+def _parts(x: Any) -> list[tuple[float, int]]:
+    """The products that a node stands for: multiply-adds as a part of the dense array's, and bits of a weight."""
+    if not core.is_node(x):
+        return [(1.0, _weight_bits(x))]
+    if isinstance(x, Sum):
+        return [pair for term in x.terms for pair in _parts(term)]
+    if isinstance(x, LowRank):
+        u, v = (jax.eval_shape(core.dense, factor) for factor in (x.u, x.v))
+        dense = u.size // u.shape[-1] * v.shape[-1]
+        factors = ((x.u, u.size), (x.v, v.size))
+        return [(part * size / dense, bits) for factor, size in factors for part, bits in _parts(factor)]
+    if isinstance(x, Masked):
+        shape = jax.eval_shape(core.dense, x).shape
+        density = float(np.broadcast_to(np.asarray(x.mask), shape).mean()) if math.prod(shape) else 1.0
+        return [(part * density, bits) for part, bits in _parts(x.values)]
+    # What is laid out like the dense array is what a kernel multiplies by: codes, indices, narrow values.
+    for name in x.elementwise:
+        inner = getattr(x, name)
+        if core.is_node(inner):
+            return _parts(inner)
+        return [(1.0, x.widths().get(name) or _weight_bits(inner))]
+    return [(1.0, _weight_bits(jax.eval_shape(core.dense, x)))]
