@@ -88,7 +88,7 @@ def _products(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[
         unit = layer.unit(axis, group.maps[layer.path, axis])
         target = np.where(unit < 0, group.size, unit)
         w = layer.matrix()
-        gram = jnp.reshape(stats[layer.path].gram, (-1, len(unit), len(unit)))
+        gram = jnp.reshape(layer.stat.gram, (-1, len(unit), len(unit)))
         pairs = jnp.sum(gram * jnp.einsum("lin,ljn->lij", w, w, precision="highest"), axis=0)
         total = total.at[target[:, None], target].add(pairs, mode="drop")
     return (total + total.T) / 2

@@ -25,12 +25,14 @@ class Contraction:
       w: the kernel.
       axes: those contracted, rising.
       lead: how many first axes are stacked layers, each with statistics of its own.
+      stat: the statistics.
     """
 
     path: str
     w: jax.Array
     axes: tuple[int, ...]
     lead: int
+    stat: Any
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -64,17 +66,28 @@ class Contraction:
         return np.broadcast_to(along, self.shape).ravel()
 
 
-def contraction(path: str, name: str, found: Mapping[str, Any], stats: Mapping[str, Any], field: str) -> Contraction:
+def statistics(stats: Mapping[str, Any], path: str, axis: int, ndim: int) -> Any:
+    """The statistics of the use in which a kernel contracts an axis; a tied kernel has several."""
+    stat = stats.get(path)
+    uses = [] if stat is None else [stat, *getattr(stat, "others", ())]
+    return next((use for use in uses if axis % ndim in [i % ndim for i in use.axes]), None)
+
+
+def contraction(
+    path: str, axis: int, name: str, found: Mapping[str, Any], stats: Mapping[str, Any], field: str
+) -> Contraction:
     """A kernel that reads a group, once its statistics are known to be there and to fit.
 
     Args:
       path: of the kernel.
+      axis: on which it reads the group.
       name: of the group, for error messages.
       found: the parameters by their paths.
       stats: ``{path: statistics}``.
       field: which statistic is wanted: of shape (..., k) or, for the Gram matrix, (..., k, k).
     """
-    w, stat = units.leaf(found, path, name), stats.get(path)
+    w = units.leaf(found, path, name)
+    stat = statistics(stats, path, axis, w.ndim)
     value = getattr(stat, field, None)
     if stat is None or value is None:
         raise ValueError(
@@ -89,7 +102,7 @@ def contraction(path: str, name: str, found: Mapping[str, Any], stats: Mapping[s
             f"{path}: found {field!r} of shape {jnp.shape(value)} for a kernel of shape {w.shape} contracted over axes "
             f"{axes}, expected {(*w.shape[:lead], k)}; grouped convolutions are not supported"
         )
-    return Contraction(path, w, axes, lead)
+    return Contraction(path, w, axes, lead, stat)
 
 
 def consumers(
@@ -98,7 +111,7 @@ def consumers(
     """The kernels that read a group, each with the axis on which they do."""
     if not group.consumers:
         raise ValueError(f"{name}: no kernel reads this group, so nothing tells what its units are worth; leave it out")
-    return [(contraction(path, name, found, stats, field), axis) for path, axis in group.consumers]
+    return [(contraction(path, axis, name, found, stats, field), axis) for path, axis in group.consumers]
 
 
 def beside(params: PyTree, groups: Groups) -> dict[str, str]:

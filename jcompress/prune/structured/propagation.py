@@ -47,7 +47,7 @@ def _zeros(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[str
     """The share of zeros of each unit, the mean over the kernels that read it."""
     shares = []
     for layer, axis in contraction.consumers(name, group, found, stats, "zeros"):
-        stat, index = stats[layer.path], group.maps[layer.path, axis]
+        stat, index = layer.stat, group.maps[layer.path, axis]
         count = jnp.maximum(jnp.reshape(stat.count, (-1, 1)), 1).astype(jnp.float32)
         share = jnp.mean(jnp.reshape(stat.zeros, (-1, math.prod(layer.shape))) / count, axis=0)
         place = layer.axes.index(axis % layer.w.ndim)

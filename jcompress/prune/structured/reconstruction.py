@@ -64,7 +64,7 @@ def reconstruct(
     """
     found, changes = units.leaves(params), {}
     for path, (layer, mask) in _cut(groups, keep, found, stats).items():
-        stat, bias = stats[path], (biases or {}).get(path)
+        stat, bias = layer.stat, (biases or {}).get(path)
         gram = jnp.reshape(stat.gram, (-1, len(mask), len(mask)))
         w = layer.matrix()
         if bias is None:
@@ -178,6 +178,11 @@ def _cut(
     layers: dict[str, tuple[Contraction, jax.Array]] = {}
     for name, kept in keep.items():
         for layer, axis in contraction.consumers(name, units.find(groups, name), found, stats, "gram"):
+            if getattr(stats[layer.path], "others", ()):
+                raise ValueError(
+                    f"{layer.path}: found a kernel that is used in several ways (tied), and new weights for one would "
+                    f"change the others; leave {name!r} out of keep"
+                )
             unit = layer.unit(axis, groups[name].maps[layer.path, axis])
             mask = jnp.where(unit < 0, True, jnp.asarray(kept)[np.maximum(unit, 0)])
             _, other = layers.get(layer.path, (layer, True))
