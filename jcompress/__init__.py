@@ -1,12 +1,13 @@
 """Compression of neural networks as pure transformations on parameter pytrees."""
 
-from jcompress import distill, factorize, formats, io, measure, prune, quantize, share
+from jcompress import distill, factorize, formats, io, measure, prune, quantize, share, trace
 from jcompress.apply import ProjectState, compress, project, simulate, straight_through
 from jcompress.combine import chain, residual, stacked
 from jcompress.core import Compressed, Context, Method, finalize, materialize, merge, nbits, split
 from jcompress.io import load, save
 from jcompress.measure import report
 from jcompress.rules import Plan, paths, plan
+from jcompress.trace import calibrate, shrink
 from jcompress.version import __version__
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "ProjectState",
     "__version__",
+    "calibrate",
     "chain",
     "compress",
     "distill",
@@ -37,8 +39,10 @@ __all__ = [
     "residual",
     "save",
     "share",
+    "shrink",
     "simulate",
     "split",
     "stacked",
     "straight_through",
+    "trace",
 ]

@@ -23,6 +23,7 @@ LAYERS = {
     "distill": {"core"},
     "io": {"core", "formats", "packing", "rules", "version"},
     "measure": {"core", "formats", "rules"},
+    "trace": {"apply", "core", "formats", "rules"},
     "version": set(),
 }
 

@@ -1,1 +1,26 @@
-"""Reads any JAX function through its jaxpr: what meets which parameter, what it costs, and what must be cut together."""
+"""Reads any JAX function by its jaxpr: what meets which parameter, what it costs, and what must be cut together."""
+
+from jcompress.trace.calibration import calibrate
+from jcompress.trace.counts import Cost, CostRow, cost
+from jcompress.trace.groups import Group, Groups, coupling, mask
+from jcompress.trace.resize import Shrunk, shrink
+from jcompress.trace.sequential import compress_sequentially
+from jcompress.trace.statistics import Calibration, Outputs, Stats, observe
+
+__all__ = [
+    "Calibration",
+    "Cost",
+    "CostRow",
+    "Group",
+    "Groups",
+    "Outputs",
+    "Shrunk",
+    "Stats",
+    "calibrate",
+    "compress_sequentially",
+    "cost",
+    "coupling",
+    "mask",
+    "observe",
+    "shrink",
+]

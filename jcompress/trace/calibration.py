@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from jcompress.core import PyTree
 from jcompress.rules import Plan
 from jcompress.trace import gradients
 from jcompress.trace.statistics import OF_LOSS, Calibration, Stats, observe, wanted
+
+LARGEST_GRAM = 16_384
 
 State = tuple[Calibration, dict[str, dict[str, jax.Array]]]
 
@@ -44,7 +47,8 @@ def calibrate(
       params: a pytree of arrays: linen dictionaries, NNX state, or any other.
       batches: any iterable. A batch that is not a tuple is one argument.
       plan: gather what the plan's methods need, and nothing else. Without one: ``gram``, ``count``, ``sum``,
-        ``absmax``, ``norm``, ``zeros``, ``outputs`` and ``counts``, for all parameters.
+        ``absmax``, ``norm``, ``zeros``, ``outputs`` and ``counts``, for all parameters, but no ``gram`` of more than
+        16,384 features.
       loss: ``loss(params, *batch)``, a scalar, for ``grad`` (the mean gradient over batches), ``grad_square`` and
         ``hessian_diagonal``.
       statistics: gather these by name, whatever the plan needs, for all parameters that it does not keep dense.
@@ -75,9 +79,10 @@ def calibrate(
     names = wanted(paths, plan, None if statistics is None else tuple(statistics))
     of_loss = {path: tuple(n for n in ns if n in OF_LOSS) for path, ns in names.items()}
     gradients.check(of_loss, loss, key)
+    largest = LARGEST_GRAM if plan is None and statistics is None else None
 
     def once(params: PyTree, index: Any, *batch: Any) -> State:
-        found = observe(fn, params, *batch, statistics=names)[1]
+        found = observe(fn, params, *batch, statistics=names, largest=largest)[1]
         if not any(of_loss.values()):
             return found, {}
         assert loss is not None
@@ -124,8 +129,6 @@ def _both(a: State, b: State) -> State:
 
 
 def _with_gradients(found: Calibration, of_loss: Mapping[str, Mapping[str, jax.Array]]) -> Calibration:
-    import dataclasses
-
     stats = dict(found.items())
     for path, fields in of_loss.items():
         stats[path] = dataclasses.replace(stats.get(path, Stats()), **fields)
@@ -157,8 +160,8 @@ def _check_found(found: Calibration, names: Mapping[str, tuple[str, ...]], plan:
         told = {**found.notes, **found.unread}
         first = next(iter(told.items()), ("params", "there are none"))
         raise ValueError(
-            f"calibrate: no parameter gives statistics; {first[0]}: {first[1]}; expected fn(params, *batch) to multiply "
-            "its first argument with the others"
+            f"calibrate: no parameter gives statistics; {first[0]}: {first[1]}; expected fn(params, *batch) to "
+            "multiply its first argument with the others"
         )
     for path, needed in names.items() if plan is not None else ():
         missing = [name for name in needed if getattr(found.get(path), name, None) is None]
@@ -181,6 +184,6 @@ def _check_finite(found: Calibration) -> None:
     for path, finite in zip(found, jax.device_get(_finite(found)), strict=True):
         if not all(finite):
             raise ValueError(
-                f"{path}: found NaN or infinite values in what it meets, expected finite activations; look for the batch "
-                "that gives them, with jax.debug_nans"
+                f"{path}: found NaN or infinite values in what it meets, expected finite activations; look for the "
+                "batch that gives them, with jax.debug_nans"
             )

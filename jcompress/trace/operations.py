@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jax_core
 
-MOVES = frozenset(
-    "reshape broadcast_in_dim transpose slice squeeze expand_dims concatenate stack split pad gather dynamic_slice "
-    "dynamic_update_slice iota copy copy_p rev sharding_constraint device_put stop_gradient optimization_barrier "
-    "bitcast_convert_type random_wrap random_unwrap mesh_cast reshard pvary pcast name scatter broadcast "
-    "create_token axis_index real imag complex empty".split()
-)
+MOVES = {
+    "reshape", "broadcast_in_dim", "transpose", "slice", "squeeze", "expand_dims", "concatenate", "stack", "split",
+    "pad", "gather", "dynamic_slice", "dynamic_update_slice", "iota", "copy", "copy_p", "rev", "sharding_constraint",
+    "device_put", "stop_gradient", "optimization_barrier", "bitcast_convert_type", "random_wrap", "random_unwrap",
+    "mesh_cast", "reshard", "pvary", "pcast", "name", "scatter", "broadcast", "create_token", "axis_index", "real",
+    "imag", "complex", "empty",
+}  # fmt: skip
 """Primitives that only move data."""
 
-TRANSCENDENTAL = frozenset(
-    "exp exp2 log log1p expm1 tanh sqrt rsqrt cbrt erf sin cos tan asin acos atan sinh cosh asinh acosh atanh pow "
-    "atan2 logistic erfc erf_inv lgamma digamma".split()
-)
+TRANSCENDENTAL = {
+    "exp", "exp2", "log", "log1p", "expm1", "tanh", "sqrt", "rsqrt", "cbrt", "erf", "sin", "cos", "tan", "asin",
+    "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "pow", "atan2", "logistic", "erfc", "erf_inv",
+    "lgamma", "digamma",
+}  # fmt: skip
 """Primitives that XLA counts as transcendental, one an element."""
 
 POLYNOMIALS = {"logistic": 3, "erfc": 60, "erf_inv": 37, "lgamma": 52, "digamma": 73, "random_bits": 47}

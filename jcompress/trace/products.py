@@ -63,7 +63,7 @@ class Meeting(NamedTuple):
     part: Atoms | None
 
 
-class Unreadable(Exception):
+class UnreadError(Exception):
     """A product that gives no statistic, and why."""
 
 
@@ -92,25 +92,25 @@ def _use(view: View, contracted: Sequence[Atom], batch: Sequence[Atom], free: Se
     """Where a product is counted, and its free atoms if those are not all there are."""
     shape, ndim = view.shape, len(view.shape)
     if any(a.axis < 0 for a in (*contracted, *free)):
-        raise Unreadable("copies of it that a broadcast made are contracted, or give outputs of their own")
+        raise UnreadError("copies of it that a broadcast made are contracted, or give outputs of their own")
     if not contracted:
-        raise Unreadable("no axis of it is contracted")
+        raise UnreadError("no axis of it is contracted")
     batch = [a for a in batch if a.axis >= 0]
     for axis in {a.axis for a in contracted}:
         if _size([*contracted, *batch], axis) != shape[axis]:
-            raise Unreadable(f"a part of its axis {axis - ndim} is contracted")
+            raise UnreadError(f"a part of its axis {axis - ndim} is contracted")
     outputs = {a.axis for a in free}
     chosen = [a for a in view.fixed if a.axis in outputs]
     scanned = [a for _, atoms in view.scanned for a in atoms]
     lead = _in_order([*batch, *(a for a in view.fixed if a.axis not in outputs)])
     is_part = bool(chosen) or any(_size([*free, *batch, *scanned], axis) != shape[axis] for axis in outputs)
     if is_part and any(a.axis in outputs for a in (*batch, *scanned)):
-        raise Unreadable("a part of its outputs is split again")
+        raise UnreadError("a part of its outputs is split again")
     axes = {a.axis for a in contracted}
     partial = {a.axis for a in (*lead, *scanned)} - axes - outputs
     embed = tuple(sorted(axis for axis in partial if _size([*lead, *scanned], axis) != shape[axis]))
     if any(sum(a.axis == axis for a in (*lead, *scanned)) > 1 for axis in embed):
-        raise Unreadable("a slice of its layers is split again")
+        raise UnreadError("a slice of its layers is split again")
     use = Use(view.path, shape, tuple(sorted(axes)), lead, view.scanned, embed)
     return use, _in_order([*free, *chosen]) if is_part else None
 
@@ -137,13 +137,13 @@ def of_convolution(eqn: jax_core.JaxprEqn, view: View, x: Any, y: Any) -> Meetin
     """The meeting in a convolution whose kernel is the parameter: the activation becomes patches."""
     p = eqn.params
     if p["batch_group_count"] != 1:
-        raise Unreadable("its convolution groups the batch")
+        raise UnreadError("its convolution groups the batch")
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
     out_dim, in_dim, *window = numbers.rhs_spec
     out = view.dims[out_dim]
     grouped = regroup(out, (groups, math.prod(a.size for a in out) // groups))
     if grouped is None:
-        raise Unreadable(f"its {groups} groups do not divide the runs of its output axis")
+        raise UnreadError(f"its {groups} groups do not divide the runs of its output axis")
     lead, free = grouped
     contracted = [a for d in (*window, in_dim) for a in view.dims[d]]
     use, part = _use(view, contracted, lead, free)
@@ -232,14 +232,14 @@ def of_gather(eqn: jax_core.JaxprEqn, view: View, indices: Any) -> tuple[Use, ja
     """How often each row of an embedding is read."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        raise Unreadable("it is indexed along several axes at once")
+        raise UnreadError("it is indexed along several axes at once")
     (dim,) = numbers.start_index_map
     shape = eqn.invars[0].aval.shape
     if sizes[dim] != 1 or any(n != m for d, (n, m) in enumerate(zip(sizes, shape, strict=True)) if d != dim):
-        raise Unreadable("windows of it are read, not rows")
+        raise UnreadError("windows of it are read, not rows")
     atoms = view.dims[dim]
     if len(atoms) != 1 or not view.is_whole(atoms[0]):
-        raise Unreadable("a part of it is indexed")
+        raise UnreadError("a part of it is indexed")
     rows = indices.reshape(-1)
     if "CLIP" in str(eqn.params["mode"]).upper():
         rows = jnp.clip(rows, 0, shape[dim] - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,20 +13,33 @@ from jax import lax
 from jax.extend import core as jax_core
 
 from jcompress.trace import products, walk
-from jcompress.trace.products import Unreadable, Use
-from jcompress.trace.views import Activation, Atoms, Derived, Kind, View, computed, depth, has_parameters, join
-from jcompress.trace.views import laid_out, peel
+from jcompress.trace.products import UnreadError, Use
+from jcompress.trace.views import (
+    Activation,
+    Atoms,
+    Derived,
+    Kind,
+    View,
+    computed,
+    depth,
+    has_parameters,
+    join,
+    laid_out,
+    peel,
+)
 
 Moments = dict[str, jax.Array]
 LARGEST = ("absmax", "output_absmax")
 """What is combined by the maximum; everything else is summed."""
 
-ELEMENTWISE = frozenset(
-    "add add_any sub mul div max min pow rem atan2 nextafter select_n clamp and or xor eq ne lt le gt ge complex "
-    "concatenate stack pad sort gather dynamic_slice dynamic_update_slice scatter scatter-add scatter-mul scatter-min "
-    "scatter-max scatter_add scatter_mul scatter_min scatter_max optimization_barrier shift_left "
-    "shift_right_logical shift_right_arithmetic random_fold_in random_bits threefry2x32 reduce_and reduce_or".split()
-)
+ELEMENTWISE = {
+    "add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "nextafter", "select_n", "clamp",
+    "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge", "complex", "concatenate", "stack", "pad", "sort",
+    "gather", "dynamic_slice", "dynamic_update_slice", "scatter", "scatter-add", "scatter-mul", "scatter-min",
+    "scatter-max", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "optimization_barrier", "shift_left",
+    "shift_right_logical", "shift_right_arithmetic", "random_fold_in", "random_bits", "threefry2x32", "reduce_and",
+    "reduce_or",
+}  # fmt: skip
 """Primitives in which a parameter may meet an activation without a product over one of its axes."""
 
 
@@ -42,18 +56,23 @@ class Found:
     Attributes:
       wanted: the names of the moments of each path; the others are followed and not recorded.
       constants: what closed-over arrays are: activations, where a function has no other arguments.
+      largest: the most features of which a Gram matrix is kept, or None.
       unread: paths whose products cannot be read, each with the reason.
       met: paths that met an activation in a product or a lookup.
+      notes: what was left out of a path's statistics.
       levels: for each path, how many products with parameters came before its first one in a row, counting from 1.
     """
 
     wanted: Mapping[str, frozenset[str]]
     constants: Activation | None = None
+    largest: int | None = None
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
     met: dict[str, None] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
     levels: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def cannot(self, path: str, reason: str) -> None:
+        """Say that a path is unread; the first reason stays."""
         self.unread.setdefault(path, reason)
 
 
@@ -80,12 +99,12 @@ class Tape:
         self.found.levels[path] = min(level, self.found.levels.get(path, level))
         try:
             if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise Unreadable(f"it meets an activation of dtype {x.dtype}, expected floating point")
+                raise UnreadError(f"it meets an activation of dtype {x.dtype}, expected floating point")
             convolution = eqn.primitive.name == "conv_general_dilated"
             met = products.of_convolution(eqn, view, x, y) if convolution else products.of_dot(eqn, view, side, x, y)
             if names:
                 self._count(x, met, names)
-        except Unreadable as reason:
+        except UnreadError as reason:
             self.found.cannot(path, str(reason))
         return Activation(level)
 
@@ -98,6 +117,7 @@ class Tape:
             self._same[id(x)] = (x, {})
             if known:
                 return
+        names = self._affordable(met, names)
         # Kernels that read one activation (queries, keys and values) share its moments.
         key = (id(x), id(x) if met.x.ndim == x.ndim else met.x.shape, met.labels, met.use.lead, names)
         if key not in self._same:
@@ -106,6 +126,13 @@ class Tape:
         if met.part is None and "outputs" in names:
             outputs = products.of_outputs(met.y, met.outputs, met.use.lead)
         self.add(met.use, self._same[key][1] | outputs)
+
+    def _affordable(self, met: products.Meeting, names: frozenset[str]) -> frozenset[str]:
+        k = math.prod(a.size for a in met.labels if a is not None and a not in met.use.lead)
+        if "gram" not in names or self.found.largest is None or k <= self.found.largest:
+            return names
+        self.found.notes[met.use.path] = f"no gram: {k} features, more than {self.found.largest}; ask for it by name"
+        return names - {"gram"}
 
     def close(self) -> dict[Use, Moments]:
         """The moments; parts of one parameter that met different activations are no use of the whole."""
@@ -218,7 +245,7 @@ def _lookup(eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]
             try:
                 use, counts = products.of_gather(eqn, kinds[0], values[1])
                 tape.add(use, {"counts": counts.reshape(*[1] * len(use.lead), -1)})
-            except Unreadable:
+            except UnreadError:
                 pass
     return Derived(tuple((path, name) for path in _paths(kinds[:1], lookups=True)), level, lookup=True)
 

@@ -40,6 +40,9 @@ class Outputs:
     square: Any
     absmax: Any
 
+    def __repr__(self) -> str:
+        return _shown(self)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +95,16 @@ class Stats:
         return None if self.square is None else jnp.sqrt(self.square)
 
     def __repr__(self) -> str:
-        shown = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        told = [f"{name}={_short(x)}" for name, x in shown if x is not None and not (isinstance(x, tuple) and not x)]
-        return f"Stats({', '.join(told)})"
+        return _shown(self)
+
+
+def _shown(x: Any) -> str:
+    fields = [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)]
+    return f"{type(x).__name__}({', '.join(f'{name}={_short(y)}' for name, y in fields if not _is_empty(y))})"
+
+
+def _is_empty(x: Any) -> bool:
+    return x is None or (isinstance(x, tuple) and not x)
 
 
 def _short(x: Any) -> str:
@@ -165,7 +175,7 @@ class Calibration(Mapping):
         stats = {**self._stats, **other._stats, **both}
         unread = {**self.unread, **other.unread}
         stats = {path: s for path, s in stats.items() if path not in unread}
-        notes = {path: note for path, note in {**self.notes, **other.notes}.items() if path not in stats}
+        notes = {**self.notes, **other.notes}
         return Calibration(stats, unread, notes, {**other.levels, **self.levels})
 
 
@@ -210,7 +220,7 @@ def _merged(a: Any, b: Any) -> Any:
 
 
 def observe(
-    fn: Callable[..., Any], params: PyTree, *args: Any, statistics: Any = DEFAULT
+    fn: Callable[..., Any], params: PyTree, *args: Any, statistics: Any = DEFAULT, largest: int | None = None
 ) -> tuple[Any, Calibration]:
     """Run ``fn(params, *args)``, and gather what each parameter meets.
 
@@ -226,6 +236,7 @@ def observe(
       params: a pytree of arrays.
       *args: the other arguments of ``fn``. With none, what ``fn`` closes over counts as activations.
       statistics: names of fields of :class:`Stats`, for all parameters; or ``{path: names}``.
+      largest: leave out Gram matrices of more features than this.
 
     Returns:
       ``(outputs, calibration)``, the latter a :class:`Calibration`: a mapping from paths to :class:`Stats`, with
@@ -245,7 +256,7 @@ def observe(
     wanted = statistics if isinstance(statistics, Mapping) else dict.fromkeys(program.paths, statistics)
     values = jax.tree.leaves((params, *args))
     constants = None if len(values) > len(program.paths) else Activation()
-    found = record.Found({path: _moments(path, names) for path, names in wanted.items()}, constants)
+    found = record.Found({path: _moments(path, names) for path, names in wanted.items()}, constants, largest)
     kinds = _kinds(program, values)
     tape = record.Tape(found)
     outs, _ = record.evaluate(program.closed.jaxpr, program.closed.consts, values, kinds, tape)
@@ -277,7 +288,7 @@ def _collected(uses: Mapping[Use, record.Moments], found: record.Found, program:
     }
     used = {v for eqn in program.closed.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
     used |= {v for v in program.closed.jaxpr.outvars if not hasattr(v, "val")}
-    notes = {}
+    notes = dict(found.notes)
     for path, var in zip(program.paths, program.closed.jaxpr.invars, strict=False):
         if var not in used:
             notes[path] = "not used"
@@ -339,7 +350,7 @@ def _stats_of(use: Use, moments: record.Moments) -> Stats:
 
     whole_moments = {name: joined(x) for name, x in moments.items()}
     outputs = {name.removeprefix("output_"): x for name, x in whole_moments.items() if name.startswith("output_")}
-    fields = {name: x for name, x in whole_moments.items() if not name.startswith("output_")}
+    fields: dict[str, Any] = {name: x for name, x in whole_moments.items() if not name.startswith("output_")}
     return Stats(**fields, outputs=Outputs(**outputs) if outputs else None, axes=_axes(use))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from jax.extend import core as jax_core
 
@@ -244,6 +243,4 @@ def laid_out(eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> list[Kind] | None
     if name not in _LAYOUTS or len(eqn.outvars) != len(kinds):
         return None
     # Entries that were looked up stay such through a change of layout.
-    return [
-        k if not isinstance(k, View) else _LAYOUTS[name](k, eqn) or computed(name, [k]) for k in kinds
-    ]
+    return [k if not isinstance(k, View) else _LAYOUTS[name](k, eqn) or computed(name, [k]) for k in kinds]

@@ -70,6 +70,8 @@ def called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr | None:
 
 def bind(eqn: jax_core.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
     """Apply an equation's primitive to values, with some of its parameters changed."""
-    functions, params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    found = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    # Before jax 0.8 the functions that a primitive calls came apart from its parameters.
+    functions, params = found if isinstance(found, tuple) else ((), found)
     out = eqn.primitive.bind(*functions, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

@@ -1,0 +1,641 @@
+"""The rules of primitives that move, combine and sum values. Those that call functions are in ``calls``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcompress.trace import dims as D
+from jcompress.trace.dims import Dim, Dims
+from jcompress.trace.frames import (
+    At, Build, Cut, Hold, Rule, Site, State, Value, all_hold, free_leaves, joined, site_bind, subsets,
+)  # fmt: skip
+
+UNARY = """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj convert_element_type cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p logistic neg
+not population_count real reduce_precision round rsqrt sign sin sinh sqrt square tan
+tanh""".split()
+IDENTITY = """copy copy_p device_put mesh_cast name optimization_barrier pcast pvary reshard sharding_constraint
+stop_gradient""".split()
+FIXED = """random_seed random_wrap random_unwrap random_fold_in threefry2x32 debug_callback debug_print cholesky eigh
+triangular_solve lu qr svd axis_index create_token""".split()
+NARY = """add add_any and atan2 clamp complex div eq eq_to ge gt igamma igammac le le_to lt lt_to max min mul ne
+nextafter or pow rem select_n shift_left shift_right_arithmetic shift_right_logical sub xor""".split()
+
+
+class Elementwise(Rule):
+    """Operands of one shape, up to scalars and lengths of 1; each leaf of the result is that of the operands."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        (out,) = site.eqn.outvars
+        shape, found = out.aval.shape, []
+        for axis, n in enumerate(shape):
+            meet = [v[axis] for v in site.ins if len(v) == len(shape) and v[axis].size == n]
+            for d in meet[1:]:
+                D.unify(meet[0], d)
+            found.append(meet[0] if meet else D.Dim(n))
+        # The result of one operand is still a weight if the operand is; that of several is not.
+        return [tuple(found) if len(site.ins) == 1 else D.alias(found)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        known = [s.constant for s in ins]
+        if None not in known:
+            return [State(_on_numbers(site, known))]
+        return [State(held={leaf: self._held(site, ins, leaf) for leaf in free_leaves(site.outs[0])})]
+
+    def _held(self, site: Site, ins: Sequence[State], leaf: Dim) -> Hold:
+        name, held = site.eqn.primitive.name, [s.at(leaf) for s in ins]
+        zero = [h is Hold.ZERO for h in held]
+        if name in ("mul", "and") and any(zero) or name == "div" and zero[0]:
+            return Hold.ZERO
+        if name == "select_n" and all(zero[1:]):
+            return Hold.ZERO
+        if any(zero) and all(z or s.constant is not None for z, s in zip(zero, ins, strict=True)):
+            numbers = [0 if z else s.constant for z, s in zip(zero, ins, strict=True)]
+            return Hold.ZERO if _on_numbers(site, numbers) == 0 else Hold.SAME
+        if name in ("add", "add_any", "sub", "or") and all(zero):
+            return Hold.ZERO
+        return Hold.VARIED if Hold.VARIED in held else Hold.SAME
+
+
+def _on_numbers(site: Site, numbers: Sequence[Any]) -> Any:
+    """The value of an elementwise equation on scalars."""
+    with jax.ensure_compile_time_eval():
+        scalars = [jnp.asarray(x, v.aval.dtype) for x, v in zip(numbers, site.eqn.invars, strict=True)]
+        return np.asarray(site_bind(site, scalars)[0])[()]
+
+
+class Identity(Rule):
+    """Results that are the operands."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        return site.ins
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return ins
+
+
+class Moves(Rule):
+    """Results whose slices are slices of the one operand."""
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return [State(ins[0].constant, {x: ins[0].at(x) for x in free_leaves(out)}) for out in site.outs]
+
+
+class Broadcast(Moves):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        found = list(D.fresh(site.params["shape"]))
+        for d, axis in zip(site.ins[0], site.params["broadcast_dimensions"], strict=True):
+            if d.size == found[axis].size:
+                found[axis] = d
+        return [tuple(found)]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        return site_bind(site, [v.at(at) for v in ins], shape=cut.shape(site.outs[0], at))
+
+
+class Reshape(Moves):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        return [_reshaped(site.ins[0], tuple(map(int, site.params["new_sizes"])))]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        return [jnp.reshape(ins[0].at(at), cut.shape(site.outs[0], at))]
+
+
+def _reshaped(dims: Dims, sizes: Sequence[int]) -> Dims:
+    """The dimensions after a reshape: runs of equal length are factored, one against the other."""
+    if math.prod(sizes) == 0:
+        D.pin(dims, "an empty array is reshaped")
+        return D.fresh(sizes, "an empty array is reshaped")
+    found: list[Dim] = []
+    left, wanted = [d for d in dims if d.size != 1], list(sizes)
+    while wanted:
+        if wanted[0] == 1:
+            found.append(Dim(wanted.pop(0)))
+            continue
+        block, targets = [left.pop(0)], [wanted.pop(0)]
+        while (have := math.prod(d.size for d in block)) != (want := math.prod(targets)):
+            block.append(left.pop(0)) if have < want else targets.append(wanted.pop(0))
+        found += _factored(block, targets)
+    return tuple(found)
+
+
+def _factored(block: list[Dim], targets: list[int]) -> list[Dim]:
+    if len(block) == len(targets) == 1:
+        return block
+    try:
+        return D.as_product(D.product(block), targets)
+    except D.Clash as clash:
+        D.pin(block, str(clash))
+        return list(D.fresh(targets, str(clash)))
+
+
+class Transpose(Moves):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        return [tuple(site.ins[0][axis] for axis in site.params["permutation"])]
+
+
+class Squeeze(Moves):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        gone = {a % len(site.ins[0]) for a in site.params["dimensions"]}
+        return [tuple(d for axis, d in enumerate(site.ins[0]) if axis not in gone)]
+
+
+class Along(Moves):
+    """Something that happens along some axes, whose length must stay, and to each slice of the others alike.
+
+    Args:
+      axes: of an equation.
+    """
+
+    def __init__(self, axes: Callable[[Site], Sequence[int]], drops: bool = False) -> None:
+        self.axes, self.drops = axes, drops
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        dims, axes = site.ins[0], {a % len(site.ins[0]) for a in self.axes(site)}
+        D.unify_all(*site.ins)
+        reason = f"{site.eqn.primitive.name} runs along it"
+        D.pin([dims[a] for a in axes], reason)
+        outs = []
+        for v in site.eqn.outvars:
+            if self.drops:
+                outs.append(tuple(d for i, d in enumerate(dims) if i not in axes))
+            else:
+                outs.append(tuple(Dim(n, pinned=reason) if i in axes else dims[i] for i, n in enumerate(v.aval.shape)))
+        return outs
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        zero = site.eqn.primitive.name not in ("cumlogsumexp", "argmax", "argmin")
+        found = []
+        for i, out in enumerate(site.outs):
+            own = ins[i] if len(ins) > 1 and i < len(ins) else ins[0]
+            held = {}
+            for leaf in free_leaves(out):
+                same = max(s.at(leaf) for s in ins) is not Hold.VARIED
+                is_zero = zero and own.at(leaf) is Hold.ZERO and (i == 0 or len(ins) > 1)
+                held[leaf] = Hold.ZERO if is_zero else Hold.SAME if same else Hold.VARIED
+            found.append(State(held=held))
+        return found
+
+
+class Slice(Moves):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        starts, limits = site.params["start_indices"], site.params["limit_indices"]
+        strides = site.params["strides"] or (1,) * len(starts)
+        found = [_sliced(*x) for x in zip(site.ins[0], starts, limits, strides, strict=True)]
+        site.note = [before for before, _ in found]
+        return [tuple(d for _, d in found)]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        x, sizes = ins[0].at(at), cut.sizes(at)
+        strides = site.params["strides"] or (1,) * x.ndim
+        starts, limits = [], []
+        for axis, (before, out) in enumerate(zip(site.note, site.outs[0], strict=True)):
+            # A strided slice keeps its start; one of consecutive positions starts where those before it end.
+            start = site.params["start_indices"][axis] if strides[axis] > 1 else D.size(before, sizes)
+            starts.append(start)
+            limits.append(x.shape[axis] if strides[axis] > 1 else start + D.size(out, sizes))
+            if strides[axis] > 1 and not cut.leaves((site.ins[0][axis],)):
+                limits[-1] = site.params["limit_indices"][axis]
+        return site_bind(site, [x], start_indices=tuple(starts), limit_indices=tuple(limits))
+
+
+def _sliced(d: Dim, start: int, limit: int, stride: int) -> tuple[Dim, Dim]:
+    """What lies before a slice, and the slice."""
+    try:
+        if stride == 1:
+            before, found, _ = D.as_concat(d, [start, limit - start, d.size - limit]) if d.size else [d, d, d]
+            return before, found
+        length = max(0, -(-(limit - start) // stride))
+        if d.size % stride == 0 and start < stride and length == d.size // stride:
+            outer, inner = D.as_product(d, [length, stride])
+            D.pin([inner], "a slice steps over it")
+            return Dim(0), outer
+        raise D.Clash(f"a slice from {start} to {limit} steps by {stride}")
+    except D.Clash as clash:
+        D.pin([d], str(clash))
+        before = D.fresh([start], str(clash))[0]
+        return before, Dim(len(range(start, limit, stride)), pinned=str(clash))
+
+
+class Split(Moves):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        dims, axis, sizes = site.ins[0], site.params["axis"], [int(n) for n in site.params["sizes"]]
+        try:
+            pieces = D.as_concat(dims[axis], sizes)
+        except D.Clash as clash:
+            D.pin([dims[axis]], str(clash))
+            pieces = list(D.fresh(sizes, str(clash)))
+        return [(*dims[:axis], piece, *dims[axis + 1 :]) for piece in pieces]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        axis = site.params["axis"]
+        return site_bind(site, [ins[0].at(at)], sizes=tuple(cut.shape(out, at)[axis] for out in site.outs))
+
+
+class Joins(Rule):
+    """Results whose slices are slices of several operands."""
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return [joined(ins, out) for out in site.outs]
+
+
+class Concatenate(Joins):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        axis = site.params["dimension"]
+        rest = [(*v[:axis], *v[axis + 1 :]) for v in site.ins]
+        D.unify_all(*rest)
+        found = list(D.alias(site.ins[0]))
+        found[axis] = D.concat(D.alias([v[axis] for v in site.ins]))
+        return [tuple(found)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        held = {}
+        for leaf in free_leaves(site.outs[0]):
+            own = [s for s, v in zip(ins, site.ins, strict=True) if any(leaf in D.leaves(d) for d in v)]
+            held[leaf] = max((s.at(leaf) for s in own), default=Hold.SAME)
+        return [State(held=held)]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        return [jnp.concatenate([v.at(at) for v in ins], axis=site.params["dimension"])]
+
+
+class Stack(Joins):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        D.unify_all(*site.ins)
+        found = list(D.alias(site.ins[0]))
+        found.insert(site.params["axis"], Dim(len(site.ins), pinned="arrays are stacked along it"))
+        return [tuple(found)]
+
+
+class Tile(Moves):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        def tiled(d: Dim, n: int) -> Dim:
+            return D.product([Dim(n, pinned="it is repeated"), d]) if n != 1 else d
+
+        return [tuple(tiled(d, int(n)) for d, n in zip(site.ins[0], site.params["reps"], strict=True))]
+
+
+class Pad(Rule):
+    """A concatenation with leaves of its own before and after."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        found, site.note = [], []
+        for d, (low, high, interior) in zip(site.ins[0], site.params["padding_config"], strict=True):
+            simple = interior == 0 and low >= 0 and high >= 0
+            before, after = D.fresh([low, high]) if simple else (None, None)
+            if not simple:
+                D.pin([d], "it is padded")
+                found.append(Dim(d.size + low + high + interior * max(d.size - 1, 0), pinned="it is padded"))
+            else:
+                found.append(D.concat([before, d, after]) if low or high else d)
+            site.note.append((before, after))
+        return [tuple(found)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        own, held = set(free_leaves(site.ins[0])), {}
+        for leaf in free_leaves(site.outs[0]):
+            held[leaf] = max(ins[1].at(leaf), ins[0].at(leaf)) if leaf in own else ins[1].at(leaf)
+        return [State(held=held)]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        sizes, config = cut.sizes(at), []
+        for (before, after), (low, high, interior) in zip(site.note, site.params["padding_config"], strict=True):
+            if before is not None:
+                low, high = D.size(before, sizes), D.size(after, sizes)
+            config.append((low, high, interior))
+        return site_bind(site, [v.at(at) for v in ins], padding_config=tuple(config))
+
+
+class Iota(Rule):
+    """Positions: those that stay keep their numbers."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        return [D.fresh(site.eqn.outvars[0].aval.shape)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        counted = free_leaves((site.outs[0][site.params["dimension"]],))
+        return [State(held={x: Hold.VARIED if x in counted else Hold.SAME for x in free_leaves(site.outs[0])})]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        axis, dims = site.params["dimension"], site.outs[0]
+        positions = jnp.asarray(D.kept_positions(dims[axis], cut.kept), site.params["dtype"])
+        return [jax.lax.broadcast_in_dim(positions, cut.shape(dims, at), (axis,))]
+
+
+class Drawn(Rule):
+    """Random numbers: drawn for the full shape, so that those that stay are those that would have been drawn."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        return [D.fresh(v.aval.shape) for v in site.eqn.outvars]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        found = []
+        for x, dims in zip(site_bind(site, [v.at(at) for v in ins]), site.outs, strict=True):
+            for axis, d in enumerate(dims):
+                if cut.leaves((d,)):
+                    x = jnp.take(x, D.kept_positions(d, cut.kept), axis=axis)
+            found.append(x)
+        return found
+
+
+def _region(cut: Cut, x: Any, dims: Dims, axes: Sequence[int], at: At, leaves: At) -> Any:
+    """Of ``x`` at ``at``, the part along ``axes`` where the slices of ``leaves`` stand that were cut."""
+    for axis in axes:
+        own = [leaf for leaf in leaves if any(leaf is d for d in D.leaves(dims[axis]))]
+        inside = np.ones(x.shape[axis], bool)
+        for leaf in own:
+            inside &= D.index_of(dims[axis], leaf, cut.sizes(at)) >= 0
+        if not inside.all():
+            x = jnp.take(x, np.flatnonzero(inside), axis=axis)
+    return x
+
+
+COMBINE: dict[str, Callable[[Any, Any, int], Any]] = {
+    "reduce_sum": lambda total, x, n: total + x * jnp.asarray(n, x.dtype),
+    "reduce_max": lambda total, x, n: jnp.maximum(total, x),
+    "reduce_min": lambda total, x, n: jnp.minimum(total, x),
+    "reduce_prod": lambda total, x, n: total * x**n,
+    "reduce_and": lambda total, x, n: total & x,
+    "reduce_or": lambda total, x, n: total | x,
+}
+
+
+def _check_one_axis(dims: Dims, axes: Sequence[int]) -> None:
+    """A leaf that is summed over and also stays cannot be cut: the two would be cut apart."""
+    rest = {leaf for i, d in enumerate(dims) if i not in axes for leaf in D.leaves(d)}
+    both = [leaf for a in axes for leaf in D.leaves(dims[a]) if leaf in rest]
+    D.pin(both, "it lies on two axes of an array, of which one is summed over")
+
+
+class Reduce(Rule):
+    """Sums and the like over some axes: what was cut takes part with one slice, as often as it was there."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        axes = site.params["axes"]
+        return [D.alias([d for i, d in enumerate(site.ins[0]) if i not in axes])]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        (dims,), axes, name = site.ins, site.params["axes"], site.eqn.primitive.name
+        for leaf in free_leaves(tuple(dims[a] for a in axes)):
+            if ins[0].at(leaf) is Hold.VARIED:
+                D.pin([leaf], f"{name} runs over it, and its slices differ")
+            elif not (ins[0].at(leaf) is Hold.ZERO and name == "reduce_sum"):
+                _check_one_axis(dims, axes)
+        if ins[0].constant == 0 and name in ("reduce_sum", "reduce_max", "reduce_min"):
+            return [State(0)]
+        return [State(held={x: ins[0].at(x) for x in free_leaves(site.outs[0])})]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        (x,), axes, name = ins, site.params["axes"], site.eqn.primitive.name
+        (total,) = site_bind(site, [x.at(at)])
+        for leaves in subsets(cut.leaves(tuple(x.dims[a] for a in axes)))[1:]:
+            if name == "reduce_sum" and x.zero_at(leaves):
+                continue
+            part = _region(cut, x.at(at | leaves), x.dims, axes, at | leaves, leaves)
+            if part.size:
+                total = COMBINE[name](total, site_bind(site, [part])[0], cut.count(leaves))
+        return [total]
+
+
+class Dot(Rule):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        (left, right), ((lc, rc), (lb, rb)) = site.ins, site.params["dimension_numbers"]
+        build.contracted += [left[a] for a in lc] + [right[a] for a in rc]
+        for a, b in zip((*lc, *lb), (*rc, *rb), strict=True):
+            D.unify(left[a], right[b])
+        free = [d for i, d in enumerate(left) if i not in (*lc, *lb)]
+        free += [d for i, d in enumerate(right) if i not in (*rc, *rb)]
+        return [D.alias([*(left[a] for a in lb), *free])]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        (left, right), (a, b) = ins, site.ins
+        (lc, rc), (lb, rb) = site.params["dimension_numbers"]
+        for leaf in free_leaves(tuple(a[i] for i in lc)):
+            held = (left.at(leaf), right.at(leaf))
+            if Hold.ZERO in held:
+                continue
+            if Hold.VARIED in held:
+                D.pin([leaf], "a product sums over it, and its slices differ")
+            _check_one_axis(a, lc)
+            _check_one_axis(b, rc)
+        in_batch = {x for i in lb for x in D.leaves(a[i])}
+        in_left = {x for i, d in enumerate(a) if i not in (*lc, *lb) for x in D.leaves(d)}
+        in_right = {x for i, d in enumerate(b) if i not in (*rc, *rb) for x in D.leaves(d)}
+        held = {}
+        for leaf in free_leaves(site.outs[0]):
+            meets = [s.at(leaf) for s, own in ((left, in_left), (right, in_right)) if leaf in own]
+            if leaf in in_batch:
+                pair = (left.at(leaf), right.at(leaf))
+                meets.append(Hold.ZERO if Hold.ZERO in pair else max(pair))
+            held[leaf] = max(meets, default=Hold.SAME)
+        return [State(0) if 0 in (left.constant, right.constant) else State(held=held)]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        (left, right), ((lc, rc), _) = ins, site.params["dimension_numbers"]
+        (total,) = site_bind(site, [left.at(at), right.at(at)])
+        for leaves in subsets(cut.leaves(tuple(left.dims[a] for a in lc)))[1:]:
+            if left.zero_at(leaves) or right.zero_at(leaves):
+                continue
+            a = _region(cut, left.at(at | leaves), left.dims, lc, at | leaves, leaves)
+            b = _region(cut, right.at(at | leaves), right.dims, rc, at | leaves, leaves)
+            (part,) = site_bind(site, [a, b])
+            total = total + part * jnp.asarray(cut.count(leaves), part.dtype)
+        return [total]
+
+
+class Convolution(Rule):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        numbers, groups = site.params["dimension_numbers"], site.params["feature_group_count"]
+        (x, kernel), (lhs, rhs, out) = site.ins, (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
+        if site.params["batch_group_count"] > 1:
+            return super().dims(build, site)
+        D.pin([x[a] for a in lhs[2:]], "a convolution slides along it")
+        D.pin([kernel[a] for a in rhs[2:]], "it is the window of a convolution")
+        features = self._features(build, site, x[lhs[1]], kernel[rhs[1]], kernel[rhs[0]], groups)
+        found = list(D.fresh(site.eqn.outvars[0].aval.shape, "a convolution slides along it"))
+        found[out[0]], found[out[1]] = D.alias([x[lhs[0]], features])
+        return [tuple(found)]
+
+    def _features(self, build: Build, site: Site, inside: Dim, window: Dim, outside: Dim, groups: int) -> Dim:
+        build.contracted.append(window)
+        site.note = Dim(groups, pinned="it is the number of groups of a convolution")
+        try:
+            if groups == 1:
+                D.unify(inside, window)
+                return outside
+            a, b = D.as_product(inside, [groups, inside.size // groups])
+            c, _ = D.as_product(outside, [groups, outside.size // groups])
+            D.unify(a, c)
+            D.unify(b, window)
+            site.note = c
+        except D.Clash as clash:
+            D.pin([inside, window, outside], str(clash))
+        return outside
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        numbers, (x, kernel) = site.params["dimension_numbers"], ins
+        for leaf in free_leaves((site.ins[1][numbers.rhs_spec[1]],)):
+            if Hold.ZERO not in (x.at(leaf), kernel.at(leaf)):
+                D.pin([leaf], "a convolution sums over it, and its slices are not zero")
+        batch, features = (site.outs[0][a] for a in numbers.out_spec[:2]) if site.outs[0] else (None, None)
+        held = {}
+        for leaf in free_leaves(site.outs[0]):
+            grouped = leaf in D.leaves(site.note)
+            if leaf in D.leaves(features):
+                zero = kernel.at(leaf) is Hold.ZERO or (grouped and x.at(leaf) is Hold.ZERO)
+            else:
+                zero = leaf in D.leaves(batch) and x.at(leaf) is Hold.ZERO
+            held[leaf] = Hold.ZERO if zero else Hold.VARIED
+        return [State(held=held)]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        groups = D.size(site.note, cut.sizes(at))
+        return site_bind(site, [v.at(at) for v in ins], feature_group_count=groups)
+
+
+class Window(Moves):
+    """Pooling: windows of length 1 leave an axis alone, along the others nothing can be cut."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        reason, found = f"{site.eqn.primitive.name} slides along it", []
+        (dims,), shape = site.ins, site.eqn.outvars[0].aval.shape
+        for d, n, window in zip(dims, shape, site.params["window_dimensions"], strict=True):
+            if window == 1 and n == d.size:
+                found.append(d)
+            else:
+                D.pin([d], reason)
+                found.append(Dim(n, pinned=reason))
+        return [tuple(found)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        # Padding takes no part in a maximum, and adds zeros to a sum.
+        return [State(held={x: ins[0].at(x) for x in free_leaves(site.outs[0])})]
+
+
+class Gather(Rule):
+    """Rows that are looked up: the axes that are taken whole pass through, the others stay."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        (x, indices), numbers, sizes = site.ins, site.params["dimension_numbers"], site.params["slice_sizes"]
+        hidden = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
+        whole = [a for a in range(len(x)) if a not in hidden and sizes[a] == x[a].size]
+        D.pin([d for a, d in enumerate(x) if a not in whole], "rows are looked up in it")
+        found = list(D.fresh(site.eqn.outvars[0].aval.shape, "rows are looked up in it"))
+        passing = [a for a in range(len(x)) if a not in hidden]
+        for axis, a in zip(numbers.offset_dims, passing, strict=True):
+            if a in whole:
+                found[axis] = x[a]
+        rest = [i for i in range(len(found)) if i not in numbers.offset_dims]
+        for axis, d in zip(rest, indices[:-1], strict=True):
+            D.unify(found[axis], d)
+        site.note = whole
+        return [tuple(found)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return [State(held={leaf: ins[0].at(leaf) for leaf in free_leaves(site.outs[0])})]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        sizes, shape = list(site.params["slice_sizes"]), cut.shape(site.ins[0], at)
+        for a in site.note:
+            sizes[a] = shape[a]
+        return site_bind(site, [v.at(at) for v in ins], slice_sizes=tuple(sizes))
+
+
+class Scatter(Joins):
+    """Updates at looked-up rows: as :class:`Gather`, the axes that are taken whole pass through."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        (x, indices, updates), numbers = site.ins, site.params["dimension_numbers"]
+        hidden = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
+        passing = [a for a in range(len(x)) if a not in hidden]
+        D.pin([x[a] for a in hidden], "rows are written into it")
+        D.pin(indices, "rows are written into it")
+        for axis, a in zip(numbers.update_window_dims, passing, strict=True):
+            if updates[axis].size == x[a].size:
+                D.unify(updates[axis], x[a])
+            else:
+                D.pin([updates[axis], x[a]], "rows are written into it")
+        D.pin([d for i, d in enumerate(updates) if i not in numbers.update_window_dims], "rows are written into it")
+        return [D.alias(x)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return [joined([ins[0], ins[2]], site.outs[0])]
+
+
+class DynamicSlice(Rule):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        sizes, found = site.params["slice_sizes"], []
+        for d, n in zip(site.ins[0], sizes, strict=True):
+            if n != d.size:
+                D.pin([d], "a slice moves along it")
+            found.append(d if n == d.size else Dim(n, pinned="a slice moves along it"))
+        return [tuple(found)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return [State(ins[0].constant, {leaf: ins[0].at(leaf) for leaf in free_leaves(site.outs[0])})]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        return site_bind(site, [v.at(at) for v in ins], slice_sizes=cut.shape(site.outs[0], at))
+
+
+class DynamicUpdateSlice(Rule):
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        for a, b in zip(site.ins[0], site.ins[1], strict=True):
+            if a.size == b.size:
+                D.unify(a, b)
+            else:
+                D.pin([a, b], "a slice is written along it")
+        return [D.alias(site.ins[0])]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return [joined(ins[:2], site.outs[0])]
+
+
+def _params(*names: str) -> Callable[[Site], Sequence[int]]:
+    def axes(site: Site) -> Sequence[int]:
+        found = next(site.params[name] for name in names if name in site.params)
+        return found if isinstance(found, (tuple, list)) else (found,)
+
+    return axes
+
+
+def _last(site: Site) -> Sequence[int]:
+    return (site.params.get("axis", -1),)
+
+
+_window = Window()
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(IDENTITY, Identity()),
+    **dict.fromkeys(FIXED, Rule()),
+    **dict.fromkeys([*UNARY, *NARY], Elementwise()),
+    **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"], Along(_params("axis"))),
+    **dict.fromkeys(["argmax", "argmin"], Along(_params("axes"), drops=True)),
+    **dict.fromkeys(COMBINE, Reduce()),
+    **dict.fromkeys(["random_bits", "random_split", "rng_uniform"], Drawn()),
+    **dict.fromkeys(["reduce_window_max", "reduce_window_min", "reduce_window_sum"], _window),
+    **dict.fromkeys(["scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul"], Scatter()),
+    "rev": Along(_params("dimensions")),
+    "sort": Along(_params("dimension")),
+    "top_k": Along(_last),
+    "broadcast_in_dim": Broadcast(),
+    "reshape": Reshape(),
+    "transpose": Transpose(),
+    "squeeze": Squeeze(),
+    "slice": Slice(),
+    "split": Split(),
+    "concatenate": Concatenate(),
+    "stack": Stack(),
+    "tile": Tile(),
+    "pad": Pad(),
+    "iota": Iota(),
+    "dot_general": Dot(),
+    "conv_general_dilated": Convolution(),
+    "gather": Gather(),
+    "dynamic_slice": DynamicSlice(),
+    "dynamic_update_slice": DynamicUpdateSlice(),
+}

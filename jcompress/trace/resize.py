@@ -1,0 +1,254 @@
+"""The same function at smaller shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcompress import rules
+from jcompress.core import PyTree
+from jcompress.trace import dims as D
+from jcompress.trace import walk
+from jcompress.trace.frames import NOWHERE, Cut, Value, run
+from jcompress.trace.groups import Coupled, Groups, mask, read
+
+
+class Shrunk:
+    """A function at smaller shapes: ``small(small_params, *args)``, pure, for any batch size.
+
+    It is traced anew for arguments of new shapes, as ``jit`` does; wrap it in ``jax.jit``.
+
+    Attributes:
+      groups: of the original function.
+      keep: ``{name: bool (size,)}``, what stays, of the groups that were cut.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], shapes: PyTree, coupled: Coupled, keep: Mapping[str, np.ndarray], free: str | None
+    ) -> None:
+        self._fn, self._shapes, self._free = fn, shapes, free
+        self.groups, self.keep = coupled.groups, dict(keep)
+        self._axes = _axes(coupled, keep)
+        self._known: dict[Any, tuple[Coupled, Cut]] = {}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The new length of each group that was cut, to build the model anew by hand.
+
+        A model that is built at these widths is *not* equal under norms that divide by the width, such as
+        LayerNorm and RMSNorm: this function still divides by the original one.
+        """
+        return {name: int(kept.sum()) for name, kept in self.keep.items()}
+
+    @property
+    def indices(self) -> dict[str, dict[int, np.ndarray]]:
+        """``{path: {axis: positions that stay}}`` of every parameter that got smaller."""
+        return {path: dict(axes) for path, axes in self._axes.items()}
+
+    def cut(self, tree: PyTree, like: PyTree = None) -> PyTree:
+        """Slice whatever is shaped like the parameters: optimizer states, gradients, moving averages, masks.
+
+        Args:
+          tree: a pytree. A leaf is sliced if its path ends in that of a parameter and its shape is that
+            parameter's full one; scalars and what is cut already stay.
+          like: not used when None; else a tree of full shapes to check ``tree`` against.
+
+        Returns:
+          A pytree like ``tree``.
+        """
+        full = dict(rules.paths(self._shapes))
+        leaves = []
+        for path, x in rules.paths(tree):
+            name = _ending(path, full, jnp.shape(x))
+            leaves.append(x if name is None else _sliced(x, self._axes.get(name, {})))
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def __call__(self, params: PyTree, *args: Any) -> Any:
+        """The outputs of the masked function."""
+        flat, _ = jax.tree.flatten(args)
+        key = (jax.tree.structure(args), tuple((jnp.shape(x), jnp.result_type(x)) for x in flat))
+        if key not in self._known:
+            self._known[key] = self._read(args)
+        coupled, cut = self._known[key]
+        leaves, tree = jax.tree.flatten((params, *args))
+        if tree != coupled.program.in_tree:
+            raise ValueError(f"the parameters have another structure: found {tree}, expected {coupled.program.in_tree}")
+        self._check(coupled, cut, leaves)
+        values = []
+        for x, dims, state in zip(leaves, coupled.frame.ins, coupled.frame.states, strict=True):
+            value = Value(cut, dims, state, _unknown)
+            value.known[NOWHERE] = jnp.asarray(x)
+            values.append(value)
+        outs = [v.at(NOWHERE) for v in run(cut, coupled.frame, values)]
+        return jax.tree.unflatten(coupled.program.out_tree, outs)
+
+    def _read(self, args: tuple) -> tuple[Coupled, Cut]:
+        coupled = read(self._fn, self._shapes, *walk.shapes(args), free_outputs=self._free)
+        return coupled, Cut(_kept(coupled, coupled.groups.checked(_matched(self.groups, coupled.groups, self.keep))))
+
+    def _check(self, coupled: Coupled, cut: Cut, leaves: list) -> None:
+        for path, x, dims in zip(coupled.program.paths, leaves, coupled.frame.ins, strict=False):
+            expected = cut.shape(dims, NOWHERE)
+            if jnp.shape(x) != expected:
+                raise ValueError(
+                    f"{path}: found shape {jnp.shape(x)}, expected {expected}; pass the parameters that shrink gave, or "
+                    "slice others with the function's .cut(tree)"
+                )
+
+
+def _unknown(at: Any) -> Any:
+    raise AssertionError("a parameter is zero wherever it is cut")
+
+
+def _matched(groups: Groups, now: Groups, keep: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``keep`` under the names that the groups have for arguments of other shapes."""
+    by_members = {frozenset(g.members): name for name, g in now.items()}
+    found = {}
+    for name, kept in keep.items():
+        if name in now and now[name].members == groups[name].members and now[name].size == groups[name].size:
+            found[name] = kept
+            continue
+        other = by_members.get(frozenset(groups[name].members))
+        if other is None or now[other].size != groups[name].size:
+            raise ValueError(
+                f"{name}: arguments of these shapes tie other axes together than those it was shrunk with; shrink it with "
+                "arguments of these shapes"
+            )
+        found[other] = kept
+    return found
+
+
+def _kept(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[D.Dim, np.ndarray]:
+    return {coupled.leaves[name]: np.flatnonzero(kept) for name, kept in keep.items()}
+
+
+def _axes(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
+    cut = Cut(_kept(coupled, keep))
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for path, dims in zip(coupled.program.paths, coupled.params, strict=True):
+        axes = {a: D.kept_positions(d, cut.kept) for a, d in enumerate(dims) if cut.leaves((d,))}
+        if axes:
+            found[path] = axes
+    return found
+
+
+def _sliced(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    for axis, index in axes.items():
+        x = jnp.take(x, index, axis=axis)
+    return x
+
+
+def _ending(path: str, full: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
+    parts = path.split("/")
+    for start in range(len(parts)):
+        name = "/".join(parts[start:])
+        if name in full and jnp.shape(full[name]) == shape:
+            return name
+    return None
+
+
+def from_mask(params: PyTree, groups: Groups) -> dict[str, np.ndarray]:
+    """What a masked tree keeps: an index of a group is cut where all of its slices are zero in every member.
+
+    Args:
+      params: concrete parameters, some of whose slices are zero.
+      groups: from :func:`jcompress.trace.coupling`.
+
+    Raises:
+      ValueError: if a group is cut unevenly: an index is zero in all that writes it but not in the rest.
+    """
+    arrays = {path: np.asarray(x) for path, x in rules.paths(params)}
+    found = {}
+    for name, group in groups.prunable.items():
+        alive = {}
+        for (path, axis), index in group.maps.items():
+            used = np.abs(arrays[path]).max(axis=tuple(i for i in range(arrays[path].ndim) if i != axis), initial=0) > 0
+            alive[path, axis] = np.array([used[index == i].any() for i in range(group.size)])
+        cut = ~np.any(list(alive.values()), axis=0)
+        writers = [alive[m] for m in group.members if m in group.producers and arrays[m[0]].ndim > 1]
+        uneven = ~np.any(writers, axis=0) & ~cut if writers else np.zeros(group.size, bool)
+        if uneven.any():
+            whole = [f"  {p} axis {a}" for p, a in group.members if (alive[p, a] & uneven).any()]
+            raise ValueError(
+                f"{name}: indices {np.flatnonzero(uneven)[:8].tolist()} are zero in what writes them, but not in\n"
+                + "\n".join(whole)
+                + "\nthese must change together: zero them too, with jc.trace.mask(params, groups, keep)"
+            )
+        if cut.any():
+            found[name] = ~cut
+    return found
+
+
+def _rounded(params: PyTree, groups: Groups, keep: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
+    """Keep more, the largest first, until the sizes are multiples."""
+    found, arrays = {}, dict(rules.paths(params))
+    for name, kept in keep.items():
+        group = groups[name]
+        wanted = min(-(-int(kept.sum()) // multiple) * multiple, group.size)
+        score = np.zeros(group.size)
+        for (path, axis), index in group.maps.items():
+            x = np.asarray(arrays[path], np.float64)
+            energy = (x**2).sum(axis=tuple(i for i in range(x.ndim) if i != axis))
+            np.add.at(score, index[index >= 0], energy[index >= 0])
+        order = np.lexsort((-score, ~kept))
+        found[name] = np.isin(np.arange(group.size), order[:wanted])
+    return found
+
+
+def shrink(
+    fn: Callable[..., Any],
+    params: PyTree,
+    keep: Mapping[str, Any] | None,
+    *args: Any,
+    multiple_of: int = 1,
+    free_outputs: str | None = None,
+) -> tuple[Shrunk, PyTree]:
+    """A smaller function that equals the masked one, and its parameters.
+
+    ``small_fn(small_params, *args)`` equals ``fn(jc.trace.mask(params, groups, keep), *args)`` to float tolerance,
+    gradients included. The model is not rewritten: its equations run at smaller shapes, whatever sizes its code
+    names. Loops stay loops, ``remat`` and custom derivatives stay what they were. Constants stay, so a norm still
+    divides by its original width, which is what makes the two equal.
+
+    Args:
+      fn: ``fn(params, *args)``, any JAX function.
+      params: a pytree of arrays.
+      keep: ``{name: bool (size,)}`` with the names of :func:`jcompress.trace.coupling`; True keeps. None reads it off
+        ``params``: what is zero in every member of a group goes.
+      *args: example arguments, or their shapes.
+      multiple_of: sizes are rounded up to a multiple, such as 8 or 128, by keeping more indices, those of the
+        largest weights first.
+      free_outputs: as in :func:`jcompress.trace.coupling`.
+
+    Returns:
+      ``(small_fn, small_params)``. ``small_fn.widths`` are the new sizes, ``small_fn.indices`` the positions that stay,
+      and ``small_fn.cut(tree)`` slices optimizer state and the like.
+
+    Raises:
+      ValueError: for a group that is unknown, cannot be cut, is cut unevenly, or of which nothing would stay. The
+        message lists the parameters that must change together.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> params = {"up": jnp.ones((3, 8)), "bias": jnp.ones(8), "down": jnp.ones((8, 2))}
+      >>> def mlp(p, x):
+      ...     return jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]
+      >>> small, cut = jc.shrink(mlp, params, {"up[1]": jnp.arange(8) < 5}, jnp.ones((4, 3)))
+      >>> cut["down"].shape, small.widths, small(cut, jnp.ones((1, 3))).tolist()
+      ((5, 2), {'up[1]': 5}, [[20.0, 20.0]])
+    """
+    coupled = read(fn, params, *args, free_outputs=free_outputs)
+    wanted = from_mask(params, coupled.groups) if keep is None else coupled.groups.checked(keep)
+    if multiple_of > 1:
+        wanted = _rounded(params, coupled.groups, wanted, multiple_of)
+    wanted = {name: kept for name, kept in wanted.items() if not kept.all()}
+    small = Shrunk(fn, walk.shapes(params), coupled, wanted, free_outputs)
+    leaves = [_sliced(x, small.indices.get(path, {})) for path, x in rules.paths(params)]
+    return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
