@@ -165,7 +165,10 @@ def test_nodes_count_as_what_they_stand_for():
 
 def test_a_subtree_sees_its_own_members():
     group = structured.ManualGroup(
-        size=2, producers=(("params/a", 1), ("stats/m", 0)), consumers=(("params/b", 0),), index={("params/b", 0): [1, 0]}
+        size=2,
+        producers=(("params/a", 1), ("stats/m", 0)),
+        consumers=(("params/b", 0),),
+        index={("params/b", 0): [1, 0]},
     )
     seen = structured.within({"g": group, "h": structured.ManualGroup(size=1)}, "params")
     assert list(seen) == ["g"]
@@ -282,7 +285,7 @@ def test_bad_choices_are_explained():
 
 
 def test_a_group_that_the_model_fixes_says_why(model):
-    params, _, groups = model
+    groups = model[2]
     name = group_of(groups, "out/kernel", 1)
     with pytest.raises(ValueError, match=r"cannot be cut \(it is an axis of an output\)"):
         structured.keep({name: jnp.ones(3)}, groups, 0.5)

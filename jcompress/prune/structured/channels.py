@@ -103,14 +103,17 @@ def _soft(x: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - threshold, 0)
 
 
-def _descent(products: jax.Array, target: jax.Array, penalty: jax.Array, start: jax.Array) -> jax.Array:
-    """The lasso's minimum by cyclic coordinate descent from a start, at most 200 rounds."""
+def _descent(
+    products: jax.Array, target: jax.Array, penalty: jax.Array, start: jax.Array, active: jax.Array
+) -> jax.Array:
+    """The lasso's minimum over the active units by cyclic coordinate descent, at most 200 rounds."""
     diagonal = jnp.diag(products)
+    usable = active & (diagonal > 0)
 
     def coordinate(i: jax.Array, b: jax.Array) -> jax.Array:
         rest = target[i] - jnp.dot(products[i], b, precision="highest") + diagonal[i] * b[i]
-        value = _soft(rest, penalty) / jnp.where(diagonal[i] > 0, diagonal[i], 1)
-        return b.at[i].set(jnp.where(diagonal[i] > 0, value, 0))
+        value = _soft(rest, penalty) / jnp.where(usable[i], diagonal[i], 1)
+        return b.at[i].set(jnp.where(usable[i], value, 0))
 
     def round_(state: tuple) -> tuple:
         n, b, _ = state
@@ -118,6 +121,24 @@ def _descent(products: jax.Array, target: jax.Array, penalty: jax.Array, start: 
         return n + 1, new, jnp.max(jnp.abs(new - b)) > 1e-5 * jnp.max(jnp.abs(new))
 
     return jax.lax.while_loop(lambda s: s[2] & (s[0] < 200), round_, (0, start, jnp.array(True)))[1]
+
+
+def _admit(products: jax.Array, target: jax.Array, penalty: jax.Array, slack: jax.Array, start: tuple) -> tuple:
+    """Admit one unit at a time, the one that the optimum at this penalty lacks most, until it lacks none.
+
+    One at a time, so that a copy of an admitted unit is not wanted any more when its turn comes.
+    """
+
+    def lacking(state: tuple) -> jax.Array:
+        b, active = state
+        return jnp.where(active, -jnp.inf, jnp.abs(target - jnp.matmul(products, b, precision="highest")) - penalty)
+
+    def admit(state: tuple) -> tuple:
+        active = state[1].at[jnp.argmax(lacking(state))].set(True)
+        return _descent(products, target, penalty, state[0], active), active
+
+    settled = _descent(products, target, penalty, *start), start[1]
+    return jax.lax.while_loop(lambda state: jnp.max(lacking(state)) > slack, admit, settled)
 
 
 def _lasso_path(products: jax.Array, norms: jax.Array, penalties: int, smallest: float) -> jax.Array:
@@ -128,17 +149,19 @@ def _lasso_path(products: jax.Array, norms: jax.Array, penalties: int, smallest:
     step = smallest ** (1 / max(penalties - 1, 1))
     fractions = jnp.asarray(step ** np.arange(penalties), jnp.float32)
 
+    top = jnp.max(jnp.abs(target))
+
     def visit(state: tuple, fraction: jax.Array) -> tuple:
-        b, entered = state
-        b = _descent(products, target, fraction * jnp.max(jnp.abs(target)), b)
+        b, active, entered = state
+        # The slack is what float32 leaves uncertain.
+        b, active = _admit(products, target, fraction * top, 1e-3 * fraction * top + 1e-5 * top, (b, active))
         share = jnp.abs(b) / jnp.maximum(jnp.max(jnp.abs(b)), jnp.finfo(jnp.float32).tiny)
         # Within a step the coefficients rank: the next larger penalty is 1 / step away.
         score = fraction * (1 + 0.5 * (1 / step - 1) * share)
-        # A copy of a used channel is at the brink of use: what rounding gives it does not count.
-        return (b, jnp.where((share > 1e-4) & (entered == 0), score, entered)), None
+        return (b, active, jnp.where(active & (entered == 0), score, entered)), None
 
-    start = (jnp.zeros_like(norms), jnp.zeros_like(norms))
-    return jax.lax.scan(visit, start, fractions)[0][1]
+    start = (jnp.zeros_like(norms), jnp.zeros(norms.shape, bool), jnp.zeros_like(norms))
+    return jax.lax.scan(visit, start, fractions)[0][2]
 
 
 def _greedy(products: jax.Array) -> jax.Array:
