@@ -16,7 +16,19 @@ from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.formats import LowRank, Masked, Sum
 from jcompress.trace import operations, walk
-from jcompress.trace.views import Activation, Derived, Kind, View, computed, join, laid_out, peel, whole
+from jcompress.trace.views import (
+    Activation,
+    Derived,
+    Joined,
+    Kind,
+    View,
+    computed,
+    has_parameters,
+    join,
+    laid_out,
+    peel,
+    whole,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +173,10 @@ def cost(fn: Callable[..., Any], params: PyTree, *args: Any) -> Cost:
     return found.compressed(params)
 
 
+def _is_table(field: dataclasses.Field) -> bool:
+    return str(field.type).startswith("dict")
+
+
 @dataclasses.dataclass
 class _Tally:
     """What has been counted so far."""
@@ -176,7 +192,7 @@ class _Tally:
 
     def branch(self) -> _Tally:
         """A copy that counts on its own."""
-        copied = {f.name: dict(getattr(self, f.name)) for f in dataclasses.fields(self) if f.type.startswith("dict")}
+        copied: dict[str, Any] = {f.name: dict(getattr(self, f.name)) for f in dataclasses.fields(self) if _is_table(f)}
         return dataclasses.replace(self, **copied)
 
     def take(self, other: _Tally) -> None:
@@ -188,7 +204,7 @@ class _Tally:
         """One product: its multiply-adds go to the parameter in it, in parts if it was made of several."""
         dot = eqn.primitive.name == "dot_general"
         count = operations.multiply_adds_of_dot(eqn) if dot else operations.multiply_adds_of_convolution(eqn, True)
-        side = next((i for i in (1, 0) if isinstance(kinds[i], (View, Derived)) and not _is_lookup(kinds[i])), None)
+        side = next((i for i in (1, 0) if has_parameters(kinds[i]) and not _is_lookup(kinds[i])), None)
         if side is None:
             self.between += count * times
             return
@@ -216,6 +232,8 @@ class _Tally:
 
 
 def _paths(kind: Kind) -> list[str]:
+    if isinstance(kind, Joined):
+        return [part.path for part in kind.parts]
     return [kind.path] if isinstance(kind, View) else [p for p, _ in kind.reasons] if isinstance(kind, Derived) else []
 
 
@@ -257,7 +275,7 @@ def _equation(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _T
     flops, transcendentals = operations.operations(eqn)
     tally.flops += flops * times
     tally.transcendentals += transcendentals * times
-    if name in ("gather", "dynamic_slice") and isinstance(kinds[0], (View, Derived)):
+    if name in ("gather", "dynamic_slice") and has_parameters(kinds[0]):
         made = computed(name, kinds[:1])
         chosen = any(isinstance(k, Activation) for k in kinds[1:])
         return [dataclasses.replace(made, lookup=True) if chosen and isinstance(made, Derived) else made]
@@ -267,7 +285,7 @@ def _equation(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _T
 def _scan(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally) -> list[Kind]:
     p = eqn.params
     consts, split = p["num_consts"], p["num_consts"] + p["num_carry"]
-    slices = [peel(k, 0) if isinstance(k, View) else k for k in kinds[split:]]
+    slices = [peel(k, 0) for k in kinds[split:]]
     return _loop(p["jaxpr"], kinds[:consts], kinds[consts:split], slices, times * p["length"], tally)
 
 

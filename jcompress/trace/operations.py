@@ -32,10 +32,14 @@ def _size(v: Any) -> int:
     return math.prod(v.aval.shape)
 
 
+def _shape(v: Any) -> tuple[int, ...]:
+    return v.aval.shape
+
+
 def multiply_adds_of_dot(eqn: jax_core.JaxprEqn) -> int:
     """Multiply-adds of a ``dot_general``."""
     (contract, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
+    shape = _shape(eqn.invars[0])
     return _size(eqn.outvars[0]) * math.prod(shape[d] for d in contract)
 
 
@@ -43,7 +47,7 @@ def multiply_adds_of_convolution(eqn: jax_core.JaxprEqn, padding: bool) -> int:
     """Multiply-adds of a convolution, those with padding (and holes of a dilated input) included or not."""
     p = eqn.params
     numbers = p["dimension_numbers"]
-    lhs, rhs, out = (v.aval.shape for v in (*eqn.invars, eqn.outvars[0]))
+    lhs, rhs, out = map(_shape, (*eqn.invars, eqn.outvars[0]))
     each = rhs[numbers.rhs_spec[1]] * out[numbers.out_spec[1]] * out[numbers.out_spec[0]]
     for i, (low, _) in enumerate(p["padding"]):
         n, window, places = lhs[numbers.lhs_spec[2 + i]], rhs[numbers.rhs_spec[2 + i]], out[numbers.out_spec[2 + i]]

@@ -133,6 +133,19 @@ def of_dot(eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, y: Any) -> Mee
     return Meeting(use, *_split(x, dims), *_split(y, outputs), part)
 
 
+def outputs_of(eqn: jax_core.JaxprEqn, side: int, dim: int) -> int | None:
+    """The axis of the product along which axis ``dim`` of operand ``side`` gives outputs, or None if it gives none."""
+    if eqn.primitive.name == "conv_general_dilated":
+        numbers = eqn.params["dimension_numbers"]
+        is_out = dim == numbers.rhs_spec[0] and eqn.params["feature_group_count"] == 1
+        return numbers.out_spec[1] if is_out else None
+    contract, batch = eqn.params["dimension_numbers"]
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    free = [d for d in range(avals[side].ndim) if d not in contract[side] and d not in batch[side]]
+    others = avals[0].ndim - len(contract[0]) - len(batch[0]) if side else 0
+    return len(batch[0]) + others + free.index(dim) if dim in free else None
+
+
 def of_convolution(eqn: jax_core.JaxprEqn, view: View, x: Any, y: Any) -> Meeting:
     """The meeting in a convolution whose kernel is the parameter: the activation becomes patches."""
     p = eqn.params
@@ -163,7 +176,8 @@ def _patches(x: Any, eqn: jax_core.JaxprEqn, out_shape: Sequence[int]) -> Any:
     x = x.transpose(batch, *space, channel)
     spread = [(low, high, d - 1) for (low, high), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
-    window = [eqn.invars[1].aval.shape[d] for d in numbers.rhs_spec[2:]]
+    kernel: Any = eqn.invars[1].aval
+    window = [kernel.shape[d] for d in numbers.rhs_spec[2:]]
     steps, out = p["window_strides"], [out_shape[d] for d in numbers.out_spec[2:]]
     found = []
     for offset in itertools.product(*map(range, window)):
@@ -234,7 +248,8 @@ def of_gather(eqn: jax_core.JaxprEqn, view: View, indices: Any) -> tuple[Use, ja
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         raise UnreadError("it is indexed along several axes at once")
     (dim,) = numbers.start_index_map
-    shape = eqn.invars[0].aval.shape
+    operand: Any = eqn.invars[0].aval
+    shape = operand.shape
     if sizes[dim] != 1 or any(n != m for d, (n, m) in enumerate(zip(sizes, shape, strict=True)) if d != dim):
         raise UnreadError("windows of it are read, not rows")
     atoms = view.dims[dim]

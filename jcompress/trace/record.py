@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from jcompress.trace.views import (
     Activation,
     Atoms,
     Derived,
+    Joined,
     Kind,
     View,
     computed,
@@ -155,11 +157,11 @@ def evaluate(
     env.update((v, (c, tape.found.constants)) for v, c in zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, zip(values, kinds, strict=True), strict=True))
     for eqn in jaxpr.eqns:
-        ins, of = zip(*map(read, eqn.invars), strict=True) if eqn.invars else ((), ())
-        outs, out_kinds = _equation(eqn, ins, of, tape)
+        known = list(map(read, eqn.invars))
+        outs, out_kinds = _equation(eqn, [x for x, _ in known], [k for _, k in known], tape)
         env.update(zip(eqn.outvars, zip(outs, out_kinds, strict=True), strict=True))
-    outs, out_kinds = zip(*map(read, jaxpr.outvars), strict=True) if jaxpr.outvars else ((), ())
-    return list(outs), list(out_kinds)
+    results = list(map(read, jaxpr.outvars))
+    return [x for x, _ in results], [k for _, k in results]
 
 
 def _equation(
@@ -199,6 +201,7 @@ def _kinds(
 def _paths(kinds: Sequence[Kind], lookups: bool) -> list[str]:
     """The paths of views and of what is derived from parameters."""
     found = [k.path for k in kinds if isinstance(k, View)]
+    found += [part.path for k in kinds if isinstance(k, Joined) for part in k.parts]
     for kind in kinds:
         if isinstance(kind, Derived) and (lookups or not kind.lookup):
             found += [path for path, _ in kind.reasons]
@@ -216,18 +219,34 @@ def _product(eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind
         if isinstance(mine, Derived) and _meets(mine, other):
             for path, reason in mine.reasons:
                 tape.found.cannot(path, f"it passes through {reason!r} before it meets an activation")
-        if isinstance(mine, View) and isinstance(other, (Activation, Derived)):
+        if isinstance(mine, (View, Joined)) and isinstance(other, (Activation, Derived)):
             if side == 0 and eqn.primitive.name == "conv_general_dilated":
-                tape.found.cannot(mine.path, "it is what a convolution slides over")
+                for path in _paths([mine], lookups=True):
+                    tape.found.cannot(path, "it is what a convolution slides over")
                 continue
-            made = tape.product(eqn, mine, side, values[1 - side], other, y)
-            result = Activation(max(depth([made]), depth([result])))
+            made = [tape.product(eqn, part, side, values[1 - side], other, z) for part, z in _apart(eqn, mine, side, y)]
+            if not made:
+                for path in _paths([mine], lookups=True):
+                    tape.found.cannot(path, "it is joined with others along an axis that is contracted or grouped")
+            result = Activation(depth([*made, result]))
     return result
+
+
+def _apart(eqn: jax_core.JaxprEqn, kind: View | Joined, side: int, y: Any) -> list[tuple[View, Any]]:
+    """Each parameter of a product with what it gives; none where they are not side by side in the result."""
+    if isinstance(kind, View):
+        return [(kind, y)]
+    axis = products.outputs_of(eqn, side, kind.dim)
+    if axis is None:
+        return []
+    ends = list(itertools.accumulate(kind.sizes))
+    pieces = [lax.slice_in_dim(y, end - n, end, axis=axis) for n, end in zip(kind.sizes, ends, strict=True)]
+    return list(zip(kind.parts, pieces, strict=True))
 
 
 def _meets(mine: Derived, other: Kind) -> bool:
     """Whether a product of these is one of a parameter that cannot be read."""
-    return isinstance(other, Activation) if mine.lookup else _is_activation(other) or isinstance(other, View)
+    return isinstance(other, Activation) if mine.lookup else _is_activation(other) or isinstance(other, (View, Joined))
 
 
 def _lookup(eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind], tape: Tape) -> Kind:
@@ -297,7 +316,10 @@ def _settle(
     n, first = len(carry), len(before)
     outvars, invars = closed.jaxpr.outvars, closed.jaxpr.invars
     still = [outvars[i] is invars[first + i] for i in range(n)]
-    carry = [k if s or not isinstance(k, View) else computed("carry", [k]) for k, s in zip(carry, still, strict=True)]
+    carry = [
+        k if s or not isinstance(k, (View, Joined)) else computed("carry", [k])
+        for k, s in zip(carry, still, strict=True)
+    ]
     while True:
         run, left = _body(closed, [*before, *carry, *after], tape)
         uses, outs = _abstract(run, left, [_aval(v) for v in invars])
@@ -313,7 +335,7 @@ def _scan(
     p = eqn.params
     closed, consts, carries = p["jaxpr"], p["num_consts"], p["num_carry"]
     loop, split = tape.loop, consts + carries
-    slices = [peel(k, loop) if isinstance(k, View) else k for k in kinds[split:]]
+    slices = [peel(k, loop) for k in kinds[split:]]
     run, uses, carry, outs = _settle(closed, list(kinds[:consts]), list(kinds[consts:split]), slices, tape)
     summed = [use for use in uses if not _runs_over(use, loop)]
     stacked = [use for use in uses if _runs_over(use, loop)]
@@ -405,7 +427,7 @@ def _cond(
 
 def _chosen(kind: Kind, index: Kind) -> Kind:
     """A result of a branch that an activation chose; a parameter that every branch gives stays one."""
-    return kind if isinstance(kind, View) or not _is_activation(index) else _picked(kind, index)
+    return kind if isinstance(kind, (View, Joined)) or not _is_activation(index) else _picked(kind, index)
 
 
 def _picked(kind: Kind, index: Kind) -> Kind:

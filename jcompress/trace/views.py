@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from jax.extend import core as jax_core
 
@@ -74,7 +75,22 @@ class Activation:
     depth: int = 0
 
 
-Kind = View | Derived | Activation | None
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Parameters side by side along one axis, as where gates are multiplied in one product.
+
+    Attributes:
+      parts: the parameters.
+      dim: the axis.
+      sizes: the length of each along it.
+    """
+
+    parts: tuple[View, ...]
+    dim: int
+    sizes: tuple[int, ...]
+
+
+Kind = View | Joined | Derived | Activation | None
 """What a value is; None for constants."""
 
 
@@ -90,7 +106,7 @@ def depth(kinds: Iterable[Kind]) -> int:
 
 def has_parameters(kind: Kind) -> bool:
     """Whether a value is made of parameters alone."""
-    return isinstance(kind, (View, Derived))
+    return isinstance(kind, (View, Joined, Derived))
 
 
 def computed(name: str, kinds: Sequence[Kind]) -> Kind:
@@ -101,6 +117,8 @@ def computed(name: str, kinds: Sequence[Kind]) -> Kind:
     for kind in kinds:
         if isinstance(kind, View):
             reasons.setdefault(kind.path, name)
+        elif isinstance(kind, Joined):
+            reasons |= {part.path: "concatenate" for part in kind.parts if part.path not in reasons}
         elif isinstance(kind, Derived):
             reasons |= dict(kind.reasons)
     return Derived(tuple(reasons.items()), depth(kinds)) if reasons else None
@@ -112,8 +130,14 @@ def join(name: str, kinds: Sequence[Kind]) -> Kind:
     return first if all(k == first for k in rest) else computed(name, kinds)
 
 
-def peel(view: View, loop: int) -> Kind:
+def peel(view: Kind, loop: int) -> Kind:
     """One slice along the leading axis, as the body of a loop sees it."""
+    if isinstance(view, Joined):
+        parts = tuple(p for p in (peel(part, loop) for part in view.parts) if isinstance(p, View))
+        is_kept = view.dim > 0 and len(parts) == len(view.parts)
+        return Joined(parts, view.dim - 1, view.sizes) if is_kept else computed("concatenate", [view])
+    if not isinstance(view, View):
+        return view
     first, *rest = view.dims
     if all(a.axis < 0 for a in first):
         return dataclasses.replace(view, dims=tuple(rest))
@@ -208,7 +232,7 @@ def _pieces(view: View, sizes: Sequence[int], axis: int) -> list[View | None]:
 
 def _cast(view: View, eqn: jax_core.JaxprEqn) -> View | None:
     # Between floats of 16 bits or more; anything narrower is a compression of its own.
-    before, after = (v.aval.dtype for v in (eqn.invars[0], eqn.outvars[0]))
+    before, after = (_aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
     return view if before.kind in "fV" and after.kind in "fV" and min(before.itemsize, after.itemsize) > 1 else None
 
 
@@ -216,11 +240,32 @@ def _same(view: View, eqn: jax_core.JaxprEqn) -> View:
     return view
 
 
+def _aval(v: Any) -> Any:
+    return v.aval
+
+
+def _joined(eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> Joined | None:
+    dim = eqn.params["dimension"]
+    parts = tuple(k for k in kinds if isinstance(k, View))
+    sizes = tuple(_aval(v).shape[dim] for v in eqn.invars)
+    return Joined(parts, dim, sizes) if len(parts) == len(kinds) else None
+
+
+def _together(joined: Joined, eqn: jax_core.JaxprEqn) -> Joined | None:
+    """Parameters side by side, all laid out anew in one way."""
+    name, dim = eqn.primitive.name, joined.dim
+    if name not in ("transpose", "convert_element_type") and _LAYOUTS[name] is not _same:
+        return None
+    parts = tuple(p for p in (_LAYOUTS[name](part, eqn) for part in joined.parts) if p is not None)
+    dim = eqn.params["permutation"].index(dim) if name == "transpose" else dim
+    return Joined(parts, dim, joined.sizes) if len(parts) == len(joined.parts) else None
+
+
 _LAYOUTS: dict[str, Callable[[View, jax_core.JaxprEqn], View | None]] = {
     "transpose": lambda v, e: dataclasses.replace(v, dims=tuple(v.dims[d] for d in e.params["permutation"])),
     "reshape": lambda v, e: _reshape(v, e.params["new_sizes"]),
     "squeeze": lambda v, e: _squeeze(v, e.params["dimensions"]),
-    "expand_dims": lambda v, e: _reshape(v, e.outvars[0].aval.shape),
+    "expand_dims": lambda v, e: _reshape(v, _aval(e.outvars[0]).shape),
     "broadcast_in_dim": lambda v, e: _broadcast(v, e.params["shape"], e.params["broadcast_dimensions"]),
     "slice": lambda v, e: _slice(v, e.params["start_indices"], e.params["limit_indices"], e.params["strides"]),
     "convert_element_type": _cast,
@@ -240,7 +285,16 @@ def laid_out(eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> list[Kind] | None
     if name == "split" and isinstance(kinds[0], View):
         pieces = _pieces(kinds[0], eqn.params["sizes"], eqn.params["axis"])
         return [p or computed(name, kinds) for p in pieces]
+    if name == "concatenate" and (joined := _joined(eqn, kinds)):
+        return [joined]
     if name not in _LAYOUTS or len(eqn.outvars) != len(kinds):
         return None
     # Entries that were looked up stay such through a change of layout.
-    return [k if not isinstance(k, View) else _LAYOUTS[name](k, eqn) or computed(name, [k]) for k in kinds]
+    return [_moved(k, eqn) for k in kinds]
+
+
+def _moved(kind: Kind, eqn: jax_core.JaxprEqn) -> Kind:
+    name = eqn.primitive.name
+    if isinstance(kind, Joined):
+        return _together(kind, eqn) or computed(name, [kind])
+    return (_LAYOUTS[name](kind, eqn) or computed(name, [kind])) if isinstance(kind, View) else kind
