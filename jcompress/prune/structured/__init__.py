@@ -7,6 +7,7 @@ refit what reads them. ``groups`` come from ``jc.trace.coupling``; in scores the
 
 from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
+from jcompress.prune.structured.clustering import p_pruning
 from jcompress.prune.structured.contraction import beside
 from jcompress.prune.structured.propagation import apoz, nisp
 from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
@@ -35,6 +36,7 @@ __all__ = [
     "liar",
     "merge_neurons",
     "nisp",
+    "p_pruning",
     "random",
     "reconstruct",
     "slimming",
