@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import flax.linen as nn
-import jax
-import numpy as np
 
 import jcompress as jc
-from jcompress.formats import LowRank, Masked, Sum
 
 PyTree = Any
 
@@ -20,27 +16,16 @@ def multiply_adds(model: nn.Module, params: PyTree, x: Any) -> tuple[float, dict
 
     A kernel of a dense or convolutional layer takes part once at each output position, so it costs its size times
     the number of positions (zero padding counts as multiplied). The total is half the floating-point operations
-    that XLA counts in the compiled forward pass, elementwise ones and attention products included.
+    that XLA would count, elementwise ones and attention products included.
 
     Args:
       model: a linen module.
       params: its dense parameters.
       x: a batch; one example of it is counted.
     """
-    found: dict[str, float] = {}
-
-    def record(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        out = call(*args, **kwargs)
-        if isinstance(context.module, (nn.Dense, nn.Conv)) and context.method_name == "__call__":
-            kernel = context.module.variables["params"]["kernel"]
-            positions = math.prod(out.shape) // kernel.shape[-1]
-            found["/".join((*context.module.path, "kernel"))] = float(kernel.size * positions)
-        return out
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda p, x: model.apply({"params": p}, x), params, x[:1])
-    cost = jax.jit(lambda p, x: model.apply({"params": p}, x)).lower(params, x[:1]).cost_analysis()
-    return max((cost or {}).get("flops", 0.0) / 2, sum(found.values())), found
+    found = jc.trace.cost(lambda params, x: model.apply({"params": params}, x), params, x[:1])
+    kernels = {row.path: row.multiply_adds for row in found.rows if row.multiply_adds}
+    return max(found.flops / 2, sum(kernels.values())), kernels
 
 
 def compressed_multiply_adds(tree: PyTree, dense: tuple[float, dict[str, float]]) -> float:
@@ -61,12 +46,4 @@ def compressed_multiply_adds(tree: PyTree, dense: tuple[float, dict[str, float]]
 
 def part_multiplied(x: Any) -> float:
     """The multiply-adds of a node as a part of its dense array's."""
-    if isinstance(x, Masked):
-        return float(np.broadcast_to(np.asarray(x.mask), x.materialize().shape).mean())
-    if isinstance(x, LowRank):
-        u, v = (jc.materialize({"": factor})[""] for factor in (x.u, x.v))
-        dense = u.size // u.shape[-1] * v.shape[-1]
-        return (part_multiplied(x.u) * u.size + part_multiplied(x.v) * v.size) / dense
-    if isinstance(x, Sum):
-        return sum(map(part_multiplied, x.terms))
-    return 1.0
+    return sum(part for part, _ in jc.trace.node_products(x))

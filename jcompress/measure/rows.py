@@ -41,6 +41,7 @@ class Row:
       ratio: ``dense_bytes / stored_bytes``.
       relative_error: ``||w - w'|| / ||w||``, Frobenius norms; 0 if both are zero. The total's is over all
         floating-point parameters as one vector.
+      multiply_adds: of one call, by the cost that was given to the report; else None.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Row:
     dense_bytes: float
     ratio: float
     relative_error: float
+    multiply_adds: float | None = None
 
 
 class _Norms(NamedTuple):

@@ -15,10 +15,10 @@ import numpy as np
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.measure.rows import Row, formats_of, make_row, measure
-from jcompress.measure.units import in_bytes
+from jcompress.measure.units import in_bytes, in_thousands
 
 
-def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None) -> Report:
+def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None, *, cost: Any = None) -> Report:
     """Compare parameters with their compressed form, one row a parameter.
 
     Sizes are those of what ``jc.save`` writes for each parameter, to the bit. Values are compared one parameter at
@@ -28,13 +28,14 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None)
       before: the dense parameters.
       after: the same structure, with nodes or arrays in their place.
       plan: from :func:`jcompress.plan`, to show methods; without it the formats found are shown.
+      cost: from :func:`jcompress.trace.cost`, of either tree, to show the multiply-adds of ``after``.
 
     Returns:
       A :class:`Report`: print it, read ``.rows`` and ``.total``, or call ``.to_pandas()``.
 
     Raises:
-      ValueError: if the two differ in structure or shape, ``before`` holds nodes, the plan is for other
-        parameters, or the arrays are abstract, as under ``jit``. The message names the path.
+      ValueError: if the two differ in structure or shape, ``before`` holds nodes, the plan or the cost is for
+        other parameters, or the arrays are abstract, as under ``jit``. The message names the path.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -54,7 +55,12 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None)
         make_row(path, w.shape, str(w.dtype), _method(leaf, plan[path] if plan is not None else None), [m])
         for (path, w, leaf), m in zip(pairs, measured, strict=True)
     ]
-    return Report(tuple(rows), make_row("total", (), "", "", measured))
+    total = make_row("total", (), "", "", measured)
+    if cost is not None:
+        counts = {row.path: row.compressed_multiply_adds for row in cost.compressed(after).rows}
+        rows = [dataclasses.replace(row, multiply_adds=counts[row.path]) for row in rows]
+        total = dataclasses.replace(total, multiply_adds=sum(counts.values()))
+    return Report(tuple(rows), total)
 
 
 def _method(leaf: Any, method: Any) -> str:
@@ -155,7 +161,8 @@ class Report:
     def _cells(self) -> list[list[str]]:
         """The table as text: a header, the rows, the total. Kinds of cost that nothing has are left out."""
         kinds = [kind for kind in ("index", "codebook", "scale") if getattr(self.total, f"{kind}_bytes")]
-        head = ["path", "shape", "density", "bits/w", "stored", *kinds, "ratio", "error", "method"]
+        work = [] if self.total.multiply_adds is None else ["multiply-adds"]
+        head = ["path", "shape", "density", "bits/w", "stored", *kinds, "ratio", *work, "error", "method"]
         return [head, *(_row_cells(row, kinds) for row in (*self.rows, self.total))]
 
 
@@ -169,6 +176,7 @@ def _row_cells(row: Row, kinds: list[str]) -> list[str]:
         in_bytes(row.stored_bytes),
         *(in_bytes(cost) if cost else "-" for cost in (getattr(row, f"{kind}_bytes") for kind in kinds)),
         _ratio(row.ratio),
+        *([] if row.multiply_adds is None else [in_thousands(row.multiply_adds)]),
         f"{row.relative_error:.3g}",
         row.method,
     ]

@@ -1,7 +1,7 @@
 """Reads any JAX function by its jaxpr: what meets which parameter, what it costs, and what must be cut together."""
 
 from jcompress.trace.calibration import calibrate
-from jcompress.trace.counts import Cost, CostRow, cost
+from jcompress.trace.counts import Cost, CostRow, cost, node_products
 from jcompress.trace.groups import Group, Groups, coupling, mask
 from jcompress.trace.resize import Shrunk, shrink
 from jcompress.trace.sequential import compress_sequentially
@@ -21,6 +21,7 @@ __all__ = [
     "cost",
     "coupling",
     "mask",
+    "node_products",
     "observe",
     "shrink",
 ]

@@ -346,7 +346,7 @@ def _compressed(row: CostRow, leaf: Any) -> CostRow:
             f"{row.path}: found an abstract {type(leaf).__name__}; cost reads its mask, call it outside jit"
         )
     dense = jax.eval_shape(core.dense, leaf)
-    parts = _parts(leaf)
+    parts = node_products(leaf)
     # The activation's bits, from the dense row, times those of each part.
     each = row.bit_operations / _weight_bits(dense)
     return dataclasses.replace(
@@ -357,25 +357,35 @@ def _compressed(row: CostRow, leaf: Any) -> CostRow:
     )
 
 
-def _parts(x: Any) -> list[tuple[float, int]]:
-    """The products that a node stands for: multiply-adds as a part of the dense array's, and bits of a weight."""
+def node_products(x: Any) -> list[tuple[float, int]]:
+    """The products that a node (or array) stands for, each with its part of the dense multiply-adds and its bits.
+
+    A mask counts its density, factors and the terms of a sum count one after the other; codes and codebooks multiply
+    like the dense array, at their own width.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> w = jnp.arange(64.0).reshape(8, 8)
+      >>> jc.trace.node_products(jc.residual(jc.prune.Magnitude(sparsity=0.75), jc.quantize.Int(bits=4))(w))
+      [(0.25, 32), (1.0, 4)]
+    """
     if not core.is_node(x):
         return [(1.0, _weight_bits(x))]
     if isinstance(x, Sum):
-        return [pair for term in x.terms for pair in _parts(term)]
+        return [pair for term in x.terms for pair in node_products(term)]
     if isinstance(x, LowRank):
         u, v = (jax.eval_shape(core.dense, factor) for factor in (x.u, x.v))
         dense = u.size // u.shape[-1] * v.shape[-1]
         factors = ((x.u, u.size), (x.v, v.size))
-        return [(part * size / dense, bits) for factor, size in factors for part, bits in _parts(factor)]
+        return [(part * size / dense, bits) for factor, size in factors for part, bits in node_products(factor)]
     if isinstance(x, Masked):
         shape = jax.eval_shape(core.dense, x).shape
         density = float(np.broadcast_to(np.asarray(x.mask), shape).mean()) if math.prod(shape) else 1.0
-        return [(part * density, bits) for part, bits in _parts(x.values)]
+        return [(part * density, bits) for part, bits in node_products(x.values)]
     # What is laid out like the dense array is what a kernel multiplies by: codes, indices, narrow values.
     for name in x.elementwise:
         inner = getattr(x, name)
         if core.is_node(inner):
-            return _parts(inner)
+            return node_products(inner)
         return [(1.0, x.widths().get(name) or _weight_bits(inner))]
     return [(1.0, _weight_bits(jax.eval_shape(core.dense, x)))]
