@@ -9,6 +9,7 @@ from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
 from jcompress.prune.structured.clustering import p_pruning
 from jcompress.prune.structured.contraction import beside
+from jcompress.prune.structured.eigenvalues import spectral
 from jcompress.prune.structured.propagation import apoz, nisp
 from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
 from jcompress.prune.structured.reconstruction import fold_constants, liar, reconstruct
@@ -41,6 +42,7 @@ __all__ = [
     "reconstruct",
     "slimming",
     "soft_filter",
+    "spectral",
     "taylor",
     "thinet",
     "within",

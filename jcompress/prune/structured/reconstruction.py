@@ -27,9 +27,9 @@ def reconstruct(
 
     With X the inputs of a kernel W, and K those that stay, ``min_V ||X W - X_K V||**2``. Only the Gram matrix is
     needed: ``V = W_K + (X_K' X_K)^-1 X_K' X_cut W_cut``, in words, what stays takes over what of the cut part it
-    predicts. The inverse is a pseudo-inverse, of the Gram matrix scaled to a unit diagonal. The ridge is a fraction of
-    that diagonal and pulls towards ``W_K``, so for any ridge the error on the calibration data is at most that of
-    plain pruning. Linear dependent inputs lose nothing.
+    predicts. The Gram matrix is scaled to a unit diagonal first and may be singular: linearly dependent inputs are cut
+    without loss. The ridge is a fraction of that diagonal and pulls towards ``W_K``, so for any ridge the error on the
+    calibration data is at most that of plain pruning.
 
     This is the second step of channel pruning (He et al. 2017, arXiv:1707.06168) and of ThiNet (Luo et al. 2017,
     arXiv:1707.06342), from the statistics of the dense network: layers are treated one by one, and what the cuts
@@ -205,10 +205,30 @@ def _refitted(gram: jax.Array, w: jax.Array, mask: jax.Array, ridge: Any) -> jax
     """The matrix that is zero outside the mask and, on inputs with this Gram matrix, nearest to ``w``."""
     diagonal = jnp.maximum(jnp.diag(gram), 0)
     scale = jnp.where(mask & (diagonal > 0), jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
-    values, vectors = jnp.linalg.eigh(gram * scale[:, None] * scale)
     missing = jnp.matmul(gram, jnp.where(mask[:, None], 0, w), precision="highest") * scale[:, None]
-    smallest = jnp.max(jnp.abs(values)) * len(mask) * jnp.finfo(jnp.float32).eps
-    inverse = jnp.where(values > smallest, 1 / jnp.where(values > smallest, values + ridge, 1), 0)
-    projected = jnp.matmul(vectors.T, missing, precision="highest") * inverse[:, None]
-    taken = jnp.matmul(vectors, projected, precision="highest") * scale[:, None]
+    taken = _solved(gram * scale[:, None] * scale, missing, ridge) * scale[:, None]
     return jnp.where(mask[:, None], w + taken, 0)
+
+
+def _solved(a: jax.Array, b: jax.Array, ridge: Any) -> jax.Array:
+    """``(a + ridge I)^-1 b`` for a positive semidefinite ``a`` of unit or zero diagonal.
+
+    Where it is singular, to float32, the factor is damped, ten times more until it exists; two rounds of refinement
+    take the damping out of all but the directions in which ``a`` is zero.
+    """
+    eye, epsilon = jnp.eye(len(a)), jnp.finfo(jnp.float32).eps
+
+    def damped(state: tuple) -> tuple:
+        damping, _, tries = state
+        return 10 * damping, jnp.linalg.cholesky(a + (ridge + 10 * damping) * eye), tries + 1
+
+    def failed(state: tuple) -> jax.Array:
+        return ~jnp.all(jnp.isfinite(state[1])) & (state[2] < 8)
+
+    first = damped((jnp.float32(0.4 * epsilon * len(a) ** 0.5), eye, 0))
+    factor = (jax.lax.while_loop(failed, damped, first)[1], True)
+    x = jax.scipy.linalg.cho_solve(factor, b)
+    for _ in range(2):
+        residual = b - ridge * x - jnp.matmul(a, x, precision="highest")
+        x = x + jax.scipy.linalg.cho_solve(factor, residual)
+    return x
