@@ -9,6 +9,7 @@ from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
 from jcompress.prune.structured.clustering import p_pruning
 from jcompress.prune.structured.contraction import beside
+from jcompress.prune.structured.diffusion import diffusion, weighted_penalty
 from jcompress.prune.structured.eigenvalues import spectral
 from jcompress.prune.structured.propagation import apoz, nisp
 from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
@@ -23,6 +24,7 @@ __all__ = [
     "add_l1",
     "apoz",
     "beside",
+    "diffusion",
     "fold_constants",
     "geometric_median",
     "group_lasso",
@@ -45,5 +47,6 @@ __all__ = [
     "spectral",
     "taylor",
     "thinet",
+    "weighted_penalty",
     "within",
 ]
