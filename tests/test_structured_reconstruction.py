@@ -145,6 +145,30 @@ def test_scanned_layers_are_refitted_one_by_one(rng):
     assert bool(structured.keep(structured.thinet(params, groups, stats), groups, 0.5)[hidden_of(groups, "a", 2)].any())
 
 
+def test_grouped_convolutions_are_refitted_group_by_group(rng):
+    def fn(p, x):
+        x = jnp.tanh(convolve(x, p["one"]))
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, p["two"], (1, 1), "VALID", dimension_numbers=dims, feature_group_count=2
+        ) + p["bias"]  # fmt: skip
+
+    params = {"one": (3, 3, 2, 8), "two": (3, 3, 4, 6), "bias": (6,)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in params.items()}
+    # The units are the places inside a group; in both groups the last is a copy of another.
+    params["one"] = params["one"].at[..., 3].set(params["one"][..., 1]).at[..., 7].set(-params["one"][..., 4])
+    x = jnp.asarray(rng.normal(size=(20, 6, 6, 2)), jnp.float32)
+    groups, stats = known(fn, params, x)
+    name = next(name for name, group in groups.items() if ("two", 2) in group.consumers)
+    keep = {name: jnp.arange(4) != 3}
+    assert error(fn, params, params, groups, keep, x) > 0.05
+    for biases in ({}, {"two": "bias"}):
+        new = structured.reconstruct(params, groups, keep, stats, biases=biases)
+        assert error(fn, params, new, groups, keep, x) < 1e-4
+    assert structured.thinet(params, groups, stats)[name].shape == (4,)
+    np.testing.assert_allclose(structured.apoz(params, groups, stats)[name], 1)
+
+
 # LIAR.
 
 
@@ -391,7 +415,7 @@ def test_missing_or_unfitting_statistics_are_explained(rng):
     with pytest.raises(ValueError, match=r"down: the group 'g' needs 'zeros'"):
         structured.apoz(params, groups, {"down": types.SimpleNamespace(axes=(0,))})
     stat = types.SimpleNamespace(gram=jnp.eye(3), axes=(0,))
-    with pytest.raises(ValueError, match=r"down: found 'gram' of shape \(3, 3\).*grouped convolutions"):
+    with pytest.raises(ValueError, match=r"down: found 'gram' of shape \(3, 3\).*expected 4 features"):
         structured.thinet(params, groups, {"down": stat})
     stat = types.SimpleNamespace(gram=jnp.eye(4), axes=(0,))
     with pytest.raises(ValueError, match=r"down: the bias is refitted from 'sum' and 'count'"):

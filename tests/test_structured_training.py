@@ -219,3 +219,18 @@ def test_half_precision_stays(params, groups):
     for tx in (structured.soft_filter(groups, 0.5), structured.group_lasso_proximal(groups, 0.5)):
         new, _ = stepped(tx, params, zeros(params))
         assert new["a"].dtype == jnp.bfloat16
+
+
+def test_sharded_parameters_stay_where_they_are(params, groups):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
+    spec = {"a": ("d", None), "bias": ("d",), "b": (None, "d")}
+    placed = {
+        name: jax.device_put(w, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec[name])))
+        for name, w in params.items()
+    }
+    for tx in (structured.soft_filter(groups, 0.5), structured.group_lasso_proximal(groups, 0.5)):
+        new, _ = jax.jit(lambda p, tx=tx: stepped(tx, p, zeros(p)))(placed)
+        expected, _ = stepped(tx, params, zeros(params))
+        for name, w in new.items():
+            assert w.sharding.is_equivalent_to(placed[name].sharding, w.ndim)
+            np.testing.assert_allclose(w, expected[name], rtol=1e-5)

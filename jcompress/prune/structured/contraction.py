@@ -25,6 +25,7 @@ class Contraction:
       w: the kernel.
       axes: those contracted, rising.
       lead: how many first axes are stacked layers, each with statistics of its own.
+      split: into how many groups a convolution splits the outputs, each with statistics of its own.
       stat: the statistics.
     """
 
@@ -32,6 +33,7 @@ class Contraction:
     w: jax.Array
     axes: tuple[int, ...]
     lead: int
+    split: int
     stat: Any
 
     @property
@@ -50,13 +52,15 @@ class Contraction:
         return tuple(n for i, n in enumerate(self.w.shape) if i not in self.axes)
 
     def matrix(self) -> jax.Array:
-        """The kernel as float32 (stacked layers, k, n)."""
+        """The kernel as float32 (stacked layers or groups, k, n)."""
         stack, k = math.prod(self.w.shape[: self.lead]), math.prod(self.shape)
-        return self.w.transpose(self._order).reshape(stack, k, -1).astype(jnp.float32)
+        flat = self.w.transpose(self._order).reshape(stack, k, self.split, -1)
+        return flat.swapaxes(1, 2).reshape(stack * self.split, k, -1).astype(jnp.float32)
 
     def restore(self, matrix: jax.Array) -> jax.Array:
         """The kernel from its matrix."""
-        arranged = matrix.reshape([self.w.shape[i] for i in self._order])
+        flat = matrix.reshape(-1, self.split, *matrix.shape[1:]).swapaxes(1, 2)
+        arranged = flat.reshape([self.w.shape[i] for i in self._order])
         return arranged.transpose(np.argsort(self._order)).astype(self.w.dtype)
 
     def unit(self, axis: int, index: np.ndarray) -> np.ndarray:
@@ -95,14 +99,16 @@ def contraction(
             "stats=jc.calibrate(fn, params, batches)"
         )
     axes = tuple(sorted(i % w.ndim for i in stat.axes))
-    lead = jnp.ndim(value) - (2 if field == "gram" else 1)
-    k = math.prod(w.shape[i] for i in axes)
-    if jnp.shape(value)[-1] != k or jnp.shape(value)[:lead] != w.shape[:lead] or any(i < lead for i in axes):
+    head, k = jnp.shape(value)[: jnp.ndim(value) - (2 if field == "gram" else 1)], math.prod(w.shape[i] for i in axes)
+    is_stack = head == w.shape[: len(head)] and all(i >= len(head) for i in axes)
+    is_split = len(head) == 1 and len(axes) == w.ndim - 1 and axes[-1] < w.ndim - 1 and w.shape[-1] % head[0] == 0
+    if jnp.shape(value)[-1] != k or not (is_stack or is_split):
         raise ValueError(
             f"{path}: found {field!r} of shape {jnp.shape(value)} for a kernel of shape {w.shape} contracted over axes "
-            f"{axes}, expected {(*w.shape[:lead], k)}; grouped convolutions are not supported"
+            f"{axes}, expected {k} features, after leading axes for stacked layers or the groups of a convolution"
         )
-    return Contraction(path, w, axes, lead, stat)
+    lead, split = (len(head), 1) if is_stack else (0, head[0])
+    return Contraction(path, w, axes, lead, split, stat)
 
 
 def consumers(

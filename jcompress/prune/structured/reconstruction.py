@@ -29,7 +29,8 @@ def reconstruct(
     needed: ``V = W_K + (X_K' X_K)^-1 X_K' X_cut W_cut``, in words, what stays takes over what of the cut part it
     predicts. The Gram matrix is scaled to a unit diagonal first and may be singular: linearly dependent inputs are cut
     without loss. The ridge is a fraction of that diagonal and pulls towards ``W_K``, so for any ridge the error on the
-    calibration data is at most that of plain pruning.
+    calibration data is at most that of plain pruning. All this holds where what stays does not depend on what is cut: a
+    norm across the units in between (layer or group norm) changes both, and the error may grow.
 
     This is the second step of channel pruning (He et al. 2017, arXiv:1707.06168) and of ThiNet (Luo et al. 2017,
     arXiv:1707.06342), from the statistics of the dense network: layers are treated one by one, and what the cuts
@@ -93,7 +94,8 @@ def liar(
     Whatever criterion chose them, the cut inputs are predicted from those that stay, ``Q = argmin ||X_K Q - X||**2``
     with a ridge, the next kernel becomes ``Q W``, and biases are corrected so that mean outputs stay. Kept inputs
     predict themselves, so the ridge holds the other columns of Q only; the error on the calibration data is then never
-    above that of plain pruning. This is :func:`reconstruct` with the biases that :func:`beside` finds.
+    above that of plain pruning, if no norm across the units stands between. This is :func:`reconstruct` with the
+    biases that :func:`beside` finds.
 
     Args:
       params: a pytree of arrays.
