@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import ClassVar
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from zoo import ZOO, built
 
 import jcompress as jc
+from experiments.benchmarks import calibration
 from jcompress.trace import Stats, observe
 
 HIGH = functools.partial(jnp.einsum, precision="highest")
@@ -176,6 +178,16 @@ class TestConvolution:
         stats = run(lambda p, x: convolve(x, p["k"], feature_group_count=4), {"k": kernel}, x)["k"]
         assert stats.gram.shape == (4, 9, 9)
         check(jax.tree.map(lambda s: s[2], stats), self.explicit(x[..., 2:3], kernel, None))
+
+    def test_windows_of_one_shape_that_see_different_patches(self):
+        x, params = normal(0, 2, 9, 9, 3), {"a": normal(1, 3, 3, 3, 4), "b": normal(2, 3, 3, 3, 4)}
+
+        def fn(params, x):
+            return convolve(x, params["a"]), convolve(x, params["b"], rhs_dilation=(2, 2))
+
+        stats = run(fn, params, x)
+        check(stats["a"], self.explicit(x, params["a"], None))
+        check(stats["b"], self.explicit(x, params["b"], None, rhs_dilation=(2, 2)))
 
     def test_other_layouts_and_one_axis(self):
         x, kernel = normal(0, 2, 3, 9), normal(1, 4, 3, 5)
@@ -557,6 +569,42 @@ class TestCalibrate:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), alone, spread)
         assert len(spread["b"].gram.sharding.device_set) == 8
 
+    def test_in_shard_map(self):
+        """Data-parallel: the sum over devices. Split outputs meet the same data; split inputs cannot be read."""
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        params, x = {"a": normal(0, 4, 6), "s": normal(1, 3, 6, 6), "b": normal(2, 6, 5)}, normal(3, 8, 4)
+
+        def body(params, x):
+            y = jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), jax.nn.relu(x @ params["a"]), params["s"])[0]
+            return y @ params["b"]
+
+        def mapped(params, x):
+            return jax.shard_map(body, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))(params, x)
+
+        alone, spread = run(body, params, x), run(mapped, params, x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), alone, spread)
+
+        def columns(params, x):
+            return jax.lax.psum(jax.nn.relu(x @ params["a"]) @ params["b"], "model")
+
+        def parallel(params, x):
+            specs = {"a": P(None, "model"), "b": P("model")}
+            return jax.shard_map(columns, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"))(params, x)
+
+        del params["s"]
+        stats = run(parallel, params, x)
+        check(stats["a"], x)
+        assert stats.unread == {"b": "a part of its axis -2 is contracted"}
+
+        def experts(w, x):
+            return jnp.einsum("ecd,edf->ecf", x, w)
+
+        def spread_experts(params, x):
+            return jax.shard_map(experts, mesh=mesh, in_specs=P("model"), out_specs=P("model"))(params["w"], x)
+
+        stats = run(spread_experts, {"w": normal(0, 4, 3, 2)}, normal(1, 4, 5, 3))
+        assert stats.unread == {"w": "its layers or experts are spread over devices"}
+
     def test_progress(self, capsys):
         jc.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}, [jnp.ones((1, 2))] * 3, progress=True)
         assert "calibrate" in capsys.readouterr().err
@@ -725,3 +773,14 @@ class TestErrors:
     def test_closed_over_data_is_data(self):
         _, stats = observe(lambda p: self.x @ p["w"], self.params)
         check(stats["w"], self.x)
+
+
+def test_the_benchmark_writes_its_rows(tmp_path):
+    small = ["--width", "12", "--depth", "2", "--heads", "3", "--length", "8", "--texts", "2", "--batches", "1"]
+    calibration.main([*small, "--pairs", "2", "--out", str(tmp_path / "c.json")])
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    grams, defaults, _ = rows
+    assert grams["extra"]["left_after_4"] == grams["extra"]["left_after_16"] == grams["extra"]["state"]
+    kernels = 2 * (12 * 12 + 12 * 12 + 12 * 12 + 48 * 48)
+    assert grams["extra"]["state"] == 4 * (kernels + 12 * 12 + 2 * 4 + 1)
+    assert defaults["extra"]["state"] > grams["extra"]["state"]

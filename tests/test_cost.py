@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from zoo import ZOO, built
 
 import jcompress as jc
@@ -122,6 +123,17 @@ class TestAgainstXLA:
         assert found.flops == xla(unrolled, w, shape(8, 32))["flops"] == 7 * 2 * 8 * 32 * 32
         assert found.rows[0].multiply_adds == 7 * 8 * 32 * 32
         assert found.transcendentals == 7 * 8 * 32
+
+    def test_shard_map_counts_all_devices(self):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+        def fn(params, x):
+            specs = (PartitionSpec(None, "model"), PartitionSpec("data"))
+            out = PartitionSpec("data", "model")
+            return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=specs, out_specs=out)(params["w"], x)
+
+        (row,) = jc.trace.cost(fn, {"w": shape(6, 10)}, shape(8, 6)).rows
+        assert row.multiply_adds == 8 * 6 * 10
 
 
 class TestRows:

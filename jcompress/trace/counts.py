@@ -26,6 +26,7 @@ from jcompress.trace.views import (
     has_parameters,
     join,
     laid_out,
+    local,
     peel,
     whole,
 )
@@ -324,8 +325,17 @@ def _cond(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally
 def _shard_map(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally) -> list[Kind]:
     """The body runs once on each device."""
     shards = math.prod(eqn.params["mesh"].shape.values())
-    body = eqn.params["jaxpr"]
-    return _count(getattr(body, "jaxpr", body), kinds, times * shards, tally)
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    specs = eqn.params.get("in_specs", [()] * len(kinds))
+    inner = [
+        local(k, spec, _aval(v).shape) if isinstance(k, View) else computed("shard_map", [k])
+        for k, spec, v in zip(kinds, specs, body.invars, strict=True)
+    ]
+    return [computed("shard_map", [k]) for k in _count(body, inner, times * shards, tally)]
+
+
+def _aval(v: Any) -> Any:
+    return v.aval
 
 
 _CONTROL: dict[str, Callable[..., list[Kind]]] = {

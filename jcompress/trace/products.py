@@ -33,6 +33,7 @@ class Use:
       lead: what has statistics of its own: stacked layers, experts, groups of a convolution.
       loops: the loops around and the atoms they run over, which have not become leading axes yet.
       embed: axes of ``lead`` of which one position or slice is used here.
+      shards: mesh axes along which the devices inside ``shard_map`` meet different positions.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Use:
     lead: Atoms = ()
     loops: tuple[tuple[int, Atoms], ...] = ()
     embed: tuple[int, ...] = ()
+    shards: tuple[str, ...] = ()
 
 
 class Meeting(NamedTuple):
@@ -111,6 +113,8 @@ def _use(view: View, contracted: Sequence[Atom], batch: Sequence[Atom], free: Se
     embed = tuple(sorted(axis for axis in partial if _size([*lead, *scanned], axis) != shape[axis]))
     if any(sum(a.axis == axis for a in (*lead, *scanned)) > 1 for axis in embed):
         raise UnreadError("a slice of its layers is split again")
+    if embed and view.shards:
+        raise UnreadError("its layers or experts are spread over devices")
     use = Use(view.path, shape, tuple(sorted(axes)), lead, view.scanned, embed)
     return use, _in_order([*free, *chosen]) if is_part else None
 

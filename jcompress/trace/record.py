@@ -27,7 +27,10 @@ from jcompress.trace.views import (
     has_parameters,
     join,
     laid_out,
+    local,
     peel,
+    shards,
+    spec_axes,
 )
 
 Moments = dict[str, jax.Array]
@@ -43,6 +46,14 @@ ELEMENTWISE = {
     "reduce_or",
 }  # fmt: skip
 """Primitives in which a parameter may meet an activation without a product over one of its axes."""
+
+
+COLLECTIVES = {
+    "psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant", "all_to_all", "ppermute",
+    "reduce_scatter", "psum_scatter", "axis_index", "pgather",
+}  # fmt: skip
+SAME_AFTER = {"psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant"}
+"""Those after which devices hold the same values."""
 
 
 def merge(a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]) -> Moments:
@@ -105,12 +116,13 @@ class Tape:
             convolution = eqn.primitive.name == "conv_general_dilated"
             met = products.of_convolution(eqn, view, x, y) if convolution else products.of_dot(eqn, view, side, x, y)
             if names:
-                self._count(x, met, names)
+                use = dataclasses.replace(met.use, shards=tuple(sorted(shards([kind]))))
+                self._count(x, met._replace(use=use), names, id(eqn) if convolution else 0)
         except UnreadError as reason:
             self.found.cannot(path, str(reason))
-        return Activation(level)
+        return Activation(level, shards([kind, view]))
 
-    def _count(self, x: Any, met: products.Meeting, names: frozenset[str]) -> None:
+    def _count(self, x: Any, met: products.Meeting, names: frozenset[str], site: int) -> None:
         if met.part is not None:
             # Parts of the outputs that meet one activation (the gates of a cell) are one use, not several.
             parts = self._parts.setdefault(met.use, {})
@@ -121,7 +133,7 @@ class Tape:
                 return
         names = self._affordable(met, names)
         # Kernels that read one activation (queries, keys and values) share its moments.
-        key = (id(x), id(x) if met.x.ndim == x.ndim else met.x.shape, met.labels, met.use.lead, names)
+        key = (id(x), site, met.labels, met.use.lead, names)
         if key not in self._same:
             self._same[key] = (x, products.moments(met.x, met.labels, met.use.lead, names))
         outputs = {}
@@ -189,6 +201,8 @@ def _kinds(
         return [_product(eqn, values, kinds, outs[0], tape)]
     if name in ("gather", "dynamic_slice") and has_parameters(kinds[0]):
         return [_lookup(eqn, values, kinds, tape)]
+    if name in COLLECTIVES:
+        return [_collected(eqn, kinds)] * len(outs)
     found = laid_out(eqn, kinds)
     if found is not None:
         return found
@@ -196,6 +210,17 @@ def _kinds(
         for path in _paths(kinds, lookups=False):
             tape.found.cannot(path, f"it meets an activation in {name!r}, which is not read")
     return [computed(name, kinds)] * len(outs)
+
+
+def _collected(eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> Kind:
+    """What a collective makes of values."""
+    kind = computed(eqn.primitive.name, kinds)
+    names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    names = frozenset(names if isinstance(names, (tuple, list, frozenset)) else (names,))
+    if not isinstance(kind, (Activation, Derived)):
+        return kind
+    same = eqn.primitive.name in SAME_AFTER and not eqn.params.get("axis_index_groups")
+    return dataclasses.replace(kind, shards=kind.shards - names if same else kind.shards | names)
 
 
 def _paths(kinds: Sequence[Kind], lookups: bool) -> list[str]:
@@ -228,7 +253,7 @@ def _product(eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind
             if not made:
                 for path in _paths([mine], lookups=True):
                     tape.found.cannot(path, "it is joined with others along an axis that is contracted or grouped")
-            result = Activation(depth([*made, result]))
+            result = Activation(depth([*made, result]), shards([*made, result]))
     return result
 
 
@@ -263,10 +288,13 @@ def _lookup(eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]
         if "counts" in found.wanted.get(path, frozenset()):
             try:
                 use, counts = products.of_gather(eqn, kinds[0], values[1])
+                use = dataclasses.replace(use, shards=tuple(sorted(shards(kinds[1:]))))
                 tape.add(use, {"counts": counts.reshape(*[1] * len(use.lead), -1)})
-            except UnreadError:
-                pass
-    return Derived(tuple((path, name) for path in _paths(kinds[:1], lookups=True)), level, lookup=True)
+            except UnreadError as reason:
+                found.notes[path] = f"no counts: {reason}"
+    return Derived(
+        tuple((path, name) for path in _paths(kinds[:1], lookups=True)), level, lookup=True, shards=shards(kinds)
+    )
 
 
 def _body(
@@ -298,11 +326,29 @@ def _abstract(run: Callable, left: list[list[Kind]], values: Sequence[Any]) -> t
 
 
 def _zeros(uses: Mapping[Use, Any]) -> list[Moments]:
-    return [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), moments) for moments in uses.values()]
+    return [jax.tree.map(_zero, moments) for moments in uses.values()]
+
+
+def _zero(s: jax.ShapeDtypeStruct) -> jax.Array:
+    zero, names = jnp.zeros(s.shape, s.dtype), _varying(s)
+    if not names:
+        return zero
+    varied: Any = lax  # ``pcast`` was ``pvary`` before jax 0.8.
+    return varied.pcast(zero, names, to="varying") if hasattr(lax, "pcast") else varied.pvary(zero, names)
 
 
 def _aval(v: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+    marks = {}
+    if _varying(v.aval):
+        # Inside shard_map a type says along which mesh axes its value varies; how, differs between versions.
+        names = ("sharding", "manual_axis_type", "vma")
+        marks = {name: getattr(v.aval, name) for name in names if hasattr(v.aval, name)}
+    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, **marks)
+
+
+def _varying(x: Any) -> tuple[str, ...]:
+    """The mesh axes along which a type says that its value varies, inside ``shard_map``."""
+    return tuple(getattr(getattr(x, "manual_axis_type", None), "varying", None) or getattr(x, "vma", None) or ())
 
 
 def _alike(a: Kind, b: Kind) -> bool:
@@ -434,4 +480,68 @@ def _picked(kind: Kind, index: Kind) -> Kind:
     return dataclasses.replace(kind, lookup=True) if isinstance(kind, Derived) else computed("cond", [kind, index])
 
 
-_CONTROL: dict[str, Callable[..., tuple[list[Any], list[Kind]]]] = {"scan": _scan, "while": _while, "cond": _cond}
+def _shard_map(
+    eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind], tape: Tape
+) -> tuple[list[Any], list[Kind]]:
+    """The same body on every device; what devices met along the mesh axes of the activation is summed."""
+    p = eqn.params
+    if "in_specs" not in p or not hasattr(jax, "shard_map"):
+        for path in _paths(kinds, lookups=False):
+            tape.found.cannot(path, "it meets an activation in 'shard_map', which is not read in this version of jax")
+        outs = walk.bind(eqn, values)
+        return outs, [computed("shard_map", kinds)] * len(outs)
+    mesh, body = p["mesh"], p["jaxpr"]
+    manual = frozenset(p.get("newly_manual_axes") or mesh.axis_names)
+    inner = [_held(k, spec, v) for k, spec, v in zip(kinds, p["in_specs"], body.invars, strict=True)]
+    run, left = _body(jax_core.ClosedJaxpr(body, ()), inner, tape)
+    uses: list[Use] = []
+
+    def sharded(*xs: Any) -> tuple[list[Any], list[Moments]]:
+        outs, moments = run(*xs)
+        uses[:] = moments
+        return outs, [_over(use.shards, m) for use, m in moments.items()]
+
+    mapped = jax.shard_map(
+        sharded,
+        mesh=mesh,
+        in_specs=tuple(p["in_specs"]),
+        out_specs=(list(p["out_specs"]), jax.sharding.PartitionSpec()),
+        axis_names=manual,
+        check_vma=p["check_vma"],
+    )
+    outs, moments = mapped(*values)
+    for use, found in zip(uses, moments, strict=True):
+        tape.add(dataclasses.replace(use, shards=tuple(n for n in use.shards if n not in manual)), found)
+    return list(outs), [_outside(k, manual) for k in left[-1]]
+
+
+def _held(kind: Kind, spec: Any, v: Any) -> Kind:
+    """What one device holds of a value."""
+    if isinstance(kind, View):
+        return local(kind, spec, v.aval.shape)
+    if isinstance(kind, Joined):
+        return computed("concatenate", [kind])
+    return kind if kind is None else dataclasses.replace(kind, shards=kind.shards | spec_axes(spec))
+
+
+def _outside(kind: Kind, manual: frozenset[str]) -> Kind:
+    kind = computed("shard_map", [kind])
+    return (
+        dataclasses.replace(kind, shards=shards([kind]) - manual) if isinstance(kind, (Activation, Derived)) else None
+    )
+
+
+def _over(names: tuple[str, ...], moments: Moments) -> Moments:
+    """The moments of all devices along the mesh axes."""
+    if names:
+        moments = {n: lax.pmax(x, names) if n in LARGEST else lax.psum(x, names) for n, x in moments.items()}
+    # A value may be marked as varying along an axis along which it is the same.
+    return {n: lax.pmax(x, marked) if (marked := _varying(jax.typeof(x))) else x for n, x in moments.items()}
+
+
+_CONTROL: dict[str, Callable[..., tuple[list[Any], list[Kind]]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+}

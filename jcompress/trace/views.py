@@ -40,6 +40,7 @@ class View:
       dims: for each axis of the value, the atoms it runs over, slowest first.
       fixed: atoms of one position, whose axes are gone: ``w[2]``.
       scanned: for each loop around, the loop and the atoms that it runs over.
+      shards: inside ``shard_map``, the mesh axes along which devices hold different parts.
     """
 
     path: str
@@ -47,6 +48,7 @@ class View:
     dims: tuple[Atoms, ...]
     fixed: Atoms = ()
     scanned: tuple[tuple[int, Atoms], ...] = ()
+    shards: frozenset[str] = frozenset()
 
     def is_whole(self, atom: Atom) -> bool:
         """Whether the atom is all of its axis."""
@@ -66,13 +68,18 @@ class Derived:
     reasons: tuple[tuple[str, str], ...]
     depth: int = 0
     lookup: bool = False
+    shards: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """Depends on the arguments, after at most ``depth`` products with parameters in a row."""
+    """Depends on the arguments, after at most ``depth`` products with parameters in a row.
+
+    Inside ``shard_map``, ``shards`` are the mesh axes along which devices hold different values.
+    """
 
     depth: int = 0
+    shards: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +111,12 @@ def depth(kinds: Iterable[Kind]) -> int:
     return max((k.depth for k in kinds if isinstance(k, (Activation, Derived))), default=0)
 
 
+def shards(kinds: Iterable[Kind]) -> frozenset[str]:
+    """The mesh axes along which any of the values differ."""
+    parts = [p for k in kinds for p in (k.parts if isinstance(k, Joined) else (k,))]
+    return frozenset().union(*(p.shards for p in parts if isinstance(p, (View, Activation, Derived))))
+
+
 def has_parameters(kind: Kind) -> bool:
     """Whether a value is made of parameters alone."""
     return isinstance(kind, (View, Joined, Derived))
@@ -112,7 +125,7 @@ def has_parameters(kind: Kind) -> bool:
 def computed(name: str, kinds: Sequence[Kind]) -> Kind:
     """What the primitive ``name`` makes of values of these kinds."""
     if any(isinstance(k, Activation) or (isinstance(k, Derived) and k.lookup) for k in kinds):
-        return Activation(depth(kinds))
+        return Activation(depth(kinds), shards(kinds))
     reasons: dict[str, str] = {}
     for kind in kinds:
         if isinstance(kind, View):
@@ -121,7 +134,7 @@ def computed(name: str, kinds: Sequence[Kind]) -> Kind:
             reasons |= {part.path: "concatenate" for part in kind.parts if part.path not in reasons}
         elif isinstance(kind, Derived):
             reasons |= dict(kind.reasons)
-    return Derived(tuple(reasons.items()), depth(kinds)) if reasons else None
+    return Derived(tuple(reasons.items()), depth(kinds), shards=shards(kinds)) if reasons else None
 
 
 def join(name: str, kinds: Sequence[Kind]) -> Kind:
@@ -200,6 +213,18 @@ def _slice(view: View, starts: Sequence[int], limits: Sequence[int], strides: Se
         else:
             return None
     return dataclasses.replace(view, dims=tuple(dims))
+
+
+def local(view: View, spec: Sequence[Any], sizes: Sequence[int]) -> Kind:
+    """The part of a parameter that one device holds, as the body of ``shard_map`` sees it."""
+    names = spec_axes(spec)
+    part = _slice(view, [0] * len(sizes), sizes, None)
+    return computed("shard_map", [view]) if part is None else dataclasses.replace(part, shards=view.shards | names)
+
+
+def spec_axes(spec: Sequence[Any]) -> frozenset[str]:
+    """The mesh axes that a partition spec names."""
+    return frozenset(name for entry in spec if entry for name in (entry if isinstance(entry, tuple) else (entry,)))
 
 
 def _broadcast(view: View, shape: Sequence[int], dimensions: Sequence[int]) -> View:
