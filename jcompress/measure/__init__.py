@@ -4,6 +4,7 @@ from jcompress.measure.front import Point, non_dominated
 from jcompress.measure.picture import pareto
 from jcompress.measure.ratios import compression_ratio, space_saving, sparsity
 from jcompress.measure.rows import Row
+from jcompress.measure.similarity import gaussian_wasserstein, linear_cka
 from jcompress.measure.table import Report, report
 from jcompress.measure.timing import Latency, latency
 
@@ -13,7 +14,9 @@ __all__ = [
     "Report",
     "Row",
     "compression_ratio",
+    "gaussian_wasserstein",
     "latency",
+    "linear_cka",
     "non_dominated",
     "pareto",
     "report",

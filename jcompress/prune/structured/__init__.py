@@ -11,6 +11,7 @@ from jcompress.prune.structured.clustering import p_pruning
 from jcompress.prune.structured.contraction import beside
 from jcompress.prune.structured.diffusion import diffusion, weighted_penalty
 from jcompress.prune.structured.eigenvalues import spectral
+from jcompress.prune.structured.layers import block_influence, cosine, fuse_layers, layer_similarity, remove_layers
 from jcompress.prune.structured.propagation import apoz, nisp
 from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
 from jcompress.prune.structured.reconstruction import fold_constants, liar, reconstruct
@@ -24,8 +25,11 @@ __all__ = [
     "add_l1",
     "apoz",
     "beside",
+    "block_influence",
+    "cosine",
     "diffusion",
     "fold_constants",
+    "fuse_layers",
     "geometric_median",
     "group_lasso",
     "group_lasso_proximal",
@@ -36,12 +40,14 @@ __all__ = [
     "l1_proximal",
     "l2",
     "lasso",
+    "layer_similarity",
     "liar",
     "merge_neurons",
     "nisp",
     "p_pruning",
     "random",
     "reconstruct",
+    "remove_layers",
     "slimming",
     "soft_filter",
     "spectral",
