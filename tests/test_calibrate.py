@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from zoo import ZOO, built
 
@@ -552,26 +552,29 @@ class TestCalibrate:
         small = jc.compress(params, plan, stats=stats)
         np.testing.assert_array_equal(small["w"].values, stats["w"].gram)
 
-    def test_sharded_equals_unsharded(self):
-        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+    def test_sharded_equals_unsharded(self, axis_type):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
         params = {"a": normal(0, 8, 16), "b": normal(1, 16, 4)}
         x = normal(2, 16, 8)
 
-        def fn(params, x):
-            return jax.nn.relu(x @ params["a"]) @ params["b"]
+        out = NamedSharding(mesh, P("data")) if axis_type == AxisType.Explicit else None
+
+        def fn(params, x, out=None):
+            return jnp.einsum("bi,io->bo", jax.nn.relu(x @ params["a"]), params["b"], out_sharding=out)
 
         def put(x, *spec):
             return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
         placed = {"a": put(params["a"], None, "model"), "b": put(params["b"], "model", None)}
         alone = jc.calibrate(fn, params, [x] * 3)
-        spread = jc.calibrate(fn, placed, [put(x, "data")] * 3)
+        spread = jc.calibrate(functools.partial(fn, out=out), placed, [put(x, "data")] * 3)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), alone, spread)
         assert len(spread["b"].gram.sharding.device_set) == 8
 
     def test_in_shard_map(self):
         """Data-parallel: the sum over devices. Split outputs meet the same data; split inputs cannot be read."""
-        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         params, x = {"a": normal(0, 4, 6), "s": normal(1, 3, 6, 6), "b": normal(2, 6, 5)}, normal(3, 8, 4)
 
         def body(params, x):

@@ -210,7 +210,14 @@ def moments(x: Any, labels: Sequence[Label], lead: Atoms, names: frozenset[str])
     found: dict[str, Any] = {"count": jnp.full(head, math.prod(x.shape[i] for i in positions), jnp.uint32)}
     if "gram" in names:
         dims = ((positions, positions), (batch, batch))
-        gram = lax.dot_general(wide, wide, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        gram = lax.dot_general(
+            wide,
+            wide,
+            dims,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+            **_out_sharding(x, batch, positions),
+        )
         found["gram"] = gram.reshape(*head, k, k)
     each = {
         "sum": lambda: wide.sum(positions),
@@ -222,6 +229,18 @@ def moments(x: Any, labels: Sequence[Label], lead: Atoms, names: frozenset[str])
     if "histogram" in names:
         found["histogram"] = _histogram(wide.reshape(math.prod(head), -1)).reshape(*head, -1)
     return found
+
+
+def _out_sharding(x: Any, batch: list[int], positions: list[int]) -> dict[str, Any]:
+    """With explicit mesh axes: the features of one side stay sharded as they are."""
+    sharding = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    if sharding is None or all(entry is None for entry in sharding.spec):
+        return {}
+    spec = sharding.spec
+    features = [i for i in range(x.ndim) if i not in batch and i not in positions]
+    kept = [spec[i] for i in (*batch, *features)]
+    out = jax.sharding.PartitionSpec(*kept, *[None] * len(features))
+    return {"out_sharding": jax.sharding.NamedSharding(sharding.mesh, out)}
 
 
 def _histogram(x: jax.Array) -> jax.Array:
