@@ -5,10 +5,12 @@ let ``jc.trace.mask`` set the others to zero or ``jc.shrink`` cut them out; betw
 refit what reads them. ``groups`` come from ``jc.trace.coupling``; in scores the larger value stays.
 """
 
+from jcompress.prune.structured.batch_norm import NormPaths, fold_batch_norm, fold_batch_norms, reestimate
 from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
 from jcompress.prune.structured.clustering import p_pruning
 from jcompress.prune.structured.contraction import beside
+from jcompress.prune.structured.correction import correct_biases
 from jcompress.prune.structured.diffusion import diffusion, weighted_penalty
 from jcompress.prune.structured.eigenvalues import spectral
 from jcompress.prune.structured.layers import block_influence, cosine, fuse_layers, layer_similarity, remove_layers
@@ -22,12 +24,16 @@ from jcompress.prune.structured.units import Group, ManualGroup, within
 __all__ = [
     "Group",
     "ManualGroup",
+    "NormPaths",
     "add_l1",
     "apoz",
     "beside",
     "block_influence",
+    "correct_biases",
     "cosine",
     "diffusion",
+    "fold_batch_norm",
+    "fold_batch_norms",
     "fold_constants",
     "fuse_layers",
     "geometric_median",
@@ -47,6 +53,7 @@ __all__ = [
     "p_pruning",
     "random",
     "reconstruct",
+    "reestimate",
     "remove_layers",
     "slimming",
     "soft_filter",
