@@ -1,6 +1,6 @@
 """Compression of neural networks as pure transformations on parameter pytrees."""
 
-from jcompress import distill, factorize, formats, io, measure, prune, quantize, share, trace
+from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, share, trace
 from jcompress.apply import ProjectState, compress, project, simulate, straight_through
 from jcompress.combine import chain, residual, stacked
 from jcompress.core import Compressed, Context, Method, finalize, materialize, merge, nbits, split
@@ -17,6 +17,7 @@ __all__ = [
     "Plan",
     "ProjectState",
     "__version__",
+    "budget",
     "calibrate",
     "chain",
     "compress",

@@ -24,6 +24,7 @@ LAYERS = {
     "io": {"core", "formats", "packing", "rules", "version"},
     "measure": {"core", "formats", "rules"},
     "trace": {"apply", "core", "formats", "rules"},
+    "budget": {"core", "formats", "rules", "trace"},
     "version": set(),
 }
 

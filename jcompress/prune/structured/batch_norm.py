@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, rules
+from jcompress import core
 from jcompress.core import PyTree
 from jcompress.prune.structured import units
 
@@ -191,7 +191,7 @@ def reestimate(
     """
     update, treedef = jax.jit(update), jax.tree.structure(statistics)
     zeros, ones = (jax.tree.map(lambda x, n=n: jnp.full_like(x, n), statistics) for n in (0, 1))
-    paths = [path for path, _ in rules.paths(statistics)]
+    paths = list(units.leaves(statistics))
     means = [_mean_of(path, paths, mean, var) for path in paths]
     shares, count = list[float](), 0
     found = [jnp.zeros(jnp.shape(x), jnp.float32) for x in jax.tree.leaves(statistics)]
