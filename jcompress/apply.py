@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -196,15 +196,21 @@ def simulate(
 
 
 class ProjectState(NamedTuple):
-    """State of :func:`project`: the steps taken, the key if one was given, and what the nodes hold fixed."""
+    """State of :func:`project`: the steps taken, what the nodes hold fixed, and the key and inner state, if any."""
 
     steps: jax.Array
     held: PyTree
     key: jax.Array | None = None
+    inner: PyTree = None
 
 
 def project(
-    plan: Plan, every: int = 1, *, key: jax.Array | None = None, stats: Mapping[str, Any] | None = None
+    plan: Plan,
+    every: int = 1,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    key: jax.Array | None = None,
+    stats: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax transform, last in the chain, that keeps dense parameters on the compressed set.
 
@@ -216,6 +222,9 @@ def project(
     Args:
       plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
       every: steps between refits.
+      inner: the optimizer, to wrap it in place of being chained to it. Steps without a refit are cheaper then: a
+        chained transform must have the updates of the whole model written out for a refit that may be due, a
+        wrapped optimizer is asked again for its updates when one is. ``grads`` are then known without being passed.
       key: for methods that draw random numbers. It is the same at every refit; a method that should draw anew folds
         the step in.
       stats: ``{path: statistics}`` from calibration.
@@ -235,39 +244,49 @@ def project(
       >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
       >>> optax.apply_updates(params, updates)["w"].tolist()
       [[2.5, 0.0]]
+
+      The same, a little faster between refits:
+
+      >>> tx = jc.project(plan, inner=optax.sgd(0.5))
+      >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["w"].tolist()
+      [[2.5, 0.0]]
     """
     if every < 1:
         raise ValueError(f"project: every={every} must be a positive number of steps")
+
+    optimizer = None if inner is None else optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> ProjectState:
         grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
         leaves, steps = rules.paths(params), jnp.zeros((), jnp.int32)
         nodes = _fit(leaves, plan, _contexts(params, leaves, steps, key, stats, grads, None))
+        started = None if optimizer is None else optimizer.init(params)
         # A copy: a training step that donates its state must not delete the caller's key.
-        return ProjectState(steps, core.split(nodes)[1], None if key is None else jnp.copy(key))
+        return ProjectState(steps, core.split(nodes)[1], None if key is None else jnp.copy(key), started)
 
     def update(
-        updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **_: Any
+        updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
     ) -> tuple[PyTree, ProjectState]:
         if params is None:
             raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
         leaves = rules.paths(params)
         _check_paths(leaves, plan)
+        if grads is None and optimizer is not None:
+            grads = updates
         contexts = _contexts(params, leaves, state.steps, state.key, stats, grads, None)
-        changes, treedef = jax.tree.flatten(updates)
-        change = dict(zip([path for path, _ in leaves], changes, strict=True))
-        held: dict[str, Any] = {}
-        # One conditional for each unit: what a conditional reads must be written out first, so one for all leaves
-        # would keep the updates of the whole model in memory at once.
-        for unit in _units(plan):
-            due = state.steps % every == 0
-            fitted, moved = _advance(unit, plan, due, state.held, dict(leaves), change, contexts)
-            held |= fitted
-            change |= moved
-        updates = jax.tree.unflatten(treedef, list(change.values()))
-        return updates, ProjectState(optax.safe_increment(state.steps), held, state.key)
+        if optimizer is None:
+            change, held, after = *_chained(plan, every, state, params, updates, contexts), None
+        else:
+            change, held, after = _around(optimizer, plan, every, state, params, updates, contexts, extra)
+        updates = jax.tree.unflatten(jax.tree.structure(updates), list(change.values()))
+        return updates, ProjectState(optax.safe_increment(state.steps), held, state.key, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _by_path(leaves: list[tuple[str, Any]], tree: PyTree) -> dict[str, Any]:
+    return dict(zip([path for path, _ in leaves], jax.tree.leaves(tree), strict=True))
 
 
 def _needs(plan: Plan, name: str) -> bool:
@@ -281,30 +300,96 @@ def _is_linear(node: Any) -> bool:
     return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
 
 
-def _advance(
-    unit: list[str], plan: Plan, due: jax.Array, held: PyTree, params: dict, change: dict, contexts: dict[str, Context]
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """One step of leaves that are decided together: what they hold, and the updates that lead onto the set."""
+def _chained(
+    plan: Plan, every: int, state: ProjectState, params: PyTree, updates: PyTree, contexts: dict[str, Context]
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The updates onto the set, and what is held, given the updates of the optimizer."""
+    leaves = rules.paths(params)
+    held: dict[str, Any] = {}
+    change = _by_path(leaves, updates)
+    # What a conditional reads must be written out first. One for each unit, so that the updates of the whole model
+    # need not be in memory at once.
+    for unit in _units(plan):
+        fitted, kept = _branches([unit], plan, state.held, params, change.copy, contexts)
+        now, values = jax.lax.cond(state.steps % every == 0, fitted, kept)
+        held |= now
+        change |= _onto(now, values, dict(leaves), change)
+    return change, held
+
+
+def _around(
+    optimizer: optax.GradientTransformationExtraArgs,
+    plan: Plan,
+    every: int,
+    state: ProjectState,
+    params: PyTree,
+    grads: PyTree,
+    contexts: dict[str, Context],
+    extra: dict[str, Any],
+) -> tuple[dict[str, jax.Array], dict[str, Any], PyTree]:
+    """As :func:`_chained`, given the optimizer; and the optimizer's new state."""
+    leaves = rules.paths(params)
+
+    def anew() -> dict[str, Any]:
+        return _by_path(leaves, optimizer.update(grads, state.inner, params, **extra)[0])
+
+    def zero() -> jax.Array:
+        return (state.steps < 0).astype(jnp.float32)
+
+    fitted, kept = _branches(_units(plan), plan, state.held, params, anew, contexts)
+    due = state.steps % every == 0
+    (held, values), nothing = jax.lax.cond(due, lambda: (fitted(), zero()), lambda: (kept(), zero()))
+    # The optimizer writes over its state, which the conditional reads. A zero that only the conditional knows puts it
+    # behind; without that tie the state would be copied.
+    tied = jax.tree.map(lambda g: g + nothing.astype(g.dtype), grads)
+    updates, after = optimizer.update(tied, state.inner, params, **extra)
+    change = _by_path(leaves, updates)
+    return change | _onto(held, values, dict(leaves), change), held, after
+
+
+def _branches(
+    units: list[list[str]],
+    plan: Plan,
+    held: PyTree,
+    params: PyTree,
+    change: Callable[[], dict],
+    contexts: dict[str, Context],
+) -> tuple[Callable, Callable]:
+    """What units of leaves hold after a step, and the values of those whose projection is not linear.
+
+    The first of the two functions fits them anew, the second keeps what they hold.
+    """
+    arrays, unit = dict(rules.paths(params)), [path for some in units for path in some]
     held = {path: held[path] for path in unit}
     linear = [path for path in unit if _is_linear(held[path])]
 
     def moved() -> dict[str, jax.Array]:
-        return {path: optax.apply_updates(params[path], change[path]) for path in unit}
+        changes = change()
+        return {path: optax.apply_updates(arrays[path], changes[path]) for path in unit}
 
     def fitted() -> tuple[dict, dict]:
         new = moved()
         previous = {path: held[path].project(new[path]) for path in linear}
         known = {path: dataclasses.replace(contexts[path], previous=previous.get(path)) for path in unit}
-        nodes = _fit_unit(unit, plan, new, known)
+        nodes: dict[str, Any] = {}
+        for some in units:
+            nodes |= _fit_unit(some, plan, new, known)
         return core.split(nodes)[1], {path: nodes[path].materialize() for path in unit if path not in linear}
 
     def kept() -> tuple[dict, dict]:
         return held, {path: x for path, x in moved().items() if path not in linear}
 
-    held, values = jax.lax.cond(due, fitted, kept)
-    new = moved()
-    values |= {path: held[path].project(new[path]).materialize() for path in linear}
-    return held, {path: _towards(values[path], new[path], params[path], change[path]) for path in unit}
+    return fitted, kept
+
+
+def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, change: dict) -> dict[str, jax.Array]:
+    """The updates that lead onto the set."""
+    found = {}
+    for path in held:
+        new = optax.apply_updates(params[path], change[path])
+        value = values[path] if path in values else held[path].project(new).materialize()
+        found[path] = _towards(value, new, params[path], change[path])
+    return found
 
 
 def _towards(value: jax.Array, new: jax.Array, old: jax.Array, change: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Compression once, on every forward pass, and after every optimizer step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -273,3 +275,42 @@ def test_stochastic_nodes_take_their_key_explicitly():
 def test_finalize_clears_what_a_mask_hides():
     node = jc.formats.Masked(jnp.arange(4.0) + 1, jnp.array([True, False, True, False]))
     assert jc.finalize({"w": node})["w"].values.tolist() == [1, 0, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "method", [jc.prune.Magnitude(sparsity=0.6), jc.quantize.Int(bits=4), jc.factorize.SVD(rank=2)]
+)
+def test_a_wrapped_optimizer_is_the_chained_one(method):
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 6)), "b": jnp.ones(6)}
+    plan = jc.plan(params, [("w", method)])
+    chained = optax.chain(optax.adamw(1e-2), jc.project(plan, every=3))
+    wrapped = jc.project(plan, every=3, inner=optax.adamw(1e-2))
+    ends = []
+    for tx in (chained, wrapped):
+        now, state = params, tx.init(params)
+        step = jax.jit(tx.update)
+        for i in range(7):
+            grads = jax.tree.map(lambda x, i=i: jnp.cos(x + i), now)
+            updates, state = step(grads, state, now)
+            now = optax.apply_updates(now, updates)
+        ends.append(now)
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert ((a == 0) == (b == 0)).all()
+
+
+def test_a_wrapped_optimizer_hands_its_gradients_to_the_method():
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Grows:
+        needs = ("grad",)
+
+        def __call__(self, w, context, /):
+            seen.append(context.grad)
+            return jc.prune.Magnitude(sparsity=0.5)(context.grad)
+
+    params = {"w": jnp.array([[1.0, 2.0]])}
+    tx = jc.project(jc.plan(params, [("w", Grows())]), inner=optax.sgd(0.1))
+    updates, _ = tx.update({"w": jnp.array([[5.0, 1.0]])}, tx.init(params), params)
+    np.testing.assert_allclose(optax.apply_updates(params, updates)["w"], [[0.5, 0.0]], rtol=1e-6)

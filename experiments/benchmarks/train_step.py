@@ -131,6 +131,11 @@ def projected(model: Model, method: Any, every: int) -> Trainer:
     return Trainer(model, optax.chain(adamw(), jc.project(plan, every=every)))
 
 
+def wrapped(model: Model, method: Any, every: int) -> Trainer:
+    plan = jc.plan(model.params, [(".*kernel", method)])
+    return Trainer(model, jc.project(plan, every=every, inner=adamw()))
+
+
 def simulated(model: Model) -> Trainer:
     plan = jc.plan(model.params, [(".*kernel", jc.quantize.Int(bits=8))])
     return Trainer(model, adamw(), lambda params: jc.simulate(params, plan))
@@ -171,9 +176,11 @@ def rows(model: Model, update_target: str, args: Any) -> list[timing.Row]:
     leaf, whole = (jc.prune.Magnitude(sparsity=sparsity, scope=scope) for scope in ("leaf", "global"))
     sides: list[tuple[str, Callable[[], Trainer | None], str]] = [
         ("dense again", lambda: Trainer(model, adamw()), ""),
+        ("project(inner=), no update due", lambda: wrapped(model, leaf, NEVER), "<= 1.05"),
         ("project, no update due", lambda: projected(model, leaf, NEVER), "<= 1.05"),
         ("simulate, 8 bits per channel", lambda: simulated(model), "<= 1.10"),
         ("mask update, per leaf", lambda: projected(model, leaf, 1), update_target),
+        ("mask update, inner=", lambda: wrapped(model, leaf, 1), update_target),
         ("mask update, global", lambda: projected(model, whole, 1), update_target),
         ("mask update, jaxpruner", lambda: peer(model, sparsity), ""),
     ]

@@ -1,11 +1,13 @@
 """Reads any JAX function by its jaxpr: what meets which parameter, what it costs, and what must be cut together."""
 
 from jcompress.trace.calibration import calibrate
-from jcompress.trace.counts import Cost, CostRow, cost, node_products
+from jcompress.trace.counts import cost
 from jcompress.trace.groups import Group, Groups, coupling, mask
+from jcompress.trace.observation import observe
 from jcompress.trace.resize import Shrunk, shrink
 from jcompress.trace.sequential import compress_sequentially
-from jcompress.trace.statistics import Calibration, Outputs, Stats, observe
+from jcompress.trace.statistics import Calibration, Outputs, Stats
+from jcompress.trace.tables import Cost, CostRow, node_products
 
 __all__ = [
     "Calibration",

@@ -13,7 +13,8 @@ from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.rules import Plan
 from jcompress.trace import gradients
-from jcompress.trace.statistics import OF_LOSS, Calibration, Stats, observe, wanted
+from jcompress.trace.observation import observe
+from jcompress.trace.statistics import OF_LOSS, Calibration, Stats, wanted
 
 LARGEST_GRAM = 16_384
 

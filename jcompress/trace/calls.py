@@ -1,9 +1,10 @@
-"""The rules of primitives that call functions. What is called keeps its kind: a loop stays a loop, ``remat`` and
-custom derivatives stay what they were."""
+"""The rules of primitives that call functions.
+
+What is called keeps its kind: a loop stays a loop, ``remat`` and custom derivatives stay what they were.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from jcompress.trace import dims as D
+from jcompress.trace import dims as terms
 from jcompress.trace import walk
 from jcompress.trace.dims import Dim, Dims
 from jcompress.trace.frames import (
-    NOWHERE, At, Build, Cut, Frame, Hold, Rule, Site, State, Value, Versions, all_hold, free_leaves, joined,
-    read_states, run,
+    NOWHERE,
+    At,
+    Build,
+    Cut,
+    Frame,
+    Hold,
+    Rule,
+    Site,
+    State,
+    Value,
+    Versions,
+    all_hold,
+    free_leaves,
+    joined,
+    read_states,
+    run,
 )  # fmt: skip
 
 
@@ -76,11 +91,10 @@ class Remat(Wrapped):
         params = site.params
         keep = {name: params[name] for name in ("policy", "prevent_cse") if name in params}
 
-        @functools.partial(jax.checkpoint, **keep)
         def again(*arrays: Any) -> list[Any]:
             return [v.at(at) for v in run(cut, site.frames[0], crossing.values(arrays))]
 
-        return again(*crossing.arrays)
+        return jax.checkpoint(again, **keep)(*crossing.arrays)
 
 
 def _is_float(aval: Any) -> bool:
@@ -95,9 +109,9 @@ class _Derivative:
     """The operands and results of an equation that have derivatives, and the equation as a function of them."""
 
     def __init__(self, eqn: jax_core.JaxprEqn) -> None:
-        self.eqn, self.avals = eqn, [v.aval for v in eqn.invars]
+        self.eqn, self.avals = eqn, [walk.aval(v) for v in eqn.invars]
         self.ins = [i for i, aval in enumerate(self.avals) if _is_float(aval)]
-        self.outs = [i for i, v in enumerate(eqn.outvars) if _is_float(v.aval)]
+        self.outs = [i for i, v in enumerate(eqn.outvars) if _is_float(walk.aval(v))]
 
     def function(self, operands: Sequence[Any]) -> Callable[..., list[Any]]:
         def fn(*floats: Any) -> list[Any]:
@@ -164,13 +178,15 @@ class Custom(Wrapped):
     def _within(self, outer: Site, site: Site) -> Sequence[Dims]:
         """A derivative that calls the function it belongs to shares its frames."""
         for a, b in zip(site.ins, outer.ins, strict=True):
-            D.unify_all(a, b)
+            terms.unify_all(a, b)
         site.frames, site.note = outer.frames, outer.note
-        return [D.alias(d) for d in outer.outs]
+        return [terms.alias(d) for d in outer.outs]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         if getattr(site.note, "reading", False):
-            return [all_hold(d, Hold.VARIED) if s is None else s for d, s in zip(site.outs, site.note.found, strict=True)]
+            return [
+                all_hold(d, Hold.VARIED) if s is None else s for d, s in zip(site.outs, site.note.found, strict=True)
+            ]
         site.note.reading = True
         site.note.found = list(self.read(site, ins))
         self.read_derivative(site, ins)
@@ -193,7 +209,7 @@ class CustomJVP(Custom):
             build.traced[id(site.eqn)] = note.jvp()
         frame = build.frame(build.traced[id(site.eqn)], [*site.ins, *(site.ins[i] for i in note.ins)])
         for a, b in zip([*site.outs, *(site.outs[i] for i in note.outs)], frame.outs, strict=True):
-            D.unify_all(a, b)
+            terms.unify_all(a, b)
         site.frames.append(frame)
 
     def read_derivative(self, site: Site, ins: Sequence[State]) -> None:
@@ -235,11 +251,11 @@ class CustomVJP(Custom):
         first, second = build.traced[id(site.eqn)]
         forward = build.frame(first, site.ins)
         for a, b in zip(site.outs, forward.outs, strict=False):
-            D.unify_all(a, b)
+            terms.unify_all(a, b)
         kept = forward.outs[len(site.outs) :]
-        backward = build.frame(second, [*kept, *(D.alias(site.outs[i]) for i in note.outs)])
+        backward = build.frame(second, [*kept, *(terms.alias(site.outs[i]) for i in note.outs)])
         for i, b in zip(note.ins, backward.outs, strict=True):
-            D.unify_all(site.ins[i], b)
+            terms.unify_all(site.ins[i], b)
         site.frames += [forward, backward]
 
     def read(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
@@ -292,13 +308,13 @@ class Scan(Rule):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         consts, carry, xs = self._parts(site, site.ins)
         length = Dim(site.params["length"], pinned="a scan runs along it")
-        D.unify_all((length,), *(x[:1] for x in xs))
+        terms.unify_all((length,), *(x[:1] for x in xs))
         frame = build.frame(site.params["jaxpr"], [*consts, *carry, *(x[1:] for x in xs)])
         site.frames = [frame]
         n = len(carry)
         for a, b in zip(carry, frame.outs[:n], strict=True):
-            D.unify_all(a, b)
-        outs = [D.alias(d) for d in carry]
+            terms.unify_all(a, b)
+        outs = [terms.alias(d) for d in carry]
         return [*outs, *((Dim(length.size, "link", (length,)), *y) for y in frame.outs[n:])]
 
     def _parts(self, site: Site, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
@@ -338,8 +354,8 @@ class While(Rule):
             build.frame(site.params["body_jaxpr"], [*body, *carry]),
         ]
         for a, b in zip(carry, site.frames[1].outs, strict=True):
-            D.unify_all(a, b)
-        return [D.alias(d) for d in carry]
+            terms.unify_all(a, b)
+        return [terms.alias(d) for d in carry]
 
     def _parts(self, site: Site, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         a = site.params["cond_nconsts"]
@@ -366,8 +382,8 @@ class Cond(Rule):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         site.frames = [build.frame(branch, site.ins[1:]) for branch in site.params["branches"]]
         for outs in zip(*(frame.outs for frame in site.frames), strict=True):
-            D.unify_all(*outs)
-        return [D.alias(d) for d in site.frames[0].outs]
+            terms.unify_all(*outs)
+        return [terms.alias(d) for d in site.frames[0].outs]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         ins = _demoted(ins[1:], site.ins[1:])

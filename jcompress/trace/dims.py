@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 
-class Clash(Exception):
+class ClashError(Exception):
     """Two terms that cannot be one; the message says why."""
 
 
@@ -118,6 +118,9 @@ def _turn(leaf: Dim, kind: str, sizes: Sequence[int]) -> list[Dim]:
 def as_concat(d: Dim, sizes: Sequence[int]) -> list[Dim]:
     """Consecutive pieces of a dimension, of these sizes."""
     d, sizes = find(d), [int(n) for n in sizes]
+    if 0 in sizes:
+        left = as_concat(d, [n for n in sizes if n]) if d.size else []
+        return [left.pop(0) if n else Dim(0) for n in sizes]
     if len(sizes) == 1:
         return [d]
     if d.kind == "leaf":
@@ -126,7 +129,7 @@ def as_concat(d: Dim, sizes: Sequence[int]) -> list[Dim]:
         factors = flat(d, "product")
         inner = math.prod(f.size for f in factors[1:])
         if any(n % inner for n in sizes):
-            raise Clash(f"a slice at {sizes} cuts through the factors {d}")
+            raise ClashError(f"a slice at {sizes} cuts through the factors {d}")
         outer = as_concat(factors[0], [n // inner for n in sizes])
         return [product([o, *factors[1:]]) for o in outer]
     return _regroup(flat(d, "concat"), sizes)
@@ -172,7 +175,7 @@ def _refactor(factors: list[Dim], sizes: Sequence[int]) -> list[Dim]:
             factor = left.pop(0)
             if n % factor.size:
                 if factor.size % n:
-                    raise Clash(f"a reshape to {list(sizes)} mixes the factors {factors}")
+                    raise ClashError(f"a reshape to {list(sizes)} mixes the factors {factors}")
                 factor, rest = as_product(factor, [n, factor.size // n])
                 left.insert(0, rest)
             taken.append(factor)
@@ -185,7 +188,7 @@ def _factor_concat(parts: list[Dim], sizes: Sequence[int]) -> list[Dim]:
     """A concatenation as a product: every part must have the same inner factors."""
     inner = math.prod(sizes[1:])
     if any(p.size % inner for p in parts):
-        raise Clash(f"a reshape to {list(sizes)} mixes the concatenated {parts}")
+        raise ClashError(f"a reshape to {list(sizes)} mixes the concatenated {parts}")
     rows = [as_product(p, [p.size // inner, *sizes[1:]]) for p in parts]
     for row in rows[1:]:
         for a, b in zip(rows[0][1:], row[1:], strict=True):
@@ -197,7 +200,7 @@ def unify(a: Dim, b: Dim) -> None:
     """Make two dimensions one. If they cannot be, both are pinned."""
     try:
         _unify(a, b)
-    except Clash as clash:
+    except ClashError as clash:
         pin([a, b], str(clash))
 
 
@@ -206,12 +209,12 @@ def _unify(a: Dim, b: Dim) -> None:
     if a is b:
         return
     if a.size != b.size:
-        raise Clash(f"lengths {a.size} and {b.size} meet")
+        raise ClashError(f"lengths {a.size} and {b.size} meet")
     if b.kind == "leaf":
         a, b = b, a
     if a.kind == "leaf":
         if any(leaf is a for leaf in leaves(b)):
-            raise Clash(f"a dimension meets a part of itself: {b}")
+            raise ClashError(f"a dimension meets a part of itself: {b}")
         a.kind, a.parts = "link", (b,)
         if a.pinned:
             pin([b], a.pinned)

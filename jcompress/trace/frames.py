@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from jcompress.trace import dims as D
+from jcompress.trace import dims as terms
 from jcompress.trace import walk
 from jcompress.trace.dims import Dim, Dims
 
@@ -55,7 +55,7 @@ class State:
 
 def free_leaves(dims: Dims) -> list[Dim]:
     """The leaves of a value that may be cut, each once."""
-    return list(dict.fromkeys(leaf for d in dims for leaf in D.leaves(d) if not leaf.pinned))
+    return list(dict.fromkeys(leaf for d in dims for leaf in terms.leaves(d) if not leaf.pinned))
 
 
 def all_hold(dims: Dims, hold: Hold) -> State:
@@ -83,7 +83,7 @@ def joined(states: Sequence[State], dims: Dims) -> State:
 
 def settled(state: State, dims: Dims) -> State:
     """Where a leaf lies on two axes, one slice of it tells nothing of the others unless all are zero."""
-    often = Counter(leaf for d in dims for leaf in set(D.leaves(d)))
+    often = Counter(leaf for d in dims for leaf in set(terms.leaves(d)))
     held = {x: Hold.VARIED if often[x] > 1 and h is not Hold.ZERO else h for x, h in state.held.items()}
     return State(state.constant, held)
 
@@ -147,7 +147,7 @@ class Build:
 
     def frame(self, closed: jax_core.ClosedJaxpr, ins: Sequence[Dims]) -> Frame:
         """A call of ``closed`` on values of these dimensions."""
-        frame = Frame(closed, list(ins), [D.fresh(np.shape(c)) for c in closed.consts])
+        frame = Frame(closed, list(ins), [terms.fresh(np.shape(c)) for c in closed.consts])
         known: dict[Any, Dims] = dict(zip(closed.jaxpr.invars, frame.ins, strict=True))
         known.update(zip(closed.jaxpr.constvars, frame.constants, strict=True))
         for eqn in closed.jaxpr.eqns:
@@ -163,7 +163,7 @@ class Build:
 
 
 def _dims(x: Any, known: Mapping[Any, Dims]) -> Dims:
-    return D.fresh(np.shape(x.val)) if isinstance(x, jax_core.Literal) else known[x]
+    return terms.fresh(np.shape(x.val)) if isinstance(x, jax_core.Literal) else known[x]
 
 
 def read_states(frame: Frame, states: Sequence[State]) -> list[State]:
@@ -195,7 +195,7 @@ class Cut:
 
     def leaves(self, dims: Dims) -> At:
         """The leaves of a value that are cut."""
-        return frozenset(leaf for d in dims for leaf in D.leaves(d) if leaf in self.kept)
+        return frozenset(leaf for d in dims for leaf in terms.leaves(d) if leaf in self.kept)
 
     def count(self, leaves: At) -> int:
         """How many combinations of slices are cut."""
@@ -203,7 +203,7 @@ class Cut:
 
     def shape(self, dims: Dims, at: At) -> tuple[int, ...]:
         """The shape of a value of these dimensions."""
-        return D.shape(dims, self.sizes(at))
+        return terms.shape(dims, self.sizes(at))
 
 
 class Value:
@@ -234,10 +234,10 @@ class Value:
         """The slice of ``leaf`` is zero; what stands beside it in a concatenation is taken from the rest."""
         base = self.at(at - {leaf})
         for axis, d in enumerate(self.dims):
-            if all(x is not leaf for x in D.leaves(d)):
+            if all(x is not leaf for x in terms.leaves(d)):
                 continue
-            new = D.index_of(d, leaf, self.cut.sizes(at))
-            old = D.index_of(d, leaf, self.cut.sizes(at - {leaf}))
+            new = terms.index_of(d, leaf, self.cut.sizes(at))
+            old = terms.index_of(d, leaf, self.cut.sizes(at - {leaf}))
             source = np.full(len(new), base.shape[axis])
             source[new < 0] = np.flatnonzero(old < 0)
             padding = [(0, int(axis == i)) for i in range(base.ndim)]
@@ -254,7 +254,7 @@ def constant(cut: Cut, x: Any, dims: Dims) -> Value:
             if cut.leaves((d,)):
                 # One slice is asked for only where all of them hold the same.
                 kept = {leaf: index[:1] if leaf in at else index for leaf, index in cut.kept.items()}
-                found = jnp.take(found, D.kept_positions(d, kept), axis=axis)
+                found = jnp.take(found, terms.kept_positions(d, kept), axis=axis)
         return found
 
     return Value(cut, dims, state_of(x, dims), get)
@@ -268,7 +268,7 @@ def run(cut: Cut, frame: Frame, ins: Sequence[Value]) -> list[Value]:
         known[v] = constant(cut, x, dims)
 
     def value(x: Any) -> Value:
-        return constant(cut, x.val, D.fresh(np.shape(x.val))) if isinstance(x, jax_core.Literal) else known[x]
+        return constant(cut, x.val, terms.fresh(np.shape(x.val))) if isinstance(x, jax_core.Literal) else known[x]
 
     for site in frame.sites:
         outs = site.rule.values(cut, site, [value(x) for x in site.eqn.invars])
@@ -317,8 +317,8 @@ class Rule:
         """The dimensions of the results; ties what must be cut together."""
         reason = f"the primitive {site.eqn.primitive.name} cannot be read"
         for value in site.ins:
-            D.pin(value, reason)
-        return [D.fresh(v.aval.shape, reason) for v in site.eqn.outvars]
+            terms.pin(value, reason)
+        return [terms.fresh(walk.aval(v).shape, reason) for v in site.eqn.outvars]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         """What the cut slices of the results hold; pins what cannot be cut."""

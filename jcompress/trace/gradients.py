@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import rules
+from jcompress import core, rules
 from jcompress.core import PyTree
 
 Sums = dict[str, dict[str, jax.Array]]
@@ -34,7 +34,7 @@ def gather(
         return loss(jax.tree.unflatten(treedef, [part.get(path, x) for path, x in leaves]), *batch)
 
     def chosen(name: str) -> dict[str, jax.Array]:
-        return {path: x for path, x in leaves if name in names.get(path, ())}
+        return {path: x for path, x in leaves if name in names.get(path, ()) and core.is_trainable(x)}
 
     sums: Sums = {"terms": {"grad": jnp.ones(()), "grad_square": jnp.ones(()), "hessian_diagonal": jnp.ones(())}}
     if part := chosen("grad") | ({} if per_example else chosen("grad_square")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from jcompress import rules
 from jcompress.core import PyTree
-from jcompress.trace import dims as D
+from jcompress.trace import dims as terms
 from jcompress.trace import walk
 from jcompress.trace.calls import CALLS
 from jcompress.trace.dims import Dim, Dims
@@ -112,7 +113,8 @@ class Groups(Mapping):
         together = f"it is\n{_told(group)}"
         if index.dtype != np.bool_ or index.shape != (group.size,):
             raise ValueError(
-                f"{name}: found {index.dtype} of shape {index.shape}, expected bool of shape ({group.size},); {together}"
+                f"{name}: found {index.dtype} of shape {index.shape}, expected bool of shape ({group.size},); "
+                f"{together}"
             )
         if not index.all() and group.reason is not None:
             raise ValueError(f"{name}: cannot be cut, because {group.reason}; {together}")
@@ -152,16 +154,16 @@ def read(fn: Callable[..., Any], params: PyTree, *args: Any, free_outputs: str |
     """Trace ``fn`` and tie its dimensions; see :func:`coupling`."""
     program = walk.program(fn, params, *args)
     n, build = len(program.paths), Build({**RULES, **CALLS}, Rule())
-    ins = [D.fresh(v.aval.shape) for v in program.closed.jaxpr.invars]
+    ins = [terms.fresh(v.aval.shape) for v in program.closed.jaxpr.invars]
     for value in ins[n:]:
-        D.pin(value, "it is an axis of an argument")
+        terms.pin(value, "it is an axis of an argument")
     frame = build.frame(program.closed, ins)
     _pin_outputs(program, frame, free_outputs)
     for value in ins[:n]:
         for d in value:
-            D.pin(D.repeated(d), "it occurs twice in one axis")
+            terms.pin(terms.repeated(d), "it occurs twice in one axis")
     read_states(frame, [all_hold(d, Hold.ZERO) for d in ins[:n]] + [all_hold(d, Hold.VARIED) for d in ins[n:]])
-    contracted = {part for d in build.contracted for part in D.own_parts(d)}
+    contracted = {part for d in build.contracted for part in terms.own_parts(d)}
     groups, leaves = _name(dict(zip(program.paths, ins, strict=False)), contracted)
     return Coupled(program, frame, Groups(groups, build.unread), leaves)
 
@@ -170,7 +172,7 @@ def _pin_outputs(program: walk.Program, frame: Frame, free: str | None) -> None:
     tree = jax.tree.unflatten(program.out_tree, [_Held(d) for d in frame.outs])
     for path, held in rules.paths(tree, is_leaf=lambda x: isinstance(x, _Held)):
         if free is None or not re.fullmatch(free, path):
-            D.pin(held.dims, "it is an axis of an output")
+            terms.pin(held.dims, "it is an axis of an output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,17 +188,17 @@ def _name(params: Mapping[str, Dims], contracted: set[Dim]) -> tuple[list[Group]
     consumers = set()
     for path, dims in params.items():
         for axis, d in enumerate(dims):
-            if not D.own_parts(d).isdisjoint(contracted):
+            if not terms.own_parts(d).isdisjoint(contracted):
                 consumers.add((path, axis))
-            for leaf in dict.fromkeys(D.leaves(d)):
+            for leaf in dict.fromkeys(terms.leaves(d)):
                 if leaf.size > 1:
                     where.setdefault(leaf, []).append((path, axis))
     groups, leaves = [], {}
     for leaf, members in where.items():
         path, axis = min(members, key=lambda m: (m in consumers, -len(params[m[0]])))
-        beside = list(dict.fromkeys(x for x in D.leaves(params[path][axis]) if x.size > 1))
+        beside = list(dict.fromkeys(x for x in terms.leaves(params[path][axis]) if x.size > 1))
         name = f"{path}[{axis}]" + (f".{beside.index(leaf)}" if len(beside) > 1 else "")
-        maps = {(p, a): D.index_of(params[p][a], leaf) for p, a in members}
+        maps = {(p, a): terms.index_of(params[p][a], leaf) for p, a in members}
         cut = tuple(m for m in members if m in consumers)
         groups.append(Group(name, leaf.size, tuple(members), maps, cut, leaf.pinned))
         leaves[name] = leaf
@@ -260,17 +262,19 @@ def mask(params: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree:
       [[1.0, 0.0, 1.0]]
     """
     traced = any(isinstance(x, jax.core.Tracer) for x in keep.values())
-    unknown = [name for name in keep if name not in groups]
-    if not traced or unknown:
+    if not traced or any(name not in groups for name in keep):
         keep = groups.checked(keep)
-    cuts: dict[str, list[tuple[int, jax.Array]]] = {}
+    xp = jnp if traced else np
+    cuts: dict[str, list[tuple[int, Any]]] = {}
     for name, kept in keep.items():
         for (path, axis), index in groups[name].maps.items():
-            stays = jnp.where(index >= 0, jnp.asarray(kept)[index], True)
-            cuts.setdefault(path, []).append((axis, stays))
+            cuts.setdefault(path, []).append((axis, xp.where(index >= 0, xp.asarray(kept)[index], True)))
     leaves = []
     for path, x in rules.paths(params):
-        for axis, stays in cuts.get(path, ()):
-            x = jnp.where(stays.reshape((-1,) + (1,) * (jnp.ndim(x) - axis - 1)), x, jnp.zeros_like(x))
-        leaves.append(x)
+        stays = functools.reduce(xp.logical_and, [_along(c, axis, jnp.ndim(x)) for axis, c in cuts.get(path, ())], True)
+        leaves.append(x if stays is True else jnp.where(stays, x, jnp.zeros_like(x)))
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _along(x: Any, axis: int, ndim: int) -> Any:
+    return x.reshape((1,) * axis + (-1,) + (1,) * (ndim - axis - 1))

@@ -10,21 +10,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress.trace import dims as D
+from jcompress.trace import dims as terms
+from jcompress.trace import walk
 from jcompress.trace.dims import Dim, Dims
 from jcompress.trace.frames import (
-    At, Build, Cut, Hold, Rule, Site, State, Value, all_hold, free_leaves, joined, site_bind, subsets,
+    At,
+    Build,
+    Cut,
+    Hold,
+    Rule,
+    Site,
+    State,
+    Value,
+    free_leaves,
+    joined,
+    site_bind,
+    subsets,
 )  # fmt: skip
 
-UNARY = """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj convert_element_type cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor imag integer_pow is_finite lgamma log log1p logistic neg
-not population_count real reduce_precision round rsqrt sign sin sinh sqrt square tan
-tanh""".split()
-IDENTITY = """copy copy_p device_put mesh_cast name optimization_barrier pcast pvary reshard sharding_constraint
-stop_gradient""".split()
-FIXED = """random_seed random_wrap random_unwrap random_fold_in threefry2x32 debug_callback debug_print cholesky eigh
-triangular_solve lu qr svd axis_index create_token""".split()
-NARY = """add add_any and atan2 clamp complex div eq eq_to ge gt igamma igammac le le_to lt lt_to max min mul ne
-nextafter or pow rem select_n shift_left shift_right_arithmetic shift_right_logical sub xor""".split()
+UNARY = [
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clz",
+    "conj", "convert_element_type", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
+    "floor", "imag", "integer_pow", "is_finite", "lgamma", "log", "log1p", "logistic", "neg", "not",
+    "population_count", "real", "reduce_precision", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square",
+    "tan", "tanh",
+]  # fmt: skip
+IDENTITY = [
+    "copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier", "pcast", "pvary", "reshard",
+    "sharding_constraint", "stop_gradient",
+]  # fmt: skip
+FIXED = [
+    "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "threefry2x32", "debug_callback",
+    "debug_print", "cholesky", "eigh", "triangular_solve", "lu", "qr", "svd", "axis_index", "create_token",
+]  # fmt: skip
+NARY = [
+    "add", "add_any", "and", "atan2", "clamp", "complex", "div", "eq", "eq_to", "ge", "gt", "igamma", "igammac",
+    "le", "le_to", "lt", "lt_to", "max", "min", "mul", "ne", "nextafter", "or", "pow", "rem", "select_n",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sub", "xor",
+]  # fmt: skip
 
 
 class Elementwise(Rule):
@@ -32,14 +55,14 @@ class Elementwise(Rule):
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         (out,) = site.eqn.outvars
-        shape, found = out.aval.shape, []
+        shape, found = walk.aval(out).shape, []
         for axis, n in enumerate(shape):
             meet = [v[axis] for v in site.ins if len(v) == len(shape) and v[axis].size == n]
             for d in meet[1:]:
-                D.unify(meet[0], d)
-            found.append(meet[0] if meet else D.Dim(n))
+                terms.unify(meet[0], d)
+            found.append(meet[0] if meet else terms.Dim(n))
         # The result of one operand is still a weight if the operand is; that of several is not.
-        return [tuple(found) if len(site.ins) == 1 else D.alias(found)]
+        return [tuple(found) if len(site.ins) == 1 else terms.alias(found)]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         known = [s.constant for s in ins]
@@ -50,7 +73,7 @@ class Elementwise(Rule):
     def _held(self, site: Site, ins: Sequence[State], leaf: Dim) -> Hold:
         name, held = site.eqn.primitive.name, [s.at(leaf) for s in ins]
         zero = [h is Hold.ZERO for h in held]
-        if name in ("mul", "and") and any(zero) or name == "div" and zero[0]:
+        if (name in ("mul", "and") and any(zero)) or (name == "div" and zero[0]):
             return Hold.ZERO
         if name == "select_n" and all(zero[1:]):
             return Hold.ZERO
@@ -65,7 +88,7 @@ class Elementwise(Rule):
 def _on_numbers(site: Site, numbers: Sequence[Any]) -> Any:
     """The value of an elementwise equation on scalars."""
     with jax.ensure_compile_time_eval():
-        scalars = [jnp.asarray(x, v.aval.dtype) for x, v in zip(numbers, site.eqn.invars, strict=True)]
+        scalars = [jnp.asarray(x, walk.aval(v).dtype) for x, v in zip(numbers, site.eqn.invars, strict=True)]
         return np.asarray(site_bind(site, scalars)[0])[()]
 
 
@@ -88,7 +111,7 @@ class Moves(Rule):
 
 class Broadcast(Moves):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        found = list(D.fresh(site.params["shape"]))
+        found = list(terms.fresh(site.params["shape"]))
         for d, axis in zip(site.ins[0], site.params["broadcast_dimensions"], strict=True):
             if d.size == found[axis].size:
                 found[axis] = d
@@ -109,8 +132,8 @@ class Reshape(Moves):
 def _reshaped(dims: Dims, sizes: Sequence[int]) -> Dims:
     """The dimensions after a reshape: runs of equal length are factored, one against the other."""
     if math.prod(sizes) == 0:
-        D.pin(dims, "an empty array is reshaped")
-        return D.fresh(sizes, "an empty array is reshaped")
+        terms.pin(dims, "an empty array is reshaped")
+        return terms.fresh(sizes, "an empty array is reshaped")
     found: list[Dim] = []
     left, wanted = [d for d in dims if d.size != 1], list(sizes)
     while wanted:
@@ -128,10 +151,10 @@ def _factored(block: list[Dim], targets: list[int]) -> list[Dim]:
     if len(block) == len(targets) == 1:
         return block
     try:
-        return D.as_product(D.product(block), targets)
-    except D.Clash as clash:
-        D.pin(block, str(clash))
-        return list(D.fresh(targets, str(clash)))
+        return terms.as_product(terms.product(block), targets)
+    except terms.ClashError as clash:
+        terms.pin(block, str(clash))
+        return list(terms.fresh(targets, str(clash)))
 
 
 class Transpose(Moves):
@@ -157,15 +180,17 @@ class Along(Moves):
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         dims, axes = site.ins[0], {a % len(site.ins[0]) for a in self.axes(site)}
-        D.unify_all(*site.ins)
+        terms.unify_all(*site.ins)
         reason = f"{site.eqn.primitive.name} runs along it"
-        D.pin([dims[a] for a in axes], reason)
+        terms.pin([dims[a] for a in axes], reason)
         outs = []
         for v in site.eqn.outvars:
             if self.drops:
                 outs.append(tuple(d for i, d in enumerate(dims) if i not in axes))
             else:
-                outs.append(tuple(Dim(n, pinned=reason) if i in axes else dims[i] for i, n in enumerate(v.aval.shape)))
+                outs.append(
+                    tuple(Dim(n, pinned=reason) if i in axes else dims[i] for i, n in enumerate(walk.aval(v).shape))
+                )
         return outs
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
@@ -196,9 +221,9 @@ class Slice(Moves):
         starts, limits = [], []
         for axis, (before, out) in enumerate(zip(site.note, site.outs[0], strict=True)):
             # A strided slice keeps its start; one of consecutive positions starts where those before it end.
-            start = site.params["start_indices"][axis] if strides[axis] > 1 else D.size(before, sizes)
+            start = site.params["start_indices"][axis] if strides[axis] > 1 else terms.size(before, sizes)
             starts.append(start)
-            limits.append(x.shape[axis] if strides[axis] > 1 else start + D.size(out, sizes))
+            limits.append(x.shape[axis] if strides[axis] > 1 else start + terms.size(out, sizes))
             if strides[axis] > 1 and not cut.leaves((site.ins[0][axis],)):
                 limits[-1] = site.params["limit_indices"][axis]
         return site_bind(site, [x], start_indices=tuple(starts), limit_indices=tuple(limits))
@@ -208,17 +233,17 @@ def _sliced(d: Dim, start: int, limit: int, stride: int) -> tuple[Dim, Dim]:
     """What lies before a slice, and the slice."""
     try:
         if stride == 1:
-            before, found, _ = D.as_concat(d, [start, limit - start, d.size - limit]) if d.size else [d, d, d]
+            before, found, _ = terms.as_concat(d, [start, limit - start, d.size - limit]) if d.size else [d, d, d]
             return before, found
         length = max(0, -(-(limit - start) // stride))
         if d.size % stride == 0 and start < stride and length == d.size // stride:
-            outer, inner = D.as_product(d, [length, stride])
-            D.pin([inner], "a slice steps over it")
+            outer, inner = terms.as_product(d, [length, stride])
+            terms.pin([inner], "a slice steps over it")
             return Dim(0), outer
-        raise D.Clash(f"a slice from {start} to {limit} steps by {stride}")
-    except D.Clash as clash:
-        D.pin([d], str(clash))
-        before = D.fresh([start], str(clash))[0]
+        raise terms.ClashError(f"a slice from {start} to {limit} steps by {stride}")
+    except terms.ClashError as clash:
+        terms.pin([d], str(clash))
+        before = terms.fresh([start], str(clash))[0]
         return before, Dim(len(range(start, limit, stride)), pinned=str(clash))
 
 
@@ -226,10 +251,10 @@ class Split(Moves):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         dims, axis, sizes = site.ins[0], site.params["axis"], [int(n) for n in site.params["sizes"]]
         try:
-            pieces = D.as_concat(dims[axis], sizes)
-        except D.Clash as clash:
-            D.pin([dims[axis]], str(clash))
-            pieces = list(D.fresh(sizes, str(clash)))
+            pieces = terms.as_concat(dims[axis], sizes)
+        except terms.ClashError as clash:
+            terms.pin([dims[axis]], str(clash))
+            pieces = list(terms.fresh(sizes, str(clash)))
         return [(*dims[:axis], piece, *dims[axis + 1 :]) for piece in pieces]
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
@@ -248,15 +273,15 @@ class Concatenate(Joins):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         axis = site.params["dimension"]
         rest = [(*v[:axis], *v[axis + 1 :]) for v in site.ins]
-        D.unify_all(*rest)
-        found = list(D.alias(site.ins[0]))
-        found[axis] = D.concat(D.alias([v[axis] for v in site.ins]))
+        terms.unify_all(*rest)
+        found = list(terms.alias(site.ins[0]))
+        found[axis] = terms.concat(terms.alias([v[axis] for v in site.ins]))
         return [tuple(found)]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         held = {}
         for leaf in free_leaves(site.outs[0]):
-            own = [s for s, v in zip(ins, site.ins, strict=True) if any(leaf in D.leaves(d) for d in v)]
+            own = [s for s, v in zip(ins, site.ins, strict=True) if any(leaf in terms.leaves(d) for d in v)]
             held[leaf] = max((s.at(leaf) for s in own), default=Hold.SAME)
         return [State(held=held)]
 
@@ -266,8 +291,8 @@ class Concatenate(Joins):
 
 class Stack(Joins):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        D.unify_all(*site.ins)
-        found = list(D.alias(site.ins[0]))
+        terms.unify_all(*site.ins)
+        found = list(terms.alias(site.ins[0]))
         found.insert(site.params["axis"], Dim(len(site.ins), pinned="arrays are stacked along it"))
         return [tuple(found)]
 
@@ -275,7 +300,7 @@ class Stack(Joins):
 class Tile(Moves):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         def tiled(d: Dim, n: int) -> Dim:
-            return D.product([Dim(n, pinned="it is repeated"), d]) if n != 1 else d
+            return terms.product([Dim(n, pinned="it is repeated"), d]) if n != 1 else d
 
         return [tuple(tiled(d, int(n)) for d, n in zip(site.ins[0], site.params["reps"], strict=True))]
 
@@ -287,12 +312,13 @@ class Pad(Rule):
         found, site.note = [], []
         for d, (low, high, interior) in zip(site.ins[0], site.params["padding_config"], strict=True):
             simple = interior == 0 and low >= 0 and high >= 0
-            before, after = D.fresh([low, high]) if simple else (None, None)
             if not simple:
-                D.pin([d], "it is padded")
+                terms.pin([d], "it is padded")
                 found.append(Dim(d.size + low + high + interior * max(d.size - 1, 0), pinned="it is padded"))
-            else:
-                found.append(D.concat([before, d, after]) if low or high else d)
+                site.note.append((None, None))
+                continue
+            before, after = terms.fresh([low, high])
+            found.append(terms.concat([before, d, after]) if low or high else d)
             site.note.append((before, after))
         return [tuple(found)]
 
@@ -306,7 +332,7 @@ class Pad(Rule):
         sizes, config = cut.sizes(at), []
         for (before, after), (low, high, interior) in zip(site.note, site.params["padding_config"], strict=True):
             if before is not None:
-                low, high = D.size(before, sizes), D.size(after, sizes)
+                low, high = terms.size(before, sizes), terms.size(after, sizes)
             config.append((low, high, interior))
         return site_bind(site, [v.at(at) for v in ins], padding_config=tuple(config))
 
@@ -315,7 +341,7 @@ class Iota(Rule):
     """Positions: those that stay keep their numbers."""
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        return [D.fresh(site.eqn.outvars[0].aval.shape)]
+        return [terms.fresh(walk.aval(site.eqn.outvars[0]).shape)]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         counted = free_leaves((site.outs[0][site.params["dimension"]],))
@@ -323,7 +349,7 @@ class Iota(Rule):
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
         axis, dims = site.params["dimension"], site.outs[0]
-        positions = jnp.asarray(D.kept_positions(dims[axis], cut.kept), site.params["dtype"])
+        positions = jnp.asarray(terms.kept_positions(dims[axis], cut.kept), site.params["dtype"])
         return [jax.lax.broadcast_in_dim(positions, cut.shape(dims, at), (axis,))]
 
 
@@ -331,14 +357,14 @@ class Drawn(Rule):
     """Random numbers: drawn for the full shape, so that those that stay are those that would have been drawn."""
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        return [D.fresh(v.aval.shape) for v in site.eqn.outvars]
+        return [terms.fresh(walk.aval(v).shape) for v in site.eqn.outvars]
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
         found = []
         for x, dims in zip(site_bind(site, [v.at(at) for v in ins]), site.outs, strict=True):
             for axis, d in enumerate(dims):
                 if cut.leaves((d,)):
-                    x = jnp.take(x, D.kept_positions(d, cut.kept), axis=axis)
+                    x = jnp.take(x, terms.kept_positions(d, cut.kept), axis=axis)
             found.append(x)
         return found
 
@@ -346,10 +372,10 @@ class Drawn(Rule):
 def _region(cut: Cut, x: Any, dims: Dims, axes: Sequence[int], at: At, leaves: At) -> Any:
     """Of ``x`` at ``at``, the part along ``axes`` where the slices of ``leaves`` stand that were cut."""
     for axis in axes:
-        own = [leaf for leaf in leaves if any(leaf is d for d in D.leaves(dims[axis]))]
+        own = [leaf for leaf in leaves if any(leaf is d for d in terms.leaves(dims[axis]))]
         inside = np.ones(x.shape[axis], bool)
         for leaf in own:
-            inside &= D.index_of(dims[axis], leaf, cut.sizes(at)) >= 0
+            inside &= terms.index_of(dims[axis], leaf, cut.sizes(at)) >= 0
         if not inside.all():
             x = jnp.take(x, np.flatnonzero(inside), axis=axis)
     return x
@@ -367,9 +393,9 @@ COMBINE: dict[str, Callable[[Any, Any, int], Any]] = {
 
 def _check_one_axis(dims: Dims, axes: Sequence[int]) -> None:
     """A leaf that is summed over and also stays cannot be cut: the two would be cut apart."""
-    rest = {leaf for i, d in enumerate(dims) if i not in axes for leaf in D.leaves(d)}
-    both = [leaf for a in axes for leaf in D.leaves(dims[a]) if leaf in rest]
-    D.pin(both, "it lies on two axes of an array, of which one is summed over")
+    rest = {leaf for i, d in enumerate(dims) if i not in axes for leaf in terms.leaves(d)}
+    both = [leaf for a in axes for leaf in terms.leaves(dims[a]) if leaf in rest]
+    terms.pin(both, "it lies on two axes of an array, of which one is summed over")
 
 
 class Reduce(Rule):
@@ -377,13 +403,13 @@ class Reduce(Rule):
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         axes = site.params["axes"]
-        return [D.alias([d for i, d in enumerate(site.ins[0]) if i not in axes])]
+        return [terms.alias([d for i, d in enumerate(site.ins[0]) if i not in axes])]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         (dims,), axes, name = site.ins, site.params["axes"], site.eqn.primitive.name
         for leaf in free_leaves(tuple(dims[a] for a in axes)):
             if ins[0].at(leaf) is Hold.VARIED:
-                D.pin([leaf], f"{name} runs over it, and its slices differ")
+                terms.pin([leaf], f"{name} runs over it, and its slices differ")
             elif not (ins[0].at(leaf) is Hold.ZERO and name == "reduce_sum"):
                 _check_one_axis(dims, axes)
         if ins[0].constant == 0 and name in ("reduce_sum", "reduce_max", "reduce_min"):
@@ -407,31 +433,31 @@ class Dot(Rule):
         (left, right), ((lc, rc), (lb, rb)) = site.ins, site.params["dimension_numbers"]
         build.contracted += [left[a] for a in lc] + [right[a] for a in rc]
         for a, b in zip((*lc, *lb), (*rc, *rb), strict=True):
-            D.unify(left[a], right[b])
+            terms.unify(left[a], right[b])
         free = [d for i, d in enumerate(left) if i not in (*lc, *lb)]
         free += [d for i, d in enumerate(right) if i not in (*rc, *rb)]
-        return [D.alias([*(left[a] for a in lb), *free])]
+        return [terms.alias([*(left[a] for a in lb), *free])]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         (left, right), (a, b) = ins, site.ins
         (lc, rc), (lb, rb) = site.params["dimension_numbers"]
         for leaf in free_leaves(tuple(a[i] for i in lc)):
-            held = (left.at(leaf), right.at(leaf))
-            if Hold.ZERO in held:
+            pair = (left.at(leaf), right.at(leaf))
+            if Hold.ZERO in pair:
                 continue
-            if Hold.VARIED in held:
-                D.pin([leaf], "a product sums over it, and its slices differ")
+            if Hold.VARIED in pair:
+                terms.pin([leaf], "a product sums over it, and its slices differ")
             _check_one_axis(a, lc)
             _check_one_axis(b, rc)
-        in_batch = {x for i in lb for x in D.leaves(a[i])}
-        in_left = {x for i, d in enumerate(a) if i not in (*lc, *lb) for x in D.leaves(d)}
-        in_right = {x for i, d in enumerate(b) if i not in (*rc, *rb) for x in D.leaves(d)}
-        held = {}
+        in_batch = {x for i in lb for x in terms.leaves(a[i])}
+        in_left = {x for i, d in enumerate(a) if i not in (*lc, *lb) for x in terms.leaves(d)}
+        in_right = {x for i, d in enumerate(b) if i not in (*rc, *rb) for x in terms.leaves(d)}
+        held: dict[Dim, Hold] = {}
         for leaf in free_leaves(site.outs[0]):
             meets = [s.at(leaf) for s, own in ((left, in_left), (right, in_right)) if leaf in own]
             if leaf in in_batch:
-                pair = (left.at(leaf), right.at(leaf))
-                meets.append(Hold.ZERO if Hold.ZERO in pair else max(pair))
+                both = (left.at(leaf), right.at(leaf))
+                meets.append(Hold.ZERO if Hold.ZERO in both else max(both))
             held[leaf] = max(meets, default=Hold.SAME)
         return [State(0) if 0 in (left.constant, right.constant) else State(held=held)]
 
@@ -454,11 +480,11 @@ class Convolution(Rule):
         (x, kernel), (lhs, rhs, out) = site.ins, (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
         if site.params["batch_group_count"] > 1:
             return super().dims(build, site)
-        D.pin([x[a] for a in lhs[2:]], "a convolution slides along it")
-        D.pin([kernel[a] for a in rhs[2:]], "it is the window of a convolution")
+        terms.pin([x[a] for a in lhs[2:]], "a convolution slides along it")
+        terms.pin([kernel[a] for a in rhs[2:]], "it is the window of a convolution")
         features = self._features(build, site, x[lhs[1]], kernel[rhs[1]], kernel[rhs[0]], groups)
-        found = list(D.fresh(site.eqn.outvars[0].aval.shape, "a convolution slides along it"))
-        found[out[0]], found[out[1]] = D.alias([x[lhs[0]], features])
+        found = list(terms.fresh(walk.aval(site.eqn.outvars[0]).shape, "a convolution slides along it"))
+        found[out[0]], found[out[1]] = terms.alias([x[lhs[0]], features])
         return [tuple(found)]
 
     def _features(self, build: Build, site: Site, inside: Dim, window: Dim, outside: Dim, groups: int) -> Dim:
@@ -466,35 +492,35 @@ class Convolution(Rule):
         site.note = Dim(groups, pinned="it is the number of groups of a convolution")
         try:
             if groups == 1:
-                D.unify(inside, window)
+                terms.unify(inside, window)
                 return outside
-            a, b = D.as_product(inside, [groups, inside.size // groups])
-            c, _ = D.as_product(outside, [groups, outside.size // groups])
-            D.unify(a, c)
-            D.unify(b, window)
+            a, b = terms.as_product(inside, [groups, inside.size // groups])
+            c, _ = terms.as_product(outside, [groups, outside.size // groups])
+            terms.unify(a, c)
+            terms.unify(b, window)
             site.note = c
-        except D.Clash as clash:
-            D.pin([inside, window, outside], str(clash))
+        except terms.ClashError as clash:
+            terms.pin([inside, window, outside], str(clash))
         return outside
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         numbers, (x, kernel) = site.params["dimension_numbers"], ins
         for leaf in free_leaves((site.ins[1][numbers.rhs_spec[1]],)):
             if Hold.ZERO not in (x.at(leaf), kernel.at(leaf)):
-                D.pin([leaf], "a convolution sums over it, and its slices are not zero")
-        batch, features = (site.outs[0][a] for a in numbers.out_spec[:2]) if site.outs[0] else (None, None)
+                terms.pin([leaf], "a convolution sums over it, and its slices are not zero")
+        batch, features = (site.outs[0][a] for a in numbers.out_spec[:2])
         held = {}
         for leaf in free_leaves(site.outs[0]):
-            grouped = leaf in D.leaves(site.note)
-            if leaf in D.leaves(features):
+            grouped = leaf in terms.leaves(site.note)
+            if leaf in terms.leaves(features):
                 zero = kernel.at(leaf) is Hold.ZERO or (grouped and x.at(leaf) is Hold.ZERO)
             else:
-                zero = leaf in D.leaves(batch) and x.at(leaf) is Hold.ZERO
+                zero = leaf in terms.leaves(batch) and x.at(leaf) is Hold.ZERO
             held[leaf] = Hold.ZERO if zero else Hold.VARIED
         return [State(held=held)]
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
-        groups = D.size(site.note, cut.sizes(at))
+        groups = terms.size(site.note, cut.sizes(at))
         return site_bind(site, [v.at(at) for v in ins], feature_group_count=groups)
 
 
@@ -503,12 +529,12 @@ class Window(Moves):
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         reason, found = f"{site.eqn.primitive.name} slides along it", []
-        (dims,), shape = site.ins, site.eqn.outvars[0].aval.shape
+        (dims,), shape = site.ins, walk.aval(site.eqn.outvars[0]).shape
         for d, n, window in zip(dims, shape, site.params["window_dimensions"], strict=True):
             if window == 1 and n == d.size:
                 found.append(d)
             else:
-                D.pin([d], reason)
+                terms.pin([d], reason)
                 found.append(Dim(n, pinned=reason))
         return [tuple(found)]
 
@@ -524,15 +550,15 @@ class Gather(Rule):
         (x, indices), numbers, sizes = site.ins, site.params["dimension_numbers"], site.params["slice_sizes"]
         hidden = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
         whole = [a for a in range(len(x)) if a not in hidden and sizes[a] == x[a].size]
-        D.pin([d for a, d in enumerate(x) if a not in whole], "rows are looked up in it")
-        found = list(D.fresh(site.eqn.outvars[0].aval.shape, "rows are looked up in it"))
+        terms.pin([d for a, d in enumerate(x) if a not in whole], "rows are looked up in it")
+        found = list(terms.fresh(walk.aval(site.eqn.outvars[0]).shape, "rows are looked up in it"))
         passing = [a for a in range(len(x)) if a not in hidden]
         for axis, a in zip(numbers.offset_dims, passing, strict=True):
             if a in whole:
                 found[axis] = x[a]
         rest = [i for i in range(len(found)) if i not in numbers.offset_dims]
         for axis, d in zip(rest, indices[:-1], strict=True):
-            D.unify(found[axis], d)
+            terms.unify(found[axis], d)
         site.note = whole
         return [tuple(found)]
 
@@ -553,15 +579,15 @@ class Scatter(Joins):
         (x, indices, updates), numbers = site.ins, site.params["dimension_numbers"]
         hidden = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
         passing = [a for a in range(len(x)) if a not in hidden]
-        D.pin([x[a] for a in hidden], "rows are written into it")
-        D.pin(indices, "rows are written into it")
+        terms.pin([x[a] for a in hidden], "rows are written into it")
+        terms.pin(indices, "rows are written into it")
         for axis, a in zip(numbers.update_window_dims, passing, strict=True):
             if updates[axis].size == x[a].size:
-                D.unify(updates[axis], x[a])
+                terms.unify(updates[axis], x[a])
             else:
-                D.pin([updates[axis], x[a]], "rows are written into it")
-        D.pin([d for i, d in enumerate(updates) if i not in numbers.update_window_dims], "rows are written into it")
-        return [D.alias(x)]
+                terms.pin([updates[axis], x[a]], "rows are written into it")
+        terms.pin([d for i, d in enumerate(updates) if i not in numbers.update_window_dims], "rows are written into it")
+        return [terms.alias(x)]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         return [joined([ins[0], ins[2]], site.outs[0])]
@@ -572,7 +598,7 @@ class DynamicSlice(Rule):
         sizes, found = site.params["slice_sizes"], []
         for d, n in zip(site.ins[0], sizes, strict=True):
             if n != d.size:
-                D.pin([d], "a slice moves along it")
+                terms.pin([d], "a slice moves along it")
             found.append(d if n == d.size else Dim(n, pinned="a slice moves along it"))
         return [tuple(found)]
 
@@ -587,10 +613,10 @@ class DynamicUpdateSlice(Rule):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         for a, b in zip(site.ins[0], site.ins[1], strict=True):
             if a.size == b.size:
-                D.unify(a, b)
+                terms.unify(a, b)
             else:
-                D.pin([a, b], "a slice is written along it")
-        return [D.alias(site.ins[0])]
+                terms.pin([a, b], "a slice is written along it")
+        return [terms.alias(site.ins[0])]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         return [joined(ins[:2], site.outs[0])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,10 +11,10 @@ import numpy as np
 
 from jcompress import rules
 from jcompress.core import PyTree
-from jcompress.trace import dims as D
+from jcompress.trace import dims as terms
 from jcompress.trace import walk
 from jcompress.trace.frames import NOWHERE, Cut, Value, run
-from jcompress.trace.groups import Coupled, Groups, mask, read
+from jcompress.trace.groups import Coupled, Groups, read
 
 
 class Shrunk:
@@ -50,13 +49,12 @@ class Shrunk:
         """``{path: {axis: positions that stay}}`` of every parameter that got smaller."""
         return {path: dict(axes) for path, axes in self._axes.items()}
 
-    def cut(self, tree: PyTree, like: PyTree = None) -> PyTree:
+    def cut(self, tree: PyTree) -> PyTree:
         """Slice whatever is shaped like the parameters: optimizer states, gradients, moving averages, masks.
 
         Args:
           tree: a pytree. A leaf is sliced if its path ends in that of a parameter and its shape is that
             parameter's full one; scalars and what is cut already stay.
-          like: not used when None; else a tree of full shapes to check ``tree`` against.
 
         Returns:
           A pytree like ``tree``.
@@ -96,8 +94,8 @@ class Shrunk:
             expected = cut.shape(dims, NOWHERE)
             if jnp.shape(x) != expected:
                 raise ValueError(
-                    f"{path}: found shape {jnp.shape(x)}, expected {expected}; pass the parameters that shrink gave, or "
-                    "slice others with the function's .cut(tree)"
+                    f"{path}: found shape {jnp.shape(x)}, expected {expected}; pass the parameters that shrink "
+                    "gave, or slice others with the function's .cut(tree)"
                 )
 
 
@@ -116,14 +114,14 @@ def _matched(groups: Groups, now: Groups, keep: Mapping[str, np.ndarray]) -> dic
         other = by_members.get(frozenset(groups[name].members))
         if other is None or now[other].size != groups[name].size:
             raise ValueError(
-                f"{name}: arguments of these shapes tie other axes together than those it was shrunk with; shrink it with "
-                "arguments of these shapes"
+                f"{name}: arguments of these shapes tie other axes together than those it was shrunk with; "
+                "shrink it with arguments of these shapes"
             )
         found[other] = kept
     return found
 
 
-def _kept(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[D.Dim, np.ndarray]:
+def _kept(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[terms.Dim, np.ndarray]:
     return {coupled.leaves[name]: np.flatnonzero(kept) for name, kept in keep.items()}
 
 
@@ -131,7 +129,7 @@ def _axes(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[str, dict[in
     cut = Cut(_kept(coupled, keep))
     found: dict[str, dict[int, np.ndarray]] = {}
     for path, dims in zip(coupled.program.paths, coupled.params, strict=True):
-        axes = {a: D.kept_positions(d, cut.kept) for a, d in enumerate(dims) if cut.leaves((d,))}
+        axes = {a: terms.kept_positions(d, cut.kept) for a, d in enumerate(dims) if cut.leaves((d,))}
         if axes:
             found[path] = axes
     return found
@@ -250,5 +248,3 @@ def shrink(
     small = Shrunk(fn, walk.shapes(params), coupled, wanted, free_outputs)
     leaves = [_sliced(x, small.indices.get(path, {})) for path, x in rules.paths(params)]
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-

@@ -11,7 +11,7 @@ from jcompress import apply, core, rules
 from jcompress.core import PyTree
 from jcompress.rules import Plan
 from jcompress.trace.calibration import calibrate, check_plan
-from jcompress.trace.statistics import observe
+from jcompress.trace.observation import observe
 
 
 def compress_sequentially(

@@ -1,20 +1,16 @@
-"""What calibration knows about a parameter, and one pass of data through any function that gathers it."""
+"""What calibration knows about a parameter."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.core import PyTree
 from jcompress.rules import Plan
-from jcompress.trace import record, walk
-from jcompress.trace.products import Use
-from jcompress.trace.views import Activation, whole
 
 FORWARD = ("gram", "count", "sum", "absmax", "norm", "zeros", "histogram", "outputs", "counts")
 OF_LOSS = ("grad", "grad_square", "hessian_diagonal")
@@ -217,141 +213,6 @@ def _merged(a: Any, b: Any) -> Any:
         else:
             found[field.name] = jnp.maximum(x, y) if field.name == "absmax" else x + y
     return type(a)(**found)
-
-
-def observe(
-    fn: Callable[..., Any], params: PyTree, *args: Any, statistics: Any = DEFAULT, largest: int | None = None
-) -> tuple[Any, Calibration]:
-    """Run ``fn(params, *args)``, and gather what each parameter meets.
-
-    Pure: works under ``jit``, ``vmap`` over arguments, and sharding, and the outputs are those of ``fn``. The
-    function is traced and run equation by equation. A parameter is followed through changes of layout (transpose,
-    reshape, slice, cast, loops) to the products and lookups in which it meets an activation.
-
-    Uses that contract the same axes are summed, parts of the outputs that read one activation count once, a loop
-    sums over its iterations, and ``cond`` counts the branch that was taken.
-
-    Args:
-      fn: any JAX function.
-      params: a pytree of arrays.
-      *args: the other arguments of ``fn``. With none, what ``fn`` closes over counts as activations.
-      statistics: names of fields of :class:`Stats`, for all parameters; or ``{path: names}``.
-      largest: leave out Gram matrices of more features than this.
-
-    Returns:
-      ``(outputs, calibration)``, the latter a :class:`Calibration`: a mapping from paths to :class:`Stats`, with
-      ``.unread`` for those whose products give none, such as a kernel that was normalised first.
-
-    Raises:
-      ValueError: for an unknown statistic, or a compressed node among the parameters.
-
-    Example:
-      >>> import jax.numpy as jnp, jcompress as jc
-      >>> fn = lambda params, x: x @ params["kernel"]
-      >>> y, stats = jc.trace.observe(fn, {"kernel": jnp.ones((2, 3))}, jnp.array([[1.0, 2.0]]))
-      >>> stats["kernel"].gram.tolist()
-      [[1.0, 2.0], [2.0, 4.0]]
-    """
-    program = walk.program(fn, params, *args)
-    wanted = statistics if isinstance(statistics, Mapping) else dict.fromkeys(program.paths, statistics)
-    values = jax.tree.leaves((params, *args))
-    constants = None if len(values) > len(program.paths) else Activation()
-    found = record.Found({path: _moments(path, names) for path, names in wanted.items()}, constants, largest)
-    kinds = _kinds(program, values)
-    tape = record.Tape(found)
-    outs, _ = record.evaluate(program.closed.jaxpr, program.closed.consts, values, kinds, tape)
-    uses = tape.close()
-    return jax.tree.unflatten(program.out_tree, outs), _collected(uses, found, program)
-
-
-def _kinds(program: walk.Program, values: list[Any]) -> list[Any]:
-    n = len(program.paths)
-    views = [whole(path, jnp.shape(x)) for path, x in zip(program.paths, values[:n], strict=True)]
-    return [*views, *[Activation()] * (len(values) - n)]
-
-
-def _moments(path: str, names: Iterable[str]) -> frozenset[str]:
-    names = frozenset(names)
-    if unknown := sorted(names - {*FORWARD, *OF_LOSS, "square"}):
-        raise ValueError(f"{path}: unknown statistic {unknown[0]!r}; there are {', '.join((*FORWARD, *OF_LOSS))}")
-    return frozenset("square" if name == "norm" else name for name in names - set(OF_LOSS))
-
-
-def _collected(uses: Mapping[Use, record.Moments], found: record.Found, program: walk.Program) -> Calibration:
-    """Uses as statistics by path, in the order of the parameters."""
-    by_path: dict[str, dict[Any, list[Use]]] = {path: {} for path in program.paths}
-    for use in uses:
-        if use.path not in found.unread and found.wanted.get(use.path):
-            by_path[use.path].setdefault(_kind_of(use, uses[use]), []).append(use)
-    stats = {
-        path: _stats([_total(group, uses) for group in groups.values()]) for path, groups in by_path.items() if groups
-    }
-    used = {v for eqn in program.closed.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
-    used |= {v for v in program.closed.jaxpr.outvars if not hasattr(v, "val")}
-    notes = dict(found.notes)
-    for path, var in zip(program.paths, program.closed.jaxpr.invars, strict=False):
-        if var not in used:
-            notes[path] = "not used"
-        elif path not in stats and path not in found.unread and path not in found.met:
-            notes[path] = "in no product with an activation"
-    return Calibration(stats, found.unread, notes, found.levels)
-
-
-def _kind_of(use: Use, moments: record.Moments) -> Any:
-    """What uses have in common whose moments add up, once layers used one by one stand at their places."""
-    lead = tuple((a.axis, 1, use.shape[a.axis]) if a.axis in use.embed else (a.axis, a.step, a.size) for a in use.lead)
-    return "counts" in moments, use.axes, lead
-
-
-def _total(group: list[Use], uses: Mapping[Use, record.Moments]) -> tuple[Use, record.Moments]:
-    """The moments of uses that differ at most in which layers they are of."""
-    first, total = group[0], dict[str, jax.Array]()
-    if not first.embed:
-        for use in group:
-            total = record.merge(total, uses[use])
-        return first, total
-    sizes = tuple(first.shape[a.axis] if a.axis in first.embed else a.size for a in first.lead)
-    total = {name: jnp.zeros((*sizes, *x.shape[len(sizes) :]), x.dtype) for name, x in uses[first].items()}
-    for use in group:
-        place = tuple(
-            slice(a.offset, a.offset + a.step * (a.size - 1) + 1, a.step) if a.axis in use.embed else slice(None)
-            for a in use.lead
-        )
-        for name, x in uses[use].items():
-            at = total[name].at[place]
-            total[name] = at.max(x) if name in record.LARGEST else at.add(x)
-    return first, total
-
-
-def _stats(totals: list[tuple[Use, record.Moments]]) -> Stats:
-    """The statistics of one parameter from those of each way in which it is used."""
-    lookups = [(use, m) for use, m in totals if "counts" in m]
-    products = [_stats_of(use, m) for use, m in totals if "counts" not in m]
-    first = products[0] if products else Stats(axes=_axes(lookups[0][0]))
-    counts = lookups[0][1]["counts"] if lookups else None
-    return dataclasses.replace(first, counts=counts, others=tuple(products[1:]))
-
-
-def _axes(use: Use) -> tuple[int, ...]:
-    return tuple(axis - len(use.shape) for axis in use.axes)
-
-
-def _stats_of(use: Use, moments: record.Moments) -> Stats:
-    # Runs of one axis that lead (as where heads were split off it) are one axis again.
-    axes = dict.fromkeys(a.axis for a in use.lead)
-    n = len(use.lead)
-
-    def joined(x: jax.Array) -> jax.Array:
-        sizes = [1] * len(axes)
-        for i, axis in enumerate(axes):
-            for a, size in zip(use.lead, x.shape[:n], strict=True):
-                sizes[i] *= size if a.axis == axis else 1
-        return x.reshape(*sizes, *x.shape[n:])
-
-    whole_moments = {name: joined(x) for name, x in moments.items()}
-    outputs = {name.removeprefix("output_"): x for name, x in whole_moments.items() if name.startswith("output_")}
-    fields: dict[str, Any] = {name: x for name, x in whole_moments.items() if not name.startswith("output_")}
-    return Stats(**fields, outputs=Outputs(**outputs) if outputs else None, axes=_axes(use))
 
 
 def wanted(paths: Iterable[str], plan: Plan | None, statistics: Iterable[str] | None) -> dict[str, tuple[str, ...]]:

@@ -122,6 +122,21 @@ def has_parameters(kind: Kind) -> bool:
     return isinstance(kind, (View, Joined, Derived))
 
 
+def parameters(kinds: Sequence[Kind], lookups: bool) -> list[str]:
+    """The paths of views and of what is derived from parameters."""
+    found = [k.path for k in kinds if isinstance(k, View)]
+    found += [part.path for k in kinds if isinstance(k, Joined) for part in k.parts]
+    for kind in kinds:
+        if isinstance(kind, Derived) and (lookups or not kind.lookup):
+            found += [path for path, _ in kind.reasons]
+    return found
+
+
+def is_activation(kind: Kind) -> bool:
+    """Whether a value depends on the arguments."""
+    return isinstance(kind, Activation) or (isinstance(kind, Derived) and kind.lookup)
+
+
 def computed(name: str, kinds: Sequence[Kind]) -> Kind:
     """What the primitive ``name`` makes of values of these kinds."""
     if any(isinstance(k, Activation) or (isinstance(k, Derived) and k.lookup) for k in kinds):

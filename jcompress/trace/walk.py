@@ -57,6 +57,11 @@ def program(fn: Callable[..., Any], params: PyTree, *args: Any) -> Program:
     return Program(closed, tuple(path for path, _ in leaves), in_tree, out_tree)
 
 
+def aval(x: Any) -> Any:
+    """The shape and dtype of a variable or a literal."""
+    return x.aval
+
+
 def called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr | None:
     """The function that an equation calls on its own operands (``jit``, ``remat``, custom derivatives), or None."""
     if eqn.primitive.name not in CALLS:

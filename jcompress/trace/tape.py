@@ -1,0 +1,128 @@
+"""What was recorded of a body of equations: sums by use, and what is known beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jax_core
+
+from jcompress.trace import products
+from jcompress.trace.products import UnreadError, Use
+from jcompress.trace.views import (
+    Activation,
+    Atoms,
+    Kind,
+    View,
+    depth,
+    shards,
+)
+
+Moments = dict[str, jax.Array]
+LARGEST = ("absmax", "output_absmax")
+"""What is combined by the maximum; everything else is summed."""
+
+
+def merge(a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]) -> Moments:
+    """The moments of both."""
+    both = {name: jnp.maximum(a[name], b[name]) if name in LARGEST else a[name] + b[name] for name in a if name in b}
+    return {**a, **b, **both}
+
+
+@dataclasses.dataclass
+class Found:
+    """What is known when the function has been traced, whatever its values.
+
+    Attributes:
+      wanted: the names of the moments of each path; the others are followed and not recorded.
+      constants: what closed-over arrays are: activations, where a function has no other arguments.
+      largest: the most features of which a Gram matrix is kept, or None.
+      unread: paths whose products cannot be read, each with the reason.
+      met: paths that met an activation in a product or a lookup.
+      notes: what was left out of a path's statistics.
+      levels: for each path, how many products with parameters came before its first one in a row, counting from 1.
+    """
+
+    wanted: Mapping[str, frozenset[str]]
+    constants: Activation | None = None
+    largest: int | None = None
+    unread: dict[str, str] = dataclasses.field(default_factory=dict)
+    met: dict[str, None] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    levels: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def cannot(self, path: str, reason: str) -> None:
+        """Say that a path is unread; the first reason stays."""
+        self.unread.setdefault(path, reason)
+
+
+class Tape:
+    """What was recorded in one body: moments by use."""
+
+    def __init__(self, found: Found, loop: int = 0) -> None:
+        self.found = found
+        self.loop = loop
+        self.moments: dict[Use, Moments] = {}
+        self._parts: dict[Use, dict[Atoms, set[int]]] = {}
+        self._same: dict[Any, tuple[Any, Moments]] = {}
+
+    def add(self, use: Use, moments: Moments) -> None:
+        """Count moments under a use."""
+        self.moments[use] = merge(self.moments[use], moments) if use in self.moments else moments
+
+    def product(self, eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, kind: Kind, y: Any) -> Kind:
+        """Record that a parameter meets ``x`` and gives ``y``; returns what ``y`` is."""
+        path = view.path
+        names = self.found.wanted.get(path, frozenset())
+        level = depth([kind]) + (1 if path in self.found.wanted else 0)
+        self.found.met[path] = None
+        self.found.levels[path] = min(level, self.found.levels.get(path, level))
+        try:
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise UnreadError(f"it meets an activation of dtype {x.dtype}, expected floating point")
+            convolution = eqn.primitive.name == "conv_general_dilated"
+            met = products.of_convolution(eqn, view, x, y) if convolution else products.of_dot(eqn, view, side, x, y)
+            if names:
+                use = dataclasses.replace(met.use, shards=tuple(sorted(shards([kind]))))
+                self._count(x, met._replace(use=use), names, id(eqn) if convolution else 0)
+        except UnreadError as reason:
+            self.found.cannot(path, str(reason))
+        return Activation(level, shards([kind, view]))
+
+    def _count(self, x: Any, met: products.Meeting, names: frozenset[str], site: int) -> None:
+        if met.part is not None:
+            # Parts of the outputs that meet one activation (the gates of a cell) are one use, not several.
+            parts = self._parts.setdefault(met.use, {})
+            known = any(id(x) in ids for ids in parts.values())
+            parts.setdefault(met.part, set()).add(id(x))
+            self._same[id(x)] = (x, {})
+            if known:
+                return
+        names = self._affordable(met, names)
+        # Kernels that read one activation (queries, keys and values) share its moments.
+        key = (id(x), site, met.labels, met.use.lead, names)
+        if key not in self._same:
+            self._same[key] = (x, products.moments(met.x, met.labels, met.use.lead, names))
+        outputs = {}
+        if met.part is None and "outputs" in names:
+            outputs = products.of_outputs(met.y, met.outputs, met.use.lead)
+        self.add(met.use, self._same[key][1] | outputs)
+
+    def _affordable(self, met: products.Meeting, names: frozenset[str]) -> frozenset[str]:
+        k = math.prod(a.size for a in met.labels if a is not None and a not in met.use.lead)
+        if "gram" not in names or self.found.largest is None or k <= self.found.largest:
+            return names
+        self.found.notes[met.use.path] = f"no gram: {k} features, more than {self.found.largest}; ask for it by name"
+        return names - {"gram"}
+
+    def close(self) -> dict[Use, Moments]:
+        """The moments; parts of one parameter that met different activations are no use of the whole."""
+        for use, parts in self._parts.items():
+            first, *rest = parts.values()
+            if any(ids != first for ids in rest):
+                self.found.cannot(use.path, "parts of its outputs meet different activations")
+        return self.moments

@@ -1,0 +1,249 @@
+"""Coupling and shrink on the zoo: the groups are those that the author of each model lists, and the shrunk function
+is the masked one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+
+import jcompress as jc
+
+NAMES = [entry.name for entry in zoo.ZOO]
+
+
+@functools.cache
+def coupled(name):
+    built = zoo.built(name)
+    args = built.args(2, jax.random.key(0))
+    return built, jc.trace.coupling(built.fn, built.params, *args, free_outputs=built.free_outputs)
+
+
+def named(built, groups):
+    """The group of each width that the model lists."""
+    fits = {
+        width: [n for n, g in groups.items() if member in g.members and g.size == built.sizes[width]]
+        for width, member in built.widths.items()
+    }
+    found = {}
+    for width in sorted(fits, key=lambda w: len(fits[w])):  # two factors of an axis may be equally long
+        hits = [n for n in fits[width] if n not in found.values()]
+        assert hits, f"{width} at {built.widths[width]} is no group"
+        found[width] = hits[0]
+    return found
+
+
+def some(groups, seed=0):
+    """A cut of every group: about 60 percent stay."""
+    rng, keep = np.random.default_rng(seed), {}
+    for name, group in groups.prunable.items():
+        stays = rng.random(group.size) < 0.6
+        cut, kept = rng.permutation(group.size)[:2]
+        stays[cut], stays[kept] = False, True
+        keep[name] = stays
+    return keep
+
+
+@functools.cache
+def shrunk(name):
+    built, groups = coupled(name)
+    keep = some(groups)
+    small, params = jc.shrink(
+        built.fn, built.params, keep, *built.args(2, jax.random.key(0)), free_outputs=built.free_outputs
+    )
+    return built, groups, keep, small, params, jc.trace.mask(built.params, groups, keep)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_groups_are_those_the_model_lists(name):
+    built, groups = coupled(name)
+    found = named(built, groups)
+    assert not groups.unread
+    pinned = {width for width, group in found.items() if not groups[group].prunable}
+    assert pinned <= set(built.optional)
+    assert set(groups.prunable) == {group for width, group in found.items() if width not in pinned}
+    for group in groups.values():
+        for (path, axis), index in group.maps.items():
+            shape = dict(jc.paths(built.params))[path].shape
+            assert index.shape == (shape[axis],)
+            assert set(index) - {-1} == set(range(group.size))
+    assert "cut together" in str(groups)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shrunk_function_is_the_masked_one(name):
+    built, _, _, small, params, masked = shrunk(name)
+    for batch in (2, 3):
+        args = built.args(batch, jax.random.key(batch))
+        expected = jax.tree.leaves(jax.jit(built.fn)(masked, *args))
+        found = jax.tree.leaves(jax.jit(small)(params, *args))
+        for a, b in zip(expected, found, strict=True):
+            if a.shape != b.shape:  # a statistic that the step returns, cut
+                assert built.free_outputs
+                continue
+            np.testing.assert_allclose(b, a, rtol=0, atol=2e-5 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if zoo.built(n).reverse])
+def test_gradients_are_those_of_the_masked_function_and_training_continues(name):
+    built, _, _, small, params, masked = shrunk(name)
+    args = built.args(2, jax.random.key(7))
+
+    def loss(fn):
+        def value(p):
+            out = jax.tree.leaves(fn(p, *args))[0]
+            return jnp.sum(jnp.sin(out) * jnp.linspace(0.5, 1.5, out.size).reshape(out.shape))
+
+        return jax.jit(jax.value_and_grad(value, allow_int=True))
+
+    _, full = loss(built.fn)(masked)
+    small_loss = loss(small)
+    before, grads = small_loss(params)
+    expected = jax.tree.leaves(small.cut(full))
+    largest = max(float(jnp.abs(x).max()) for x in expected if x.dtype != jax.dtypes.float0)
+    for a, b in zip(expected, jax.tree.leaves(grads), strict=True):
+        assert a.shape == b.shape
+        if a.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(b, a, rtol=2e-4, atol=2e-5 * largest)
+    norm = sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0) ** 0.5
+    step = jax.tree.map(
+        lambda p, g: p if g.dtype == jax.dtypes.float0 else p - 1e-3 * g / norm, params, grads
+    )  # a step short enough to go downhill
+    assert small_loss(step)[0] < before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes(name):
+    built, groups, keep, small, params, masked = shrunk(name)
+    sizes = dict(built.sizes)
+    for width, group in named(built, groups).items():
+        sizes[width] = int(keep[group].sum()) if group in keep else sizes[width]
+    total = sum(x.size for x in jax.tree.leaves(params))
+    assert total == built.count(**sizes)
+    assert total == sum(int(np.count_nonzero(x)) for x in jax.tree.leaves(masked))
+    assert small.widths == {name: int(stays.sum()) for name, stays in keep.items()}
+    for path, axes in small.indices.items():
+        full, cut = dict(jc.paths(built.params))[path], dict(jc.paths(params))[path]
+        for axis, index in axes.items():
+            full = jnp.take(full, index, axis=axis)
+        assert (full == cut).all()
+
+
+def mlp(params, x):
+    return jax.nn.relu(x @ params["up"] + params["bias"]) @ params["down"]
+
+
+PARAMS = {
+    "up": jax.random.normal(jax.random.key(0), (3, 8)),
+    "bias": jnp.ones(8),
+    "down": jax.random.normal(jax.random.key(1), (8, 2)),
+}
+X = jax.random.normal(jax.random.key(2), (4, 3))
+HALF = jnp.arange(8) < 4
+
+
+@pytest.mark.parametrize(
+    ("keep", "told"),
+    [
+        ({"up[1]": jnp.zeros(8, bool)}, "nothing would stay.*up axis 1"),
+        ({"down[1]": jnp.array([True, False])}, "axis of an output.*down axis 1"),
+        ({"up[0]": jnp.array([True, False, True])}, "axis of an argument"),
+        ({"up[1]": jnp.ones(7, bool)}, r"expected bool of shape \(8,\).*down axis 0"),
+        ({"up[1]": jnp.ones(8)}, "found float32"),
+        ({"down[0]": HALF}, "no such group.*up\\[1\\]"),
+    ],
+)
+def test_bad_cuts_show_the_group(keep, told):
+    with pytest.raises(ValueError, match=f"(?s){told}"):
+        jc.shrink(mlp, PARAMS, keep, X)
+    with pytest.raises(ValueError, match=f"(?s){told}"):
+        jc.trace.mask(PARAMS, jc.trace.coupling(mlp, PARAMS, X), keep)
+
+
+def test_a_mask_that_cuts_a_group_unevenly():
+    uneven = {**PARAMS, "up": PARAMS["up"].at[:, 2].set(0)}
+    with pytest.raises(ValueError, match=r"(?s)up\[1\]: indices \[2\].*bias axis 0\n  down axis 0.*change together"):
+        jc.shrink(mlp, uneven, None, X)
+
+
+def test_what_is_zero_is_cut_without_being_named():
+    groups = jc.trace.coupling(mlp, PARAMS, X)
+    masked = jc.trace.mask(PARAMS, groups, {"up[1]": HALF})
+    small, params = jc.shrink(mlp, masked, None, X)
+    assert params["up"].shape == (3, 4)
+    np.testing.assert_allclose(small(params, X), mlp(masked, X), rtol=1e-5)
+    same, whole = jc.shrink(mlp, PARAMS, None, X)
+    assert whole["up"].shape == (3, 8)
+    np.testing.assert_allclose(same(whole, X), mlp(PARAMS, X), rtol=1e-6)
+
+
+def test_sizes_are_rounded_up_to_a_multiple_by_keeping_the_largest():
+    params = {**PARAMS, "up": PARAMS["up"].at[:, 6].mul(100)}
+    small, cut = jc.shrink(mlp, params, {"up[1]": jnp.arange(8) < 3}, X, multiple_of=4)
+    assert small.widths == {"up[1]": 4}
+    assert small.indices["up"][1].tolist() == [0, 1, 2, 6]
+    assert cut["down"].shape == (4, 2)
+
+
+def test_parameters_of_another_shape_are_refused():
+    small, _ = jc.shrink(mlp, PARAMS, {"up[1]": HALF}, X)
+    with pytest.raises(ValueError, match=r"bias: found shape \(8,\), expected \(4,\)"):
+        small(PARAMS, X)
+    with pytest.raises(ValueError, match="another structure"):
+        small({"up": PARAMS["up"]}, X)
+
+
+def test_optimizer_state_is_cut_and_training_goes_on_bit_for_bit():
+    tx = optax.adamw(1e-2)
+    keep = {"up[1]": HALF}
+    small, cut = jc.shrink(mlp, PARAMS, keep, X)
+    grads = jax.grad(lambda p: mlp(p, X).sum())(PARAMS)
+    _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    state = small.cut(state)
+    assert state[0].mu["up"].shape == (3, 4)
+    assert state[0].count.shape == ()
+    updates, _ = tx.update(jax.grad(lambda p: small(p, X).sum())(cut), state, cut)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, cut)
+
+
+def test_nodes_are_refused():
+    small = jc.compress(PARAMS, jc.plan(PARAMS, [("up", jc.quantize.Int(bits=8))]))
+    with pytest.raises(ValueError, match="up: found a Quantized node"):
+        jc.trace.coupling(mlp, small, X)
+
+
+def test_a_primitive_without_a_rule_keeps_what_it_touches_and_says_so():
+    def fn(params, x):
+        h = x @ params["up"]
+        return jnp.fft.fft(h).real @ params["down"]
+
+    groups = jc.trace.coupling(fn, PARAMS, X)
+    assert groups.unread == {"fft": 1}
+    assert "fft" in groups["up[1]"].reason
+    assert "fft: met 1 times and not read" in str(groups)
+
+
+def test_a_sum_that_would_miss_values_pins():
+    def fn(params, x):
+        return (jax.nn.sigmoid(x @ params["up"]) * jnp.arange(8.0)).sum(1, keepdims=True) @ params["down"][:1]
+
+    assert "slices differ" in jc.trace.coupling(fn, PARAMS, X)["up[1]"].reason
+
+
+def test_mask_is_traceable():
+    groups = jc.trace.coupling(mlp, PARAMS, X)
+    masked = jax.jit(jax.vmap(lambda k: jc.trace.mask(PARAMS, groups, {"up[1]": k})))(jnp.stack([HALF, ~HALF]))
+    assert (masked["up"][0, :, 4:] == 0).all() and (masked["up"][1, :, :4] == 0).all()
+    assert (masked["down"][0, :4] == PARAMS["down"][:4]).all()
+
+
+def test_remat_scan_and_custom_rules_stay():
+    _, _, _, small, params, _ = shrunk("scan-linen")
+    text = str(jax.make_jaxpr(small)(params, *zoo.built("scan-linen").args(2, jax.random.key(0))))
+    assert "scan[" in text and ("remat" in text or "checkpoint" in text)
+    _, _, _, small, params, _ = shrunk("straight-through-plain")
+    text = str(jax.make_jaxpr(small)(params, *zoo.built("straight-through-plain").args(2, jax.random.key(0))))
+    assert "custom_vjp_call" in text and "custom_jvp_call" in text
