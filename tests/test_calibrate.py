@@ -587,6 +587,22 @@ class TestCalibrate:
         alone, spread = run(body, params, x), run(mapped, params, x)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), alone, spread)
 
+        def recurrent(params, x, h):
+            return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w + x), None), h, params["s"])[0]
+
+        def from_one_state(params, x, h):
+            """The state is the same on all devices until it has met their data."""
+            varied = functools.partial(jax.lax.pcast, axis_name="data", to="varying")
+            inner = lambda params, x, h: recurrent(params, x, varied(h))  # noqa: E731
+            return jax.shard_map(inner, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P("data"))(params, x, h)
+
+        if hasattr(jax.lax, "pcast"):
+            x6, h = normal(4, 8, 6), normal(5, 2, 6)
+            stats = run(from_one_state, params, x6, h)
+            want = run(recurrent, params, x6, jnp.tile(h, (4, 1)))
+            np.testing.assert_allclose(stats["s"].gram, want["s"].gram, rtol=1e-5, atol=1e-5)
+            assert stats["s"].count.tolist() == [8, 8, 8]
+
         def columns(params, x):
             return jax.lax.psum(jax.nn.relu(x @ params["a"]) @ params["b"], "model")
 
