@@ -14,6 +14,14 @@ from jcompress.prune.structured.correction import correct_biases
 from jcompress.prune.structured.diffusion import diffusion, weighted_penalty
 from jcompress.prune.structured.eigenvalues import spectral
 from jcompress.prune.structured.layers import block_influence, cosine, fuse_layers, layer_similarity, remove_layers
+from jcompress.prune.structured.linearization import (
+    Join,
+    average_path_length,
+    linearity_penalty,
+    merge_convolutions,
+    merge_dense,
+    prelu,
+)
 from jcompress.prune.structured.propagation import apoz, nisp
 from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
 from jcompress.prune.structured.reconstruction import fold_constants, liar, reconstruct
@@ -23,10 +31,12 @@ from jcompress.prune.structured.units import Group, ManualGroup, within
 
 __all__ = [
     "Group",
+    "Join",
     "ManualGroup",
     "NormPaths",
     "add_l1",
     "apoz",
+    "average_path_length",
     "beside",
     "block_influence",
     "correct_biases",
@@ -48,9 +58,13 @@ __all__ = [
     "lasso",
     "layer_similarity",
     "liar",
+    "linearity_penalty",
+    "merge_convolutions",
+    "merge_dense",
     "merge_neurons",
     "nisp",
     "p_pruning",
+    "prelu",
     "random",
     "reconstruct",
     "reestimate",
