@@ -88,9 +88,9 @@ CLAIMS = {
     ("mnist", "lenet5"): Claim(
         50, 0.3, 5,
         Recipe(
-            sparsity={"conv_0": 0.25, "conv_1": 0.8, "dense_0": 0.957, "head": 0.75},
+            sparsity={"conv_0": 0.25, "conv_1": 0.75, "dense_0": 0.955, "head": 0.75},
             clusters={"conv_0": 16, "conv_1": 16, "dense_0": 16, "head": 16},
-            dense_epochs=5, ramp_epochs=5, settle_epochs=10, tune_epochs=2, batch_size=64, every=20,
+            dense_epochs=5, ramp_epochs=6, settle_epochs=16, tune_epochs=3, batch_size=64, every=20,
         ),
     ),
 }  # fmt: skip
