@@ -239,10 +239,15 @@ def _keep(scores: list[jax.Array], wanted: Count) -> list[jax.Array]:
     # The threshold itself is kept whole where the count came out exactly, else as far as the count allows.
     left, masks = wanted.left_after(_pick(found.low_count.equals(wanted), Count.of(0), found.high_count)), []
     for x in scores:
-        bits = ordered_bits(x)
-        ties, left = _first(bits == found.low, left)
-        masks.append((bits > found.low) | ties)
+        # The bits are computed anew for each of the two comparisons; shared, they would be written out.
+        ties, left = _first(_bits_after(x, found.low) == found.low, left)
+        masks.append((_bits_after(x, ties) > found.low) | ties)
     return masks
+
+
+def _bits_after(x: jax.Array, earlier: jax.Array) -> jax.Array:
+    """The ordered bits, not computed before ``earlier`` is known."""
+    return ordered_bits(lax.optimization_barrier((x, earlier))[0])
 
 
 def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:
