@@ -152,8 +152,9 @@ HALF = jnp.arange(8) < 4
         ({"down[1]": jnp.array([True, False])}, "axis of an output.*down axis 1"),
         ({"up[0]": jnp.array([True, False, True])}, "axis of an argument"),
         ({"up[1]": jnp.ones(7, bool)}, r"expected bool of shape \(8,\).*down axis 0"),
-        ({"up[1]": jnp.ones(8)}, "found float32"),
-        ({"down[0]": HALF}, "no such group.*up\\[1\\]"),
+        ({"up[1]": jnp.ones(8, int)}, "found int32"),
+        ({"down[0]": HALF}, "no such group; on that axis lies\nup\\[1\\].*bias axis 0"),
+        ({"middle": HALF}, "no such group; those that can be cut are up\\[1\\]"),
     ],
 )
 def test_bad_cuts_show_the_group(keep, told):
@@ -178,6 +179,17 @@ def test_what_is_zero_is_cut_without_being_named():
     same, whole = jc.shrink(mlp, PARAMS, None, X)
     assert whole["up"].shape == (3, 8)
     np.testing.assert_allclose(same(whole, X), mlp(PARAMS, X), rtol=1e-6)
+
+
+def test_masks_and_scores_say_what_stays():
+    masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), PARAMS)
+    masks = {"up": masks["up"].at[:, 4:].set(False), "bias": HALF, "down": masks["down"].at[4:].set(False)}
+    small, _ = jc.shrink(mlp, PARAMS, masks, X)
+    assert small.keep["up[1]"].tolist() == HALF.tolist()
+    small, _ = jc.shrink(mlp, PARAMS, {"up[1]": jnp.array([1.0, 5, 2, 2, 0, 9, 2, 2])}, X, sparsity=0.5)
+    assert small.indices["bias"][0].tolist() == [1, 2, 3, 5]
+    with pytest.raises(ValueError, match=r"up\[1\]: found scores; say with sparsity="):
+        jc.shrink(mlp, PARAMS, {"up[1]": jnp.ones(8)}, X)
 
 
 def test_sizes_are_rounded_up_to_a_multiple_by_keeping_the_largest():

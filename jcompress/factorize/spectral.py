@@ -18,11 +18,11 @@ class Spectrum:
 
     ``w[j, i] = (inputs[j] - outputs[i]) * vectors[j, i]``, at first with ``inputs`` zero and ``outputs`` the norms of
     the weights that write each node, which is the kernel as it was (Buffoni et al. 2021, arXiv:2108.00940). Either
-    train the eigenvalues alone, on frozen random vectors in all layers (``optax.multi_transform`` holds them; hold ``inputs``
-    at zero in the layers whose outputs are to be ranked), prune, and train what is left; or train all and prune then. A
-    small penalty on the eigenvalues, ``sum |outputs|``, parts those that are used from the others. The nodes of the
-    smallest go: :func:`jcompress.prune.structured.spectral`. Until then no byte is won. A convolution kernel counts as
-    the (window and input) x output matrix.
+    train the eigenvalues alone, on frozen random vectors in all layers and with biases held (``optax.multi_transform``
+    holds them; hold ``inputs`` at zero in the layers whose outputs are to be ranked), prune, and train what is left; or
+    train all and prune then. A small penalty on the eigenvalues, ``sum |outputs|``, parts those that are used from the
+    others. The nodes of the smallest go: :func:`jcompress.prune.structured.spectral`. Until then no byte is won. A
+    convolution kernel counts as the (window and input) x output matrix.
 
     Raises:
       ValueError: for an array of fewer than two axes.

@@ -106,9 +106,16 @@ class Groups(Mapping):
         """
         return {name: self._checked(name, value) for name, value in keep.items()}
 
+    def _hint(self, name: str) -> str:
+        """Where to look instead."""
+        found = [g for g in self.values() if name in {f"{path}[{axis}]" for path, axis in g.members}]
+        if found:
+            return "on that axis lies\n" + "\n".join(map(_told, found))
+        return f"those that can be cut are {', '.join(self.prunable)}; print the groups to see their members"
+
     def _checked(self, name: str, value: Any) -> np.ndarray:
         if name not in self:
-            raise ValueError(f"{name}: there is no such group; the groups are\n{self}")
+            raise ValueError(f"{name}: there is no such group; {self._hint(name)}")
         group, index = self[name], np.asarray(value)
         together = f"it is\n{_told(group)}"
         if index.dtype != np.bool_ or index.shape != (group.size,):

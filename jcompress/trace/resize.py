@@ -165,7 +165,7 @@ def from_mask(params: PyTree, groups: Groups) -> dict[str, np.ndarray]:
     for name, group in groups.prunable.items():
         alive = {}
         for (path, axis), index in group.maps.items():
-            used = np.abs(arrays[path]).max(axis=tuple(i for i in range(arrays[path].ndim) if i != axis), initial=0) > 0
+            used = (arrays[path] != 0).any(axis=tuple(i for i in range(arrays[path].ndim) if i != axis))
             alive[path, axis] = np.array([used[index == i].any() for i in range(group.size)])
         cut = ~np.any(list(alive.values()), axis=0)
         writers = [alive[m] for m in group.members if m in group.producers and arrays[m[0]].ndim > 1]
@@ -198,11 +198,36 @@ def _rounded(params: PyTree, groups: Groups, keep: Mapping[str, np.ndarray], mul
     return found
 
 
+def _wanted(params: PyTree, groups: Groups, keep: Any, sparsity: float | None) -> dict[str, np.ndarray]:
+    """What stays, from any of the forms in which it may be given."""
+    if keep is None:
+        return from_mask(params, groups)
+    named = isinstance(keep, Mapping) and not set(keep).isdisjoint(groups)
+    if not named and jax.tree.structure(keep) == jax.tree.structure(params):
+        return from_mask(keep, groups)
+    scored = [name for name, x in keep.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+    if not scored:
+        return groups.checked(keep)
+    if sparsity is None:
+        raise ValueError(
+            f"{scored[0]}: found scores; say with sparsity= what fraction of each group goes, or pass bools"
+        )
+    return groups.checked({name: _largest(x, sparsity) if name in scored else x for name, x in keep.items()})
+
+
+def _largest(scores: Any, sparsity: float) -> np.ndarray:
+    """The largest scores; ties go to the lower index, and one stays at least."""
+    scores = np.asarray(scores, np.float64).reshape(-1)
+    order = np.argsort(-scores, kind="stable")
+    return np.isin(np.arange(scores.size), order[: max(1, scores.size - round(sparsity * scores.size))])
+
+
 def shrink(
     fn: Callable[..., Any],
     params: PyTree,
-    keep: Mapping[str, Any] | None,
+    keep: Any,
     *args: Any,
+    sparsity: float | None = None,
     multiple_of: int = 1,
     free_outputs: str | None = None,
 ) -> tuple[Shrunk, PyTree]:
@@ -216,9 +241,11 @@ def shrink(
     Args:
       fn: ``fn(params, *args)``, any JAX function.
       params: a pytree of arrays.
-      keep: ``{name: bool (size,)}`` with the names of :func:`jcompress.trace.coupling`; True keeps. None reads it off
-        ``params``: what is zero in every member of a group goes.
+      keep: ``{name: bool (size,)}`` with the names of :func:`jcompress.trace.coupling`; True keeps. Or
+        ``{name: float (size,)}``, scores of which the largest stay. Or a tree of masks like ``params``. Or None, which
+        reads it off ``params``: what is zero in every member of a group goes.
       *args: example arguments, or their shapes.
+      sparsity: with scores, the fraction of each group that goes.
       multiple_of: sizes are rounded up to a multiple, such as 8 or 128, by keeping more indices, those of the
         largest weights first.
       free_outputs: as in :func:`jcompress.trace.coupling`.
@@ -241,7 +268,7 @@ def shrink(
       ((5, 2), {'up[1]': 5}, [[20.0, 20.0]])
     """
     coupled = read(fn, params, *args, free_outputs=free_outputs)
-    wanted = from_mask(params, coupled.groups) if keep is None else coupled.groups.checked(keep)
+    wanted = _wanted(params, coupled.groups, keep, sparsity)
     if multiple_of > 1:
         wanted = _rounded(params, coupled.groups, wanted, multiple_of)
     wanted = {name: kept for name, kept in wanted.items() if not kept.all()}
