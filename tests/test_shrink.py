@@ -259,3 +259,46 @@ def test_remat_scan_and_custom_rules_stay():
     _, _, _, small, params, _ = shrunk("straight-through-plain")
     text = str(jax.make_jaxpr(small)(params, *zoo.built("straight-through-plain").args(2, jax.random.key(0))))
     assert "custom_vjp_call" in text and "custom_jvp_call" in text
+
+
+def test_shard_map_stays_and_what_it_divides_is_pinned():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def body(params, x):
+        out = jnp.tanh(x @ params["up"] + params["bias"]) @ params["down"]
+        return out, jax.lax.pmean(out.mean(), "data")
+
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=(spec("data"), spec()))
+    groups = jc.trace.coupling(fn, PARAMS, X)
+    assert list(groups.prunable) == ["up[1]"]
+    small, cut = jc.shrink(fn, PARAMS, {"up[1]": HALF}, X)
+    expected = fn(jc.trace.mask(PARAMS, groups, {"up[1]": HALF}), X)
+    for a, b in zip(expected, jax.jit(small)(cut, X), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+
+    # The derivative of relu is not read here, so it stays whole, and says so.
+    whole = jax.shard_map(mlp, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"))
+    assert "derivative that cannot be read" in jc.trace.coupling(whole, PARAMS, X)["up[1]"].reason
+
+    divided = jax.shard_map(
+        lambda params, x: jax.lax.psum(mlp(params, x), "data"),
+        mesh=mesh,
+        in_specs=({"up": spec(None, "data"), "bias": spec("data"), "down": spec("data")}, spec()),
+        out_specs=spec(),
+    )
+    assert jc.trace.coupling(divided, PARAMS, X)["up[1]"].reason == "shard_map divides it"
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sharded_parameters(kind):
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model", None))
+    params = {"up": jnp.tile(PARAMS["up"], (1, 4)), "bias": jnp.ones(32)}
+    params["down"] = jax.device_put(jnp.tile(PARAMS["down"], (4, 1)), sharding)
+    small, cut = jc.shrink(mlp, params, {"up[1]": jnp.arange(32) % 2 == 0}, X)
+    assert cut["down"].shape == (16, 2)
+    masked = jax.jit(lambda p: jc.trace.mask(p, small.groups, small.keep))(params)
+    assert masked["down"].sharding.is_equivalent_to(sharding, 2)
+    if kind == "Auto":  # an explicit mesh wants the function to say where its own product goes
+        np.testing.assert_allclose(jax.jit(small)(cut, X), mlp(masked, X), rtol=1e-5, atol=1e-5)

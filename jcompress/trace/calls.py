@@ -165,10 +165,17 @@ class Custom(Wrapped):
         if key in build.open:
             return self._within(build.open[key], site)
         outs, site.note = super().dims(build, site), _Derivative(site.eqn)
-        build.open[key] = site
         site.outs = list(outs)
-        self.derivative(build, site)
-        del build.open[key]
+        build.open[key] = site
+        try:
+            self.derivative(build, site)
+        except TypeError:  # inside shard_map its types name devices that it cannot be traced without
+            site.rule, reason = build.default, f"{site.eqn.primitive.name} has a derivative that cannot be read here"
+            build.unread[site.eqn.primitive.name] += 1
+            for value in (*site.ins, *outs):
+                terms.pin(value, reason)
+        finally:
+            del build.open[key]
         return outs
 
     def derivative(self, build: Build, site: Site) -> None:
@@ -396,6 +403,50 @@ class Cond(Rule):
         return jax.lax.switch(index, branches, *arrays)
 
 
+class ShardMap(Rule):
+    """The body sees the axes that are not divided; those that are stay."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        p, reason = site.params, "shard_map divides it"
+        if "in_specs" not in p:
+            return super().dims(build, site)
+        body, ins = jax_core.ClosedJaxpr(p["jaxpr"], ()), []
+        for value, spec, v in zip(site.ins, p["in_specs"], p["jaxpr"].invars, strict=True):
+            divided = [i < len(spec) and spec[i] is not None for i in range(len(value))]
+            terms.pin([d for d, yes in zip(value, divided, strict=True) if yes], reason)
+            shape = walk.aval(v).shape
+            inner = [Dim(n, pinned=reason) if yes else d for n, d, yes in zip(shape, value, divided, strict=True)]
+            ins.append(tuple(inner))
+        site.frames = [build.frame(body, ins)]
+        outs = []
+        for value, spec, v in zip(site.frames[0].outs, p["out_specs"], site.eqn.outvars, strict=True):
+            divided = [i < len(spec) and spec[i] is not None for i in range(len(value))]
+            terms.pin([d for d, yes in zip(value, divided, strict=True) if yes], reason)
+            shape = walk.aval(v).shape
+            outs.append([Dim(n, pinned=reason) if yes else d for n, d, yes in zip(shape, value, divided, strict=True)])
+        return [tuple(x) for x in outs]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        if not site.frames:
+            return super().states(site, ins)
+        return _demoted(read_states(site.frames[0], _demoted(ins, site.ins)), site.outs)
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        if not site.frames:
+            return super().run(cut, site, ins, at)
+        p = site.params
+        names = frozenset(p.get("newly_manual_axes") or p["mesh"].axis_names)
+        mapped = jax.shard_map(
+            lambda *arrays: _arrays(cut, site.frames[0], arrays),
+            mesh=p["mesh"],
+            in_specs=tuple(p["in_specs"]),
+            out_specs=list(p["out_specs"]),
+            axis_names=names,
+            check_vma=p.get("check_vma", True),
+        )
+        return list(mapped(*[v.at(NOWHERE) for v in ins]))
+
+
 CALLS: dict[str, Rule] = {
     **dict.fromkeys(walk.CALLS, Call()),
     **dict.fromkeys(walk.REMAT, Remat()),
@@ -405,4 +456,5 @@ CALLS: dict[str, Rule] = {
     "scan": Scan(),
     "while": While(),
     "cond": Cond(),
+    "shard_map": ShardMap(),
 }

@@ -36,8 +36,9 @@ UNARY = [
     "tan", "tanh",
 ]  # fmt: skip
 IDENTITY = [
-    "copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier", "pcast", "pvary", "reshard",
-    "sharding_constraint", "stop_gradient",
+    "copy", "copy_p", "device_put", "mesh_cast", "name", "optimization_barrier", "pbroadcast", "pcast", "pmax",
+    "pmin", "ppermute", "psum", "psum2", "psum_invariant", "pvary", "reshard", "sharding_constraint",
+    "stop_gradient",
 ]  # fmt: skip
 FIXED = [
     "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "threefry2x32", "debug_callback",
@@ -93,7 +94,7 @@ def _on_numbers(site: Site, numbers: Sequence[Any]) -> Any:
 
 
 class Identity(Rule):
-    """Results that are the operands."""
+    """Results that are the operands, or the operands of several devices together."""
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         return site.ins

@@ -137,7 +137,7 @@ def _axes(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[str, dict[in
 
 def _sliced(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
     for axis, index in axes.items():
-        x = jnp.take(x, index, axis=axis)
+        x = walk.take(x, index, axis)
     return x
 
 
@@ -203,7 +203,7 @@ def _wanted(params: PyTree, groups: Groups, keep: Any, sparsity: float | None) -
     if keep is None:
         return from_mask(params, groups)
     named = isinstance(keep, Mapping) and not set(keep).isdisjoint(groups)
-    if not named and jax.tree.structure(keep) == jax.tree.structure(params):
+    if not named and str(jax.tree.structure(keep)) == str(jax.tree.structure(params)):
         return from_mask(keep, groups)
     scored = [name for name, x in keep.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     if not scored:

@@ -80,3 +80,14 @@ def bind(eqn: jax_core.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[
     functions, params = found if isinstance(found, tuple) else ((), found)
     out = eqn.primitive.bind(*functions, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def take(x: Any, index: Any, axis: int) -> jax.Array:
+    """The positions ``index`` along an axis. On a mesh with explicit axes the result is whole along it."""
+    sharding: Any = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    spec = tuple(getattr(sharding, "spec", ()))
+    if all(names is None for names in spec):
+        return jnp.take(x, index, axis=axis)
+    whole = jax.sharding.PartitionSpec(*(None if i == axis else names for i, names in enumerate(spec)))
+    place = (slice(None),) * axis + (jnp.asarray(index),)
+    return jnp.asarray(x).at[place].get(out_sharding=jax.sharding.NamedSharding(sharding.mesh, whole))
