@@ -1,11 +1,29 @@
 """Formats: the nodes that stand for arrays. A format knows its bytes and its algebra, never how it was chosen."""
 
+from jcompress.formats.annealed import Annealed
+from jcompress.formats.bottleneck import Bottleneck
 from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
+from jcompress.formats.gaussian import Gaussian
+from jcompress.formats.hard_concrete import HardConcrete
+from jcompress.formats.horseshoe import Horseshoe
 from jcompress.formats.lowrank import LowRank
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized
 from jcompress.formats.spectral import Spectral
 from jcompress.formats.sum import Sum
 
-__all__ = ["Cast", "Codebook", "LowRank", "Masked", "Quantized", "Spectral", "Sum"]
+__all__ = [
+    "Annealed",
+    "Bottleneck",
+    "Cast",
+    "Codebook",
+    "Gaussian",
+    "HardConcrete",
+    "Horseshoe",
+    "LowRank",
+    "Masked",
+    "Quantized",
+    "Spectral",
+    "Sum",
+]

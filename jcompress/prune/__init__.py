@@ -1,9 +1,29 @@
 """Methods that choose masks. A mask's True means keep; ``sparsity`` is the fraction of zeros."""
 
-from jcompress.prune import scores, structured
+from jcompress.prune import bayesian, scores, structured
+from jcompress.prune.bayesian import (
+    AnnealedChannels,
+    BayesianCompression,
+    HardConcrete,
+    InformationBottleneck,
+    VariationalDropout,
+)
 from jcompress.prune.magnitude import Magnitude
 from jcompress.prune.patterns import NM
 from jcompress.prune.random import Random
 from jcompress.prune.threshold import keep_largest
 
-__all__ = ["NM", "Magnitude", "Random", "keep_largest", "scores", "structured"]
+__all__ = [
+    "NM",
+    "AnnealedChannels",
+    "BayesianCompression",
+    "HardConcrete",
+    "InformationBottleneck",
+    "Magnitude",
+    "Random",
+    "VariationalDropout",
+    "bayesian",
+    "keep_largest",
+    "scores",
+    "structured",
+]

@@ -1,0 +1,32 @@
+"""What formats with gates and noise share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core
+
+TINY = 1e-16
+
+
+def shared_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with length 1 at the negative axes along which a gate is shared."""
+    return tuple(1 if i - len(shape) in axes else n for i, n in enumerate(shape))
+
+
+def refitted(field: Any, w: jax.Array) -> Any:
+    """What a trainable field becomes so that it stands for ``w``: the array, or the node in it projected."""
+    return field.project(w) if core.is_node(field) else w
+
+
+def log_alpha(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """The log of the dropout rate ``variance / mean**2`` of Gaussian noise, in float32."""
+    return log_variance.astype(jnp.float32) - jnp.log(jnp.square(mean.astype(jnp.float32)) + TINY)
+
+
+def kept_or_zero(mask: jax.Array, value: jax.Array, like: jax.Array) -> jax.Array:
+    """``value`` in the dtype of ``like`` where the mask is True, exactly 0.0 elsewhere."""
+    return jnp.where(mask, value, 0).astype(like.dtype)

@@ -1,0 +1,25 @@
+"""Pruning from posteriors: stochastic gates, their penalties, and priors with structure."""
+
+from jcompress.prune.bayesian.methods import (
+    AnnealedChannels,
+    BayesianCompression,
+    HardConcrete,
+    InformationBottleneck,
+    VariationalDropout,
+)
+from jcompress.prune.bayesian.support import chain_posterior, gaussian_evidence
+from jcompress.prune.bayesian.trees import at_step, bit_widths, local_reparametrization, penalty
+
+__all__ = [
+    "AnnealedChannels",
+    "BayesianCompression",
+    "HardConcrete",
+    "InformationBottleneck",
+    "VariationalDropout",
+    "at_step",
+    "bit_widths",
+    "chain_posterior",
+    "gaussian_evidence",
+    "local_reparametrization",
+    "penalty",
+]
