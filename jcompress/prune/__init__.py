@@ -9,18 +9,22 @@ from jcompress.prune.bayesian import (
     VariationalDropout,
 )
 from jcompress.prune.magnitude import Magnitude
-from jcompress.prune.patterns import NM
+from jcompress.prune.patterns import NM, Block, Shared
 from jcompress.prune.random import Random
+from jcompress.prune.scored import ByScore
 from jcompress.prune.threshold import keep_largest
 
 __all__ = [
     "NM",
     "AnnealedChannels",
     "BayesianCompression",
+    "Block",
+    "ByScore",
     "HardConcrete",
     "InformationBottleneck",
     "Magnitude",
     "Random",
+    "Shared",
     "VariationalDropout",
     "bayesian",
     "keep_largest",

@@ -20,8 +20,9 @@ class Magnitude(ByScore):
     Attributes:
       sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern
         fixes it.
-      scope: ``"leaf"``, a threshold for each leaf, or ``"global"``, one for all leaves of the rule.
-      pattern: :class:`NM`, or None for unstructured.
+      scope: ``"leaf"``, a threshold for each leaf; ``"output"``, one for the weights of each output (the last axis);
+        or ``"global"``, one for all leaves of the rule.
+      pattern: :class:`NM`, :class:`Block` or :class:`Shared`, or None for unstructured.
 
     Raises:
       ValueError: for a sparsity outside [0, 1] or one that disagrees with the pattern.

@@ -18,8 +18,8 @@ class Random(ByScore):
     Attributes:
       sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern
         fixes it.
-      scope: ``"leaf"`` or ``"global"``, as for :class:`Magnitude`.
-      pattern: :class:`NM`, or None for unstructured.
+      scope: ``"leaf"``, ``"output"`` or ``"global"``, as for :class:`Magnitude`. By outputs, each has the same fan-in.
+      pattern: :class:`NM`, :class:`Block` or :class:`Shared`, or None for unstructured.
 
     Raises:
       ValueError: for a sparsity outside [0, 1], or if no key is given.

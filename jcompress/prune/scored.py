@@ -13,7 +13,7 @@ from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Masked
 from jcompress.prune import scores, select
-from jcompress.prune.patterns import NM
+from jcompress.prune.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,10 @@ class ByScore:
     Attributes:
       sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern
         fixes it.
-      scope: ``"leaf"``, a threshold for each leaf, or ``"global"``, one for all leaves of the rule.
-      pattern: :class:`NM`, or None for unstructured.
+      scope: ``"leaf"``, a threshold for each leaf; ``"output"``, one for the weights of each output; or ``"global"``,
+        one for all leaves of the rule. Outputs are the axes that are not contracted: the last one, unless the
+        statistics know better.
+      pattern: :class:`NM`, :class:`Block` or :class:`Shared`, or None for unstructured.
       score: a function of an array and its context that gives an array of the same shape, such as those of
         :mod:`jcompress.prune.scores`.
 
@@ -36,15 +38,14 @@ class ByScore:
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
-      >>> from jcompress.prune.scored import ByScore
-      >>> method = ByScore(sparsity=0.5, score=lambda w, context: -w)
+      >>> method = jc.prune.ByScore(sparsity=0.5, score=lambda w, context: -w)
       >>> method(jnp.array([1.0, -4.0, 2.0, -3.0])).materialize().tolist()
       [0.0, -4.0, 0.0, -3.0]
     """
 
     sparsity: Any = None
     scope: select.Scope = "leaf"
-    pattern: NM | None = None
+    pattern: Pattern | None = None
     score: scores.Score = dataclasses.field(default=scores.magnitude, repr=False)
 
     __repr__ = core.method_repr
@@ -59,8 +60,12 @@ class ByScore:
 
     @property
     def joint(self) -> bool:
-        """Whether one threshold serves all leaves of the rule."""
-        return self.scope == "global" and self.pattern is None
+        """Whether one threshold, or one mask, serves all leaves of the rule."""
+        return select.is_joint(self)
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """How many weights the sparsity of a leaf of this shape can change by, at least."""
+        return select.unit(self, shape)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the pattern does not fit the shape."""

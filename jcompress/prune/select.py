@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -12,10 +13,10 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Masked
-from jcompress.prune.patterns import NM
+from jcompress.prune.patterns import Pattern, Shared
 from jcompress.prune.threshold import keep_largest
 
-Scope = Literal["leaf", "global"]
+Scope = Literal["leaf", "output", "global"]
 
 
 class Selection(Protocol):
@@ -27,28 +28,47 @@ class Selection(Protocol):
 
     @property
     def scope(self) -> Scope:
-        """For each leaf, or for all together."""
+        """For each leaf, for each output of it, or for all leaves together."""
 
     @property
-    def pattern(self) -> NM | None:
+    def pattern(self) -> Pattern | None:
         """What the mask must follow."""
 
 
 def validate(method: Selection) -> None:
     """Raise for hyperparameters that contradict themselves. To be called when a method is made."""
-    name = type(method).__name__
-    if method.scope not in ("leaf", "global"):
-        raise ValueError(f"{name}: scope={method.scope!r} is unknown; use 'leaf' or 'global'")
-    if method.sparsity is None and method.pattern is None:
+    name, pattern = type(method).__name__, method.pattern
+    fixed = None if pattern is None else pattern.sparsity
+    if method.scope not in ("leaf", "output", "global"):
+        raise ValueError(f"{name}: scope={method.scope!r} is unknown; use 'leaf', 'output' or 'global'")
+    if method.scope == "output" and fixed is None and pattern not in (None, Shared()):
+        raise ValueError(
+            f"{name}: scope='output' decides for single weights, found {pattern}; use scope='leaf' with it"
+        )
+    if method.sparsity is None and fixed is None:
         raise ValueError(f"{name} needs a sparsity, the fraction of zeros, or a pattern that fixes it")
     if method.sparsity is None or callable(method.sparsity) or not core.is_concrete(method.sparsity):
         return
     check_sparsity(name, method.sparsity)
-    if method.pattern is not None and abs(float(method.sparsity) - method.pattern.sparsity) > 1e-6:
+    if fixed is not None and abs(float(method.sparsity) - fixed) > 1e-6:
         raise ValueError(
-            f"{name}: sparsity={method.sparsity} disagrees with {method.pattern}, which fixes it at "
-            f"{method.pattern.sparsity:g}; leave sparsity out"
+            f"{name}: sparsity={method.sparsity} disagrees with {pattern}, which fixes it at {fixed:g}; leave sparsity "
+            "out"
         )
+
+
+def is_joint(method: Selection) -> bool:
+    """Whether all leaves of the rule are decided together."""
+    if isinstance(method.pattern, Shared):
+        return True
+    return method.scope == "global" and (method.pattern is None or method.pattern.sparsity is None)
+
+
+def unit(method: Selection, shape: tuple[int, ...]) -> int:
+    """How many weights the sparsity of one leaf can change by, at least."""
+    if method.scope == "output" and len(shape) > 1:
+        return shape[-1]
+    return 1 if method.pattern is None else method.pattern.unit(shape)
 
 
 def check_sparsity(name: str, sparsity: Any) -> None:
@@ -92,13 +112,60 @@ def fit(
 
 
 def _masks(method: Selection, scores: list[jax.Array], contexts: Sequence[Context]) -> list[jax.Array]:
-    if method.pattern is not None:
-        for x, context in zip(scores, contexts, strict=True):
-            method.pattern.check(context.path, x.shape)
+    pattern = method.pattern
+    if pattern is None:
+        return _decided(method, scores, contexts)
+    for x, context in zip(scores, contexts, strict=True):
+        pattern.check(context.path, x.shape)
+    units = [pattern.units(x) for x in scores]
+    if isinstance(pattern, Shared):
+        kept = _decided(method, [_total(units, contexts)], contexts[:1]) * len(scores)
+    else:
+        kept = _decided(method, units, contexts)
+    return [pattern.spread(mask, x.shape) for mask, x in zip(kept, scores, strict=True)]
+
+
+def _decided(method: Selection, scores: list[jax.Array], contexts: Sequence[Context]) -> list[jax.Array]:
+    """Which of the units stay."""
+    if method.pattern is not None and method.pattern.sparsity is not None:
         return [method.pattern.mask(x) for x in scores]
     sparsity = core.value_at(method.sparsity, contexts[0].step)
     if core.is_concrete(sparsity):
         check_sparsity(f"{contexts[0].path}: {type(method).__name__}", sparsity)
     if method.scope == "global":
         return keep_largest(scores, kept(sum(x.size for x in scores), sparsity))
+    if method.scope == "output":
+        return [_by_output(x, sparsity, context) for x, context in zip(scores, contexts, strict=True)]
     return [keep_largest([x], kept(x.size, sparsity))[0] for x in scores]
+
+
+def _total(units: list[jax.Array], contexts: Sequence[Context]) -> jax.Array:
+    for x, context in zip(units, contexts, strict=True):
+        if x.shape != units[0].shape:
+            raise ValueError(
+                f"{context.path}: leaves that share one mask need as many units as one another, found {x.shape} and at "
+                f"{contexts[0].path} {units[0].shape}; give them rules of their own"
+            )
+    return sum(units[1:], units[0])
+
+
+def contracted(shape: tuple[int, ...], context: Context) -> tuple[int, ...]:
+    """The axes that an output sums over: those of the statistics, else all but the last, of a vector the only one."""
+    axes = tuple(getattr(context.stats, "axes", ()))
+    return tuple(sorted(i % len(shape) for i in axes)) if axes else tuple(range(max(len(shape) - 1, 1)))
+
+
+def _by_output(scores: jax.Array, sparsity: Any, context: Context) -> jax.Array:
+    """A threshold for the weights of each output."""
+    if not scores.size:
+        return jnp.zeros(scores.shape, jnp.bool_)
+    axes = contracted(scores.shape, context)
+    count = kept(math.prod(scores.shape[i] for i in axes), sparsity)
+
+    def decide(x: jax.Array) -> jax.Array:
+        return keep_largest([x], count)[0]
+
+    for axis in range(scores.ndim):
+        if axis not in axes:
+            decide = jax.vmap(decide, in_axes=axis, out_axes=axis)
+    return decide(scores)
