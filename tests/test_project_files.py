@@ -16,7 +16,7 @@ LAYERS = {
     "rules": {"core"},
     "apply": {"core", "rules"},
     "combine": {"core", "formats"},
-    "prune": {"core", "formats", "rules"},
+    "prune": {"apply", "core", "formats", "rules"},
     "quantize": {"core", "formats"},
     "factorize": {"core", "formats"},
     "share": {"core", "formats"},

@@ -4,12 +4,15 @@ from jcompress.formats.annealed import Annealed
 from jcompress.formats.bottleneck import Bottleneck
 from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
+from jcompress.formats.frozen import Frozen
 from jcompress.formats.gaussian import Gaussian
 from jcompress.formats.hard_concrete import HardConcrete
 from jcompress.formats.horseshoe import Horseshoe
 from jcompress.formats.lowrank import LowRank
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized
+from jcompress.formats.scored import Scored
+from jcompress.formats.soft_threshold import SoftThreshold
 from jcompress.formats.spectral import Spectral
 from jcompress.formats.sum import Sum
 
@@ -18,12 +21,15 @@ __all__ = [
     "Bottleneck",
     "Cast",
     "Codebook",
+    "Frozen",
     "Gaussian",
     "HardConcrete",
     "Horseshoe",
     "LowRank",
     "Masked",
     "Quantized",
+    "Scored",
+    "SoftThreshold",
     "Spectral",
     "Sum",
 ]

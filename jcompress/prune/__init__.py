@@ -1,6 +1,6 @@
 """Methods that choose masks. A mask's True means keep; ``sparsity`` is the fraction of zeros."""
 
-from jcompress.prune import bayesian, scores, structured
+from jcompress.prune import bayesian, proximal, scores, structured
 from jcompress.prune.bayesian import (
     AnnealedChannels,
     BayesianCompression,
@@ -28,6 +28,7 @@ __all__ = [
     "VariationalDropout",
     "bayesian",
     "keep_largest",
+    "proximal",
     "scores",
     "structured",
 ]

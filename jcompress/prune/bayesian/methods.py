@@ -80,7 +80,7 @@ class HardConcrete:
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> formats.HardConcrete:
         """The node for one array."""
         self.check(context.path, w.shape, w.dtype)
-        node = formats.HardConcrete(None, None, tuple(self.axes), self.keep, self.temperature, tuple(self.stretch))
+        node = formats.HardConcrete(None, None, tuple(self.axes), self.keep, self.temperature, self.stretch)
         return node.project(w)
 
 
@@ -166,9 +166,10 @@ class BayesianCompression:
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> formats.Horseshoe:
         """The node for one array."""
         self.check(context.path, w.shape, w.dtype)
-        leaves = [None] * 6
-        node = formats.Horseshoe(*leaves, tuple(self.axes), w.ndim, self.tau, self.start, self.threshold)
-        return node.project(w)
+        empty = formats.Horseshoe(
+            None, None, None, None, None, None, tuple(self.axes), w.ndim, self.tau, self.start, self.threshold
+        )
+        return empty.project(w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,5 +276,14 @@ class AnnealedChannels:
         channels = w.shape[self.axis]
         kept = min(channels, max(self.at_least, channels - round(self.sparsity * channels)))
         step = jnp.asarray(context.step, jnp.int32)
-        shape = {"axis": self.axis, "ndim": w.ndim, "temperatures": tuple(self.temperatures), "steps": self.steps}
-        return formats.Annealed(None, None, step, kept=kept, **shape).project(jnp.copy(w))
+        empty = formats.Annealed(
+            None,
+            None,
+            step,
+            kept=kept,
+            axis=self.axis,
+            ndim=w.ndim,
+            temperatures=self.temperatures,
+            steps=self.steps,
+        )
+        return empty.project(jnp.copy(w))

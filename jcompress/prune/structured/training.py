@@ -12,6 +12,7 @@ import optax
 
 from jcompress import core, rules
 from jcompress.core import PyTree
+from jcompress.prune import shrinkage
 from jcompress.prune.structured import choice, units
 from jcompress.prune.structured.units import Group, Groups, Members
 
@@ -104,8 +105,7 @@ def group_lasso_proximal(
         for name, group in units.prunable(groups).items():
             picked = units.chosen(name, group, members, match, new)
             square, count = _squares(name, group, picked, new)
-            norm, limit = jnp.sqrt(square), threshold * (count**0.5 if weighted else 1)
-            factor = jnp.where(norm > limit, 1 - limit / jnp.where(norm > limit, norm, 1), 0)
+            factor = shrinkage.shrink_factor(jnp.sqrt(square), threshold * (count**0.5 if weighted else 1))
             for path, axis in picked:
                 along = units.spread(factor, axis, group.maps[path, axis], new[path].ndim, 1.0)
                 if axes.setdefault(path, axis) != axis:
@@ -116,7 +116,7 @@ def group_lasso_proximal(
                 factors[path] = factors.get(path, jnp.ones(())) * along
         return {path: (new[path] * factor).astype(new[path].dtype) for path, factor in factors.items()}
 
-    return _moving("group_lasso_proximal", shrink)
+    return moving("group_lasso_proximal", shrink)
 
 
 def soft_filter(
@@ -170,7 +170,7 @@ def soft_filter(
                 changed[path] = jnp.where(along, changed.get(path, new[path]), 0)
         return changed
 
-    return _moving("soft_filter", cut)
+    return moving("soft_filter", cut)
 
 
 def l1_proximal(strength: optax.ScalarOrSchedule, match: str = ".*scale") -> optax.GradientTransformation:
@@ -195,12 +195,9 @@ def l1_proximal(strength: optax.ScalarOrSchedule, match: str = ".*scale") -> opt
 
     def shrink(new: dict[str, jax.Array], steps: jax.Array) -> dict[str, jax.Array]:
         limit = core.value_at(strength, steps)
-        return {
-            path: (jnp.sign(x) * jnp.maximum(jnp.abs(x) - limit, 0)).astype(x.dtype)
-            for path, x in _matching("l1_proximal", new, match).items()
-        }
+        return {path: shrinkage.soft_threshold(x, limit) for path, x in matching("l1_proximal", new, match).items()}
 
-    return _moving("l1_proximal", shrink)
+    return moving("l1_proximal", shrink)
 
 
 def add_l1(strength: float, match: str = ".*scale") -> optax.GradientTransformation:
@@ -223,7 +220,7 @@ def add_l1(strength: float, match: str = ".*scale") -> optax.GradientTransformat
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         found, changes = _both("add_l1", updates, params)
-        chosen = _matching("add_l1", found, match)
+        chosen = matching("add_l1", found, match)
         added = {
             path: changes[path] + (strength * jnp.sign(x)).astype(changes[path].dtype) for path, x in chosen.items()
         }
@@ -232,7 +229,8 @@ def add_l1(strength: float, match: str = ".*scale") -> optax.GradientTransformat
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _matching(name: str, found: dict[str, Any], match: str) -> dict[str, Any]:
+def matching(name: str, found: dict[str, Any], match: str) -> dict[str, Any]:
+    """The parameters whose paths match; raises if there are none, in the name of what asked."""
     chosen = {path: x for path, x in found.items() if re.fullmatch(match, path)}
     if not chosen:
         raise ValueError(f"{name}: match={match!r} matches no parameter; {units.closest(match, found)}")
@@ -246,7 +244,7 @@ def _both(name: str, updates: PyTree, params: PyTree | None) -> tuple[dict[str, 
     return dict(rules.paths(params)), dict(rules.paths(updates))
 
 
-def _moving(
+def moving(
     name: str, moved: Callable[[dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
 ) -> optax.GradientTransformation:
     """A transform that replaces some of the parameters that the updates lead to."""

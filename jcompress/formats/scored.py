@@ -1,0 +1,87 @@
+"""Arrays whose mask is learned through scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core
+from jcompress.core import Compressed
+from jcompress.formats.masked import Masked
+from jcompress.formats.quantized import Quantized
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Scored(Compressed):
+    """Weights under a mask, with scores that learn which of them to keep.
+
+    Forward this is ``mask * weights``, or ``alpha * mask * sign(weights)`` with ``alpha = ||mask * weights||_1 /
+    ||mask||_0`` where ``axes`` are given. Backward the mask counts as the identity of the scores: for a gradient
+    ``g`` of the dense array, weights get ``mask * g`` and scores get ``g * weights``, also where the mask is False, so
+    that a weight can come back. The mask is held; what chose it chooses it again from the scores
+    (:func:`jcompress.prune.dynamic.select`).
+
+    Attributes:
+      weights: float array, or a node: :class:`Frozen` if only the scores are to learn.
+      scores: float array in the shape of the weights; trainable.
+      mask: boolean array in the shape of the weights; True keeps.
+      axes: negative axes over which ``alpha`` is one number, or None for the weights themselves. With ``axes`` the
+        weights get no gradient.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> w, mask = jnp.array([3.0, -1.0]), jnp.array([True, False])
+      >>> def value(scores):
+      ...     return jc.formats.Scored(w, scores, mask).materialize().sum()
+      >>> float(value(jnp.zeros(2))), jax.grad(value)(jnp.zeros(2)).tolist()
+      (3.0, [3.0, -1.0])
+    """
+
+    weights: Any
+    scores: Any
+    mask: Any
+    axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    elementwise: ClassVar[tuple[str, ...]] = ("weights", "scores", "mask")
+
+    def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
+        weights = core.dense(self.weights, key=key)
+        if self.axes is None:
+            return _gate(weights, weights, self.scores, self.mask)
+        still = jax.lax.stop_gradient(weights)
+        signs = jnp.where(still < 0, -1.0, 1.0)
+        return _gate((self._alpha(still) * signs).astype(weights.dtype), still, self.scores, self.mask)
+
+    def _alpha(self, weights: jax.Array) -> jax.Array:
+        total = jnp.sum(jnp.where(self.mask, jnp.abs(weights), 0), self.axes, jnp.float32, keepdims=True)
+        return total / jnp.maximum(jnp.sum(self.mask, self.axes, jnp.float32, keepdims=True), 1)
+
+    def project(self, w: jax.Array, where: jax.Array | None = None) -> Scored:
+        weights = self.weights.project(w, where) if core.is_node(self.weights) else w
+        wide, kept = w.astype(jnp.float32), core.dense(weights).astype(jnp.float32)
+        # What keeping a weight takes off the squared error: with these scores the best mask would be chosen.
+        return dataclasses.replace(self, weights=weights, scores=2 * wide * kept - kept**2)
+
+    def finalize(self) -> Compressed:
+        weights = core.dense(self.weights)
+        if self.axes is None:
+            return Masked(jnp.where(self.mask, weights, jnp.zeros_like(weights)), self.mask)
+        codes = jnp.where(weights < 0, -1, 0).astype(jnp.int8)
+        signs = Quantized(codes, self._alpha(weights), bits=1, axes=self.axes, dtype=weights.dtype)
+        return Masked(signs, self.mask)
+
+
+@jax.custom_jvp
+def _gate(values: jax.Array, weights: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """``mask * values``; its derivative in the scores is ``weights``."""
+    return jnp.where(mask, values, jnp.zeros_like(values))
+
+
+@_gate.defjvp
+def _gate_jvp(primals: tuple, tangents: tuple) -> tuple:
+    values, weights, _, mask = primals
+    moved = jnp.where(mask, tangents[0], jnp.zeros_like(values))
+    return _gate(*primals), moved + weights * tangents[2].astype(values.dtype)

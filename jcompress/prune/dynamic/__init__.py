@@ -1,0 +1,44 @@
+"""Masks that move while the network trains: sparse training, learned masks, lottery tickets."""
+
+from jcompress.prune.dynamic.exchange import SET, RigL, Static
+from jcompress.prune.dynamic.held import lay, masks
+from jcompress.prune.dynamic.leaves import Leaf, Rule
+from jcompress.prune.dynamic.redistribution import DSR, SparseMomentum
+from jcompress.prune.dynamic.reparametrization import STR
+from jcompress.prune.dynamic.rewiring import RewiringState, deep_rewiring
+from jcompress.prune.dynamic.supermasks import EdgePopup, Movement, Piggyback, score_penalty, select
+from jcompress.prune.dynamic.tickets import EarlyBird, Ticket, early_bird, lottery_ticket, mask_distance
+from jcompress.prune.dynamic.training import SparseState, sparse
+from jcompress.prune.dynamic.views import LatentState, Surgery, TopKAST, View, latent
+
+__all__ = [
+    "DSR",
+    "SET",
+    "STR",
+    "EarlyBird",
+    "EdgePopup",
+    "LatentState",
+    "Leaf",
+    "Movement",
+    "Piggyback",
+    "RewiringState",
+    "RigL",
+    "Rule",
+    "SparseMomentum",
+    "SparseState",
+    "Static",
+    "Surgery",
+    "Ticket",
+    "TopKAST",
+    "View",
+    "deep_rewiring",
+    "early_bird",
+    "latent",
+    "lay",
+    "lottery_ticket",
+    "mask_distance",
+    "masks",
+    "score_penalty",
+    "select",
+    "sparse",
+]

@@ -1,0 +1,82 @@
+"""Rules that exchange weights inside each leaf: drop the smallest, grow as many."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core
+from jcompress.prune.dynamic import leaves
+from jcompress.prune.dynamic.leaves import Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """Masks that stay as they are: fixed sparse training, as of lottery tickets."""
+
+    def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
+        """The same masks."""
+        return [leaf.mask for leaf in found], memory
+
+
+@dataclasses.dataclass(frozen=True)
+class SET:
+    """Sparse evolutionary training: drop the smallest weights, grow as many at random (Mocanu et al. 2018, 1707.04780).
+
+    In each leaf ``floor(fraction * k)`` of the ``k`` active weights are dropped, those of smallest magnitude, and as
+    many are drawn uniformly from all that are then not active.
+
+    Attributes:
+      fraction: the part exchanged, in [0, 1], or an optax schedule of it.
+    """
+
+    fraction: Any = 0.3
+
+    def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
+        """The new masks."""
+        fraction = core.value_at(self.fraction, found[0].step) if found else 0
+        return [_exchanged(leaf, leaves.uniform(leaf), fraction) for leaf in found], memory
+
+
+@dataclasses.dataclass(frozen=True)
+class RigL:
+    """Rigged lottery: drop the smallest weights, grow where the gradient is largest (Evci et al. 2020, 1911.11134).
+
+    At step ``t`` the part exchanged in each leaf is ``fraction / 2 * (1 + cos(pi * t / stop))``; from ``stop`` on the
+    masks stay. A weight may be grown again in the step that drops it; then it keeps its value.
+
+    Attributes:
+      stop: the step after which masks stay; three quarters of the training, in the paper.
+      fraction: the part exchanged at the start, or an optax schedule that takes the place of the cosine.
+    """
+
+    stop: Any
+    fraction: Any = 0.3
+
+    def fraction_at(self, step: jax.Array) -> jax.Array:
+        """The part exchanged at a step.
+
+        Example:
+          >>> import jcompress as jc
+          >>> rule = jc.prune.dynamic.RigL(stop=100, fraction=0.4)
+          >>> [round(float(rule.fraction_at(step)), 2) for step in (0, 50, 100)]
+          [0.4, 0.2, 0.0]
+        """
+        if callable(self.fraction):
+            return jnp.where(step < self.stop, self.fraction(step), 0.0)
+        turn = jnp.clip(jnp.asarray(step, jnp.float32) / self.stop, 0.0, 1.0)
+        return jnp.where(turn < 1, self.fraction / 2 * (1 + jnp.cos(jnp.pi * turn)), 0.0)
+
+    def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
+        """The new masks."""
+        fraction = self.fraction_at(found[0].step) if found else 0
+        return [_exchanged(leaf, jnp.abs(leaf.grad), fraction) for leaf in found], memory
+
+
+def _exchanged(leaf: Leaf, scores: jax.Array, fraction: Any) -> jax.Array:
+    number = leaves.part(leaf.mask, fraction)
+    return leaves.grow_largest(leaves.drop_smallest(leaf, number), scores, number)

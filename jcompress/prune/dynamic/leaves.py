@@ -1,0 +1,124 @@
+"""What a rule of sparse training knows about a leaf, and the pieces that rules are made of."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from jcompress.prune.threshold import keep_largest
+
+
+class Leaf(NamedTuple):
+    """What is known about a leaf when its mask may change.
+
+    Attributes:
+      w: the weights, exactly 0.0 where the mask is False.
+      mask: True for the weights that are active.
+      grad: the dense gradient, also of weights that are not active.
+      momentum: the moving average of dense gradients, or None if the rule reads none.
+      step: the steps taken.
+      key: a PRNG key of this leaf's and this step's own.
+    """
+
+    w: jax.Array
+    mask: jax.Array
+    grad: jax.Array
+    momentum: jax.Array | None
+    step: jax.Array
+    key: jax.Array
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """How masks change: ``(leaves, memory) -> (masks, memory)``, with as many True in all as before.
+
+    Two things are optional: ``memory()`` gives what the rule remembers at the start, and ``decay`` says that the
+    rule reads the momentum, and at what rate it is to be averaged.
+    """
+
+    def __call__(self, leaves: Sequence[Leaf], memory: Any, /) -> tuple[list[jax.Array], Any]:
+        """The new masks, one for each leaf."""
+        ...
+
+
+def count(mask: jax.Array) -> jax.Array:
+    """How many are True, as a uint32 scalar."""
+    return jnp.sum(mask, dtype=jnp.uint32)
+
+
+def part(mask: jax.Array, fraction: Any) -> jax.Array:
+    """``floor(fraction * count)`` of a mask, as a uint32 scalar no larger than the count."""
+    total = count(mask)
+    wanted = jnp.floor(jnp.asarray(fraction, jnp.float32) * total.astype(jnp.float32))
+    return jnp.minimum(jnp.maximum(wanted, 0).astype(jnp.uint32), total)
+
+
+def uniform(leaf: Leaf) -> jax.Array:
+    """Random scores, sharded as the weights are."""
+    return jnp.zeros_like(leaf.w, jnp.float32) + jax.random.uniform(leaf.key, leaf.w.shape)
+
+
+def keep(scores: jax.Array, among: jax.Array, number: jax.Array) -> jax.Array:
+    """The ``number`` of the largest scores where ``among`` is True; ties go to the lower index."""
+    scores = scores.astype(jnp.float32)
+    return keep_largest([jnp.where(among, _above_none(scores), -jnp.inf)], number)[0]
+
+
+def _above_none(scores: jax.Array) -> jax.Array:
+    return jnp.maximum(scores, jnp.finfo(jnp.float32).min)
+
+
+def drop_smallest(leaf: Leaf, number: jax.Array) -> jax.Array:
+    """The active weights without the ``number`` of smallest magnitude."""
+    return keep(jnp.abs(leaf.w), leaf.mask, count(leaf.mask) - number)
+
+
+def grow_largest(survivors: jax.Array, scores: jax.Array, number: jax.Array) -> jax.Array:
+    """The survivors and the ``number`` of other weights whose scores are largest."""
+    return survivors | keep(scores, ~survivors, number)
+
+
+def apportion(total: jax.Array, shares: jax.Array, room: jax.Array) -> jax.Array:
+    """Integers in proportion to ``shares``, none above its ``room``, that add up to ``total`` exactly.
+
+    What one cannot take goes to the others in proportion; the rounding's remainder goes in order.
+
+    Args:
+      total: uint32 scalar, at most the sum of ``room``.
+      shares: non-negative float32 vector; equal shares if all are zero.
+      room: uint32 vector.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jcompress.prune.dynamic import leaves
+      >>> leaves.apportion(jnp.uint32(10), jnp.array([1.0, 3.0, 1.0]), jnp.array([9, 4, 9], jnp.uint32)).tolist()
+      [3, 4, 3]
+    """
+    shares = jnp.where(jnp.sum(shares) > 0, shares, 1.0)
+    wanted, limit = total.astype(jnp.float32), room.astype(jnp.float32)
+    given = jnp.zeros_like(limit)
+    for _ in range(shares.size):  # each round fills one at least, or gives all away
+        open_shares = jnp.where(given < limit, shares, 0.0)
+        whole = jnp.sum(open_shares)
+        more = (wanted - jnp.sum(given)) * open_shares / jnp.where(whole > 0, whole, 1.0)
+        given = jnp.minimum(given + more, limit)
+    floors = jnp.minimum(jnp.floor(given).astype(jnp.uint32), room)
+    # Sums in float32 may be off either way: take back what is too much, then fill up in order.
+    floors = _filled(total, floors)
+    return floors + _filled(total - jnp.sum(floors, dtype=jnp.uint32), room - floors)
+
+
+def _filled(total: jax.Array, room: jax.Array) -> jax.Array:
+    """As much as each can take of ``total``, in order."""
+    room = jnp.minimum(room, total)
+    before = jnp.cumsum(room, dtype=jnp.uint32) - room
+    return jnp.minimum(room, jnp.where(total > before, total - before, 0))
+
+
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
+    """A key that depends on the path."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)

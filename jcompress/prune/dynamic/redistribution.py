@@ -1,0 +1,101 @@
+"""Rules that move weights between leaves: the total stays, the parts follow what each leaf needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core
+from jcompress.prune.dynamic import leaves
+from jcompress.prune.dynamic.leaves import Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseMomentum:
+    """Sparse momentum: leaves whose momentum is larger get more weights (Dettmers & Zettlemoyer 2019, 1907.04840).
+
+    In each leaf ``floor(fraction * k)`` of the ``k`` active weights are dropped, those of smallest magnitude. What was
+    dropped in all is shared out in proportion to the mean magnitude of the momentum over the active weights of each
+    leaf, and grows where the momentum of weights that are not active is largest. What a leaf has no room for goes to
+    the others.
+
+    Attributes:
+      fraction: the part dropped, in [0, 1], or an optax schedule of it.
+      decay: the rate at which dense gradients are averaged: ``m <- decay * m + (1 - decay) * g``. The average is held
+        beside the optimizer, so any optimizer will do.
+    """
+
+    fraction: Any = 0.2
+    decay: float = 0.9
+
+    def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
+        """The new masks."""
+        if not found:
+            return [], memory
+        fraction = core.value_at(self.fraction, found[0].step)
+        survivors = [leaves.drop_smallest(leaf, leaves.part(leaf.mask, fraction)) for leaf in found]
+        sizes = [jnp.abs(_momentum(leaf)) for leaf in found]
+        shares = [_mean(size, leaf.mask) for size, leaf in zip(sizes, found, strict=True)]
+        return _regrown(found, survivors, sizes, jnp.stack(shares)), memory
+
+
+@dataclasses.dataclass(frozen=True)
+class DSR:
+    """Dynamic sparse reparameterization: one threshold for all leaves (Mostafa & Wang 2019, 1902.05967).
+
+    Active weights of a magnitude below the threshold are dropped. The threshold doubles if fewer were dropped than
+    ``fraction * (1 - tolerance)`` of all active weights, and halves if more than ``fraction * (1 + tolerance)``. What
+    was dropped in all grows at random, shared out in proportion to the weights that each leaf has left.
+
+    Attributes:
+      fraction: the part of all active weights that should be dropped each time.
+      tolerance: how far off that may be before the threshold moves.
+      threshold: the first threshold.
+    """
+
+    fraction: Any = 0.01
+    tolerance: float = 0.1
+    threshold: float = 1e-3
+
+    def memory(self) -> jax.Array:
+        """The threshold at the start."""
+        return jnp.float32(self.threshold)
+
+    def __call__(self, found: Sequence[Leaf], memory: Any, /) -> tuple[list[jax.Array], Any]:
+        """The new masks and threshold."""
+        if not found:
+            return [], memory
+        survivors = [leaf.mask & (jnp.abs(leaf.w).astype(jnp.float32) >= memory) for leaf in found]
+        active = sum(leaves.count(leaf.mask) for leaf in found).astype(jnp.float32)
+        remaining = jnp.stack([leaves.count(x) for x in survivors]).astype(jnp.float32)
+        share = (active - jnp.sum(remaining)) / jnp.maximum(active, 1)
+        fraction = core.value_at(self.fraction, found[0].step)
+        factor = jnp.where(share < fraction * (1 - self.tolerance), 2.0, 1.0)
+        factor = jnp.where(share > fraction * (1 + self.tolerance), 0.5, factor)
+        return _regrown(found, survivors, [leaves.uniform(leaf) for leaf in found], remaining), memory * factor
+
+
+def _momentum(leaf: Leaf) -> jax.Array:
+    if leaf.momentum is None:
+        raise ValueError("SparseMomentum reads the momentum, which is missing: give the leaves one")
+    return leaf.momentum
+
+
+def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
+    total = jnp.sum(jnp.where(where, x, 0), dtype=jnp.float32)
+    return total / jnp.maximum(leaves.count(where).astype(jnp.float32), 1)
+
+
+def _regrown(
+    found: Sequence[Leaf], survivors: list[jax.Array], scores: list[jax.Array], shares: jax.Array
+) -> list[jax.Array]:
+    """As many weights as were dropped in all, shared out over the leaves."""
+    left = jnp.stack([leaves.count(x) for x in survivors])
+    before = jnp.stack([leaves.count(leaf.mask) for leaf in found])
+    room = jnp.array([x.size for x in survivors], jnp.uint32) - left
+    grown = leaves.apportion(jnp.sum(before - left, dtype=jnp.uint32), shares, room)
+    return [leaves.grow_largest(*args) for args in zip(survivors, scores, grown, strict=True)]

@@ -1,0 +1,126 @@
+"""Deep rewiring: noisy training under sign constraints."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jcompress import core, rules
+from jcompress.core import PyTree
+from jcompress.prune.dynamic import leaves, moments
+from jcompress.prune.dynamic.held import Masks, initial, lay, moved
+from jcompress.prune.select import Scope
+from jcompress.prune.threshold import keep_largest
+from jcompress.rules import Plan
+
+
+class RewiringState(NamedTuple):
+    """State of :func:`deep_rewiring`: steps, masks, which weights are negative for good, the key, the optimizer's."""
+
+    steps: jax.Array
+    masks: dict[str, jax.Array]
+    negative: dict[str, jax.Array]
+    key: jax.Array
+    inner: PyTree
+
+
+def deep_rewiring(
+    optimizer: optax.GradientTransformation,
+    masks: Plan | Masks,
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    l1: float = 0.0,
+    temperature: float = 0.0,
+    scope: Scope = "leaf",
+    key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Deep rewiring, DeepR (Bellec et al. 2018, arXiv:1711.05136), around any optimizer.
+
+    Every weight has a sign for good, that of its first value, and ``theta``, its value times that sign. Active ones
+    move by ``theta <- theta + sign * update - eta * l1 + sqrt(2 * eta * temperature) * noise`` with standard normal
+    noise. Whichever is then negative becomes dormant, exactly 0.0, and as many dormant weights, drawn uniformly,
+    become active at 0.0 with fresh moments. So the number of active weights is the same after every step.
+
+    Args:
+      optimizer: gives ``update``; plain descent at rate eta in the paper.
+      masks: as for :func:`sparse`.
+      learning_rate: eta, a number or an optax schedule.
+      l1: the rate at which all active weights shrink.
+      temperature: of the random walk; the noise has variance ``2 * eta * temperature``.
+      scope: whether the number of active weights is kept in each leaf, or ``"global"``, in all together.
+      key: ``jax.random.key(0)`` by default.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``. Every step draws one normal number a
+      weight, and with it costs more than an ordinary one.
+
+    Raises:
+      ValueError: as :func:`sparse` does, or for an unknown scope.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jcompress as jc
+      >>> params = {"w": jnp.array([1.0, -2.0, 3.0, 0.5])}
+      >>> plan = jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])
+      >>> tx = jc.prune.dynamic.deep_rewiring(optax.sgd(1.0), plan, learning_rate=1.0)
+      >>> updates, state = tx.update({"w": jnp.array([0.0, -3.0, 1.0, 0.0])}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["w"].tolist()  # -2 would have become positive
+      [0.0, 0.0, 2.0, 0.0]
+    """
+    if scope not in ("leaf", "global"):
+        raise ValueError(f"deep_rewiring: scope={scope!r} is unknown; use 'leaf' or 'global'")
+    tx = optax.with_extra_args_support(optimizer)
+    seed = jax.random.key(0) if key is None else key
+
+    def init(params: PyTree) -> RewiringState:
+        first, weights = initial(params, masks, seed), dict(rules.paths(params))
+        negative = {path: weights[path] < 0 for path in first}
+        return RewiringState(jnp.zeros((), jnp.int32), first, negative, jnp.copy(seed), tx.init(lay(params, first)))
+
+    def update(
+        grads: PyTree, state: RewiringState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, RewiringState]:
+        if params is None:
+            raise ValueError("deep_rewiring needs the parameters: call tx.update(grads, state, params)")
+        updates, inner = tx.update(lay(grads, state.masks), state.inner, lay(params, state.masks), **extra)
+        change = dict(zip([p for p, _ in rules.paths(params)], jax.tree.leaves(updates), strict=True))
+        eta = core.value_at(learning_rate, state.steps)
+        walks, alive = {}, {}
+        for path, w in rules.paths(params):
+            if path in state.masks:
+                walks[path], alive[path] = _walk(w, change[path], state, path, eta * l1, 2 * eta * temperature)
+        inner = moments.reset(tx.init, inner, params, alive)
+        new = _reactivated(state, alive, scope)
+        return moved(params, updates, walks), state._replace(
+            steps=optax.safe_increment(state.steps), masks=new, inner=inner
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _key(state: RewiringState, path: str, use: int) -> jax.Array:
+    return jax.random.fold_in(leaves.leaf_key(jax.random.fold_in(state.key, state.steps), path), use)
+
+
+def _walk(
+    w: jax.Array, change: jax.Array, state: RewiringState, path: str, shrink: Any, variance: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The update of one leaf, and which of its active weights kept their sign."""
+    sign = jnp.where(state.negative[path], -1.0, 1.0).astype(w.dtype)
+    noise = jax.random.normal(_key(state, path, 0), w.shape, w.dtype)
+    step = change + sign * (jnp.sqrt(jnp.asarray(variance, w.dtype)) * noise - shrink)
+    alive = state.masks[path] & (sign * (w + step).astype(w.dtype) >= 0)
+    return jnp.where(alive, step, -w), alive
+
+
+def _reactivated(state: RewiringState, alive: dict[str, jax.Array], scope: Scope) -> dict[str, jax.Array]:
+    """As many masks True as before, what is missing drawn at random."""
+    scores = {path: jnp.where(x, 2.0, jax.random.uniform(_key(state, path, 1), x.shape)) for path, x in alive.items()}
+    numbers = [leaves.count(state.masks[path]) for path in alive]
+    if scope == "global" and alive:
+        chosen = keep_largest(list(scores.values()), sum(numbers[1:], numbers[0]))
+    else:
+        chosen = [keep_largest([x], number)[0] for x, number in zip(scores.values(), numbers, strict=True)]
+    return dict(zip(alive, chosen, strict=True))

@@ -1,0 +1,158 @@
+"""Sparse training: an optimizer that works on the active weights only, while a rule moves the mask."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jcompress import rules
+from jcompress.core import PyTree
+from jcompress.prune.dynamic import leaves, moments
+from jcompress.prune.dynamic.exchange import Static
+from jcompress.prune.dynamic.held import Masks, initial, lay, moved
+from jcompress.prune.dynamic.leaves import Leaf, Rule
+from jcompress.rules import Plan
+
+
+class SparseState(NamedTuple):
+    """State of :func:`sparse`: the steps taken, masks by path, the key, what rule and optimizer remember.
+
+    ``momentum`` holds the average of dense gradients by path, if the rule reads it.
+    """
+
+    steps: jax.Array
+    masks: dict[str, jax.Array]
+    key: jax.Array
+    memory: PyTree
+    momentum: dict[str, jax.Array]
+    inner: PyTree
+
+
+def sparse(
+    optimizer: optax.GradientTransformation,
+    rule: Rule,
+    masks: Plan | Masks,
+    *,
+    every: int = 100,
+    key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Train with a constant number of non-zero weights, while ``rule`` moves the mask every so often.
+
+    An optax transform that wraps the optimizer, so the loop stays as it is. After every step, from the first on, a
+    weight that is not active is exactly 0.0, and so is its share of the optimizer's state: what is dropped leaves
+    nothing behind, and what is grown starts at 0.0 with fresh moments. The optimizer meets the gradients of active
+    weights only, so a clipped norm or an orthogonalized momentum is that of the sparse network; the rule reads the
+    dense gradients. The masks change before the optimizer moves, on steps ``every``, ``2 * every``, ...; weights grown
+    in a step move from the next one on. In between the cost is that of reading the masks.
+
+    A state entry belongs to a weight if its place in the state ends in the parameter's path and has its shape, as
+    everything that optimizers build with ``tree.map`` does, inside ``chain``, ``masked``, ``partition``,
+    ``inject_hyperparams`` and ``MultiSteps`` too. Statistics of no single weight (Adafactor's rows and columns, all that
+    ``optax.flatten`` makes one vector of) stay.
+
+    Args:
+      optimizer: any optax optimizer.
+      rule: :class:`SET`, :class:`RigL`, :class:`SparseMomentum`, :class:`DSR`, :class:`Static`, or a function of the
+        same form, ``(leaves, memory) -> (masks, memory)``.
+      masks: a plan whose methods choose the first masks, such as ``jc.prune.Random(sparsity=0.9)``; or the masks
+        themselves, ``{path: boolean array}``.
+      every: the steps between two changes of the masks.
+      key: for rules and methods that draw random numbers; ``jax.random.key(0)`` by default. Every change draws anew.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``; ``update`` must be given the raw gradients and ``params``.
+
+    Raises:
+      ValueError: if ``every`` is not positive, a method of the plan gives no mask, a given mask fits no parameter, or
+        ``update`` is called without ``params``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jcompress as jc
+      >>> params = {"w": jnp.arange(1.0, 9.0)}
+      >>> plan = jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])
+      >>> tx = jc.prune.dynamic.sparse(optax.adamw(0.1), jc.prune.dynamic.RigL(stop=100), plan, every=2)
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     updates, state = jax.jit(tx.update)({"w": -jnp.ones(8)}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> int((params["w"] != 0).sum()), int(jc.prune.dynamic.masks(state)["w"].sum())
+      (4, 4)
+    """
+    if every < 1:
+        raise ValueError(f"sparse: every={every} must be a positive number of steps")
+    tx = optax.with_extra_args_support(optimizer)
+    seed = jax.random.key(0) if key is None else key
+    decay = getattr(rule, "decay", None)
+
+    def init(params: PyTree) -> SparseState:
+        first = initial(params, masks, seed)
+        memory = rule.memory() if hasattr(rule, "memory") else ()
+        weights = dict(rules.paths(params))
+        momentum = {} if decay is None else {path: jnp.zeros_like(weights[path]) for path in first}
+        # A copy: a training step that donates its state must not delete the caller's key.
+        return SparseState(
+            jnp.zeros((), jnp.int32), first, jnp.copy(seed), memory, momentum, tx.init(lay(params, first))
+        )
+
+    def update(
+        grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, SparseState]:
+        if params is None:
+            raise ValueError("sparse needs the parameters: call tx.update(grads, state, params)")
+        momentum = _averaged(state.momentum, _by_path(params, grads), decay)
+        new, memory = _changed(rule, every, state._replace(momentum=momentum), params, grads)
+        active = {path: mask & new[path] for path, mask in state.masks.items()}
+        updates, inner = tx.update(lay(grads, active), state.inner, lay(params, active), **extra)
+        inner = moments.reset(tx.init, inner, params, active)
+        updates = _onto(params, updates, active)
+        steps = optax.safe_increment(state.steps)
+        return updates, SparseState(steps, new, state.key, memory, momentum, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _by_path(params: PyTree, tree: PyTree) -> dict[str, jax.Array]:
+    return dict(zip([path for path, _ in rules.paths(params)], jax.tree.leaves(tree), strict=True))
+
+
+def _averaged(momentum: dict[str, jax.Array], grads: dict[str, jax.Array], decay: float | None) -> dict[str, jax.Array]:
+    if decay is None:
+        return {}
+    return {path: (decay * m + (1 - decay) * grads[path]).astype(m.dtype) for path, m in momentum.items()}
+
+
+def _onto(params: PyTree, updates: PyTree, active: Masks) -> PyTree:
+    """The updates, and for weights that are not active the step to exactly 0.0."""
+    old, change = dict(rules.paths(params)), _by_path(params, updates)
+    return moved(params, updates, {path: jnp.where(mask, change[path], -old[path]) for path, mask in active.items()})
+
+
+def _changed(
+    rule: Rule, every: int, state: SparseState, params: PyTree, grads: PyTree
+) -> tuple[dict[str, jax.Array], PyTree]:
+    """The masks and the memory after this step."""
+    if isinstance(rule, Static) or not state.masks:
+        return state.masks, state.memory
+    weights, gradients = dict(rules.paths(params)), _by_path(params, grads)
+    key = jax.random.fold_in(state.key, state.steps)
+
+    def anew() -> tuple[dict[str, jax.Array], PyTree]:
+        found = [
+            Leaf(
+                w=jnp.where(mask, weights[path], jnp.zeros_like(weights[path])),
+                mask=mask,
+                grad=gradients[path],
+                momentum=state.momentum.get(path),
+                step=state.steps,
+                key=leaves.leaf_key(key, path),
+            )
+            for path, mask in state.masks.items()
+        ]
+        chosen, memory = rule(found, state.memory)
+        return dict(zip(state.masks, chosen, strict=True)), memory
+
+    due = (state.steps % every == 0) & (state.steps > 0)
+    return jax.lax.cond(due, anew, lambda: (state.masks, state.memory))

@@ -1,0 +1,216 @@
+"""Dense latent weights behind a sparse view: what is masked goes on learning and may return."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jcompress import core, rules
+from jcompress.core import PyTree
+from jcompress.prune import select
+from jcompress.prune.dynamic.held import lay, moved
+from jcompress.prune.threshold import keep_largest
+
+
+@runtime_checkable
+class View(Protocol):
+    """How the masks follow the latent weights.
+
+    ``__call__(w, mask, step)`` gives two masks: of the weights that the network sees, and of those that learn, or None
+    for all. ``pull(w, seen, learning)`` gives what is added to the gradient.
+    """
+
+    def __call__(self, w: jax.Array, mask: jax.Array, step: Any, /) -> tuple[jax.Array, jax.Array | None]:
+        """The masks of what is seen and of what learns."""
+        ...
+
+    def pull(self, w: jax.Array, seen: jax.Array, learning: jax.Array | None, /) -> jax.Array | float:
+        """What is added to the gradient."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Surgery:
+    """Dynamic network surgery: a mask with hysteresis, so that a weight cut in error is spliced (Guo et al. 2016).
+
+    A weight whose magnitude is below ``low`` is masked, one of at least ``high`` is kept, one in between stays as it
+    is (arXiv:1608.04493). All weights go on learning, each by the gradient at the masked network.
+
+    Attributes:
+      low: a number or an optax schedule.
+      high: a number or an optax schedule, above ``low``.
+      relative: whether ``low`` and ``high`` count in means of ``|w|`` over the leaf.
+    """
+
+    low: Any
+    high: Any
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        known = [x for x in (self.low, self.high) if not callable(x) and core.is_concrete(x)]
+        if len(known) == 2 and not 0 <= float(known[0]) <= float(known[1]):
+            raise ValueError(f"Surgery: found low={self.low}, high={self.high}; expected 0 <= low <= high")
+
+    def __call__(self, w: jax.Array, mask: jax.Array, step: Any, /) -> tuple[jax.Array, None]:
+        """The masks of what is seen and of what learns."""
+        size = jnp.abs(w)
+        unit = jnp.mean(size, dtype=jnp.float32) if self.relative else 1.0
+        low, high = core.value_at(self.low, step) * unit, core.value_at(self.high, step) * unit
+        return (size >= high) | (mask & (size >= low)), None
+
+    def pull(self, w: jax.Array, seen: jax.Array, learning: jax.Array | None, /) -> float:
+        """Nothing."""
+        return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TopKAST:
+    """Top-KAST: forward the largest weights, backward somewhat more of them (Jayakumar et al. 2020, arXiv:2106.03517).
+
+    The network sees the ``1 - forward`` of largest magnitude in each leaf, A; the ``1 - backward`` of largest magnitude,
+    B, learn, the rest stays where it is. ``decay`` adds the gradient of the exploration penalty, ``w`` on A and ``w / D``
+    on B outside A, where D is the density of A.
+
+    Attributes:
+      forward: the fraction of zeros the network sees, a number or an optax schedule.
+      backward: the fraction of weights that do not learn, at most ``forward``.
+      decay: the strength of the penalty.
+    """
+
+    forward: Any
+    backward: Any
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        known = [x for x in (self.backward, self.forward) if not callable(x) and core.is_concrete(x)]
+        for x in known:
+            select.check_sparsity("TopKAST", x)
+        if len(known) == 2 and float(known[0]) > float(known[1]):
+            raise ValueError(
+                f"TopKAST: found backward={self.backward} above forward={self.forward}; at least the weights that are "
+                "seen must learn"
+            )
+
+    def __call__(self, w: jax.Array, mask: jax.Array, step: Any, /) -> tuple[jax.Array, jax.Array]:
+        """The masks of what is seen and of what learns."""
+        size = jnp.abs(w)
+        sparsities = [core.value_at(x, step) for x in (self.forward, self.backward)]
+        seen, learning = (keep_largest([size], select.kept(w.size, x))[0] for x in sparsities)
+        return seen, learning
+
+    def pull(self, w: jax.Array, seen: jax.Array, learning: jax.Array | None, /) -> jax.Array:
+        """The gradient of the penalty."""
+        density = jnp.mean(seen, dtype=jnp.float32).astype(w.dtype)
+        return self.decay * jnp.where(seen, w, w / jnp.maximum(density, jnp.finfo(w.dtype).tiny))
+
+
+class LatentState(NamedTuple):
+    """State of :func:`latent`: steps, latent weights, what the network sees, what learns, the optimizer's state."""
+
+    steps: jax.Array
+    weights: dict[str, jax.Array]
+    masks: dict[str, jax.Array]
+    learning: dict[str, jax.Array | None]
+    inner: PyTree
+
+
+def latent(
+    optimizer: optax.GradientTransformation, view: View, match: str = ".*", *, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Train dense weights of which the network sees a masked view.
+
+    The parameters are the view, exactly 0.0 where masked; the latent weights are held in the state. The optimizer
+    moves the latent weights by the gradient at the view, the masks follow them every so often.
+
+    Args:
+      optimizer: any optax optimizer.
+      view: :class:`Surgery`, :class:`TopKAST`, or another :class:`View`.
+      match: the paths of the masked leaves, a regular expression for ``re.fullmatch``.
+      every: the steps between two changes of the masks.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``.
+
+    Raises:
+      ValueError: if ``every`` is not positive, ``match`` matches nothing, or ``update`` is called without ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jcompress as jc
+      >>> params = {"w": jnp.array([1.0, 0.25])}
+      >>> tx = jc.prune.dynamic.latent(optax.sgd(0.5), jc.prune.dynamic.Surgery(low=0.5, high=0.75))
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update({"w": jnp.array([0.0, -0.5])}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params["w"].tolist(), state.weights["w"].tolist())
+      [1.0, 0.0] [1.0, 0.5]
+      [1.0, 0.75] [1.0, 0.75]
+    """
+    if every < 1:
+        raise ValueError(f"latent: every={every} must be a positive number of steps")
+    tx = optax.with_extra_args_support(optimizer)
+
+    def init(params: PyTree) -> LatentState:
+        weights = {path: jnp.copy(x) for path, x in rules.paths(params) if re.fullmatch(match, path)}
+        if not weights:
+            raise ValueError(f"latent: match={match!r} matches no parameter; there are {_some(params)}")
+        whole = {path: jnp.ones_like(w, jnp.bool_) for path, w in weights.items()}
+        steps = jnp.zeros((), jnp.int32)
+        seen, learning = _views(view, weights, whole, steps)
+        return LatentState(steps, weights, seen, learning, tx.init(params))
+
+    def update(
+        grads: PyTree, state: LatentState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, LatentState]:
+        if params is None:
+            raise ValueError("latent needs the parameters: call tx.update(grads, state, params)")
+        dense = moved(params, params, state.weights)
+        updates, inner = tx.update(_pulled(view, state, grads, params), state.inner, dense, **extra)
+        weights = _learned(state, params, updates)
+        due = state.steps % every == 0
+        seen, learning = jax.lax.cond(
+            due, lambda: _views(view, weights, state.masks, state.steps), lambda: (state.masks, state.learning)
+        )
+        views = lay(weights, seen)
+        old = dict(rules.paths(params))
+        change = {path: jnp.where(seen[path], views[path] - old[path], -old[path]) for path in views}
+        steps = optax.safe_increment(state.steps)
+        return moved(params, updates, change), LatentState(steps, weights, seen, learning, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _some(params: PyTree) -> list[str]:
+    return [path for path, _ in rules.paths(params)][:5]
+
+
+def _views(
+    view: View, weights: dict[str, jax.Array], masks: dict[str, jax.Array], step: Any
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array | None]]:
+    both = {path: view(w, masks[path], step) for path, w in weights.items()}
+    return {path: x[0] for path, x in both.items()}, {path: x[1] for path, x in both.items()}
+
+
+def _pulled(view: View, state: LatentState, grads: PyTree, params: PyTree) -> PyTree:
+    """The gradients that the optimizer meets: those of the weights that learn."""
+    found = dict(zip([path for path, _ in rules.paths(params)], jax.tree.leaves(grads), strict=True))
+    pulled = {}
+    for path, w in state.weights.items():
+        learning = state.learning[path]
+        g = (found[path] + view.pull(w, state.masks[path], learning)).astype(found[path].dtype)
+        pulled[path] = g if learning is None else jnp.where(learning, g, jnp.zeros_like(g))
+    return moved(params, grads, pulled)
+
+
+def _learned(state: LatentState, params: PyTree, updates: PyTree) -> dict[str, jax.Array]:
+    change = dict(zip([path for path, _ in rules.paths(params)], jax.tree.leaves(updates), strict=True))
+    new = {}
+    for path, w in state.weights.items():
+        learning, moving = state.learning[path], optax.apply_updates(w, change[path])
+        new[path] = moving if learning is None else jnp.where(learning, moving, w)
+    return new
