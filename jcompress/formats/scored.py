@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
+from jcompress.formats.frozen import Frozen
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized
 
@@ -19,18 +21,17 @@ from jcompress.formats.quantized import Quantized
 class Scored(Compressed):
     """Weights under a mask, with scores that learn which of them to keep.
 
-    Forward this is ``mask * weights``, or ``alpha * mask * sign(weights)`` with ``alpha = ||mask * weights||_1 /
-    ||mask||_0`` where ``axes`` are given. Backward the mask counts as the identity of the scores: for a gradient
-    ``g`` of the dense array, weights get ``mask * g`` and scores get ``g * weights``, also where the mask is False, so
-    that a weight can come back. The mask is held; what chose it chooses it again from the scores
-    (:func:`jcompress.prune.dynamic.select`).
+    Forward this is ``mask * weights``, or ``scale * mask * sign(weights)`` where a scale is given. Backward the mask
+    counts as the identity of the scores: for a gradient ``g`` of the dense array, weights get ``mask * g`` and scores
+    get ``g * weights``, also where the mask is False, so that a weight can come back. The mask is held; what chose it
+    chooses it again from the scores (:func:`jcompress.prune.dynamic.select`).
 
     Attributes:
       weights: float array, or a node: :class:`Frozen` if only the scores are to learn.
       scores: float array in the shape of the weights; trainable.
       mask: boolean array in the shape of the weights; True keeps.
-      axes: negative axes over which ``alpha`` is one number, or None for the weights themselves. With ``axes`` the
-        weights get no gradient.
+      scale: a node that stands for the mean magnitude of the kept weights, held, with axes of length 1 over which it is
+        one number; or None for the weights themselves. With a scale the weights get no gradient.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -44,20 +45,28 @@ class Scored(Compressed):
     weights: Any
     scores: Any
     mask: Any
-    axes: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    scale: Any = None
     elementwise: ClassVar[tuple[str, ...]] = ("weights", "scores", "mask")
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         weights = core.dense(self.weights, key=key)
-        if self.axes is None:
+        if self.scale is None:
             return _gate(weights, weights, self.scores, self.mask)
         still = jax.lax.stop_gradient(weights)
         signs = jnp.where(still < 0, -1.0, 1.0)
-        return _gate((self._alpha(still) * signs).astype(weights.dtype), still, self.scores, self.mask)
+        return _gate((core.dense(self.scale) * signs).astype(weights.dtype), still, self.scores, self.mask)
 
-    def _alpha(self, weights: jax.Array) -> jax.Array:
-        total = jnp.sum(jnp.where(self.mask, jnp.abs(weights), 0), self.axes, jnp.float32, keepdims=True)
-        return total / jnp.maximum(jnp.sum(self.mask, self.axes, jnp.float32, keepdims=True), 1)
+    def choose(self, mask: jax.Array) -> Scored:
+        """The same weights and scores under another mask, its scale with it."""
+        if self.scale is None:
+            return dataclasses.replace(self, mask=mask)
+        scale = mean_magnitude(core.dense(self.weights), mask, self._axes())
+        return dataclasses.replace(self, mask=mask, scale=Frozen.of(scale))
+
+    def _axes(self) -> tuple[int, ...]:
+        """The axes that share a scale; where layers are stacked, not theirs."""
+        pairs = zip(core.dense(self.scale).shape, self.mask.shape, strict=True)
+        return tuple(i - self.mask.ndim for i, (a, b) in enumerate(pairs) if a != b)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Scored:
         weights = self.weights.project(w, where) if core.is_node(self.weights) else w
@@ -67,11 +76,17 @@ class Scored(Compressed):
 
     def finalize(self) -> Compressed:
         weights = core.dense(self.weights)
-        if self.axes is None:
+        if self.scale is None:
             return Masked(jnp.where(self.mask, weights, jnp.zeros_like(weights)), self.mask)
         codes = jnp.where(weights < 0, -1, 0).astype(jnp.int8)
-        signs = Quantized(codes, self._alpha(weights), bits=1, axes=self.axes, dtype=weights.dtype)
+        signs = Quantized(codes, core.dense(self.scale), bits=1, axes=self._axes(), dtype=np.dtype(weights.dtype))
         return Masked(signs, self.mask)
+
+
+def mean_magnitude(weights: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """``||mask * weights||_1 / ||mask||_0`` over some axes, kept with length 1; 0 where nothing is kept."""
+    total = jnp.sum(jnp.where(mask, jnp.abs(weights), 0), axes, jnp.float32, keepdims=True)
+    return total / jnp.maximum(jnp.sum(mask, axes, jnp.float32, keepdims=True), 1)
 
 
 @jax.custom_jvp

@@ -1,6 +1,6 @@
 """Methods that choose masks. A mask's True means keep; ``sparsity`` is the fraction of zeros."""
 
-from jcompress.prune import bayesian, proximal, scores, structured
+from jcompress.prune import bayesian, dynamic, proximal, scores, structured
 from jcompress.prune.bayesian import (
     AnnealedChannels,
     BayesianCompression,
@@ -27,6 +27,7 @@ __all__ = [
     "Shared",
     "VariationalDropout",
     "bayesian",
+    "dynamic",
     "keep_largest",
     "proximal",
     "scores",

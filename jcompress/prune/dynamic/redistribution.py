@@ -70,7 +70,7 @@ class DSR:
         if not found:
             return [], memory
         survivors = [leaf.mask & (jnp.abs(leaf.w).astype(jnp.float32) >= memory) for leaf in found]
-        active = sum(leaves.count(leaf.mask) for leaf in found).astype(jnp.float32)
+        active = jnp.sum(jnp.stack([leaves.count(leaf.mask) for leaf in found])).astype(jnp.float32)
         remaining = jnp.stack([leaves.count(x) for x in survivors]).astype(jnp.float32)
         share = (active - jnp.sum(remaining)) / jnp.maximum(active, 1)
         fraction = core.value_at(self.fraction, found[0].step)

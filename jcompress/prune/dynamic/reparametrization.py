@@ -35,4 +35,4 @@ class STR:
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> SoftThreshold:
         """The node for one array."""
-        return SoftThreshold(w, jnp.full((), self.initial, jnp.float32))
+        return SoftThreshold(jnp.copy(w), jnp.full((), self.initial, jnp.float32))

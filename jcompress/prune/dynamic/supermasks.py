@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jcompress import core, rules
 from jcompress.core import Context, PyTree
 from jcompress.formats import Frozen, Scored
+from jcompress.formats.scored import mean_magnitude
 from jcompress.prune import select as selection
 from jcompress.prune.threshold import keep_largest
 from jcompress.rules import Plan
@@ -59,8 +60,9 @@ class EdgePopup:
         bound = (math.prod(w.shape[:-1]) or 1) ** -0.5
         draws = jax.random.uniform(context.key, w.shape, jnp.float32, -bound, bound)
         scores = jnp.zeros_like(w, jnp.float32) + draws
-        axes = tuple(range(-w.ndim, 0)) if self.signs else None
-        return Scored(Frozen.of(w), scores, self.mask(scores, context.step), axes)
+        mask = self.mask(scores, context.step)
+        scale = Frozen.of(mean_magnitude(w, mask, tuple(range(-w.ndim, 0)))) if self.signs else None
+        return Scored(Frozen.of(w), scores, mask, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Movement:
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Scored:
         """The node for one array."""
         scores = jnp.zeros_like(w, jnp.float32)
-        return Scored(w, scores, self.mask(scores, context.step))
+        return Scored(jnp.copy(w), scores, self.mask(scores, context.step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _selected(path: str, node: Any, plan: Plan, step: Any) -> Any:
 
     for _ in range(stacks):
         chosen = jax.vmap(chosen)
-    return dataclasses.replace(node, mask=chosen(scores))
+    return node.choose(chosen(scores))
 
 
 def score_penalty(tree: PyTree) -> jax.Array:

@@ -81,9 +81,8 @@ def lottery_ticket(
     target = params if rewind is None else rewind
     masks = {path: jnp.ones_like(x, jnp.bool_) for path, x in rules.paths(params) if re.fullmatch(match, path)}
     if not masks:
-        raise ValueError(
-            f"lottery_ticket: match={match!r} matches no parameter of {[p for p, _ in rules.paths(params)][:5]}"
-        )
+        known = [path for path, _ in rules.paths(params)][:5]
+        raise ValueError(f"lottery_ticket: match={match!r} matches no parameter; there are {known}")
     start = params
     for number in range(1, rounds + 1):
         trained = train(start, masks)

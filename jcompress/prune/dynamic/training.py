@@ -50,8 +50,8 @@ def sparse(
 
     A state entry belongs to a weight if its place in the state ends in the parameter's path and has its shape, as
     everything that optimizers build with ``tree.map`` does, inside ``chain``, ``masked``, ``partition``,
-    ``inject_hyperparams`` and ``MultiSteps`` too. Statistics of no single weight (Adafactor's rows and columns, all that
-    ``optax.flatten`` makes one vector of) stay.
+    ``inject_hyperparams`` and ``MultiSteps`` too. Statistics of no single weight stay: Adafactor's rows and columns,
+    all that ``optax.flatten`` makes one vector of.
 
     Args:
       optimizer: any optax optimizer.

@@ -70,11 +70,11 @@ class Surgery:
 
 @dataclasses.dataclass(frozen=True)
 class TopKAST:
-    """Top-KAST: forward the largest weights, backward somewhat more of them (Jayakumar et al. 2020, arXiv:2106.03517).
+    """Top-KAST: forward the largest weights, backward some more (Jayakumar et al. 2020, arXiv:2106.03517).
 
-    The network sees the ``1 - forward`` of largest magnitude in each leaf, A; the ``1 - backward`` of largest magnitude,
-    B, learn, the rest stays where it is. ``decay`` adds the gradient of the exploration penalty, ``w`` on A and ``w / D``
-    on B outside A, where D is the density of A.
+    In each leaf the network sees the part ``1 - forward`` of largest magnitude, A. The part ``1 - backward`` of largest
+    magnitude, B, learns; the rest stays where it is. ``decay`` adds the gradient of the exploration penalty: ``w`` on A
+    and ``w / D`` on B outside A, where D is the density of A.
 
     Attributes:
       forward: the fraction of zeros the network sees, a number or an optax schedule.
