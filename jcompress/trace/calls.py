@@ -325,8 +325,8 @@ class Scan(Rule):
         return [*outs, *((Dim(length.size, "link", (length,)), *y) for y in frame.outs[n:])]
 
     def _parts(self, site: Site, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        a, b = site.params["num_consts"], site.params["num_consts"] + site.params["num_carry"]
-        return values[:a], values[a:b], values[b:]
+        consts, carry = walk.scan_parts(site.eqn)
+        return values[:consts], values[consts : consts + carry], values[consts + carry :]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         (frame,), (consts, carry, xs) = site.frames, self._parts(site, _demoted(ins, site.ins))

@@ -180,7 +180,8 @@ def _equation(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _T
 
 def _scan(eqn: jax_core.JaxprEqn, kinds: list[Kind], times: float, tally: _Tally) -> list[Kind]:
     p = eqn.params
-    consts, split = p["num_consts"], p["num_consts"] + p["num_carry"]
+    consts, carry = walk.scan_parts(eqn)
+    split = consts + carry
     slices = [peel(k, 0) for k in kinds[split:]]
     return _loop(p["jaxpr"], kinds[:consts], kinds[consts:split], slices, times * p["length"], tally)
 

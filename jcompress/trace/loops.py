@@ -121,7 +121,7 @@ def _scan(
     evaluate: Evaluate, eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind], tape: Tape
 ) -> tuple[list[Any], list[Kind]]:
     p = eqn.params
-    closed, consts, carries = p["jaxpr"], p["num_consts"], p["num_carry"]
+    closed, (consts, carries) = p["jaxpr"], walk.scan_parts(eqn)
     loop, split = tape.loop, consts + carries
     slices = [peel(k, loop) for k in kinds[split:]]
     run, uses, carry, outs = _settle(evaluate, closed, list(kinds[:consts]), list(kinds[consts:split]), slices, tape)

@@ -73,6 +73,14 @@ def called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr | None:
     return None
 
 
+def scan_parts(eqn: jax_core.JaxprEqn) -> tuple[int, int]:
+    """How many operands of a ``scan`` are constants, and how many its carry; the rest is scanned over."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()  # since jax 0.12
+    return len(list(consts)), len(list(carry))
+
+
 def bind(eqn: jax_core.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
     """Apply an equation's primitive to values, with some of its parameters changed."""
     found = eqn.primitive.get_bind_params({**eqn.params, **changed})
