@@ -1,0 +1,172 @@
+"""Search for masks, and fronts of several objectives."""
+
+import itertools
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jcompress.prune import pareto, search
+
+KEY = jax.random.key(5)
+
+
+@cache
+def planted():
+    """A fitness with interactions on 12 bits, its value at all 4096 masks, and its best mask."""
+    rng = np.random.default_rng(2)
+    pairs = jnp.asarray(np.triu(rng.normal(size=(12, 12))), jnp.float32)
+
+    def fitness(mask):
+        bits = mask.astype(jnp.float32)
+        return bits @ pairs @ bits
+
+    masks = np.array(list(itertools.product([False, True], repeat=12)))
+    values = np.asarray(jax.vmap(fitness)(jnp.asarray(masks)))
+    return fitness, masks, values
+
+
+@pytest.mark.parametrize("selection", ["tournament", "roulette"])
+def test_the_genetic_search_finds_what_exhaustive_search_finds_and_never_falls(selection):
+    fitness, masks, values = planted()
+    found = jax.jit(lambda key: search.genetic(fitness, key, 12, generations=60, selection=selection))(KEY)
+    np.testing.assert_array_equal(found.best, masks[values.argmax()])
+    np.testing.assert_allclose(found.fitness, values.max(), rtol=1e-5)
+    assert bool((jnp.diff(found.history) >= 0).all())
+
+
+def test_without_elites_the_best_can_be_lost():
+    fitness, _, _ = planted()
+    found = search.genetic(fitness, KEY, 12, population=8, generations=60, elites=0, mutation=0.3)
+    assert bool((jnp.diff(found.history) < 0).any())
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_annealing_finds_the_best_mask(swap):
+    fitness, masks, values = planted()
+    start = jnp.arange(12) < 5
+    cooling = optax.exponential_decay(3.0, 60, 0.5)
+    found = jax.jit(lambda key: search.anneal(fitness, key, start, cooling, steps=400, swap=swap))(KEY)
+    allowed = values if not swap else np.where(masks.sum(1) == 5, values, -np.inf)
+    np.testing.assert_array_equal(found.best, masks[allowed.argmax()])
+    assert bool((jnp.diff(found.history) >= 0).all())
+
+
+def test_swaps_have_nothing_to_do_on_a_full_or_empty_mask():
+    for start in (jnp.ones(4, bool), jnp.zeros(4, bool)):
+        found = search.anneal(lambda mask: -mask.sum().astype(jnp.float32), KEY, start, 1.0, steps=10)
+        np.testing.assert_array_equal(found.best, start)
+
+
+def test_the_swarm_converges_on_the_sphere():
+    centre = jnp.linspace(-0.8, 0.8, 6)
+    found = search.particle_swarm(lambda x: -jnp.sum((x - centre) ** 2), KEY, 6, steps=250)
+    np.testing.assert_allclose(found.best, centre, atol=1e-3)
+    assert bool((jnp.diff(found.history) >= 0).all())
+
+
+def test_the_swarm_finds_a_planted_mask():
+    fitness, masks, values = planted()
+    found = search.particle_swarm(lambda x: fitness(x > 0), KEY, 12, particles=256, steps=100)
+    np.testing.assert_array_equal(found.best > 0, masks[values.argmax()])
+
+
+# Particle filter.
+
+
+def test_weights_are_normalised_and_the_effective_number_is_in_range():
+    fitness, _, values = planted()
+    found = search.particle_filter(lambda mask: -fitness(mask), KEY, 12, particles=200, steps=40)
+    np.testing.assert_allclose(found.weights.sum(), 1, rtol=1e-5)
+    assert bool((found.weights >= 0).all())
+    assert bool(((found.effective >= 1 - 1e-4) & (found.effective <= 200 * (1 + 1e-4))).all())
+    assert float(found.weights @ jax.vmap(fitness)(found.masks)) > np.quantile(values, 0.99)
+
+
+def test_equal_errors_leave_all_particles_effective():
+    found = search.particle_filter(lambda mask: jnp.zeros(()), KEY, 5, particles=32, steps=4)
+    np.testing.assert_allclose(found.effective, 32, rtol=1e-5)
+    np.testing.assert_allclose(found.weights, 1 / 32, rtol=1e-6)
+
+
+def test_one_step_weighs_by_the_error():
+    found = search.particle_filter(lambda mask: 0.1 * mask.sum(), KEY, 5, particles=64, steps=1)
+    expected = np.exp(-0.1 * np.asarray(found.masks).sum(1))
+    np.testing.assert_allclose(found.weights, expected / expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(found.effective[0], 1 / np.square(expected / expected.sum()).sum(), rtol=1e-4)
+
+
+def test_systematic_resampling_draws_each_as_often_as_it_weighs(rng):
+    weights = rng.random(20)
+    weights[[3, 9]] = 0
+    counts = np.bincount(search.systematic(KEY, jnp.asarray(weights, jnp.float32)), minlength=20)
+    exact = 20 * weights / weights.sum()
+    assert (counts >= np.floor(exact - 1e-4)).all()
+    assert (counts <= np.ceil(exact + 1e-4)).all()
+
+
+# Several objectives.
+
+
+def ranks_by_force(scores):
+    rank, left, now = np.full(len(scores), -1), set(range(len(scores))), 0
+    while left:
+        front = {
+            i
+            for i in left
+            if not any((scores[j] >= scores[i]).all() and (scores[j] > scores[i]).any() for j in left - {i})
+        }
+        for i in front:
+            rank[i] = now
+        left, now = left - front, now + 1
+    return rank
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_ranks_are_those_of_comparing_all_pairs(objectives, rng):
+    scores = rng.integers(0, 6, size=(40, objectives)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(pareto.ranks)(jnp.asarray(scores)), ranks_by_force(scores))
+
+
+def test_crowding_is_the_sum_of_gaps_within_a_front():
+    scores = jnp.array([[0.0, 8.0], [1.0, 5.0], [4.0, 4.0], [8.0, 0.0], [0.5, 3.0]])
+    rank = pareto.ranks(scores)
+    assert rank.tolist() == [0, 0, 0, 0, 1]
+    found = pareto.crowding(scores, rank)
+    np.testing.assert_allclose(found, [np.inf, 4 / 8 + 4 / 8, 7 / 8 + 5 / 8, np.inf, np.inf])
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_the_hypervolume_is_the_part_of_the_box_that_is_beaten(objectives, rng):
+    scores = rng.integers(1, 6, size=(7, objectives))
+    cells = np.array(list(itertools.product(range(6), repeat=objectives)))
+    beaten = (scores[:, None] >= cells[None] + 1).all(-1).any(0).sum()
+    assert pareto.hypervolume(scores, np.zeros(objectives)) == beaten
+    assert pareto.hypervolume(scores, np.full(objectives, 9)) == 0
+
+
+def test_the_front_of_a_knapsack_is_that_of_all_masks():
+    rng = np.random.default_rng(4)
+    values, sizes = (jnp.asarray(rng.integers(1, 9, 10), jnp.float32) for _ in range(2))
+
+    def objectives(mask):
+        return jnp.stack([mask @ values, -(mask @ sizes)])
+
+    front = jax.jit(lambda key: search.genetic_front(objectives, key, 10, population=64, generations=60))(KEY)
+    everything = np.array(list(itertools.product([False, True], repeat=10)))
+    scores = np.asarray(jax.vmap(objectives)(jnp.asarray(everything)))
+    floor = np.array([-1.0, float(-sizes.sum()) - 1])
+    best = pareto.hypervolume(scores, floor)
+    assert pareto.hypervolume(front.scores, floor) > 0.995 * best
+    np.testing.assert_allclose(front.scores, jax.vmap(objectives)(front.masks))
+    np.testing.assert_array_equal(front.rank, ranks_by_force(np.asarray(front.scores)))
+
+
+def test_wrong_hyperparameters_are_refused():
+    with pytest.raises(ValueError, match="genetic: selection='best' is unknown; use 'tournament' or 'roulette'"):
+        search.genetic(lambda mask: mask.sum(), KEY, 4, selection="best")
+    with pytest.raises(ValueError, match=r"genetic: elites=9 must be in 0 .* population=8"):
+        search.genetic(lambda mask: mask.sum(), KEY, 4, population=8, elites=9)
