@@ -1,6 +1,6 @@
 """Methods that choose masks. A mask's True means keep; ``sparsity`` is the fraction of zeros."""
 
-from jcompress.prune import bayesian, dynamic, proximal, scores, structured
+from jcompress.prune import bayesian, curvature, dynamic, noise, pareto, proximal, scores, search, structured
 from jcompress.prune.bayesian import (
     AnnealedChannels,
     BayesianCompression,
@@ -27,9 +27,13 @@ __all__ = [
     "Shared",
     "VariationalDropout",
     "bayesian",
+    "curvature",
     "dynamic",
     "keep_largest",
+    "noise",
+    "pareto",
     "proximal",
     "scores",
+    "search",
     "structured",
 ]
