@@ -281,11 +281,7 @@ def test_a_chain_without_memory_is_the_independent_prior(rng):
 
 
 def test_planted_runs_are_found_better_than_one_by_one(rng):
-    support = np.zeros((20, 100), bool)
-    for row in support:
-        for start in rng.choice(80, 2):
-            row[start : start + 12] = True
-    w = jnp.asarray(rng.normal(size=support.shape) * np.where(support, 1.0, 0.4), jnp.float32)
+    support, w = planted_runs(rng, 0.4)
     evidence, density = bayesian.gaussian_evidence(w, 1.0, 0.16), support.mean()
 
     def f1(run):
@@ -293,6 +289,60 @@ def test_planted_runs_are_found_better_than_one_by_one(rng):
         return 2 * (found & support).sum() / (found.sum() + support.sum())
 
     assert f1(12.0) > f1(1 / (1 - density)) + 0.15
+
+
+def planted_runs(rng, deviation):
+    support = np.zeros((20, 100), bool)
+    for row in support:
+        for start in rng.choice(80, 2):
+            row[start : start + 12] = True
+    return support, jnp.asarray(rng.normal(size=support.shape) * np.where(support, 1.0, deviation), jnp.float32)
+
+
+def test_the_bound_never_falls_and_lies_below_the_evidence(rng):
+    """The evidence of three weights by brute force: over supports, and an integral over each precision."""
+    w, variance, kept, pruned = np.array([0.9, 0.2, -0.03]), 0.01, (1.0, 1.0), (2.0, 0.01)
+    found = bayesian.structured_posterior(jnp.asarray(w, jnp.float32), variance, 0.4, 3.0, kept=kept, pruned=pruned)
+
+    def likelihood(x, shape, rate):
+        def integrand(t):
+            # The density of the log of the precision.
+            return (
+                stats.gamma.pdf(np.exp(t), shape, scale=1 / rate)
+                * np.exp(t)
+                * stats.norm.pdf(x, 0, np.sqrt(variance + np.exp(-t)))
+            )
+
+        return integrate.quad(integrand, -15, 15, limit=200)[0]
+
+    each = np.array([[likelihood(x, *law) for law in (pruned, kept)] for x in w])
+    leave = 1 / 3
+    enter = leave * 0.4 / 0.6
+    move, message = np.array([[1 - enter, enter], [leave, 1 - leave]]), np.array([0.6, 0.4]) * each[0]
+    for row in each[1:]:
+        message = (message @ move) * row
+    assert float(found.bound[-1]) < np.log(message.sum()) < float(found.bound[-1]) + 1.5
+    assert bool((jnp.diff(found.bound) >= -1e-4).all())
+    assert float(found.bound[-1]) > float(found.bound[0])
+
+
+def test_the_whole_prior_finds_planted_runs_and_its_bound_rises(rng):
+    support, w = planted_runs(rng, 0.05)
+
+    def found(run):
+        return bayesian.structured_posterior(w, 1e-3, support.mean(), run, pruned=(4.0, 0.02))
+
+    def f1(posterior):
+        guess = np.asarray(posterior.probability) > 0.5
+        return 2 * (guess & support).sum() / (guess.sum() + support.sum())
+
+    structured, alone = found(12.0), found(1 / (1 - support.mean()))
+    assert f1(structured) > max(0.97, f1(alone))
+    for posterior in (structured, alone):
+        size = np.abs(posterior.bound[-1])
+        assert bool((jnp.diff(posterior.bound) >= -1e-5 * size).all())
+    shrunk = np.abs(structured.mean) / np.abs(w)
+    assert shrunk[support].mean() > 0.9 > shrunk[~support].mean()
 
 
 # Errors.

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from sklearn.isotonic import IsotonicRegression
+from test_conformance import collectives
 
 import jcompress as jc
 from jcompress.prune import proximal, shrinkage, structured
@@ -106,6 +107,19 @@ def test_groups_of_one_array_shrink_as_coupled_groups_do(rng):
 def test_the_gradient_at_a_group_of_zeros_is_zero():
     gradient = jax.grad(proximal.GroupLasso(1.0))(jnp.array([[0.0, 0.0], [3.0, 4.0]]))
     np.testing.assert_allclose(gradient, [[0, 0], [0.6, 0.8]], atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_growl_gathers_norms_and_leaves_the_array_where_it_is(axis, rng):
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec(*["model" if i == axis else None for i in range(2)])
+    w = jax.device_put(jnp.asarray(rng.normal(size=(16, 64)), jnp.float32), jax.sharding.NamedSharding(mesh, spec))
+    prox = jax.jit(lambda w: proximal.GrOWL(0.1, 0.1).prox(w, 1.0))
+    sizes = [size for _, size in collectives(prox.lower(w).compile().as_text())]
+    assert max(sizes) <= 16
+    found = prox(w)
+    assert found.sharding.is_equivalent_to(w.sharding, 2)
+    np.testing.assert_allclose(found, proximal.GrOWL(0.1, 0.1).prox(jax.device_get(w), 1.0), atol=1e-6)
 
 
 # Descent.

@@ -7,7 +7,7 @@ from jcompress.prune.bayesian.methods import (
     InformationBottleneck,
     VariationalDropout,
 )
-from jcompress.prune.bayesian.support import chain_posterior, gaussian_evidence
+from jcompress.prune.bayesian.support import SupportPosterior, chain_posterior, gaussian_evidence, structured_posterior
 from jcompress.prune.bayesian.trees import at_step, bit_widths, local_reparametrization, penalty
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "BayesianCompression",
     "HardConcrete",
     "InformationBottleneck",
+    "SupportPosterior",
     "VariationalDropout",
     "at_step",
     "bit_widths",
@@ -22,4 +23,5 @@ __all__ = [
     "gaussian_evidence",
     "local_reparametrization",
     "penalty",
+    "structured_posterior",
 ]
