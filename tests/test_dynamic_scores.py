@@ -1,0 +1,230 @@
+"""Learned scores and thresholds: what they pass forward and backward, and what they never touch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jcompress as jc
+from jcompress import packing
+from jcompress.prune import dynamic
+
+KEY = jax.random.key(3)
+
+
+def array(shape=(8, 6), seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def compressed(method, w=None):
+    params = {"w": array() if w is None else w}
+    plan = jc.plan(params, [("w", method)])
+    return plan, jc.compress(params, plan, key=KEY)
+
+
+def pulled(node, g):
+    """The gradients of ``sum(g * dense)`` in the trainable leaves."""
+    train, held = jc.split(node)
+    return jax.grad(lambda t: jnp.sum(g * jc.merge(t, held).materialize()))(train)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [dynamic.EdgePopup(sparsity=0.5), dynamic.EdgePopup(sparsity=0.5, signs=True), dynamic.Movement(0.5)],
+    ids=repr,
+)
+def test_scores_get_the_gradient_times_the_weight_also_where_masked(method):
+    w, g = array(), array(seed=1)
+    _, tree = compressed(method, w)
+    found = pulled(tree["w"], g)
+    np.testing.assert_allclose(np.asarray(found.scores), np.asarray(g * w), rtol=1e-6)
+    assert bool((found.scores[~tree["w"].mask] != 0).all())
+    if isinstance(method, dynamic.Movement):
+        np.testing.assert_array_equal(np.asarray(found.weights), np.where(tree["w"].mask, g, 0))
+    else:
+        assert not jax.tree.leaves(found.weights)
+
+
+def trained(method, steps=20):
+    plan, tree = compressed(method)
+    train, held = jc.split(tree)
+    tx = optax.adamw(0.05, weight_decay=0.5)
+
+    def loss(train, held):
+        node = dynamic.select(jc.merge(train, held), plan)["w"]
+        return jnp.sum((node.materialize() - array(seed=2)) ** 2)
+
+    @jax.jit
+    def step(train, state):
+        updates, state = tx.update(jax.grad(loss)(train, held), state, train)
+        return optax.apply_updates(train, updates), state
+
+    state, first = tx.init(train), loss(train, held)
+    for _ in range(steps):
+        train, state = step(train, state)
+    return tree["w"], dynamic.select(jc.merge(train, held), plan)["w"], float(first), float(loss(train, held))
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_weights_stay_bit_for_bit_while_scores_learn(signs):
+    before, after, first, last = trained(dynamic.EdgePopup(sparsity=0.6, signs=signs))
+    np.testing.assert_array_equal(np.asarray(after.weights.bits), np.asarray(before.weights.bits))
+    assert bool((after.scores != before.scores).all())
+    assert last < first
+    assert int(after.mask.sum()) == int(before.mask.sum()) == 48 - 29
+    size = jnp.abs(after.scores)
+    assert float(size[after.mask].min()) >= float(size[~after.mask].max())
+
+
+def test_a_swapped_edge_lowers_the_loss_to_first_order():
+    w, g = array(), array(seed=1)
+    plan, tree = compressed(dynamic.EdgePopup(sparsity=0.5), w)
+    # Positive scores, so that the magnitude keeps their order.
+    node = dataclasses.replace(tree["w"], scores=jnp.abs(tree["w"].scores))
+    moved = dataclasses.replace(node, scores=node.scores - 0.05 * pulled(node, g).scores)
+    moved = dataclasses.replace(moved, scores=jnp.maximum(moved.scores, 0))
+    after = dynamic.select({"w": moved}, plan)["w"]
+    entered, left = after.mask & ~node.mask, node.mask & ~after.mask
+    assert int(entered.sum()) == int(left.sum()) > 0
+    # Every score that overtook another fell less: its part of the gradient is the smaller.
+    assert float((g * w)[entered].max()) < float((g * w)[left].max())
+    assert float(jnp.sum(g * after.materialize())) < float(jnp.sum(g * node.materialize()))
+
+
+def test_multi_prize_tickets_have_three_values_and_alpha():
+    _, after, _, _ = trained(dynamic.EdgePopup(sparsity=0.6, signs=True))
+    w, mask = np.asarray(after.weights.materialize()), np.asarray(after.mask)
+    alpha = np.abs(w * mask).sum() / mask.sum()
+    dense = np.asarray(after.materialize())
+    np.testing.assert_allclose(dense, alpha * mask * np.sign(w), rtol=1e-6)
+    assert len(np.unique(dense)) == 3
+    stored = jc.finalize({"w": after})["w"]
+    assert stored.values.bits == 1
+    # The mask, one bit a kept weight, and the scale: no scores are stored.
+    assert stored.nbits() == packing.mask_code(mask).nbits + mask.sum() + 32
+    np.testing.assert_array_equal(np.asarray(stored.materialize()), dense)
+
+
+def test_stacked_layers_choose_and_scale_apart():
+    w = jnp.stack([array(), 10 * array(seed=1)])
+    plan, tree = compressed(jc.stacked(dynamic.EdgePopup(0.5, signs=True)), w)
+    again = dynamic.select({"w": dataclasses.replace(tree["w"], scores=tree["w"].scores + 0.1)}, plan)["w"]
+    assert again.mask.sum((1, 2)).tolist() == [24, 24]
+    for i in range(2):
+        kept = jnp.abs(w[i])[again.mask[i]]
+        np.testing.assert_allclose(np.unique(jnp.abs(again.materialize()[i]))[1], float(kept.mean()), rtol=1e-6)
+
+
+def test_movement_scores_accumulate_minus_rate_gradient_weight():
+    ramp = optax.polynomial_schedule(0.0, 0.75, power=3, transition_steps=4)
+    plan, tree = compressed(dynamic.Movement(sparsity=ramp))
+    expected, node, g, rate = np.zeros((8, 6)), tree["w"], array(seed=1), 0.1
+    for t in range(6):
+        node = dynamic.select({"w": node}, plan, t)["w"]
+        assert int((~node.mask).sum()) == round(48 * float(ramp(t)))
+        found = pulled(node, g)
+        expected = expected - rate * np.asarray(g * node.weights)
+        node = dataclasses.replace(
+            node, scores=node.scores - rate * found.scores, weights=node.weights - rate * found.weights
+        )
+    np.testing.assert_allclose(np.asarray(node.scores), expected, rtol=2e-5, atol=1e-7)
+
+
+def test_movement_keeps_what_grows_where_magnitude_keeps_what_is_large():
+    w, target = jnp.array([3.0, 2.5, 0.3, 0.2]), jnp.array([0.0, 0.0, 1.5, -1.5])
+    w = w * jnp.sign(jnp.where(target == 0, 1.0, target))
+    _, tree = compressed(dynamic.Movement(threshold=-100.0), w)
+    node = tree["w"]
+    for _ in range(10):
+        found = pulled(node, node.materialize() - target)
+        node = dataclasses.replace(
+            node, scores=node.scores - 0.03 * found.scores, weights=node.weights - 0.03 * found.weights
+        )
+    hard = dynamic.Movement(sparsity=0.5).mask(node.scores)
+    assert hard.tolist() == [False, False, True, True]
+    assert jc.prune.Magnitude(sparsity=0.5)(node.weights).mask.tolist() == [True, True, False, False]
+
+
+def test_soft_movement_prunes_under_its_penalty():
+    plan, tree = compressed(dynamic.Movement(threshold=-0.05))
+    train, held = jc.split(tree)
+    gradient = jax.grad(lambda t: dynamic.score_penalty(jc.merge(t, held)))(train)["w"].scores
+    np.testing.assert_allclose(np.asarray(gradient), 0.25)
+    moved = dataclasses.replace(tree["w"], scores=-0.3 * gradient)
+    assert bool(tree["w"].mask.all())
+    assert not bool(dynamic.select({"w": moved}, plan)["w"].mask.any())
+
+
+def test_two_tasks_share_the_weights_of_piggyback():
+    w, goals = array(), [array(seed=1), array(seed=2)]
+    ends = []
+    for goal in goals:
+        plan, tree = compressed(dynamic.Piggyback(), w)
+        node = tree["w"]
+        np.testing.assert_array_equal(np.asarray(node.materialize()), np.asarray(w))
+        for _ in range(30):
+            node = dataclasses.replace(node, scores=node.scores - 1e-3 * pulled(node, node.materialize() - goal).scores)
+            node = dynamic.select({"w": node}, plan)["w"]
+        ends.append(node)
+    assert bool((ends[0].mask != ends[1].mask).any())
+    for node, goal in zip(ends, goals, strict=True):
+        np.testing.assert_array_equal(np.asarray(node.weights.materialize()), np.asarray(w))
+        np.testing.assert_array_equal(np.asarray(node.mask), np.asarray(node.scores >= 5e-3))
+        assert float(jnp.sum((node.materialize() - goal) ** 2)) < float(jnp.sum((w - goal) ** 2))
+
+
+def test_refitting_chooses_the_scores_of_the_best_mask():
+    w, target = array((3, 2)), array((3, 2), seed=5)
+    _, tree = compressed(dynamic.EdgePopup(sparsity=0.5), w)
+    node = tree["w"].project(target)
+    order = np.argsort(-np.asarray(node.scores).ravel())[:3]
+    masks = [[(i >> k) & 1 for k in range(6)] for i in range(64) if bin(i).count("1") == 3]
+    errors = [float(jnp.sum((target - jnp.array(m).reshape(3, 2) * w) ** 2)) for m in masks]
+    assert sorted(order.tolist()) == [k for k in range(6) if masks[int(np.argmin(errors))][k]]
+
+
+def test_soft_thresholds_have_the_right_gradient():
+    w = jnp.array([[2.0, -0.1], [-1.5, 0.4]])
+    node, g = dynamic.STR(initial=0.2)(w), array((2, 2))
+    level = 1 / (1 + np.exp(-0.2))
+    np.testing.assert_allclose(np.asarray(node.materialize()), np.sign(w) * np.maximum(np.abs(w) - level, 0), rtol=1e-6)
+    found, above = pulled(node, g), np.abs(w) > level
+    np.testing.assert_allclose(np.asarray(found.weights), np.where(above, g, 0), rtol=1e-6)
+    expected = -(np.asarray(g) * np.sign(w) * above).sum() * level * (1 - level)
+    assert float(found.logit) == pytest.approx(expected, rel=1e-5)
+
+    def value(logit):
+        return float(jnp.sum(g * dataclasses.replace(node, logit=logit).materialize()))
+
+    assert float(found.logit) == pytest.approx((value(jnp.float32(0.21)) - value(jnp.float32(0.19))) / 0.02, rel=1e-2)
+    stored = jc.finalize(node)
+    np.testing.assert_array_equal(np.asarray(stored.mask), above)
+    np.testing.assert_array_equal(np.asarray(stored.materialize()), np.asarray(node.materialize()))
+
+
+def test_weight_decay_on_the_threshold_sparsifies():
+    _, tree = compressed(dynamic.STR(initial=-4.0))
+    train, tx = jc.split(tree)[0], optax.sgd(0.1)
+    held, state = jc.split(tree)[1], None
+    state = tx.init(train)
+    for _ in range(40):
+        gradient = jax.grad(lambda t: 0.05 * jnp.sum(t["w"].logit ** 2))(train)
+        updates, state = tx.update(gradient, state)
+        train = optax.apply_updates(train, updates)
+    before, after = (int((x["w"].materialize() != 0).sum()) for x in (tree, jc.merge(train, held)))
+    assert after < before
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="Movement: found sparsity=None, threshold=None"):
+        dynamic.Movement()
+    with pytest.raises(ValueError, match=r"EdgePopup: sparsity=1.5 is outside \[0, 1\]"):
+        dynamic.EdgePopup(sparsity=1.5)
+    with pytest.raises(ValueError, match="w: EdgePopup needs 'key'"):
+        jc.compress({"w": array()}, jc.plan({"w": array()}, [("w", dynamic.EdgePopup(sparsity=0.5))]))
+    _, tree = compressed(dynamic.Movement(sparsity=0.5))
+    with pytest.raises(ValueError, match=r"w: found Magnitude.* for a Scored node"):
+        dynamic.select(tree, jc.plan({"w": array()}, [("w", jc.prune.Magnitude(sparsity=0.5))]))
