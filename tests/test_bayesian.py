@@ -370,3 +370,14 @@ def test_axes_that_the_array_lacks_are_named():
     params = {"layer": {"bias": jnp.ones(4)}}
     with pytest.raises(ValueError, match=r"layer/bias: HardConcrete needs negative axes .* found \[-2\]"):
         jc.plan(params, [(".*", jc.prune.HardConcrete(axes=(-2,)))])
+
+
+def test_nodes_nest(rng):
+    w = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    for method, _ in TRAINED.values():
+        node = jc.chain(method, jc.quantize.Float())(w)
+        again = node.project(2 * w)
+        assert jax.tree.structure(again) == jax.tree.structure(node)
+        np.testing.assert_allclose(again.materialize(), 2 * w, rtol=0.02)
+        assert float(bayesian.penalty({"w": node})) > 0
+        np.testing.assert_array_equal(jc.finalize(node).materialize(), node.materialize())

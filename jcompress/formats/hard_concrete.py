@@ -71,7 +71,7 @@ class HardConcrete(Compressed):
     def project(self, w: jax.Array, where: jax.Array | None = None) -> HardConcrete:
         """Gates as at the start, and the values that give ``w`` behind them."""
         logits = jnp.full(gates.shared_shape(w.shape, self.axes), math.log(self.keep / (1 - self.keep)), jnp.float32)
-        start = dataclasses.replace(self, log_alpha=logits)
+        start = dataclasses.replace(self, log_alpha=gates.refitted(self.log_alpha, logits))
         values = (w / start.gate()).astype(w.dtype)
         return dataclasses.replace(start, values=gates.refitted(self.values, values))
 

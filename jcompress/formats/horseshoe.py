@@ -38,6 +38,13 @@ class Horseshoe(Compressed):
       tau: the scale of the prior of the whole array.
       start: the log of all variances at the start of training.
       threshold: of ``-log mode(z)``, from which on a group is pruned.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, jcompress as jc
+      >>> node = jc.prune.BayesianCompression(threshold=1.0)(jnp.ones((2, 3)))
+      >>> pairs = jnp.array([[[0.0, 0.0]], [[-2.0, -2.0]]])
+      >>> dataclasses.replace(node, group_mean=pairs).materialize().tolist()
+      [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
     """
 
     mean: Any
