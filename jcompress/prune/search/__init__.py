@@ -1,0 +1,23 @@
+"""Search for masks by populations: each search is one ``scan`` over a fitness that is mapped over the population.
+
+A fitness is a function of one mask, boolean (length,), that gives a number, higher is better. It must be traceable, and
+may call back to the host (``jax.pure_callback`` with ``vmap_method="sequential"``). A bit may stand for a weight, a
+channel, a head or a layer: the fitness says.
+"""
+
+from jcompress.prune.search.evolution import Fitness, Found, Front, genetic, genetic_front
+from jcompress.prune.search.filtering import Filtered, particle_filter, systematic
+from jcompress.prune.search.trajectories import anneal, particle_swarm
+
+__all__ = [
+    "Filtered",
+    "Fitness",
+    "Found",
+    "Front",
+    "anneal",
+    "genetic",
+    "genetic_front",
+    "particle_filter",
+    "particle_swarm",
+    "systematic",
+]
