@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 import jcompress as jc
 
@@ -20,6 +24,7 @@ class Row:
       exact: whether jit, vmap and eager agree to the last bit, or to float tolerance.
       stationary: whether ``project`` solves the least squares problem of the whole nest.
       gathers: whether the mathematics moves parameters between devices.
+      adjusts: whether kept entries get new values that make up for the others.
     """
 
     name: str
@@ -29,6 +34,18 @@ class Row:
     exact: bool = True
     stationary: bool = True
     gathers: bool = False
+    adjusts: bool = False
+
+
+def statistics(shape: tuple[int, ...]) -> jc.trace.Stats:
+    """Statistics as calibration gives them for a kernel, a convolution, or either stacked on an axis in front."""
+    rng, ndim = np.random.default_rng(5), len(shape)
+    axes = (-4, -3, -2) if ndim > 3 else (max(-2, -ndim),)
+    lead = shape[: ndim - 1 - len(axes)] if ndim > 1 else ()
+    x = rng.normal(size=(*lead, 64, math.prod(shape[i] for i in axes)))
+    known = {"gram": np.swapaxes(x, -1, -2) @ x, "square": (x**2).sum(-2)}
+    known |= {name: rng.uniform(0.5, 2, size=shape) for name in ("grad_square", "hessian_diagonal")}
+    return jc.trace.Stats(**{name: jnp.asarray(value, jnp.float32) for name, value in known.items()}, axes=axes)
 
 
 M, Int, SVD, KMeans, Float = jc.prune.Magnitude, jc.quantize.Int, jc.factorize.SVD, jc.share.KMeans, jc.quantize.Float
@@ -46,6 +63,17 @@ METHODS = [
     Row("magnitude-blocks", M(sparsity=0.7, pattern=jc.prune.Block((4, 2))), shape=(3, 16, 8)),
     Row("magnitude-shared", M(pattern=jc.prune.Shared(jc.prune.NM(2, 4)))),
     Row("score", jc.prune.ByScore(sparsity=0.7, score=jc.prune.scores.squared)),
+    Row("sampled", jc.prune.Sampled(sparsity=0.7)),
+    Row("sampled-reweighted", jc.prune.Sampled(sparsity=0.7, reweight=True), adjusts=True),
+    Row("wanda", jc.prune.Wanda(sparsity=0.7)),
+    Row("wanda-2:4-convolution", jc.prune.Wanda(pattern=jc.prune.NM(2, 4)), shape=(3, 3, 4, 8)),
+    Row("snip", jc.prune.SNIP(sparsity=0.7)),
+    Row("taylor", jc.prune.Taylor(sparsity=0.7)),
+    Row("fisher", jc.prune.Fisher(sparsity=0.7)),
+    Row("obd", jc.prune.OBD(sparsity=0.7)),
+    Row("obs", jc.prune.OBS(sparsity=0.7), exact=False, gathers=True, adjusts=True),
+    Row("sparsegpt", jc.prune.SparseGPT(sparsity=0.7), exact=False, adjusts=True),
+    Row("sparsegpt-2:4", jc.prune.SparseGPT(pattern=jc.prune.NM(2, 4), block_size=8), exact=False, adjusts=True),
     Row("random", jc.prune.Random(sparsity=0.7)),
     Row("random-2:4", jc.prune.Random(pattern=jc.prune.NM(2, 4))),
     Row("hard-concrete", jc.prune.HardConcrete(), exact=False),

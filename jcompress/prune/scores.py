@@ -8,7 +8,7 @@ The same score serves masks (:class:`jcompress.prune.ByScore`) and whole groups
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -135,3 +135,63 @@ def hessian(w: jax.Array, context: Context) -> jax.Array:
       [9.0, 2.0]
     """
     return 0.5 * context.stats.hessian_diagonal * jnp.square(w)
+
+
+@reads("grad")
+def movement(w: jax.Array, context: Context) -> jax.Array:
+    """``-g w``: positive where a step along the gradient moves the weight away from zero.
+
+    Summed over training steps by :func:`jcompress.prune.accumulate` it is the score of movement pruning (Sanh et al.
+    2020, arXiv:2005.07683), up to the learning rate. Its running mean with decay 0.8, summed over a unit's weights,
+    is the relevance of skeletonization, ``-dL/da`` for a gate ``a`` on the unit (Mozer & Smolensky 1989).
+    """
+    return -context.grad * w
+
+
+def lamp(w: jax.Array, context: Context = Context()) -> jax.Array:
+    """``w**2`` over the sum of ``v**2`` of all weights ``v`` of the leaf that are no smaller (Lee et al. 2021).
+
+    Layer-adaptive magnitude, arXiv:2010.07611: with ``scope="global"`` each leaf gets its own sparsity, and no leaf is
+    emptied before all are down to one weight. It sorts the leaf, which gathers it where it is sharded;
+    :func:`jcompress.budget.lamp` finds the sparsities once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jcompress.prune import scores
+      >>> scores.lamp(jnp.array([1.0, -2.0, 2.0])).round(3).tolist()
+      [0.111, 0.5, 1.0]
+    """
+    squares = jnp.square(w.astype(jnp.float32)).ravel()
+    order = jnp.argsort(squares, stable=True)
+    rising = squares[order]
+    remaining = jnp.cumsum(rising[::-1])[::-1]
+    share = rising / jnp.where(remaining > 0, remaining, 1)
+    return jnp.zeros_like(squares).at[order].set(share).reshape(w.shape)
+
+
+def lookup(table: Mapping[str, Any]) -> Score:
+    """The score that is read from a table, ``{path: array}``, computed for the whole model beforehand.
+
+    Raises:
+      ValueError: when it is asked for a path that the table lacks, or an array of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.ones(4)}
+      >>> table = {"w": jnp.array([3.0, 1.0, 4.0, 1.0])}
+      >>> method = jc.prune.ByScore(sparsity=0.5, score=jc.prune.scores.lookup(table))
+      >>> jc.compress(params, jc.plan(params, [("w", method)]))["w"].mask.tolist()
+      [True, False, True, False]
+    """
+
+    def looked_up(w: jax.Array, context: Context) -> jax.Array:
+        found = table.get(context.path)
+        if found is None or jnp.shape(found) != w.shape:
+            shown = "no such path" if found is None else f"shape {jnp.shape(found)}"
+            raise ValueError(
+                f"{context.path}: looked for scores of shape {w.shape} and found {shown}; compute them for these "
+                "parameters"
+            )
+        return jnp.asarray(found, jnp.promote_types(jnp.result_type(found), jnp.bfloat16))
+
+    return looked_up

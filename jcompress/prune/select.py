@@ -103,12 +103,14 @@ def fit(
 
     Entries that a mask around the array hides go first and count as zeros.
     """
-    scores = [
-        score(w, c) if c.where is None else jnp.where(c.where, score(w, c), -jnp.inf)
-        for w, c in zip(arrays, contexts, strict=True)
-    ]
-    masks = _masks(method, scores, contexts)
+    masks = masks_of(method, [score(w, c) for w, c in zip(arrays, contexts, strict=True)], contexts)
     return [Masked(jnp.where(mask, w, jnp.zeros_like(w)), mask) for w, mask in zip(arrays, masks, strict=True)]
+
+
+def masks_of(method: Selection, scores: Sequence[jax.Array], contexts: Sequence[Context]) -> list[jax.Array]:
+    """The masks of a rule's leaves, given their scores."""
+    shown = [x if c.where is None else jnp.where(c.where, x, -jnp.inf) for x, c in zip(scores, contexts, strict=True)]
+    return _masks(method, shown, contexts)
 
 
 def _masks(method: Selection, scores: list[jax.Array], contexts: Sequence[Context]) -> list[jax.Array]:
