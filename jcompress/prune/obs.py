@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def inverse_hessian(x: jax.Array, damping: Any = 1e-6) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
-      >>> jc.prune.inverse_hessian(jnp.array([[1.0], [1.0]]), damping=1.0).tolist()
+      >>> jc.prune.inverse_hessian(jnp.array([[1.0], [1.0]]), damping=1.0).round(3).tolist()
       [[0.5]]
     """
     n, k = x.shape
@@ -166,8 +166,8 @@ class OBS:
     pattern: NM | None = None
     damping: Any = 1e-4
 
-    needs = ("stats.gram",)
-    scope = "output"
+    needs: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    scope: ClassVar[select.Scope] = "output"
 
     __repr__ = core.method_repr
 

@@ -107,10 +107,10 @@ class OBD(ByScore):
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
       >>> params = {"w": jnp.array([[1.0], [2.0]])}
-      >>> fn = lambda p, x: x * p["w"][:, 0]
+      >>> fn = lambda p, x: x @ p["w"]
       >>> plan = jc.plan(params, [("w", jc.prune.OBD(sparsity=0.5))])
-      >>> stats = jc.calibrate(fn, params, [jnp.array([5.0, 1.0])], plan=plan, loss=lambda p, x: (fn(p, x)**2).sum(),
-      ...                      key=jax.random.key(0))
+      >>> batches, loss = [jnp.diag(jnp.array([5.0, 1.0]))], lambda p, x: (fn(p, x)**2).sum()
+      >>> stats = jc.calibrate(fn, params, batches, plan=plan, loss=loss, key=jax.random.key(0))
       >>> jc.compress(params, plan, stats=stats)["w"].materialize().tolist()
       [[1.0], [0.0]]
     """

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class SparseGPT:
     Judge it by the error of outputs, ``tr(dW^T gram dW)``; the weights themselves move away from the dense ones. Needs
     the statistic ``gram``, ``jc.calibrate(fn, params, batches, plan=plan)``; each layer after those before it with
     :func:`jcompress.trace.compress_sequentially`. Computed in float32 at the highest precision, blocks in a
-    ``fori_loop``; outputs may be sharded, and only scalars move.
+    ``fori_loop``; outputs may be sharded, and only scalars move. ``jc.project`` takes the mask alone.
 
     Attributes:
       sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern
@@ -70,8 +70,8 @@ class SparseGPT:
     damping: Any = 0.01
     quantizer: Quantizer | None = None
 
-    needs = ("stats.gram",)
-    scope = "leaf"
+    needs: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    scope: ClassVar[select.Scope] = "leaf"
 
     __repr__ = core.method_repr
 
@@ -101,7 +101,7 @@ class SparseGPT:
         if len(matrix) == 1:
             values, mask = sweep(matrix[0], shown[0], gram[0], sparsity, self.damping)
             return layout.masked(layer, values[None], mask[None])
-        values, mask = lax.map(lambda x: sweep(*x, sparsity, self.damping), (matrix, shown, gram))
+        values, mask = lax.map(lambda x: sweep(x[0], x[1], x[2], sparsity, self.damping), (matrix, shown, gram))
         return layout.masked(layer, values, mask)
 
 
@@ -158,10 +158,16 @@ def _sweep(
 
     def one(i: jax.Array, state: tuple) -> tuple:
         start = i * sizes.block
-        columns = lax.dynamic_slice(factor, (0, start), (k, sizes.block))
-        # Errors of blocks to come are zero, so the whole product counts those before only.
-        current = _rows(w, start, sizes.block) - jnp.matmul(columns.T, state[2], precision=_HIGHEST)
-        inner = lax.dynamic_slice(columns, (start, 0), (sizes.block, sizes.block))
+
+        def part(j: jax.Array) -> jax.Array:
+            return lax.dynamic_slice(factor, (j * sizes.block, start), (sizes.block, sizes.block))
+
+        def take_in(j: jax.Array, current: jax.Array) -> jax.Array:
+            errors = _rows(state[2], j * sizes.block, sizes.block)
+            return current - jnp.matmul(part(j).T, errors, precision=_HIGHEST)
+
+        current = lax.fori_loop(0, i, take_in, _rows(w, start, sizes.block))
+        inner = part(i)
         visible = _rows(shown, start, sizes.block)
         kept = None
         if pattern is None:
