@@ -94,7 +94,8 @@ def test_any_optimizer_trains_at_a_constant_count_with_fresh_moments(name):
             moved += int((mask & ~before[path]).sum())
             values = zip(jax.tree.leaves(state.inner), start, strict=True)
             for x, first in [(x, y) for x, y in values if jnp.shape(x) == w.shape]:
-                np.testing.assert_array_equal(np.asarray(x)[idle], np.asarray(first)[idle])
+                # Adafactor adds 1e-30 to a squared gradient of zero.
+                np.testing.assert_allclose(np.asarray(x)[idle], np.asarray(first)[idle], rtol=0, atol=1e-29)
                 held += 1
     assert moved > 0
     assert held > 0

@@ -42,11 +42,12 @@ def sparse(
     """Train with a constant number of non-zero weights, while ``rule`` moves the mask every so often.
 
     An optax transform that wraps the optimizer, so the loop stays as it is. After every step, from the first on, a
-    weight that is not active is exactly 0.0, and so is its share of the optimizer's state: what is dropped leaves
-    nothing behind, and what is grown starts at 0.0 with fresh moments. The optimizer meets the gradients of active
-    weights only, so a clipped norm or an orthogonalized momentum is that of the sparse network; the rule reads the
-    dense gradients. The masks change before the optimizer moves, on steps ``every``, ``2 * every``, ...; weights grown
-    in a step move from the next one on. In between the cost is that of reading the masks.
+    weight that is not active is exactly 0.0. Its share of the optimizer's state is as new whenever the optimizer
+    moves, so what is dropped leaves nothing behind, and what is grown starts at 0.0 with fresh moments. The optimizer
+    meets the gradients of active weights only: a clipped norm or an orthogonalized momentum is that of the sparse
+    network. The rule reads the dense gradients. The masks change before the optimizer moves, on steps ``every``,
+    ``2 * every``, ...; weights grown in a step move from the next one on. In between the cost is that of reading the
+    masks.
 
     A state entry belongs to a weight if its place in the state ends in the parameter's path and has its shape, as
     everything that optimizers build with ``tree.map`` does, inside ``chain``, ``masked``, ``partition``,
@@ -103,10 +104,11 @@ def sparse(
         if params is None:
             raise ValueError("sparse needs the parameters: call tx.update(grads, state, params)")
         momentum = _averaged(state.momentum, _by_path(params, grads), decay)
-        new, memory = _changed(rule, every, state._replace(momentum=momentum), params, grads)
-        active = {path: mask & new[path] for path, mask in state.masks.items()}
-        updates, inner = tx.update(lay(grads, active), state.inner, lay(params, active), **extra)
-        inner = moments.reset(tx.init, inner, params, active)
+        new, active, memory = _changed(rule, every, state._replace(momentum=momentum), params, grads)
+        # Before the optimizer, not after: one that works weight by weight leaves a fresh entry as it is under a
+        # gradient of zero, and it can write over its state only if what it moves by is what it keeps.
+        fresh = moments.reset(tx.init, state.inner, params, active)
+        updates, inner = tx.update(lay(grads, active), fresh, lay(params, active), **extra)
         updates = _onto(params, updates, active)
         steps = optax.safe_increment(state.steps)
         return updates, SparseState(steps, new, state.key, memory, momentum, inner)
@@ -132,14 +134,14 @@ def _onto(params: PyTree, updates: PyTree, active: Masks) -> PyTree:
 
 def _changed(
     rule: Rule, every: int, state: SparseState, params: PyTree, grads: PyTree
-) -> tuple[dict[str, jax.Array], PyTree]:
-    """The masks and the memory after this step."""
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], PyTree]:
+    """The masks after this step, those of the weights active before as well, and the memory."""
     if isinstance(rule, Static) or not state.masks:
-        return state.masks, state.memory
+        return state.masks, state.masks, state.memory
     weights, gradients = dict(rules.paths(params)), _by_path(params, grads)
     key = jax.random.fold_in(state.key, state.steps)
 
-    def anew() -> tuple[dict[str, jax.Array], PyTree]:
+    def anew() -> tuple[dict[str, jax.Array], dict[str, jax.Array], PyTree]:
         found = [
             Leaf(
                 w=jnp.where(mask, weights[path], jnp.zeros_like(weights[path])),
@@ -152,7 +154,8 @@ def _changed(
             for path, mask in state.masks.items()
         ]
         chosen, memory = rule(found, state.memory)
-        return dict(zip(state.masks, chosen, strict=True)), memory
+        new = dict(zip(state.masks, chosen, strict=True))
+        return new, {path: mask & new[path] for path, mask in state.masks.items()}, memory
 
     due = (state.steps % every == 0) & (state.steps > 0)
-    return jax.lax.cond(due, anew, lambda: (state.masks, state.memory))
+    return jax.lax.cond(due, anew, lambda: (state.masks, state.masks, state.memory))
