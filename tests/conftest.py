@@ -18,6 +18,19 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# Here many small models are compiled, and each runs once or twice.
+COMPILED_QUICKLY = ("test_zoo", "test_shrink", "test_calibrate", "test_cost", "test_structured")
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+    """Fewer optimizations where compiling takes longer than running."""
+    quick = request.node.nodeid.split("/")[-1].startswith(COMPILED_QUICKLY)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -85,7 +85,10 @@ METHODS = [
     Row("annealed-channels", jc.prune.AnnealedChannels(0.5, steps=10, at_least=2), exact=False, gathers=True),
     Row("stacked-hard-concrete", jc.stacked(jc.prune.HardConcrete(axes=(-2,))), shape=(3, 8, 4), exact=False),
     Row("stacked-bayesian", jc.stacked(jc.prune.BayesianCompression()), shape=(3, 8, 4), exact=False),
-    Row("stacked-annealed", jc.stacked(jc.prune.AnnealedChannels(0.5, 10, at_least=2)), (3, 8, 4), exact=False, gathers=True),
+    Row(
+        "stacked-annealed", jc.stacked(jc.prune.AnnealedChannels(0.5, 10, at_least=2)), (3, 8, 4), exact=False,
+        gathers=True,
+    ),
     Row("edge-popup", jc.prune.dynamic.EdgePopup(sparsity=0.7), stationary=False),
     Row("multi-prize", jc.prune.dynamic.EdgePopup(0.7, signs=True), exact=False, stationary=False),
     Row("movement", jc.prune.dynamic.Movement(sparsity=0.7), stationary=False),

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jcompress as jc
 
@@ -53,17 +54,21 @@ class Entry:
 def randomize(params: PyTree, key: jax.Array) -> PyTree:
     """Draws every leaf, also from shapes alone, so that activations stay O(1): no bias is zero, no scale is one."""
     leaves, structure = jax.tree.flatten(params)
-    names = [path for path, _ in jc.paths(params)]
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([_draw(*x) for x in zip(names, leaves, keys, strict=True)])
+    names, rng = [path for path, _ in jc.paths(params)], generator(key)
+    return structure.unflatten([jnp.asarray(_draw(*x, rng), x[1].dtype) for x in zip(names, leaves, strict=True)])
 
 
-def _draw(path, leaf, key):
+def generator(key):
+    """NumPy's, which compiles nothing."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+def _draw(path, leaf, rng):
     assert jnp.issubdtype(leaf.dtype, jnp.floating), f"{path}: {leaf.dtype}"
     shape, name = leaf.shape, path.split("/")[-1]
     if name == "var":
-        return jax.random.uniform(key, shape, leaf.dtype, 0.5, 1.5)
-    normal = jax.random.normal(key, shape, leaf.dtype)
+        return rng.uniform(0.5, 1.5, shape)
+    normal = rng.standard_normal(shape)
     if name == "scale":
         return 1 + 0.3 * normal
     if name != "kernel":
@@ -74,15 +79,15 @@ def _draw(path, leaf, key):
 
 
 def images(height, width, channels):
-    return lambda batch, key: (jax.random.normal(key, (batch, height, width, channels)),)
+    return features(height, width, channels)
 
 
 def features(*shape):
-    return lambda batch, key: (jax.random.normal(key, (batch, *shape)),)
+    return lambda batch, key: (jnp.asarray(generator(key).standard_normal((batch, *shape)), jnp.float32),)
 
 
 def tokens(length, vocabulary):
-    return lambda batch, key: (jax.random.randint(key, (batch, length), 0, vocabulary),)
+    return lambda batch, key: (jnp.asarray(generator(key).integers(0, vocabulary, (batch, length)), jnp.int32),)
 
 
 def dense_count(inputs, outputs):
