@@ -33,13 +33,15 @@ def array(row, dtype=jnp.float32, seed=0, shape=None):
 def compress(method, w, **kwargs):
     params = {"layer": {"kernel": w}}
     plan = jc.plan(params, [(".*", method)])
-    known = known_of(params, "layer/kernel", w)
+    known = known_of(method, params, "layer/kernel", w)
     return jc.compress(params, plan, key=KEY, **known, **kwargs)["layer"]["kernel"]
 
 
-def known_of(params, path, w):
-    """What a method may ask for beside the weights."""
-    return {"stats": {path: statistics(w.shape)}, "grads": jax.tree.map(jnp.cos, params)}
+def known_of(method, params, path, w):
+    """What a method asks for beside the weights."""
+    needs = {need.split(".")[0] for need in core.needs(method)}
+    known = {"stats": {path: statistics(w.shape)}} if "stats" in needs else {}
+    return known | ({"grads": jax.tree.map(jnp.cos, params)} if "grad" in needs else {})
 
 
 @cache
@@ -298,7 +300,8 @@ def test_values_that_are_not_finite_are_refused_by_name(row):
 def test_the_input_may_be_donated(row):
     w, bias = array(row), jnp.ones(3)
     tree = {"kernel": w, "bias": bias}
-    small = jc.compress(tree, jc.plan(tree, [("kernel", row.method)]), key=KEY, **known_of(tree, "kernel", w))
+    known = known_of(row.method, tree, "kernel", w)
+    small = jc.compress(tree, jc.plan(tree, [("kernel", row.method)]), key=KEY, **known)
     w.delete()
     bias.delete()
     assert bool(jnp.isfinite(jc.materialize(small)["kernel"]).all())
