@@ -18,8 +18,34 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# Rows of the conformance list, and models of the zoo, for which a sibling stands in the short run.
+SIBLINGS = """magnitude-vector magnitude-none magnitude-all magnitude-columns sampled-reweighted taylor fisher obd
+sparsegpt-2:4 random-2:4 hard-concrete-columns bayesian-compression-filters stacked-hard-concrete stacked-bayesian
+stacked-annealed multi-prize movement-soft stacked-popup int8-tensor int4-affine int3-affine-mse int1-affine float16
+svd-convolution spectrum-convolution kmeans-256 magnitude-bfloat16 int4-scales-bf16 stacked-global stacked-svd
+stacked-spectrum stacked-kmeans stacked-random""".split()
+TWICE = "mlp lenet vgg resnet densenet mobilenet unet grouped encoder decoder scan lstm mixer".split()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also what siblings stand for in the short run")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all", False):
+        return
+    short, rest = [], []
+    for item in items:
+        name = item.name.rpartition("[")[2].rstrip("]")
+        sibling = "test_conformance" in item.nodeid and name in SIBLINGS
+        sibling |= "test_gradients_are_those" in item.name and name in {f"{family}-plain" for family in TWICE}
+        (rest if sibling else short).append(item)
+    config.hook.pytest_deselected(items=rest)
+    items[:] = short
+
+
 # Here many models are compiled, each to be run once or twice; nothing is compared to the last bit.
-COMPILED_QUICKLY = ("test_zoo", "test_shrink", "test_cost", "test_dynamic_training", "test_bayesian")
+COMPILED_QUICKLY = ("test_zoo", "test_shrink", "test_cost", "test_dynamic_training", "test_bayesian", "test_scores")
 
 
 @pytest.fixture(autouse=True)
