@@ -19,12 +19,56 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 # Rows of the conformance list, and models of the zoo, for which a sibling stands in the short run.
-SIBLINGS = """magnitude-vector magnitude-none magnitude-all magnitude-columns sampled-reweighted taylor fisher obd
-sparsegpt-2:4 random-2:4 hard-concrete-columns bayesian-compression-filters stacked-hard-concrete stacked-bayesian
-stacked-annealed multi-prize movement-soft stacked-popup int8-tensor int4-affine int3-affine-mse int1-affine float16
-svd-convolution spectrum-convolution kmeans-256 magnitude-bfloat16 int4-scales-bf16 stacked-global stacked-svd
-stacked-spectrum stacked-kmeans stacked-random""".split()
-TWICE = "mlp lenet vgg resnet densenet mobilenet unet grouped encoder decoder scan lstm mixer".split()
+SIBLINGS = [
+    "magnitude-vector",
+    "magnitude-none",
+    "magnitude-all",
+    "magnitude-columns",
+    "sampled-reweighted",
+    "taylor",
+    "fisher",
+    "obd",
+    "sparsegpt-2:4",
+    "random-2:4",
+    "hard-concrete-columns",
+    "bayesian-compression-filters",
+    "stacked-hard-concrete",
+    "stacked-bayesian",
+    "stacked-annealed",
+    "multi-prize",
+    "movement-soft",
+    "stacked-popup",
+    "int8-tensor",
+    "int4-affine",
+    "int3-affine-mse",
+    "int1-affine",
+    "float16",
+    "svd-convolution",
+    "spectrum-convolution",
+    "kmeans-256",
+    "magnitude-bfloat16",
+    "int4-scales-bf16",
+    "stacked-global",
+    "stacked-svd",
+    "stacked-spectrum",
+    "stacked-kmeans",
+    "stacked-random",
+]
+TWICE = [
+    "mlp",
+    "lenet",
+    "vgg",
+    "resnet",
+    "densenet",
+    "mobilenet",
+    "unet",
+    "grouped",
+    "encoder",
+    "decoder",
+    "scan",
+    "lstm",
+    "mixer",
+]
 
 
 def pytest_addoption(parser):
