@@ -17,6 +17,14 @@ METHODS = {
     "nest": jc.chain(jc.prune.Magnitude(sparsity=0.5), jc.share.KMeans(clusters=4), jc.quantize.Int(bits=8)),
     "sum": jc.residual(jc.prune.Magnitude(sparsity=0.9), jc.quantize.Int(bits=2)),
     "stacked": jc.stacked(jc.quantize.Int(bits=4)),
+    "spectral": jc.factorize.Spectrum(),
+    "annealed": jc.prune.AnnealedChannels(0.5, 10, at_least=2),
+    "bottleneck": jc.prune.InformationBottleneck(),
+    "gaussian": jc.prune.VariationalDropout(),
+    "gates": jc.prune.HardConcrete(),
+    "horseshoe": jc.prune.BayesianCompression(),
+    "scored": jc.prune.dynamic.EdgePopup(sparsity=0.5),
+    "soft": jc.prune.dynamic.STR(),
 }
 
 
