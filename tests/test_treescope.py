@@ -32,7 +32,7 @@ def _compressed():
     params = {name: jax.random.normal(jax.random.key(0), (3, 16, 8)) for name in METHODS}
     params |= {"dense": jnp.ones((2, 2)), "none": None}
     plan = jc.plan(params, list(METHODS.items()))
-    return jc.compress(params, plan), plan
+    return jc.compress(params, plan, key=jax.random.key(1)), plan
 
 
 def test_a_tree_shows_every_format_and_its_static_fields():
@@ -73,7 +73,7 @@ def test_a_plan_can_be_shown():
 @pytest.mark.parametrize("name", METHODS)
 def test_repr_of_a_node_is_short(name):
     tree, _ = _compressed()
-    assert len(repr(tree[name])) < 200
+    assert len(repr(tree[name])) < 240
     assert "\n" not in repr(tree[name])
 
 
