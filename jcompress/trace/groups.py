@@ -16,7 +16,6 @@ from jcompress import rules
 from jcompress.core import PyTree
 from jcompress.trace import dims as terms
 from jcompress.trace import walk
-from jcompress.trace.calls import CALLS
 from jcompress.trace.dims import Dim, Dims
 from jcompress.trace.frames import Build, Frame, Hold, Rule, all_hold, read_states
 from jcompress.trace.primitives import RULES
@@ -160,7 +159,7 @@ class Coupled:
 def read(fn: Callable[..., Any], params: PyTree, *args: Any, free_outputs: str | None = None) -> Coupled:
     """Trace ``fn`` and tie its dimensions; see :func:`coupling`."""
     program = walk.program(fn, params, *args)
-    n, build = len(program.paths), Build({**RULES, **CALLS}, Rule())
+    n, build = len(program.paths), Build(RULES, Rule())
     ins = [terms.fresh(v.aval.shape) for v in program.closed.jaxpr.invars]
     for value in ins[n:]:
         terms.pin(value, "it is an axis of an argument")

@@ -1,0 +1,231 @@
+"""The rules of functions with derivatives of their own, which are traced, read and run at the new sizes too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jax_core
+
+from jcompress.trace import dims as terms
+from jcompress.trace import walk
+from jcompress.trace.calls import Wrapped, demoted, run_arrays
+from jcompress.trace.dims import Dim, Dims
+from jcompress.trace.frames import (
+    NOWHERE,
+    At,
+    Build,
+    Cut,
+    Hold,
+    Site,
+    State,
+    Value,
+    Versions,
+    all_hold,
+    free_leaves,
+    read_states,
+    run,
+)  # fmt: skip
+
+
+def _is_float(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _float0(x: Any) -> Any:
+    return np.zeros(np.shape(x), jax.dtypes.float0)
+
+
+class _Derivative:
+    """The operands and results of an equation that have derivatives, and the equation as a function of them."""
+
+    def __init__(self, eqn: jax_core.JaxprEqn) -> None:
+        self.eqn, self.avals = eqn, [walk.aval(v) for v in eqn.invars]
+        self.ins = [i for i, aval in enumerate(self.avals) if _is_float(aval)]
+        self.outs = [i for i, v in enumerate(eqn.outvars) if _is_float(walk.aval(v))]
+
+    def function(self, operands: Sequence[Any]) -> Callable[..., list[Any]]:
+        def fn(*floats: Any) -> list[Any]:
+            values = list(operands)
+            for i, x in zip(self.ins, floats, strict=True):
+                values[i] = x
+            return walk.bind(self.eqn, values)
+
+        return fn
+
+    def jvp(self) -> jax_core.ClosedJaxpr:
+        """Operands and the tangents of those that have one -> results, and the tangents of those that have one."""
+
+        def both(operands: Sequence[Any], tangents: Sequence[Any]) -> Any:
+            floats = tuple(operands[i] for i in self.ins)
+            out, change = jax.jvp(self.function(operands), floats, tuple(tangents))
+            return out, [change[i] for i in self.outs]
+
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.avals]
+        return jax.make_jaxpr(both)(shapes, [shapes[i] for i in self.ins])
+
+    def vjp(self) -> tuple[jax_core.ClosedJaxpr, jax_core.ClosedJaxpr]:
+        """Operands -> results and what the backward pass remembers; that and cotangents -> cotangents."""
+        tree: Any = None
+
+        def forward(operands: Sequence[Any]) -> Any:
+            nonlocal tree
+            floats = tuple(operands[i] for i in self.ins)
+            out, back = jax.vjp(self.function(operands), *floats)
+            remembered, tree = jax.tree.flatten(back)
+            return out, remembered
+
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.avals]
+        first, (out, remembered) = jax.make_jaxpr(forward, return_shape=True)(shapes)
+
+        def backward(remembered: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+            full = [_float0(x) for x in out]
+            for i, x in zip(self.outs, cotangents, strict=True):
+                full[i] = x
+            return jax.tree.unflatten(tree, remembered)(full)
+
+        second = jax.make_jaxpr(backward)(remembered, [out[i] for i in self.outs])
+        return first, second
+
+
+class Custom(Wrapped):
+    """A function with derivatives of its own; they are traced, read and run at the new sizes as it is."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        key = f"{site.eqn.primitive.name} {walk.called(site.eqn)}"
+        if key in build.open:
+            return self._within(build.open[key], site)
+        outs, site.note = super().dims(build, site), _Derivative(site.eqn)
+        site.outs = list(outs)
+        build.open[key] = site
+        try:
+            self.derivative(build, site)
+        except TypeError:  # inside shard_map its types name devices that it cannot be traced without
+            site.rule, reason = build.default, f"{site.eqn.primitive.name} has a derivative that cannot be read here"
+            build.unread[site.eqn.primitive.name] += 1
+            for value in (*site.ins, *outs):
+                terms.pin(value, reason)
+        finally:
+            del build.open[key]
+        return outs
+
+    def derivative(self, build: Build, site: Site) -> None:
+        """Trace the derivative and add its frames."""
+        raise NotImplementedError
+
+    def _within(self, outer: Site, site: Site) -> Sequence[Dims]:
+        """A derivative that calls the function it belongs to shares its frames."""
+        for a, b in zip(site.ins, outer.ins, strict=True):
+            terms.unify_all(a, b)
+        site.frames, site.note = outer.frames, outer.note
+        return [terms.alias(d) for d in outer.outs]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        if getattr(site.note, "reading", False):
+            return [
+                all_hold(d, Hold.VARIED) if s is None else s for d, s in zip(site.outs, site.note.found, strict=True)
+            ]
+        site.note.reading = True
+        site.note.found = list(self.read(site, ins))
+        self.read_derivative(site, ins)
+        site.note.reading = False
+        return site.note.found
+
+    def read(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        """The states of the results."""
+        return read_states(site.frames[0], ins)
+
+    def read_derivative(self, site: Site, ins: Sequence[State]) -> None:
+        """Read the states of the derivative's frames."""
+        raise NotImplementedError
+
+
+class CustomJVP(Custom):
+    """Slices that share a value cross with their tangents."""
+
+    def derivative(self, build: Build, site: Site) -> None:
+        note = site.note
+        if id(site.eqn) not in build.traced:
+            build.traced[id(site.eqn)] = note.jvp()
+        frame = build.frame(build.traced[id(site.eqn)], [*site.ins, *(site.ins[i] for i in note.ins)])
+        for a, b in zip([*site.outs, *(site.outs[i] for i in note.outs)], frame.outs, strict=True):
+            terms.unify_all(a, b)
+        site.frames.append(frame)
+
+    def read_derivative(self, site: Site, ins: Sequence[State]) -> None:
+        # What is cut stays zero, so its tangents are zero where it is.
+        read_states(site.frames[1], [*ins, *(State(held=_table(ins[i], site.ins[i])) for i in site.note.ins)])
+
+    def call(self, cut: Cut, site: Site, crossing: Versions, at: At) -> list[Any]:
+        primal, derivative = site.frames
+
+        @jax.custom_jvp
+        def again(*arrays: Any) -> list[Any]:
+            return [v.at(at) for v in run(cut, primal, crossing.values(arrays))]
+
+        @again.defjvp
+        def rule(primals: tuple, tangents: tuple) -> Any:
+            values, changes = crossing.values(primals), crossing.values(tangents)
+            floats = [changes[i] for i in site.note.ins]
+            for value in floats:
+                value.state = State(held=_table(value.state, value.dims))
+            found = [v.at(at) for v in run(cut, derivative, [*values, *floats])]
+            out = found[: len(site.outs)]
+            change = dict(zip(site.note.outs, found[len(site.outs) :], strict=True))
+            return out, [change[i] if i in change else _float0(x) for i, x in enumerate(out)]
+
+        return again(*crossing.arrays)
+
+
+def _table(state: State, dims: Dims) -> dict[Dim, Hold]:
+    return {leaf: state.at(leaf) for leaf in free_leaves(dims)}
+
+
+class CustomVJP(Custom):
+    """Only what stays crosses: the cotangents of what was cut are not known."""
+
+    def derivative(self, build: Build, site: Site) -> None:
+        note = site.note
+        if id(site.eqn) not in build.traced:
+            build.traced[id(site.eqn)] = note.vjp()
+        first, second = build.traced[id(site.eqn)]
+        forward = build.frame(first, site.ins)
+        for a, b in zip(site.outs, forward.outs, strict=False):
+            terms.unify_all(a, b)
+        kept = forward.outs[len(site.outs) :]
+        backward = build.frame(second, [*kept, *(terms.alias(site.outs[i]) for i in note.outs)])
+        for i, b in zip(note.ins, backward.outs, strict=True):
+            terms.unify_all(site.ins[i], b)
+        site.frames += [forward, backward]
+
+    def read(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return demoted(read_states(site.frames[0], demoted(ins, site.ins)), site.outs)
+
+    def read_derivative(self, site: Site, ins: Sequence[State]) -> None:
+        _, forward, backward = site.frames
+        kept = read_states(forward, demoted(ins, site.ins))[len(site.outs) :]
+        cotangents = [all_hold(d, Hold.VARIED) for d in backward.ins[len(kept) :]]
+        read_states(backward, [*demoted(kept, backward.ins[: len(kept)]), *cotangents])
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        primal, forward, backward = site.frames
+        note = site.note
+
+        @jax.custom_vjp
+        def again(*arrays: Any) -> list[Any]:
+            return run_arrays(cut, primal, arrays)
+
+        def first(*arrays: Any) -> Any:
+            found = run_arrays(cut, forward, arrays)
+            return found[: len(site.outs)], found[len(site.outs) :]
+
+        def second(kept: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+            found = run_arrays(cut, backward, [*kept, *(cotangents[i] for i in note.outs)])
+            known = dict(zip(note.ins, found, strict=True))
+            return tuple(known.get(i) for i in range(len(ins)))
+
+        again.defvjp(first, second)
+        return again(*[v.at(NOWHERE) for v in ins])
