@@ -1,4 +1,4 @@
-"""Integer codes with a scale."""
+"""Codes of a few bits on a grid, with a scale."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from jcompress.core import Compressed
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Quantized(Compressed):
-    """Integer codes of 1 to 8 bits on a uniform grid: ``scale * (codes - zero)``.
+    """Codes of 1 to 8 bits on a grid: ``scale * level(codes)``.
+
+    The grid is one of four. Integers, symmetric (int8 codes) or affine (uint8 codes with a ``zero``): the level is
+    ``codes - zero``, and one symmetric bit codes a sign, with levels ``2 * codes + 1`` for codes -1 and 0. Narrow
+    floats: the codes are 8- or 4-bit floats, and are the levels. A table: the level is ``table[codes]``.
 
     Scales and zero points have the rank of ``codes`` and broadcast against it; with a ``group_size`` their axis
-    -2 counts groups of that many rows, the last one possibly smaller. One symmetric bit codes a sign: then the
-    values are ``scale * (2 * codes + 1)`` with codes -1 and 0.
+    -2 counts groups of that many rows, the last one possibly smaller.
 
     Attributes:
-      codes: int8 (symmetric) or uint8 (affine) array in the shape of the dense one.
-      scale: float array, or a node that stands for one; trainable.
-      zero: uint8 zero points in the shape of ``scale``, or None on a symmetric grid. Held, so that 0.0 stays exact.
+      codes: int8, uint8, or an 8- or 4-bit float array in the shape of the dense one.
+      scale: float array, or a node that stands for one; trainable, unless it is of 8 bits.
+      zero: uint8 zero points in the shape of ``scale``, or None. Held, so that 0.0 stays exact.
       bits: bits a code, 1 to 8.
+      table: the levels that uint8 codes count, ascending, at most ``2**bits``; or None.
       axes: the axes along which a scale is shared, negative.
       group_size: rows of axis -2 that share a scale, or None.
       dtype: dtype of the dense array.
@@ -42,23 +46,36 @@ class Quantized(Compressed):
     scale: Any
     zero: Any = None
     bits: int = dataclasses.field(kw_only=True, metadata={"static": True})
+    table: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     axes: tuple[int, ...] = dataclasses.field(default=(-2,), metadata={"static": True})
     group_size: int | None = dataclasses.field(default=None, metadata={"static": True})
     dtype: np.dtype = dataclasses.field(default=np.dtype("float32"), metadata={"static": True})
     elementwise: ClassVar[tuple[str, ...]] = ("codes",)
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
-        scale = core.dense(self.scale, key=key)
+        scale = _widened(core.dense(self.scale, key=key))
         return (spread(scale, self.codes, self.group_size) * self.levels(scale.dtype)).astype(self.dtype)
 
+    def encode(self, w: jax.Array) -> Quantized:
+        """The node with the codes nearest to ``w``, its scales and zero points as they are."""
+        scale = _widened(core.dense(self.scale)).astype(jnp.float32)
+        scaled = w.astype(jnp.float32) / spread(scale, self.codes, self.group_size)
+        zero = None if self.zero is None else spread(self.zero.astype(jnp.float32), self.codes, self.group_size)
+        dtype = jnp.dtype(self.codes.dtype)
+        return dataclasses.replace(self, codes=nearest(scaled, zero, self.bits, self.table, dtype))
+
     def levels(self, dtype: Any) -> jax.Array:
-        """The integers that the scale multiplies, as floats in the shape of ``codes``."""
+        """What the scale multiplies, as floats in the shape of ``codes``."""
+        if self.table is not None:
+            return jnp.asarray(self.table, dtype)[self.codes.astype(jnp.int32)]
         codes = self.codes.astype(dtype)
         if self.zero is not None:
             return codes - spread(self.zero.astype(dtype), self.codes, self.group_size)
         return 2 * codes + 1 if self.bits == 1 else codes
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Quantized:
+        if not core.is_node(self.scale) and self.scale is not None and not core.is_trainable(self.scale):
+            return self
         levels, w = self.levels(jnp.float32), w.astype(jnp.float32)
         if where is not None:
             levels = jnp.where(where, levels, 0.0)
@@ -72,6 +89,38 @@ class Quantized(Compressed):
 
     def widths(self) -> dict[str, int]:
         return {"codes": self.bits, "zero": self.bits}
+
+
+def nearest(
+    scaled: jax.Array, zero: jax.Array | None, bits: int, table: tuple[float, ...] | None, dtype: Any
+) -> jax.Array:
+    """The codes of the levels nearest to ``scaled``, ties to even; outside the grid, those of its ends.
+
+    Args:
+      scaled: float32 array, weights divided by their scale.
+      zero: zero points that broadcast against it, or None.
+      bits: bits a code.
+      table: ascending levels, or None; a tie goes to the lower one.
+      dtype: dtype of the codes.
+    """
+    if table is not None:
+        levels = np.asarray(table, np.float32)
+        above = [scaled > m for m in (levels[1:] + levels[:-1]) / 2]
+        return sum((a.astype(jnp.uint8) for a in above), start=jnp.zeros(scaled.shape, jnp.uint8)).astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        most = float(jnp.finfo(dtype).max)
+        return jnp.clip(scaled, -most, most).astype(dtype)
+    if zero is not None:
+        return jnp.clip(jnp.round(scaled) + zero, 0, 2**bits - 1).astype(dtype)
+    if bits == 1:
+        return jnp.where(scaled < 0, -1, 0).astype(dtype)
+    most = 2 ** (bits - 1) - 1
+    return jnp.clip(jnp.round(scaled), -most, most).astype(dtype)
+
+
+def _widened(scale: jax.Array) -> jax.Array:
+    """Scales of 8 bits as float32: they are for keeping, not for products."""
+    return scale if jnp.dtype(scale.dtype).itemsize > 1 else scale.astype(jnp.float32)
 
 
 def pool(x: jax.Array, axes: tuple[int, ...], group_size: int | None, combine: Any, start: Any) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Quantized
-from jcompress.formats.quantized import pool, spread
+from jcompress.formats.quantized import nearest, pool, spread
 
 
 class _Grid(NamedTuple):
@@ -105,9 +105,9 @@ class Int:
         x = w.astype(jnp.float32)
         x = x if context.where is None else jnp.where(context.where, x, 0.0)
         grid = self._grid(x, axes, context.where)
-        codes = self._codes(x, grid, axes)
+        codes = self._codes(x, grid)
         return Quantized(
-            codes=codes.astype(jnp.int8 if self.symmetric else jnp.uint8),
+            codes=codes,
             scale=grid.scale,
             zero=None if grid.zero is None else grid.zero.astype(jnp.uint8),
             bits=int(self.bits), axes=axes, group_size=self.group_size, dtype=np.dtype(w.dtype),
@@ -139,15 +139,10 @@ class Int:
         scale = _positive(_over(high - low, top))
         return _Grid(scale, jnp.clip(jnp.round(-low / scale), 0, top))
 
-    def _codes(self, x: jax.Array, grid: _Grid, axes: tuple[int, ...]) -> jax.Array:
-        """Codes as floats."""
-        if self.symmetric and self.bits == 1:
-            return jnp.where(x < 0, -1.0, 0.0)
-        scaled = x / spread(grid.scale, x, self.group_size)
-        if grid.zero is None:
-            most = 2 ** (self.bits - 1) - 1
-            return jnp.clip(jnp.round(scaled), -most, most)
-        return jnp.clip(jnp.round(scaled) + spread(grid.zero, x, self.group_size), 0, 2**self.bits - 1)
+    def _codes(self, x: jax.Array, grid: _Grid) -> jax.Array:
+        zero = None if grid.zero is None else spread(grid.zero, x, self.group_size)
+        dtype = jnp.int8 if self.symmetric else jnp.uint8
+        return nearest(x / spread(grid.scale, x, self.group_size), zero, int(self.bits), None, dtype)
 
     @partial(jax.jit, static_argnames=("self", "axes"))
     def _best_range(
@@ -160,7 +155,7 @@ class Int:
 
         def error(low: jax.Array | None, high: jax.Array) -> jax.Array:
             grid = self._grid_over(low, high)
-            levels = self._codes(x, grid, axes)
+            levels = self._codes(x, grid).astype(jnp.float32)
             levels = levels if grid.zero is None else levels - spread(grid.zero, x, self.group_size)
             difference = x - spread(grid.scale, x, self.group_size) * levels
             difference = difference if where is None else jnp.where(where, difference, 0.0)
