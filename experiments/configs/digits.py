@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     config.data = "digits"
     config.data_options = ConfigDict({"val": 0.2, "test": 0.2})
     config.models = ("lenet_300_100", "cnn")
-    config.model_options = ConfigDict()  # {model: {field: value}}, see experiments/models.py
+    config.model_options = ConfigDict()  # {model: {field: value}}, see experiments/models/small.py
     config.plans = PLANS  # functions of the parameters' shapes and the fine-tuning steps; named as they are
     config.only = ""  # some of the plans, joined by commas; all of them by default
     config.seeds = 3  # each with its own split, where the data has none, its own start and its own batches
