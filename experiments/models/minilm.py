@@ -1,8 +1,8 @@
 """A pretrained sentence encoder, all-MiniLM-L6-v2, as a plain function of a nested dictionary of arrays.
 
-Six layers of BERT (Devlin et al. 2019, arXiv:1810.04805) distilled by Wang et al. (2020, arXiv:2002.10957), then trained
-on pairs of sentences as Reimers & Gurevych (2019, arXiv:1908.10084) do: 22.6 million parameters without the pooler,
-which sentences do not use; Apache-2.0. The weights are those that the Hugging Face hub has under
+Six layers of BERT (Devlin et al. 2019, arXiv:1810.04805) distilled by Wang et al. (2020, arXiv:2002.10957), then
+trained on pairs of sentences as Reimers & Gurevych (2019, arXiv:1908.10084) do: 22.6 million parameters without the
+pooler, which sentences do not use; Apache-2.0. The weights are those that the Hugging Face hub has under
 ``sentence-transformers/all-MiniLM-L6-v2``.
 """
 
