@@ -80,11 +80,11 @@ def deep_rewiring(
         return RewiringState(jnp.zeros((), jnp.int32), first, negative, jnp.copy(seed), tx.init(lay(params, first)))
 
     def update(
-        grads: PyTree, state: RewiringState, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: RewiringState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, RewiringState]:
         if params is None:
             raise ValueError("deep_rewiring needs the parameters: call tx.update(grads, state, params)")
-        updates, inner = tx.update(lay(grads, state.masks), state.inner, lay(params, state.masks), **extra)
+        updates, inner = tx.update(lay(updates, state.masks), state.inner, lay(params, state.masks), **extra)
         change = dict(zip([p for p, _ in rules.paths(params)], jax.tree.leaves(updates), strict=True))
         eta = core.value_at(learning_rate, state.steps)
         walks, alive = {}, {}

@@ -64,7 +64,8 @@ def sparse(
       key: for rules and methods that draw random numbers; ``jax.random.key(0)`` by default. Every change draws anew.
 
     Returns:
-      A ``GradientTransformationExtraArgs``; ``update`` must be given the raw gradients and ``params``.
+      A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``. The rule reads the gradients given as
+      ``grads=``, for where this stands behind a transform that changes them, and otherwise what it is given to update.
 
     Raises:
       ValueError: if ``every`` is not positive, a method of the plan gives no mask, a given mask fits no parameter, or
@@ -99,16 +100,18 @@ def sparse(
         )
 
     def update(
-        grads: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: SparseState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
     ) -> tuple[PyTree, SparseState]:
         if params is None:
             raise ValueError("sparse needs the parameters: call tx.update(grads, state, params)")
-        momentum = _averaged(state.momentum, _by_path(params, grads), decay)
-        new, active, memory = _changed(rule, every, state._replace(momentum=momentum), params, grads)
+        raw = updates if grads is None else grads
+        extra = extra if grads is None else {**extra, "grads": grads}
+        momentum = _averaged(state.momentum, _by_path(params, raw), decay)
+        new, active, memory = _changed(rule, every, state._replace(momentum=momentum), params, raw)
         # Before the optimizer, not after: one that works weight by weight leaves a fresh entry as it is under a
         # gradient of zero, and it can write over its state only if what it moves by is what it keeps.
         fresh = moments.reset(tx.init, state.inner, params, active)
-        updates, inner = tx.update(lay(grads, active), fresh, lay(params, active), **extra)
+        updates, inner = tx.update(lay(updates, active), fresh, lay(params, active), **extra)
         updates = _onto(params, updates, active)
         steps = optax.safe_increment(state.steps)
         return updates, SparseState(steps, new, state.key, memory, momentum, inner)

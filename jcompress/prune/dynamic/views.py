@@ -165,12 +165,12 @@ def latent(
         return LatentState(steps, weights, seen, learning, tx.init(params))
 
     def update(
-        grads: PyTree, state: LatentState, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: LatentState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, LatentState]:
         if params is None:
             raise ValueError("latent needs the parameters: call tx.update(grads, state, params)")
         dense = moved(params, params, state.weights)
-        updates, inner = tx.update(_pulled(view, state, grads, params), state.inner, dense, **extra)
+        updates, inner = tx.update(_pulled(view, state, updates, params), state.inner, dense, **extra)
         weights = _learned(state, params, updates)
         due = state.steps % every == 0
         seen, learning = jax.lax.cond(

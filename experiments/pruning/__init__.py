@@ -1,0 +1,1 @@
+"""One network pruned in many ways at one training budget."""
