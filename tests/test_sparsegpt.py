@@ -168,18 +168,29 @@ def test_inputs_never_seen_go_first_and_break_nothing(rng):
         assert int(node.mask.sum()) == 32
 
 
-def test_a_quantizer_in_the_sweep_gives_grid_values_and_smaller_errors_than_after_it(rng):
-    x, w = correlated(rng, 32, 300), jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)
+@pytest.mark.parametrize(("group_size", "pattern"), [(None, None), (8, NM(2, 4))])
+def test_a_quantizer_in_the_sweep_gives_codes_of_what_stays_and_smaller_errors_than_after_it(group_size, pattern, rng):
+    sparsity, grid = (0.5 if pattern is None else None), jc.quantize.Int(bits=3, group_size=group_size)
+    together, after = 0.0, 0.0
+    for _ in range(3):
+        x, w = correlated(rng, 32, 300), jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)
+        joint = SparseGPT(sparsity, pattern, block_size=16, quantizer=grid)(w, context(x))
+        assert joint.values.scale.shape == (32 // (group_size or 32), 8)
+        assert int(joint.mask.sum()) == 128
+        apart = jc.chain(SparseGPT(sparsity, pattern, block_size=16), grid)(w, context(x))
+        assert jax.tree.structure(joint) == jax.tree.structure(apart)
+        together, after = together + moved(joint, w, x), after + moved(apart, w, x)
+    assert together < after
 
-    def on_grid(row):
-        return jnp.round(row * 4) / 4
 
-    joint = SparseGPT(0.5, quantizer=on_grid)(w, context(x))
-    np.testing.assert_array_equal(joint.materialize() * 4, jnp.round(joint.materialize() * 4))
-    after = SparseGPT(0.5)(w, context(x))
-    after = jc.formats.Masked(on_grid(after.values), after.mask)
-    assert moved(joint, w, x) < moved(after, w, x)
-    assert int(joint.mask.sum()) == 128
+def test_a_quantizer_whose_groups_do_not_fit_the_blocks_or_the_pattern_is_refused(rng):
+    x, w = correlated(rng, 24), jnp.asarray(rng.normal(size=(24, 4)), jnp.float32)
+    for group_size, pattern in ((12, None), (6, NM(2, 4))):
+        method = SparseGPT(0.5, pattern, block_size=16, quantizer=jc.quantize.Int(bits=4, group_size=group_size))
+        with pytest.raises(ValueError, match=rf"array: SparseGPT.* needs a block_size .* groups of {group_size}"):
+            method(w, context(x))
+    with pytest.raises(ValueError, match=r"the grid Magnitude\(sparsity=0.5\) gives Masked\(.*expected Quantized"):
+        SparseGPT(0.5, quantizer=Magnitude(0.5))(w, context(x))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

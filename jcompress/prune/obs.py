@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcompress import core
+from jcompress import core, layout
 from jcompress.core import Context
 from jcompress.formats import Masked
-from jcompress.prune import layout, select
+from jcompress.prune import select
 from jcompress.prune.patterns import NM
+from jcompress.sweep import damped, inverse_factor
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -78,25 +79,6 @@ def inverse_hessian(x: jax.Array, damping: Any = 1e-6) -> jax.Array:
         return inverse - jnp.outer(seen, seen) / (n + jnp.vdot(row, seen, precision=_HIGHEST)), None
 
     return lax.scan(add, jnp.eye(k, dtype=x.dtype) / damping, x)[0]
-
-
-def damped(gram: jax.Array, damping: Any) -> jax.Array:
-    """The Gram matrix plus ``damping`` times its mean diagonal; inputs that were never seen get that mean alone."""
-    diagonal = jnp.diagonal(gram)
-    mean = jnp.mean(diagonal)
-    mean = jnp.where(mean > 0, mean, 1)
-    return gram + jnp.diag(damping * mean + jnp.where(diagonal > 0, 0, mean))
-
-
-def inverse_factor(hessian: jax.Array) -> jax.Array:
-    """The upper triangular ``U`` with ``U^T U = H^-1``, from one Cholesky factorization and one triangular inverse.
-
-    With the order of rows and columns reversed, ``H = L L^T``; reversed back, ``L`` is upper triangular, and ``U`` is
-    its inverse. Row ``j`` of ``U`` is what column ``j`` of the inverse becomes once the variables before ``j`` are
-    held fixed, over the root of its diagonal.
-    """
-    factor = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(hessian), dtype=hessian.dtype), lower=False)
 
 
 def _surgeon(

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress import core, layout
+from jcompress.core import Context, Method
 from jcompress.formats import Masked
-from jcompress.prune import layout, obs, select
+from jcompress.prune import obs, select
 from jcompress.prune.patterns import NM
 from jcompress.prune.threshold import keep_largest
-
-Quantizer = Callable[[jax.Array], jax.Array]
-_HIGHEST = lax.Precision.HIGHEST
-_PANEL = 16
-"""Inputs whose errors are spread one by one; a panel of them, then a block, by matrix products."""
+from jcompress.rounding import Rounding, filled, rounding
+from jcompress.sweep import Decision, Known, damped, inverse_factor, sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +41,9 @@ class SparseGPT:
       pattern: :class:`NM` over the contracted inputs in their order, or None.
       block_size: inputs between two choices of a mask; with a pattern, a multiple of its ``m``.
       damping: added to the Gram matrix, as a fraction of its mean diagonal. A scalar, traced or not.
-      quantizer: joint quantization: a function of the float32 (outputs,) weights of one input that gives them rounded
-        to a grid. What it changes is made up for as pruning is.
+      quantizer: joint quantization: a method that gives ``Quantized``, such as ``jc.quantize.Int(bits=4)``; what it
+        changes is made up for as pruning is, and the node is ``Masked`` around ``Quantized``. Scales of a group are
+        taken when the sweep reaches it, from the weights that stay.
 
     Raises:
       ValueError: for a sparsity outside [0, 1], one that disagrees with the pattern, another pattern, a block size
@@ -68,12 +63,16 @@ class SparseGPT:
     pattern: NM | None = None
     block_size: int = 128
     damping: Any = 0.01
-    quantizer: Quantizer | None = None
+    quantizer: Method | None = None
 
-    needs: ClassVar[tuple[str, ...]] = ("stats.gram",)
     scope: ClassVar[select.Scope] = "leaf"
 
     __repr__ = core.method_repr
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be in the context."""
+        return ("stats.gram", *(() if self.quantizer is None else core.needs(self.quantizer)))
 
     def __post_init__(self) -> None:
         obs.check_pattern(self)
@@ -97,141 +96,68 @@ class SparseGPT:
             select.check_sparsity(f"{context.path}: SparseGPT", sparsity)
         if not w.size:
             return Masked(w, jnp.zeros(w.shape, jnp.bool_))
-        sweep = partial(_layer, pattern=self.pattern, block_size=self.block_size, quantizer=self.quantizer)
-        if len(matrix) == 1:
-            values, mask = sweep(matrix[0], shown[0], gram[0], sparsity, self.damping)
-            return layout.masked(layer, values[None], mask[None])
-        values, mask = lax.map(lambda x: sweep(x[0], x[1], x[2], sparsity, self.damping), (matrix, shown, gram))
-        return layout.masked(layer, values, mask)
+        found: Rounding | None = None
+        known: Known = {}
+        if self.quantizer is not None:
+            found, node, known = rounding(self.quantizer, layer, context, early=False)
+            check_spans(context.path, self, found.group_size)
+        solve = partial(_solve, pattern=self.pattern, block_size=self.block_size, rounding=found)
+        values, known = solve(
+            matrix, gram, {**known, "shown": shown}, self._counts(matrix.shape, sparsity), self.damping
+        )
+        kept = layout.masked(layer, values, known["mask"])
+        return kept if found is None else dataclasses.replace(kept, values=filled(node, layer, values, known, found))
+
+    def _counts(self, shape: tuple[int, ...], sparsity: Any) -> jax.Array:
+        """How many weights of each block stay."""
+        _, k, n = shape
+        edges = [min(i * self.block_size, k) * n for i in range(-(-k // self.block_size) + 1)]
+        kept = [select.kept(edge, sparsity) for edge in edges]
+        return jnp.stack([jnp.asarray(b - a, jnp.uint32) for a, b in itertools.pairwise(kept)])
 
 
-def _layer(
-    w: jax.Array,
-    shown: jax.Array,
-    gram: jax.Array,
-    sparsity: Any,
-    damping: Any,
-    *,
-    pattern: NM | None,
-    block_size: int,
-    quantizer: Quantizer | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Weights and mask (k, n) of one layer."""
-    k, n = w.shape
-    panel = _panel(pattern, block_size)
-    block = min(block_size, -(-k // panel) * panel)
-    blocks = -(-k // block)
-    kept = [select.kept(min(i * block, k) * n, sparsity) for i in range(blocks + 1)]
-    counts = jnp.stack([jnp.asarray(b - a, jnp.uint32) for a, b in itertools.pairwise(kept)])
-    w = jnp.where(shown & (jnp.diagonal(gram) > 0)[:, None], w, 0)
-    factor = obs.inverse_factor(obs.damped(gram, damping))
-    more = blocks * block - k
-    # Inputs that fill up the last block: weights of zero that nothing moves, and that go first.
-    factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag(jnp.pad(jnp.zeros(k), (0, more), constant_values=1.0))
-    w, shown = (jnp.pad(x, ((0, more), (0, 0))) for x in (w, shown))
-    values, mask = _sweep(w, shown, factor, counts, _Sizes(block, panel), pattern, quantizer)
-    return values[:k], mask[:k]
+def check_spans(path: str, method: SparseGPT, group: int | None) -> None:
+    """Raise unless blocks hold whole groups of the grid, and these whole groups of the pattern, or the other way."""
+    m = 1 if method.pattern is None else method.pattern.m
+    if group is not None and (method.block_size % group or (group % m and m % group)):
+        raise ValueError(
+            f"{path}: {method!r} needs a block_size that is a multiple of the grid's groups of {group}, and these of "
+            f"the pattern's groups of {m}; use block_size={group * max(1, method.block_size // group)}"
+        )
 
 
-class _Sizes(NamedTuple):
-    block: int
-    panel: int
+@partial(jax.jit, static_argnames=("pattern", "block_size", "rounding"))
+def _solve(
+    w: jax.Array, gram: jax.Array, known: Known, counts: Any, damping: Any,
+    pattern: NM | None, block_size: int, rounding: Rounding | None,
+) -> tuple[jax.Array, Known]:  # fmt: skip
+    """Weights (layers, k, n) of all layers, one after the other, and what was decided."""
+
+    def layer(args: tuple) -> tuple[jax.Array, Known]:
+        w, gram, known = args
+        w = jnp.where(known["shown"] & (jnp.diagonal(gram) > 0)[:, None], w, 0)
+        masks = _masks(counts, pattern, block_size)
+        scales = [] if rounding is None else rounding.decisions()
+        # Of two decisions about the same inputs, the mask comes first: the scales are for what stays.
+        decisions = sorted([masks, *scales], key=lambda d: -d.span)
+        known = {**known, "mask": jnp.zeros(w.shape, jnp.bool_)}
+        return sweep(w, inverse_factor(damped(gram, damping)), fix, known, decisions, block_size)
+
+    def fix(row: jax.Array, known: Known, pivot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value = jnp.where(known["mask"], row if rounding is None else rounding.value(row, known), 0)
+        return value, (row - value) / pivot
+
+    if len(w) == 1:
+        return jax.tree.map(lambda x: x[None], layer(jax.tree.map(lambda x: x[0], (w, gram, known))))
+    return jax.lax.map(layer, (w, gram, known))
 
 
-def _panel(pattern: NM | None, block_size: int) -> int:
-    """How many inputs make a panel: blocks hold whole panels, and panels whole groups of the pattern."""
-    m = 1 if pattern is None else pattern.m
-    return m * math.gcd(block_size // m, max(1, _PANEL // m))
+def _masks(counts: Any, pattern: NM | None, block_size: int) -> Decision:
+    """The masks, of a block by its share of the sparsity, or of a group of the pattern."""
 
+    def decide(start: jax.Array, w: jax.Array, known: Known, diagonal: jax.Array) -> Known:
+        saliency = jnp.where(known["shown"], jnp.square(w / diagonal[:, None]), -jnp.inf)
+        mask = pattern.mask(saliency) if pattern else keep_largest([saliency], counts[start // block_size])[0]
+        return {"mask": mask, "shown": known["shown"] & mask}
 
-def _sweep(
-    w: jax.Array,
-    shown: jax.Array,
-    factor: jax.Array,
-    counts: jax.Array,
-    sizes: _Sizes,
-    pattern: NM | None,
-    quantizer: Quantizer | None,
-) -> tuple[jax.Array, jax.Array]:
-    """All blocks. The errors of those done are kept, and a block takes them in when its turn comes."""
-    k = len(w)
-
-    def one(i: jax.Array, state: tuple) -> tuple:
-        start = i * sizes.block
-
-        def part(j: jax.Array) -> jax.Array:
-            return lax.dynamic_slice(factor, (j * sizes.block, start), (sizes.block, sizes.block))
-
-        def take_in(j: jax.Array, current: jax.Array) -> jax.Array:
-            errors = _rows(state[2], j * sizes.block, sizes.block)
-            return current - jnp.matmul(part(j).T, errors, precision=_HIGHEST)
-
-        current = lax.fori_loop(0, i, take_in, _rows(w, start, sizes.block))
-        inner = part(i)
-        visible = _rows(shown, start, sizes.block)
-        kept = None
-        if pattern is None:
-            saliency = jnp.square(current / jnp.diagonal(inner)[:, None])
-            kept = keep_largest([jnp.where(visible, saliency, -jnp.inf)], counts[i])[0]
-        done = _block(current, visible, inner, kept, sizes.panel, pattern, quantizer)
-        return tuple(lax.dynamic_update_slice(x, y, (start, 0)) for x, y in zip(state, done, strict=True))
-
-    state = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.bool_), jnp.zeros_like(w))
-    values, mask, _ = lax.fori_loop(0, k // sizes.block, one, state)
-    return values, mask
-
-
-def _rows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    return lax.dynamic_slice(x, (start, 0), (size, x.shape[1]))
-
-
-def _block(
-    w: jax.Array,
-    shown: jax.Array,
-    factor: jax.Array,
-    kept: jax.Array | None,
-    panel: int,
-    pattern: NM | None,
-    quantizer: Quantizer | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Values, mask and errors of one block, panel by panel."""
-    k = len(w)
-
-    def one(i: jax.Array, state: tuple) -> tuple:
-        start = i * panel
-        columns = lax.dynamic_slice(factor, (0, start), (k, panel))
-        current = _rows(w, start, panel) - jnp.matmul(columns.T, state[2], precision=_HIGHEST)
-        inner = lax.dynamic_slice(columns, (start, 0), (panel, panel))
-        mask = jnp.zeros(current.shape, jnp.bool_) if kept is None else _rows(kept, start, panel)
-        done = _inputs(current, _rows(shown, start, panel), inner, mask, pattern, quantizer)
-        return tuple(lax.dynamic_update_slice(x, y, (start, 0)) for x, y in zip(state, done, strict=True))
-
-    state = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.bool_), jnp.zeros_like(w))
-    return lax.fori_loop(0, k // panel, one, state)
-
-
-def _inputs(
-    w: jax.Array, shown: jax.Array, factor: jax.Array, mask: jax.Array, pattern: NM | None, quantizer: Quantizer | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Values, mask and errors of one panel, input by input."""
-    diagonal = jnp.diagonal(factor)
-    size = len(w)
-
-    def choose(j: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
-        assert pattern is not None
-        saliency = jnp.square(_rows(w, j, pattern.m) / lax.dynamic_slice(diagonal, (j,), (pattern.m,))[:, None])
-        chosen = pattern.mask(jnp.where(_rows(shown, j, pattern.m), saliency, -jnp.inf))
-        return lax.dynamic_update_slice(mask, chosen, (j, 0))
-
-    def one(j: jax.Array, state: tuple) -> tuple:
-        w, mask, errors = state
-        if pattern is not None:
-            mask = lax.cond(j % pattern.m == 0, choose, lambda j, w, mask: mask, j, w, mask)
-        row = w[j]
-        value = jnp.where(mask[j], row if quantizer is None else quantizer(row), 0)
-        error = (row - value) / diagonal[j]
-        later = jnp.where(jnp.arange(size) > j, factor[j], 0)
-        w = (w - later[:, None] * error).at[j].set(value)
-        return w, mask, errors.at[j].set(error)
-
-    return lax.fori_loop(0, size, one, (w, mask, jnp.zeros_like(w)))
+    return Decision(pattern.m if pattern else block_size, decide)

@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
+from jcompress import core, layout
 from jcompress.core import Context
-from jcompress.prune import layout, scores, select
+from jcompress.prune import scores, select
 from jcompress.prune.scored import ByScore, fixed
 
 

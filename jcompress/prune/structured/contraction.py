@@ -2,72 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jcompress import layout
 from jcompress.core import PyTree
+from jcompress.layout import Contraction
 from jcompress.prune.structured import units
 from jcompress.prune.structured.units import Group, Groups
-
-
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """A kernel and the axes of it that the next layer sums over.
-
-    Attributes:
-      path: of the kernel.
-      w: the kernel.
-      axes: those contracted, rising.
-      lead: how many first axes are stacked layers, each with statistics of its own.
-      split: into how many groups a convolution splits the outputs, each with statistics of its own.
-      stat: the statistics.
-    """
-
-    path: str
-    w: jax.Array
-    axes: tuple[int, ...]
-    lead: int
-    split: int
-    stat: Any
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        rest = (i for i in range(self.lead, self.w.ndim) if i not in self.axes)
-        return (*range(self.lead), *self.axes, *rest)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The sizes of the contracted axes."""
-        return tuple(self.w.shape[i] for i in self.axes)
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """The shape of a bias: the kernel's without the contracted axes."""
-        return tuple(n for i, n in enumerate(self.w.shape) if i not in self.axes)
-
-    def matrix(self) -> jax.Array:
-        """The kernel as float32 (stacked layers or groups, k, n)."""
-        stack, k = math.prod(self.w.shape[: self.lead]), math.prod(self.shape)
-        flat = self.w.transpose(self._order).reshape(stack, k, self.split, -1)
-        return flat.swapaxes(1, 2).reshape(stack * self.split, k, -1).astype(jnp.float32)
-
-    def restore(self, matrix: jax.Array) -> jax.Array:
-        """The kernel from its matrix."""
-        flat = matrix.reshape(-1, self.split, *matrix.shape[1:]).swapaxes(1, 2)
-        arranged = flat.reshape([self.w.shape[i] for i in self._order])
-        return arranged.transpose(np.argsort(self._order)).astype(self.w.dtype)
-
-    def unit(self, axis: int, index: np.ndarray) -> np.ndarray:
-        """The unit of each of the k contracted entries, or -1."""
-        place = self.axes.index(axis % self.w.ndim)
-        along = np.expand_dims(index, [i for i in range(len(self.axes)) if i != place])
-        return np.broadcast_to(along, self.shape).ravel()
 
 
 def statistics(stats: Mapping[str, Any], path: str, axis: int, ndim: int) -> Any:
@@ -98,17 +42,7 @@ def contraction(
             f"{path}: the group {name!r} needs {field!r} of what this kernel meets, and the statistics have none; pass "
             "stats=jc.calibrate(fn, params, batches)"
         )
-    axes = tuple(sorted(i % w.ndim for i in stat.axes))
-    head, k = jnp.shape(value)[: jnp.ndim(value) - (2 if field == "gram" else 1)], math.prod(w.shape[i] for i in axes)
-    is_stack = head == w.shape[: len(head)] and all(i >= len(head) for i in axes)
-    is_split = len(head) == 1 and len(axes) == w.ndim - 1 and axes[-1] < w.ndim - 1 and w.shape[-1] % head[0] == 0
-    if jnp.shape(value)[-1] != k or not (is_stack or is_split):
-        raise ValueError(
-            f"{path}: found {field!r} of shape {jnp.shape(value)} for a kernel of shape {w.shape} contracted over axes "
-            f"{axes}, expected {k} features, after leading axes for stacked layers or the groups of a convolution"
-        )
-    lead, split = (len(head), 1) if is_stack else (0, head[0])
-    return Contraction(path, w, axes, lead, split, stat)
+    return layout.contraction(path, w, stat, field)
 
 
 def consumers(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress.core import PyTree
+from jcompress.layout import Contraction
 from jcompress.prune.structured import contraction, units
-from jcompress.prune.structured.contraction import Contraction
 from jcompress.prune.structured.units import Groups
 
 

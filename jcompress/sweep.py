@@ -1,0 +1,164 @@
+"""One sweep over the inputs of a layer: each is fixed in turn, and the inputs after it make up for its error."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+HIGHEST = lax.Precision.HIGHEST
+_PANEL = 16
+"""Inputs whose errors are spread one by one; those of a panel, then of a block, by matrix products."""
+
+Known = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What is decided for some inputs together, from their weights as they are when the sweep reaches them.
+
+    Attributes:
+      span: how many inputs.
+      decide: ``decide(start, w, known, diagonal)`` with the first input, the (span, outputs) weights, what is known
+        of these inputs, and the diagonal of the factor; gives new entries of ``known``, one row for each input.
+    """
+
+    span: int
+    decide: Callable[[jax.Array, jax.Array, Known, jax.Array], Known]
+
+
+Fix = Callable[[jax.Array, Known, jax.Array], tuple[jax.Array, jax.Array]]
+"""``fix(row, known, pivot)``: from the (outputs,) weights of one input, what is known of it, and its entry on the
+diagonal of the factor, its final value and its error."""
+
+
+def damped(gram: jax.Array, damping: Any) -> jax.Array:
+    """The Gram matrix plus ``damping`` times its mean diagonal; inputs that were never seen get that mean alone."""
+    diagonal = jnp.diagonal(gram)
+    mean = jnp.mean(diagonal)
+    mean = jnp.where(mean > 0, mean, 1)
+    return gram + jnp.diag(damping * mean + jnp.where(diagonal > 0, 0, mean))
+
+
+def inverse_factor(hessian: jax.Array) -> jax.Array:
+    """The upper triangular ``U`` with ``U^T U = H^-1``, from one Cholesky factorization and one triangular inverse.
+
+    With the order of rows and columns reversed, ``H = L L^T``; reversed back, ``L`` is upper triangular, and ``U`` is
+    its inverse. Row ``j`` of ``U`` is what column ``j`` of the inverse becomes once the variables before ``j`` are
+    held fixed, over the root of its diagonal.
+    """
+    factor = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(hessian), dtype=hessian.dtype), lower=False)
+
+
+def sweep(
+    w: jax.Array, factor: jax.Array, fix: Fix, known: Known, decisions: Sequence[Decision] = (), block_size: int = 128
+) -> tuple[jax.Array, Known]:
+    """Fix the inputs in their order; an error ``e`` of input ``j`` moves a later input ``l`` by ``-factor[j, l] e``.
+
+    Each block takes in the errors of those before it by matrix products when its turn comes, and so does each group
+    of inputs inside that a decision spans, and each panel; one by one, errors spread in a panel only.
+
+    Args:
+      w: float32 (k, n), inputs by outputs.
+      factor: (k, k), upper triangular.
+      fix: gives the value and the error of one input.
+      known: (k, ...) arrays: masks, scales and the like, one row for each input.
+      decisions: from the widest span to the narrowest, each a multiple of the next.
+      block_size: a multiple of all spans.
+
+    Returns:
+      The values (k, n), and ``known`` as decided.
+    """
+    k = len(w)
+    spans = _spans(block_size, decisions)
+    block = min(block_size, -(-k // spans[1]) * spans[1]) if len(spans) > 1 else block_size
+    more = -(-k // block) * block - k
+    # Inputs that fill up the last block: weights of zero that nothing moves.
+    factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag(jnp.pad(jnp.zeros(k), (0, more), constant_values=1.0))
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), (w, known))
+    whole = [dataclasses.replace(d, span=min(d.span, block)) for d in decisions]
+    values, made = _blocks(*padded, factor, fix, whole, (block, *spans[1:]))
+    return jax.tree.map(lambda x: x[:k], (values, made))
+
+
+def _spans(block_size: int, decisions: Sequence[Decision]) -> tuple[int, ...]:
+    """The block, what decisions span, and a panel: each a multiple of the next."""
+    spans = sorted({block_size, *(d.span for d in decisions)}, reverse=True)
+    for wide, narrow in itertools.pairwise((*spans, 1)):
+        if wide > _PANEL >= narrow:
+            panel = max(d for d in range(1, _PANEL // narrow + 1) if (wide // narrow) % d == 0) * narrow
+            spans = sorted({*spans, panel} - {1}, reverse=True)
+    return tuple(spans)
+
+
+def _blocks(
+    w: jax.Array, known: Known, factor: jax.Array, fix: Fix, decisions: list[Decision], spans: tuple[int, ...]
+) -> tuple[jax.Array, Known]:
+    """All blocks. Only the errors of those done are multiplied."""
+    block = spans[0]
+
+    def one(i: jax.Array, state: tuple) -> tuple:
+        start = i * block
+
+        def part(j: jax.Array) -> jax.Array:
+            return lax.dynamic_slice(factor, (j * block, start), (block, block))
+
+        def take_in(j: jax.Array, current: jax.Array) -> jax.Array:
+            return current - jnp.matmul(part(j).T, _rows(state[1], j * block, block), precision=HIGHEST)
+
+        current = lax.fori_loop(0, i, take_in, _rows(w, start, block))
+        inner = {name: _rows(x, start, block) for name, x in state[2].items()}
+        return _written(state, _span(start, current, inner, part(i), fix, decisions, spans), start)
+
+    values, _, known = lax.fori_loop(0, len(w) // block, one, (jnp.zeros_like(w), jnp.zeros_like(w), known))
+    return values, known
+
+
+def _span(
+    start: jax.Array, w: jax.Array, known: Known, factor: jax.Array, fix: Fix, decisions: list[Decision],
+    spans: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, Known]:  # fmt: skip
+    """Values, errors and what is known of inputs whose weights have taken in all errors before them."""
+    for decision in decisions:
+        if decision.span == spans[0]:
+            known = {**known, **decision.decide(start, w, known, jnp.diagonal(factor))}
+    if len(spans) == 1:
+        return _inputs(w, known, factor, fix)
+    size = spans[1]
+
+    def one(i: jax.Array, state: tuple) -> tuple:
+        at = i * size
+        columns = lax.dynamic_slice(factor, (0, at), (spans[0], size))
+        current = _rows(w, at, size) - jnp.matmul(columns.T, state[1], precision=HIGHEST)
+        inner = {name: _rows(x, at, size) for name, x in state[2].items()}
+        done = _span(start + at, current, inner, _rows(columns, at, size), fix, decisions, spans[1:])
+        return _written(state, done, at)
+
+    return lax.fori_loop(0, spans[0] // size, one, (jnp.zeros_like(w), jnp.zeros_like(w), known))
+
+
+def _inputs(w: jax.Array, known: Known, factor: jax.Array, fix: Fix) -> tuple[jax.Array, jax.Array, Known]:
+    """Input by input."""
+
+    def one(j: jax.Array, state: tuple) -> tuple:
+        w, errors = state
+        value, error = fix(w[j], {name: x[j] for name, x in known.items()}, factor[j, j])
+        later = jnp.where(jnp.arange(len(w)) > j, factor[j], 0)
+        return (w - later[:, None] * error).at[j].set(value), errors.at[j].set(error)
+
+    values, errors = lax.fori_loop(0, len(w), one, (w, jnp.zeros_like(w)))
+    return values, errors, known
+
+
+def _rows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _written(state: tuple, rows: tuple, start: jax.Array) -> tuple:
+    return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, 0), state, rows)
