@@ -83,7 +83,7 @@ def sweep(
     factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag(jnp.pad(jnp.zeros(k), (0, more), constant_values=1.0))
     padded = jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), (w, known))
     whole = [dataclasses.replace(d, span=min(d.span, block)) for d in decisions]
-    values, made = _blocks(*padded, factor, fix, whole, (block, *spans[1:]))
+    values, made = _blocks(padded[0], padded[1], factor, fix, whole, (block, *spans[1:]))
     return jax.tree.map(lambda x: x[:k], (values, made))
 
 
