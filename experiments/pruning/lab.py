@@ -94,9 +94,7 @@ class Lab:
         """Train with masks, fixed or moved by a rule; without masks, the dense network."""
         rule = dynamic.Static() if rule is None else rule
         tx = dynamic.sparse(self.optimizer(steps), rule, dict(masks), every=every, key=jax.random.key(seed))
-        step = self.compiled(
-            ("sparse", rule, steps, every, bool(masks)), lambda: train.make_step(self.apply, tx)
-        )
+        step = self.compiled(("sparse", rule, steps, every, bool(masks)), lambda: train.make_step(self.apply, tx))
         params = dynamic.lay(jax.tree.map(jnp.copy, params), masks)
         state = train.State(params, tx.init(params), jnp.zeros((), jnp.int32))
         return self.fit(step, state, (), steps, self.order(seed, key), seed).params

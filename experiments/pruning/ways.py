@@ -322,3 +322,10 @@ WAYS: dict[str, Way] = {
     "SparseGPT, not fine-tuned": sparsegpt_untrained,
 }
 """By name. The last three show what a mask costs by itself; all others have trained for the whole budget."""
+
+SHORT = tuple(
+    way
+    for way in WAYS
+    if way not in ("magnitude, LAMP", "Wanda", "sparse momentum") and not way.endswith(("redrawn", "not fine-tuned"))
+)
+"""Those that no comparison should lack."""

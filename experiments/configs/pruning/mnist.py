@@ -8,15 +8,17 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from experiments.configs.pruning import digits
+from experiments.pruning.ways import SHORT
 
 
 def get_config() -> ConfigDict:
-    """The ways of the digits."""
+    """The shorter list of ways."""
     config = digits.get_config()
     config.name = "mnist"
     config.data = "mnist"
     config.data_options = ConfigDict({"val": 0.1})
+    config.ways = SHORT
     config.model_options = ConfigDict({"cnn": {"width": 8}})
-    config.steps = ConfigDict({"lenet_300_100": 800, "cnn": 600})
+    config.steps = ConfigDict({"lenet_300_100": 800, "cnn": 400})
     config.batch_size = ConfigDict({"lenet_300_100": 100, "cnn": 64})
     return config
