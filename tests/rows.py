@@ -24,7 +24,7 @@ class Row:
       exact: whether jit, vmap and eager agree to the last bit, or to float tolerance.
       stationary: whether ``project`` solves the least squares problem of the whole nest.
       gathers: whether the mathematics moves parameters between devices.
-      adjusts: whether kept entries get new values that make up for the others.
+      adjusts: whether a constant array gets another value: kept entries make up for the others, or the grid lacks it.
     """
 
     name: str
@@ -108,6 +108,22 @@ METHODS = [
     Row("int1", Int(bits=1)),
     Row("int1-affine", Int(bits=1, symmetric=False)),
     Row("int8-convolution", Int(bits=8), shape=(3, 3, 4, 8)),
+    Row("int4-power-of-two", Int(bits=4, power_of_two=True), stationary=False),
+    Row("int4-percentile", Int(bits=4, clip=jc.quantize.ranges.Percentile(90.0))),
+    Row("int4-kl", Int(bits=4, axis=None, clip=jc.quantize.ranges.KL(bins=128)), exact=False, gathers=True),
+    Row("int4-aciq", Int(bits=4, symmetric=False, clip=jc.quantize.ranges.ACIQ())),
+    Row("fixed-point", jc.quantize.FixedPoint(bits=6, fraction=3), stationary=False),
+    Row("float8", jc.quantize.Float8("e4m3")),
+    Row("float4", jc.quantize.Float4(group_size=8)),
+    Row("mxfp8", jc.quantize.Microscaling("e4m3", group_size=8), stationary=False),
+    Row("nvfp4", jc.quantize.NVFP4(group_size=8), stationary=False),
+    Row("nf4", jc.quantize.NF4(group_size=8)),
+    Row("table", jc.quantize.Table((-1.0, 0.0, 0.5))),
+    Row("powers-of-two", jc.quantize.PowersOfTwo(bits=3), stationary=False, adjusts=True),
+    Row("additive-powers-of-two", jc.quantize.AdditivePowersOfTwo(bits=4)),
+    Row("stochastic-int4", jc.quantize.Stochastic(Int(bits=4))),
+    Row("ternary", jc.quantize.Ternary()),
+    Row("abc-net", jc.quantize.ABCNet(bases=2), exact=False),
     Row("bfloat16", Float("bfloat16")),
     Row("float16", Float("float16")),
     Row("svd", SVD(rank=3), exact=False, gathers=True),

@@ -226,10 +226,10 @@ def test_split_and_merge_are_inverse_and_only_floats_train(row):
     train, held = jc.split(node)
     assert_same(jc.merge(train, held), node)
     assert all(jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 2 for x in jax.tree.leaves(train))
-    assert not any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(held))
+    assert not any(jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 2 for x in jax.tree.leaves(held))
     gradient = jax.grad(lambda t: (jc.merge(t, held).materialize() ** 2).sum())(train)
     dense = node.materialize()
-    if bool((dense != 0).any()):
+    if bool((dense != 0).any()) and jax.tree.leaves(train):
         assert any(bool((g != 0).any()) for g in jax.tree.leaves(gradient))
 
 

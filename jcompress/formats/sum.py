@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats.masked import Masked
+from jcompress.formats.quantized import Quantized, pool
 
 
 @jax.tree_util.register_dataclass
@@ -32,16 +34,17 @@ class Sum(Compressed):
         return first
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Sum:
-        """Exact where at most one term is not a plain mask; else each term in turn is fitted to what the others leave.
+        """Exact where at most one term is not a plain mask, or the others are codes whose scales are laid out alike.
 
-        Where a mask lets a term take any value, the other terms need not fit, so they are fitted elsewhere first.
+        Else each term in turn is fitted to what the others leave. Where a mask lets a term take any value, the other
+        terms need not fit, so they are fitted elsewhere first.
         """
         free = [t for t in self.terms if _is_free(t)]
         others = [t for t in self.terms if not _is_free(t)]
         outside = where
         for term in free:
             outside = ~term.mask if outside is None else outside & ~term.mask
-        fitted = _in_turn(others, w, outside)
+        fitted = (_together if _is_alike(others) else _in_turn)(others, w, outside)
         for term in others:
             w = w - fitted[id(term)].materialize()
         for term in free:
@@ -54,7 +57,37 @@ def _is_free(term: Any) -> bool:
     return isinstance(term, Masked) and not core.is_node(term.values)
 
 
-def _in_turn(terms: list[Any], w: jax.Array, where: jax.Array | None, sweeps: int = 4) -> dict[int, Any]:
+def _is_alike(terms: Sequence[Any]) -> bool:
+    """Whether the terms are codes, more than one, whose trainable scales are shared along the same axes."""
+    if len(terms) < 2 or not all(isinstance(t, Quantized) for t in terms):
+        return False
+    trainable = all(t.scale is None or (not core.is_node(t.scale) and core.is_trainable(t.scale)) for t in terms)
+    return trainable and len({(t.axes, t.group_size) for t in terms}) == 1
+
+
+def _together(terms: Sequence[Quantized], w: jax.Array, where: jax.Array | None) -> dict[int, Any]:
+    """The scales of all terms by normal equations, of which there is one set for each index of a scale."""
+    axes, group_size = terms[0].axes, terms[0].group_size
+    levels, w = [t.levels(jnp.float32) for t in terms], w.astype(jnp.float32)
+    if where is not None:
+        levels, w = [jnp.where(where, x, 0.0) for x in levels], jnp.where(where, w, 0.0)
+
+    def total(x: jax.Array) -> jax.Array:
+        return pool(x, axes, group_size, jnp.add, 0.0)
+
+    gram = jnp.stack([jnp.stack([total(a * b) for a in levels], -1) for b in levels], -1)
+    right = jnp.stack([total(a * w) for a in levels], -1)
+    # Equal terms share what they stand for: a ridge decides, and one step of refinement takes its shift back.
+    size = jnp.maximum(jnp.trace(gram, axis1=-2, axis2=-1), 1e-30)[..., None, None]
+    factor = jax.scipy.linalg.cho_factor(gram + 1e-6 * size * jnp.eye(len(terms)))
+    found = jnp.zeros_like(right)
+    for _ in range(2):
+        left = right - jnp.einsum("...ij,...j->...i", gram, found, precision="highest")
+        found = found + jax.scipy.linalg.cho_solve(factor, left[..., None])[..., 0]
+    return {id(t): dataclasses.replace(t, scale=found[..., i]) for i, t in enumerate(terms)}
+
+
+def _in_turn(terms: Sequence[Any], w: jax.Array, where: jax.Array | None, sweeps: int = 4) -> dict[int, Any]:
     """Block coordinate descent; one sweep is exact for one term."""
     fitted: dict[int, Any] = {}
     for _ in range(sweeps if len(terms) > 1 else 1):

@@ -1,6 +1,28 @@
 """Grids, ranges and rounding."""
 
+from jcompress.quantize import ranges
 from jcompress.quantize.floating import Float
-from jcompress.quantize.integer import Int
+from jcompress.quantize.floats import Float4, Float8
+from jcompress.quantize.integer import FixedPoint, Int
+from jcompress.quantize.microscaling import NVFP4, Microscaling
+from jcompress.quantize.stochastic import Stochastic
+from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Table
+from jcompress.quantize.ternary import ABCNet, Ternary
 
-__all__ = ["Float", "Int"]
+__all__ = [
+    "NF4",
+    "NVFP4",
+    "ABCNet",
+    "AdditivePowersOfTwo",
+    "FixedPoint",
+    "Float",
+    "Float4",
+    "Float8",
+    "Int",
+    "Microscaling",
+    "PowersOfTwo",
+    "Stochastic",
+    "Table",
+    "Ternary",
+    "ranges",
+]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Quantized
-from jcompress.formats.quantized import nearest, pool, spread
-
-
-class _Grid(NamedTuple):
-    """Scales and zero points in the shape of the scales; ``zero`` is None on a symmetric grid."""
-
-    scale: jax.Array
-    zero: jax.Array | None
-
-
-class _Range(NamedTuple):
-    """Ends of a range and the squared error they lead to, in the shape of the scales."""
-
-    error: jax.Array
-    low: jax.Array | None
-    high: jax.Array
+from jcompress.quantize import grids, ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +30,10 @@ class Int:
       symmetric: whether the grid is symmetric about zero.
       axis: without groups, the axis that has a scale for each index, the output channels by default; None for one
         scale for the whole array. Vectors take one scale.
-      clip: ``"minmax"``, the full range, or ``"mse"``, the fraction of it that gives the least squared error.
+      clip: ``"minmax"``, the full range; ``"mse"``, the part of it that gives the least squared error; or a method of
+        :mod:`jcompress.quantize.ranges`. One symmetric bit has no range.
       pad: whether a last group may be smaller than the others.
+      power_of_two: whether scales are rounded up to powers of two. They are stored in 8 bits, and held.
 
     Raises:
       ValueError: for bits outside 1 to 8, or a group size that does not divide.
@@ -65,123 +51,72 @@ class Int:
     group_size: int | None = None
     symmetric: bool = True
     axis: int | None = -1
-    clip: Literal["minmax", "mse"] = "minmax"
+    clip: ranges.Clip = "minmax"
     pad: bool = False
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, (int, np.integer)) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
-            raise ValueError(f"Int: bits={self.bits!r} is not an integer from 1 to 8; it sets the stored width")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"Int: group_size={self.group_size} must be positive, or None for no groups")
-        if self.clip not in ("minmax", "mse"):
-            raise ValueError(f"Int: clip={self.clip!r} is unknown; use 'minmax' or 'mse'")
+        grids.validate_bits(self)
+        grids.validate_group(self)
+        ranges.validate(self, self._grid())
+        if self.power_of_two and self.symmetric and self.bits == 1:
+            raise ValueError("Int: one symmetric bit has no level 0 and a power of two is not 0; use bits=2")
 
     __repr__ = core.method_repr
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if groups or the channel axis do not fit the shape."""
-        if self.group_size is not None:
-            if len(shape) < 2:
-                raise ValueError(
-                    f"{path}: group_size {self.group_size} needs axis -2, found shape {shape}; "
-                    "quantize it without groups, or keep it dense"
-                )
-            if shape[-2] % self.group_size and not self.pad:
-                divisor = max(d for d in range(1, self.group_size + 1) if shape[-2] % d == 0) if shape[-2] else 1
-                raise ValueError(
-                    f"{path}: group_size {self.group_size} does not divide axis -2 of length {shape[-2]}; "
-                    f"use {divisor}, or pad=True"
-                )
-        elif self.axis is not None and len(shape) > 1 and not -len(shape) <= self.axis < len(shape):
-            raise ValueError(
-                f"{path}: axis {self.axis} is out of range for shape {shape}; "
-                f"use an axis from {-len(shape)} to {len(shape) - 1}"
-            )
+        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
-        self.check(context.path, w.shape, w.dtype)
-        axes = self._shared_axes(w.ndim)
-        x = w.astype(jnp.float32)
-        x = x if context.where is None else jnp.where(context.where, x, 0.0)
-        grid = self._grid(x, axes, context.where)
-        codes = self._codes(x, grid)
-        return Quantized(
-            codes=codes,
-            scale=grid.scale,
-            zero=None if grid.zero is None else grid.zero.astype(jnp.uint8),
-            bits=int(self.bits), axes=axes, group_size=self.group_size, dtype=np.dtype(w.dtype),
-        )  # fmt: skip
-
-    def _shared_axes(self, ndim: int) -> tuple[int, ...]:
-        """Negative axes over which one scale is shared; a group shares along axis -2."""
-        if self.group_size is not None:
-            return (-2,)
-        own = None if self.axis is None or ndim < 2 else (self.axis if self.axis < 0 else self.axis - ndim)
-        return tuple(a for a in range(-ndim, 0) if a != own)
-
-    def _grid(self, x: jax.Array, axes: tuple[int, ...], where: jax.Array | None) -> _Grid:
+        problem = grids.pose(self, w, context, self._grid())
         if self.symmetric and self.bits == 1:
-            total = pool(jnp.abs(x), axes, self.group_size, jnp.add, 0.0)
-            counted = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(x.dtype)
-            return _Grid(total / jnp.maximum(pool(counted, axes, self.group_size, jnp.add, 0.0), 1.0), None)
-        high = pool(jnp.abs(x) if self.symmetric else x, axes, self.group_size, jnp.maximum, 0.0)
-        low = None if self.symmetric else pool(x, axes, self.group_size, jnp.minimum, 0.0)
-        if self.clip == "mse":
-            low, high = self._best_range(x, low, high, axes, where)
-        return self._grid_over(low, high)
+            mean = problem.pool(jnp.abs(problem.x)) / problem.count()
+            return dataclasses.replace(problem.scaled(grids.positive(mean), dtype=w.dtype), scale=mean)
+        return problem.node(ranges.of(self.clip)(problem), w.dtype)
 
-    def _grid_over(self, low: jax.Array | None, high: jax.Array) -> _Grid:
-        """The grid from ``low`` to ``high``, or, where ``low`` is None, from ``-high`` to ``high``."""
-        if low is None:
-            return _Grid(_positive(_over(high, 2 ** (self.bits - 1) - 1)), None)
-        top = 2**self.bits - 1
-        scale = _positive(_over(high - low, top))
-        return _Grid(scale, jnp.clip(jnp.round(-low / scale), 0, top))
-
-    def _codes(self, x: jax.Array, grid: _Grid) -> jax.Array:
-        zero = None if grid.zero is None else spread(grid.zero, x, self.group_size)
-        dtype = jnp.int8 if self.symmetric else jnp.uint8
-        return nearest(x / spread(grid.scale, x, self.group_size), zero, int(self.bits), None, dtype)
-
-    @partial(jax.jit, static_argnames=("self", "axes"))
-    def _best_range(
-        self, x: jax.Array, low: jax.Array | None, high: jax.Array, axes: tuple[int, ...], where: jax.Array | None
-    ) -> tuple[jax.Array | None, jax.Array]:
-        """The part of the range with the least squared error, for each scale: a coarse search, then a fine one.
-
-        Candidates are tried one after another, so memory does not grow with their number.
-        """
-
-        def error(low: jax.Array | None, high: jax.Array) -> jax.Array:
-            grid = self._grid_over(low, high)
-            levels = self._codes(x, grid).astype(jnp.float32)
-            levels = levels if grid.zero is None else levels - spread(grid.zero, x, self.group_size)
-            difference = x - spread(grid.scale, x, self.group_size) * levels
-            difference = difference if where is None else jnp.where(where, difference, 0.0)
-            return pool(difference**2, axes, self.group_size, jnp.add, 0.0)
-
-        def search(best: _Range, parts: jax.Array) -> _Range:
-            centre = best
-
-            def one(i: jax.Array, best: _Range) -> _Range:
-                end = jnp.minimum(parts[i] * centre.high, high)
-                start = None if low is None or centre.low is None else jnp.maximum(parts[i] * centre.low, low)
-                found = _Range(error(start, end), start, end)
-                return jax.tree.map(lambda a, b: jnp.where(found.error < best.error, a, b), found, best)
-
-            return jax.lax.fori_loop(0, parts.size, one, best)
-
-        coarse = search(_Range(error(low, high), low, high), jnp.linspace(0.04, 0.98, 48))
-        best = search(coarse, jnp.linspace(0.98, 1.02, 16))
-        return best.low, best.high
+    def _grid(self) -> grids.Grid:
+        top = max(2 ** (self.bits - 1) - 1, 1) if self.symmetric else 2**self.bits - 1
+        dtype = np.dtype("int8" if self.symmetric else "uint8")
+        power = "up" if self.power_of_two else None
+        return grids.Grid(int(self.bits), dtype, float(top), affine=not self.symmetric, power=power)
 
 
-def _over(x: jax.Array, n: int) -> jax.Array:
-    """``x / n`` as a product: XLA makes it one in some programs only, and those would differ in the last bit."""
-    return x * (1.0 / n)
+@dataclasses.dataclass(frozen=True)
+class FixedPoint:
+    """Round to multiples of ``2**-fraction``, saturating: the Q format of fixed-point hardware.
 
+    ``q = clip(round(w * 2**fraction), -m, m)`` with ``m = 2**(bits - 1) - 1``, so the range is symmetric and two's
+    complement's most negative code goes unused. The one scale is stored in 8 bits, and held. For the finest fraction
+    that clips nothing, use ``Int(bits, axis=None, power_of_two=True)``; for stochastic rounding, see
+    :class:`Stochastic` (Gupta et al. 2015, arXiv:1502.02551).
 
-def _positive(scale: jax.Array) -> jax.Array:
-    """Scales fit to divide by: an array of zeros takes 1."""
-    return jnp.where(scale >= jnp.finfo(scale.dtype).tiny, scale, 1.0)
+    Attributes:
+      bits: bits a code, 2 to 8, the sign among them.
+      fraction: bits behind the binary point, -120 to 120; it may exceed ``bits`` or be negative.
+
+    Raises:
+      ValueError: for bits or a fraction out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> jc.quantize.FixedPoint(bits=4, fraction=2)(jnp.array([0.3, -1.0, 9.0])).materialize().tolist()
+      [0.25, -1.0, 1.75]
+    """
+
+    bits: int
+    fraction: int
+
+    __repr__ = core.method_repr
+
+    def __post_init__(self) -> None:
+        grids.validate_bits(self, least=2)
+        if not isinstance(self.fraction, (int, np.integer)) or not -120 <= self.fraction <= 120:
+            raise ValueError(f"FixedPoint: fraction={self.fraction!r} is not an integer from -120 to 120")
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
+        """The node for one array."""
+        most = 2 ** (self.bits - 1) - 1
+        ends = ranges.Fixed(None, most * 2.0**-self.fraction)
+        return Int(self.bits, axis=None, clip=ends, power_of_two=True)(w, context)

@@ -1,0 +1,372 @@
+"""Which range a grid is stretched over.
+
+A range method is a function of a :class:`jcompress.quantize.grids.Problem` that gives the ends of a range for each
+scale. Every quantizer that takes ``clip`` takes any of them; what lies outside the range gets the code of its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core
+from jcompress.quantize.grids import Grid, Problem, Range
+
+Clip = Literal["minmax", "mse"] | Callable[[Problem], Range]
+
+
+def of(clip: Clip) -> Callable[[Problem], Range]:
+    """The range method that ``clip`` names or is."""
+    if isinstance(clip, str):
+        return MinMax() if clip == "minmax" else MSE()
+    return clip
+
+
+def validate(method: Any, grid: Grid) -> None:
+    """Raise unless ``method.clip`` is a range method that can serve the grid."""
+    clip, name = method.clip, type(method).__name__
+    if clip not in ("minmax", "mse") if isinstance(clip, str) else not callable(clip):
+        raise ValueError(f"{name}: clip={clip!r} is unknown; use 'minmax' or 'mse', or a method of jc.quantize.ranges")
+    if isinstance(clip, (KL, ACIQ)) and (grid.steps is None or (grid.affine and isinstance(clip, KL))):
+        served = "symmetric grids of integers" if isinstance(clip, KL) else "grids of integers"
+        raise ValueError(f"{name}: clip={clip!r} serves {served} only; use 'mse'")
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax:
+    """The full range: nothing is clipped."""
+
+    def __call__(self, problem: Problem) -> Range:
+        """The range of each scale."""
+        return problem.full()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A range given beforehand, such as one observed on activations.
+
+    Attributes:
+      low: the lower end, at most 0, for affine grids; a scalar or an array that broadcasts against the scales.
+        Symmetric grids take the larger magnitude of the two ends.
+      high: the upper end, at least 0.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> clip = jc.quantize.ranges.Fixed(0.0, 51.0)
+      >>> jc.quantize.Int(bits=8, symmetric=False, axis=None, clip=clip)(jnp.array([1.0, 60.0])).codes.tolist()
+      [5, 255]
+    """
+
+    low: Any
+    high: Any
+
+    def __call__(self, problem: Problem) -> Range:
+        """The range of each scale."""
+        shape = jax.eval_shape(problem.full).high.shape
+        low, high = (jnp.float32(0) if x is None else jnp.asarray(x, jnp.float32) for x in (self.low, self.high))
+        if problem.grid.affine:
+            return Range(jnp.broadcast_to(jnp.minimum(low, 0), shape), jnp.broadcast_to(jnp.maximum(high, 0), shape))
+        return Range(None, jnp.broadcast_to(jnp.maximum(jnp.abs(low), jnp.abs(high)), shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile:
+    """Cut off the largest entries: of ``n`` that share a scale, exactly ``floor(n * (1 - percent / 100))``.
+
+    On an affine grid, as many at each end. Found by bisection of the bits of the floats, without a sort: 32 counting
+    passes, of which only counts cross devices. Entries equal to the threshold stay inside.
+
+    Attributes:
+      percent: the percentage that stays inside, in (0, 100].
+
+    Raises:
+      ValueError: for a percentage out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> clip = jc.quantize.ranges.Percentile(75.0)
+      >>> jc.quantize.Int(bits=2, axis=None, clip=clip)(jnp.array([1.0, -1.0, 2.0, 9.0])).materialize().tolist()
+      [0.0, 0.0, 2.0, 2.0]
+    """
+
+    percent: float = 99.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"Percentile: percent={self.percent!r} is outside (0, 100]")
+
+    def __call__(self, problem: Problem) -> Range:
+        """The range of each scale."""
+        outside = jnp.floor(problem.count() * ((1 - self.percent / 100) * (1 + 1e-6))).astype(jnp.uint32)
+        if not problem.grid.affine:
+            return Range(None, jnp.maximum(_largest(problem, jnp.abs(problem.x), outside), 0))
+        high, below = (_largest(problem, x, outside) for x in (problem.x, -problem.x))
+        return Range(jnp.minimum(-below, 0), jnp.maximum(high, 0))
+
+
+@jax.jit
+def _largest(problem: Problem, x: jax.Array, outside: jax.Array) -> jax.Array:
+    """For each scale, the largest of the visible ``x`` but for so many."""
+    sign = jnp.uint32(1 << 31)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    key = jnp.where(bits >= sign, ~bits, bits | sign)
+    key = key if problem.where is None else jnp.where(problem.where, key, 0)
+
+    def narrow(i: jax.Array, found: jax.Array) -> jax.Array:
+        probe = found | (sign >> i.astype(jnp.uint32))
+        count = problem.pool((key >= problem.spread(probe)).astype(jnp.uint32), start=0)
+        return jnp.where(count > outside, probe, found)
+
+    key = jax.lax.fori_loop(0, 32, narrow, jnp.zeros_like(outside))
+    bits = jnp.where(key >= sign, key & ~sign, ~key)
+    return jnp.where(key > 0, jax.lax.bitcast_convert_type(bits, jnp.float32), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MSE:
+    """The part of the full range with the least squared error: a coarse search, then a fine one.
+
+    Candidates are tried one after another, so memory does not grow with their number.
+
+    Attributes:
+      candidates: parts of the range that the coarse search tries beside the whole; the fine one tries a third as many.
+    """
+
+    candidates: int = 48
+
+    def __call__(self, problem: Problem) -> Range:
+        """The range of each scale."""
+        return _least_error(problem, self.candidates)
+
+
+class _Tried(NamedTuple):
+    error: jax.Array
+    ends: Range
+
+
+@partial(jax.jit, static_argnames="candidates")
+def _least_error(problem: Problem, candidates: int) -> Range:
+    full = problem.full()
+
+    def search(best: _Tried, parts: jax.Array) -> _Tried:
+        centre = best.ends
+
+        def one(i: jax.Array, best: _Tried) -> _Tried:
+            high = jnp.minimum(parts[i] * centre.high, full.high)
+            low = None if centre.low is None or full.low is None else jnp.maximum(parts[i] * centre.low, full.low)
+            found = _Tried(problem.error(Range(low, high)), Range(low, high))
+            return jax.tree.map(lambda a, b: jnp.where(found.error < best.error, a, b), found, best)
+
+        return jax.lax.fori_loop(0, parts.size, one, best)
+
+    coarse = search(_Tried(problem.error(full), full), jnp.linspace(0.04, 0.98, candidates))
+    return search(coarse, jnp.linspace(0.98, 1.02, max(candidates // 3, 2))).ends
+
+
+@dataclasses.dataclass(frozen=True)
+class ACIQ:
+    """The clip that is optimal for a density fitted to the entries (Banner et al. 2019, arXiv:1810.05723).
+
+    The expected squared error of a range ``[-a, a]`` of ``n`` steps is the overload beyond ``a`` plus ``a**2 / (3
+    n**2)``. For a Laplace density of scale ``b`` its minimum is at ``a = b W(3 n**2)``, ``W`` Lambert's function; for
+    a Gaussian it is found by bisection. The scale is estimated by the mean absolute deviation, or the standard
+    deviation, about zero; on an affine grid, about the mean. The range never exceeds the full one. Here ``n`` is what
+    the grid has, ``2**bits - 2`` or ``2**bits - 1``; the paper counts ``2**bits``, which differs at few bits.
+
+    Attributes:
+      density: ``"laplace"`` or ``"gaussian"``.
+
+    Raises:
+      ValueError: for another density, or on a grid that is not uniform.
+    """
+
+    density: Literal["laplace", "gaussian"] = "laplace"
+
+    def __post_init__(self) -> None:
+        if self.density not in ("laplace", "gaussian"):
+            raise ValueError(f"ACIQ: density={self.density!r} is unknown; use 'laplace' or 'gaussian'")
+
+    def __call__(self, problem: Problem) -> Range:
+        """The range of each scale."""
+        x, count, full = problem.x, problem.count(), problem.full()
+        steps = problem.grid.steps
+        assert steps is not None
+        mean = problem.pool(x) / count if problem.grid.affine else jnp.zeros_like(count)
+        away = jnp.abs(x - problem.spread(mean))
+        away = away if problem.where is None else jnp.where(problem.where, away, 0)
+        laplace = self.density == "laplace"
+        width = problem.pool(away) / count if laplace else jnp.sqrt(problem.pool(away**2) / count)
+        a = optimal_clip(self.density, steps) * width
+        if full.low is None:
+            return Range(None, jnp.minimum(a, full.high))
+        return Range(jnp.clip(mean - a, full.low, 0), jnp.clip(mean + a, 0, full.high))
+
+
+def clip_error(density: str, a: float, steps: float) -> float:
+    """The expected squared error, for a density of scale 1, of clipping at ``a`` and rounding to ``steps`` steps."""
+    rounding = a**2 / (3 * steps**2)
+    if density == "laplace":
+        return 2 * math.exp(-a) + rounding
+    return (a**2 + 1) * math.erfc(a / math.sqrt(2)) - math.sqrt(2 / math.pi) * a * math.exp(-(a**2) / 2) + rounding
+
+
+def optimal_clip(density: str, steps: float) -> float:
+    """The root of the derivative of :func:`clip_error`, by bisection.
+
+    Example:
+      >>> from jcompress.quantize.ranges import optimal_clip
+      >>> [round(optimal_clip("laplace", 2**bits), 2) for bits in (2, 3, 4)]
+      [2.83, 3.9, 5.03]
+    """
+
+    def slope(a: float) -> float:
+        inside = 2 * a / (3 * steps**2)
+        if density == "laplace":
+            return inside - 2 * math.exp(-a)
+        return inside + 2 * a * math.erfc(a / math.sqrt(2)) - 2 * math.sqrt(2 / math.pi) * math.exp(-(a**2) / 2)
+
+    low, high = 0.0, 50.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return high
+
+
+@dataclasses.dataclass(frozen=True)
+class KL:
+    """The clip whose grid loses the least information about the histogram of magnitudes (Migacz 2017).
+
+    For each number ``i`` of bins that stay inside: ``P`` is the histogram up to bin ``i`` with all that lies beyond
+    added to its last bin; ``Q`` is the histogram up to bin ``i`` merged into the grid's levels and spread again over
+    the bins that are not empty; the range with the least ``KL(P || Q)`` is taken, the widest of equals.
+
+    S. Migacz, 8-bit inference with TensorRT, GPU Technology Conference 2017. Sums over merged bins are differences of
+    running sums, so a candidate costs as much as there are levels.
+
+    Attributes:
+      bins: bins of the histogram over the full range.
+
+    Raises:
+      ValueError: on a grid that is not uniform and symmetric, or has more levels than there are bins.
+    """
+
+    bins: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.bins < 128:
+            raise ValueError(f"KL: bins={self.bins} must be at least 128, the levels of 8 bits")
+
+    def __call__(self, problem: Problem) -> Range:
+        """The range of each scale."""
+        return _least_divergence(problem, self.bins)
+
+
+@partial(jax.jit, static_argnames="bins")
+def _least_divergence(problem: Problem, bins: int) -> Range:
+    high = problem.full().high
+    histogram = _histogram(problem, high, bins)
+    kept = jax.lax.map(lambda h: _kept_bins(h, int(problem.grid.top) + 1), histogram)
+    return Range(None, high * kept.reshape(high.shape) / bins)
+
+
+def _histogram(problem: Problem, high: jax.Array, bins: int) -> jax.Array:
+    """Float32 (scales, bins): how many magnitudes lie in each part of the full range."""
+    number = jnp.arange(high.size, dtype=jnp.int32).reshape(high.shape)
+    part = jnp.abs(problem.x) / problem.spread(jnp.maximum(high, jnp.finfo(jnp.float32).tiny))
+    place = jnp.minimum((part * bins).astype(jnp.int32), bins - 1)
+    weight = jnp.ones_like(problem.x) if problem.where is None else problem.where
+    counts = jnp.zeros((high.size, bins), jnp.float32)
+    return counts.at[problem.spread(number), place].add(jnp.broadcast_to(weight, place.shape).astype(jnp.float32))
+
+
+def _kept_bins(histogram: jax.Array, levels: int) -> jax.Array:
+    """How many bins of one histogram stay inside."""
+    bins = histogram.size
+    h = histogram / jnp.maximum(histogram.sum(), 1)
+    running = [jnp.concatenate([jnp.zeros(1), jnp.cumsum(x)]) for x in (h, (h > 0).astype(jnp.float32), _xlogy(h, h))]
+
+    def divergence(i: jax.Array) -> jax.Array:
+        edges = (jnp.arange(levels + 1) * i + levels // 2) // levels
+        mass, filled = (jnp.diff(x[edges]) for x in running[:2])
+        outliers, inside = jnp.maximum(running[0][bins] - running[0][i], 0), running[0][i]
+        last = h[i - 1] + outliers
+        filled = filled.at[-1].add(((h[i - 1] == 0) & (last > 0)).astype(jnp.float32))
+        reference = running[2][i - 1] + _xlogy(last, last)
+        merged = mass / jnp.maximum(filled, 1)
+        return reference - _xlogy(mass.at[-1].add(outliers), merged).sum() + jnp.log(jnp.maximum(inside, 1e-30))
+
+    candidates = jnp.arange(bins, levels - 1, -1)
+    return candidates[jnp.argmin(jax.lax.map(divergence, candidates, batch_size=64))]
+
+
+def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x log y``, 0 where ``x`` is 0, and minus infinity where only ``y`` is."""
+    return jnp.where(x > 0, x * jnp.log(jnp.where(x > 0, y, 1.0)), 0.0)
+
+
+class Observed(NamedTuple):
+    """Moving averages of the ends of a range, and of the number 1; a pytree."""
+
+    low: jax.Array
+    high: jax.Array
+    weight: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingAverage:
+    """The moving average of minima and maxima, as activations are observed in training (arXiv:1712.05877, 3.1).
+
+    ``m <- d m + (1 - d) min(x)``, likewise for the maximum, both divided by ``1 - d**steps``, so that the first batch
+    counts in full. A pure state update: keep the state in the training loop.
+
+    Attributes:
+      decay: ``d``, in [0, 1); a scalar, traced or not.
+      axis: the axis that has a range for each index; None for one range.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> ranges = jc.quantize.ranges
+      >>> observer = ranges.MovingAverage(decay=0.5)
+      >>> state = observer.update(observer.init(), jnp.array([-1.0, 3.0]))
+      >>> state = observer.update(state, jnp.array([-4.0, 6.0]))
+      >>> observer.range(state)
+      Fixed(low=Array(-3., dtype=float32), high=Array(5., dtype=float32))
+    """
+
+    decay: Any = 0.99
+    axis: int | None = None
+
+    __repr__ = core.method_repr
+
+    def __post_init__(self) -> None:
+        if core.is_concrete(self.decay) and not 0 <= self.decay < 1:
+            raise ValueError(f"MovingAverage: decay={self.decay!r} is outside [0, 1)")
+
+    def init(self, channels: int | None = None) -> Observed:
+        """The state before the first batch; ``channels`` is the length of the axis, if there is one."""
+        zero = jnp.zeros(() if channels is None else channels, jnp.float32)
+        return Observed(zero, zero, jnp.float32(0))
+
+    def update(self, state: Observed, x: jax.Array) -> Observed:
+        """The state after one more batch."""
+        own = None if self.axis is None else self.axis % x.ndim
+        axes, x = tuple(a for a in range(x.ndim) if a != own), x.astype(jnp.float32)
+        seen = Observed(x.min(axes), x.max(axes), jnp.float32(1))
+        return jax.tree.map(lambda old, new: self.decay * old + (1 - self.decay) * new, state, seen)
+
+    def range(self, state: Observed) -> Fixed:
+        """The range, to quantize by; before the first batch, zero."""
+        weight = jnp.where(state.weight > 0, state.weight, 1)
+        return Fixed(state.low / weight, state.high / weight)
+
+
+__all__ = [
+    "ACIQ", "KL", "MSE", "Fixed", "MinMax", "MovingAverage", "Observed", "Percentile", "Range", "clip_error",
+    "optimal_clip",
+]  # fmt: skip

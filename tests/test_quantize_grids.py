@@ -1,0 +1,439 @@
+"""Every quantizer's common properties, one row each, and the grids' own oracles."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jcompress as jc
+from jcompress.quantize import tables
+
+Q = jc.quantize
+SHAPE = (64, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A quantizer and what is known of its grid from elsewhere.
+
+    Attributes:
+      method: the quantizer.
+      levels: all that the scale multiplies, ascending.
+      bits: bits of a code.
+      scale_bits: bits of all scales and zero points of an array of shape ``SHAPE``.
+      nearest: whether each entry gets the nearest level.
+    """
+
+    method: object
+    levels: np.ndarray
+    bits: int
+    scale_bits: int
+    nearest: bool = True
+
+
+def integers(most):
+    return np.arange(-most, most + 1)
+
+
+def signed(magnitudes):
+    return np.unique([0, *magnitudes, *(-m for m in magnitudes)])
+
+
+def floats(dtype, most):
+    """All finite numbers of a float with a sign, by its fields."""
+    found = ml_dtypes.finfo(dtype)
+    bias, fraction = 1 - int(np.log2(float(found.smallest_normal))), 2**found.nmant
+    fields = [
+        (e + f / fraction) * 2.0 ** (1 - bias) if e == 0 else (1 + f / fraction) * 2.0 ** (e - bias)
+        for e, f in itertools.product(range(2 ** (found.bits - 1 - found.nmant)), range(fraction))
+    ]
+    return signed([x for x in fields if x <= most])
+
+
+# Dettmers et al. 2023, arXiv:2305.14314, appendix E.
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]
+)  # fmt: skip
+E4M3, E5M2, E2M1 = (
+    floats(d, m)
+    for d, m in ((ml_dtypes.float8_e4m3fn, 448), (ml_dtypes.float8_e5m2, 57344), (ml_dtypes.float4_e2m1fn, 6))
+)
+
+ROWS = {
+    "int8": Row(Q.Int(8), integers(127), 8, 6 * 32),
+    "int4-group": Row(Q.Int(4, group_size=16), integers(7), 4, 24 * 32),
+    "int2": Row(Q.Int(2, axis=None), integers(1), 2, 32),
+    "int1": Row(Q.Int(1), np.array([-1, 1]), 1, 6 * 32),
+    "int4-power-of-two": Row(Q.Int(4, power_of_two=True), integers(7), 4, 6 * 8),
+    "fixed-point": Row(Q.FixedPoint(6, fraction=3), integers(31), 6, 8),
+    "float8-e4m3": Row(Q.Float8(), E4M3, 8, 6 * 32),
+    "float8-e5m2": Row(Q.Float8("e5m2", group_size=32), E5M2, 8, 12 * 32),
+    "float4": Row(Q.Float4(group_size=16), E2M1, 4, 24 * 32),
+    "mxfp8-e4m3": Row(Q.Microscaling("e4m3"), E4M3, 8, 12 * 8),
+    "mxfp8-e5m2": Row(Q.Microscaling("e5m2"), E5M2, 8, 12 * 8),
+    "mxfp4": Row(Q.Microscaling("e2m1"), E2M1, 4, 12 * 8),
+    "mxint8": Row(Q.Microscaling("int8"), integers(127), 8, 12 * 8),
+    "nvfp4": Row(Q.NVFP4(), E2M1, 4, 24 * 8 + 32),
+    "nf4": Row(Q.NF4(), NF4, 4, 6 * 32),
+    "powers-of-two": Row(Q.PowersOfTwo(4), signed(2.0 ** -np.arange(7)), 4, 6 * 8),
+    "additive-powers-of-two": Row(
+        Q.AdditivePowersOfTwo(5),
+        signed([a + b for a in (0, 1, 1 / 4, 1 / 16) for b in (0, 1 / 2, 1 / 8, 1 / 32) if a + b]),
+        5,
+        6 * 32,
+    ),
+    "table": Row(Q.Table((0, 1, -2, 0.5)), np.array([-2, 0, 0.5, 1]), 2, 6 * 32),
+    "ternary": Row(Q.Ternary(), integers(1), 2, 6 * 32, nearest=False),
+    "ternary-optimal": Row(Q.Ternary("optimal"), integers(1), 2, 6 * 32),
+    "int4-double": Row(jc.chain(Q.Int(4, group_size=8), Q.Int(8)), integers(7), 4, 48 * 8 + 6 * 32, nearest=False),
+}
+each = pytest.mark.parametrize("name", ROWS)
+
+
+def weights(shape=SHAPE, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@functools.cache
+def quantizer(name):
+    """Compiled, which takes less time than the compilation of each of its operations."""
+    return jax.jit(lambda w: ROWS[name].method(w))
+
+
+@functools.cache
+def fitted(name):
+    return quantizer(name)(weights())
+
+
+def fit(method, w, **known):
+    return jax.jit(lambda w: method(w, jc.Context(**known)))(w)
+
+
+def scales(node, shape=SHAPE):
+    """The scale of each entry, float64."""
+    scale = np.asarray(jc.core.dense(node.scale).astype(jnp.float32), np.float64)
+    if node.group_size is not None:
+        scale = np.repeat(scale, node.group_size, axis=-2)[..., : shape[-2], :]
+    return np.broadcast_to(scale, shape)
+
+
+@each
+def test_values_lie_on_the_grid_and_are_the_nearest_of_it(name):
+    row, node, w = ROWS[name], fitted(name), np.asarray(weights(), np.float64)
+    levels = scales(node)[..., None] * row.levels
+    value = np.asarray(node.materialize(), np.float64)
+    distance = np.abs(levels - value[..., None]).min(-1)
+    assert (distance <= 1e-6 * np.abs(levels).max(-1)).all()
+    if row.nearest:
+        best = np.abs(levels - w[..., None]).min(-1)
+        assert (np.abs(value - w) <= best + 1e-6 * np.abs(levels).max(-1)).all()
+
+
+@each
+def test_rounding_again_changes_nothing(name):
+    if name == "int4-double":
+        pytest.skip("the first pass rounds to scales that the second then rounds")
+    once = fitted(name).materialize()
+    np.testing.assert_allclose(quantizer(name)(once).materialize(), once, rtol=1e-6, atol=0)
+
+
+@each
+def test_rounding_is_monotone(name):
+    node = quantizer(name)(np.sort(weights(), axis=0))
+    groups = np.asarray(node.materialize()).reshape(-1, node.group_size or SHAPE[0], SHAPE[1])
+    assert (np.diff(groups, axis=1) >= 0).all()
+
+
+@each
+def test_zero_is_exact(name):
+    if 0 not in ROWS[name].levels:
+        pytest.skip("no level 0")
+    w = weights().at[3].set(0.0)
+    assert not quantizer(name)(w).materialize()[3].any()
+    assert not quantizer(name)(jnp.zeros(SHAPE)).materialize().any()
+
+
+@each
+def test_bits_are_counted_and_stored(name, tmp_path):
+    row, node = ROWS[name], fitted(name)
+    assert node.nbits() == row.bits * math.prod(SHAPE) + row.scale_bits
+    jc.save(tmp_path / "w", {"w": node})
+    again = jc.load(tmp_path / "w")["w"]
+    assert jax.tree.structure(again) == jax.tree.structure(node)
+    np.testing.assert_array_equal(again.materialize(), node.materialize())
+
+
+@each
+def test_bfloat16_is_rounded_as_its_value(name):
+    w = weights().astype(jnp.bfloat16)
+    node = quantizer(name)(w)
+    assert node.materialize().dtype == jnp.bfloat16
+    wide = quantizer(name)(w.astype(jnp.float32))
+    np.testing.assert_array_equal(node.codes, wide.codes)
+
+
+def test_nf4_levels_are_the_published_ones():
+    np.testing.assert_allclose(tables.normal_levels(4), NF4, atol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("bits", "terms"),
+    [
+        (3, [[0, 1, 2]]),
+        (4, [[0, 1, 3], [2]]),
+        (5, [[0, 2, 4], [1, 3, 5]]),
+        (6, [[0, 2, 5], [1, 3, 6], [4]]),
+        (7, [[0, 3, 6], [1, 4, 7], [2, 5, 8]]),
+    ],
+)
+def test_additive_levels_are_sums_of_one_power_from_each_term(bits, terms):
+    """The exponents that equation (5) of arXiv:1909.13144 and its odd case deal out, written down."""
+    sums = {sum(parts) for parts in itertools.product(*([0.0, *(2.0**-e for e in t)] for t in terms))}
+    assert len(sums) == 2 ** (bits - 1)
+    np.testing.assert_array_equal(tables.additive_levels(bits, 2), signed(sums - {0}))
+
+
+def test_one_term_of_all_bits_is_powers_of_two():
+    np.testing.assert_array_equal(tables.additive_levels(4, 3), signed(2.0 ** -np.arange(7)))
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("e4m3", 8), ("e5m2", 15), ("e2m1", 2), ("int8", 6)])
+def test_block_scales_follow_the_microscaling_rule(dtype, most):
+    w = weights((128, 5)) * np.exp2(np.random.default_rng(1).integers(-20, 20, size=(1, 5)))
+    node = fit(Q.Microscaling(dtype), w)
+    assert node.scale.dtype == jnp.float8_e8m0fnu
+    largest = np.abs(np.asarray(w)).reshape(4, 32, 5).max(1)
+    np.testing.assert_array_equal(
+        np.log2(np.asarray(node.scale.astype(jnp.float32))), np.floor(np.log2(largest)) - most
+    )
+    # Powers of two, and those next to them, decide by their exponent alone.
+    edge = jnp.array([2.0, np.nextafter(np.float32(2), np.float32(0)), np.nextafter(np.float32(2), np.float32(3))])
+    found = Q.Microscaling(dtype, group_size=1)(edge[:, None]).scale.astype(jnp.float32)
+    assert (np.log2(np.asarray(found))[:, 0] + most).tolist() == [1, 0, 1]
+
+
+def test_scales_that_are_powers_of_two_are_the_least_that_clip_nothing():
+    w = weights() * jnp.exp(weights((1, 6), 1))
+    node = fit(Q.Int(4, power_of_two=True), w)
+    exponent = np.log2(np.asarray(node.scale.astype(jnp.float32)))
+    np.testing.assert_array_equal(exponent, np.ceil(np.log2(np.abs(np.asarray(w)).max(0, keepdims=True) / 7)))
+    exact = Q.Int(4, power_of_two=True)(jnp.array([7.0, 1.0]))
+    assert exact.scale.astype(jnp.float32).tolist() == [1.0]
+    with pytest.raises(ValueError, match="one symmetric bit has no level 0"):
+        Q.Int(1, power_of_two=True)
+
+
+def test_nvfp4_scales_are_nested_and_survive_tiny_blocks():
+    w = weights((48, 3)).at[16:32].mul(1e-9)
+    node = fit(Q.NVFP4(), w)
+    tensor = float(jnp.abs(w).max()) / (6 * 448)
+    np.testing.assert_allclose(node.scale.scale, tensor, rtol=1e-6)
+    blocks = np.abs(np.asarray(w)).reshape(3, 16, 3).max(1) / 6 / tensor
+    want = np.maximum(blocks.astype(ml_dtypes.float8_e4m3fn).astype(np.float32), 2.0**-9)
+    np.testing.assert_array_equal(node.scale.codes.astype(jnp.float32), want)
+    assert not node.materialize()[16:32].any()
+    train, held = jc.split(node)
+    assert train.scale.scale is not None
+    assert held.scale.codes is not None
+
+
+def test_every_code_of_eight_bits_goes_around():
+    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+        codes = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), dtype)
+        codes = codes[jnp.isfinite(codes.astype(jnp.float32))]
+        node = jc.formats.Quantized(codes=codes, scale=jnp.full(1, 0.37), bits=8, axes=(-1,))
+        np.testing.assert_array_equal(node.encode(node.materialize()).codes, codes)
+
+
+def test_user_tables():
+    with pytest.raises(ValueError, match="are not 2 to 256 different numbers"):
+        Q.Table((1.0, 1.0))
+    with pytest.raises(ValueError, match="are not finite"):
+        Q.Table((1.0, math.inf))
+    many = np.sort(np.random.default_rng(0).normal(size=200))
+    w = weights((50, 2))
+    node = fit(Q.Table(tuple(many), axis=None), w)
+    value = np.asarray(node.materialize(), np.float64)
+    levels = float(node.scale[0, 0]) * many
+    np.testing.assert_allclose(value, levels[np.abs(levels - np.asarray(w)[..., None]).argmin(-1)], atol=1e-6)
+    assert node.bits == 8
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Q.FixedPoint(6, 3), Q.Int(3, symmetric=False), Q.Float8("e5m2"), Q.Float4(), Q.NF4(group_size=None), Q.NVFP4()],
+    ids=repr,
+)
+def test_stochastic_rounding_is_unbiased_between_two_neighbours(method):
+    samples = 4000
+    w = weights((16, 2))
+    node = method(w)
+    keys = jax.random.split(jax.random.key(0), samples)
+    draw = jax.jit(jax.vmap(lambda k: Q.Stochastic(method)(w, jc.Context(key=k)).materialize()))
+    drawn = np.asarray(draw(keys), np.float64)
+    levels = np.unique(np.asarray(node.levels(jnp.float32))) if node.zero is not None else _all_levels(node)
+    scale, w = scales(node, w.shape), np.asarray(w, np.float64)
+    if node.zero is not None:
+        zero = np.asarray(node.zero, np.float64)
+        grid = np.arange(8)[:, None, None] - zero
+    else:
+        grid = np.broadcast_to(levels[:, None, None], (len(levels), *w.shape))
+    grid = np.sort(grid * scale, 0)
+    inside = (w >= grid[0]) & (w <= grid[-1])
+    clipped = np.clip(w, grid[0], grid[-1])
+    lower = np.where(grid <= clipped + 1e-6, grid, -np.inf).max(0)
+    upper = np.where(grid >= clipped - 1e-6, grid, np.inf).min(0)
+    assert (np.minimum(np.abs(drawn - lower), np.abs(drawn - upper)) < 1e-5).all()
+    gap = upper - lower
+    deviation = np.abs(drawn.mean(0) - clipped)
+    assert (deviation <= 5 * gap / 2 / np.sqrt(samples) + 1e-5).all()
+    assert (drawn.var(0) <= gap**2 / 4 + 1e-9).all()
+    assert inside.mean() > 0.8
+
+
+def _all_levels(node):
+    if node.table is not None:
+        return np.asarray(node.table)
+    if jnp.issubdtype(node.codes.dtype, jnp.floating):
+        return E5M2 if node.bits == 8 else E2M1
+    return integers(2 ** (node.bits - 1) - 1)
+
+
+def test_stochastic_rounding_goes_up_by_the_part_above_the_floor():
+    """Trap: the chance counts from the floor; counted from the nearest, 0.7 would go up with 0.3."""
+    node = Q.Stochastic(Q.FixedPoint(8, 0))(jnp.full(20_000, 0.7), jc.Context(key=jax.random.key(1)))
+    assert abs(float(node.materialize().mean()) - 0.7) < 0.015
+    with pytest.raises(ValueError, match="needs 'key'"):
+        jc.compress({"w": weights()}, jc.plan({"w": weights()}, [("w", Q.Stochastic(Q.Int(4)))]))
+    with pytest.raises(ValueError, match="two bits or more"):
+        Q.Stochastic(Q.Int(1))(weights(), jc.Context(key=jax.random.key(0)))
+
+
+def test_small_steps_stall_under_nearest_rounding_and_not_under_stochastic():
+    def descend(method):
+        def step(w, key):
+            return method(w - 0.01, jc.Context(key=key)).materialize(), None
+
+        return jax.lax.scan(step, jnp.ones(400), jax.random.split(jax.random.key(0), 100))[0]
+
+    grid = Q.FixedPoint(6, fraction=3)  # steps of 1/8; half a step is more than 0.01
+    assert (descend(grid) == 1).all()
+    assert abs(float(descend(Q.Stochastic(grid)).mean())) < 0.06
+
+
+def test_one_bit_scales_are_optimal_for_each_channel():
+    w = weights() * jnp.exp(weights((1, 6), 1))
+    node = fit(Q.Int(1), w)
+    x = np.asarray(w, np.float64)
+    error = np.square(np.asarray(node.materialize()) - x).sum(0)
+    signs = np.sign(x)
+    best = np.square(x).sum(0) - np.square((signs * x).sum(0)) / len(x)  # least squares on the best signs
+    np.testing.assert_allclose(error, best, rtol=1e-5)
+    for part in (0.97, 1.03):
+        assert (np.square(part * np.asarray(node.scale) * signs - x).sum(0) > error).all()
+
+
+def brute_ternary(x):
+    """The least squared error of any ternary vector: keep the k largest, for every k."""
+    a = np.sort(np.abs(np.asarray(x, np.float64)))[::-1]
+    return (a**2).sum() - (np.cumsum(a) ** 2 / np.arange(1, a.size + 1)).max()
+
+
+@pytest.mark.parametrize("draw", ["normal", "laplace", "uniform", "standard_t"])
+def test_optimal_ternary_is_the_best_of_all_thresholds(draw):
+    rng = np.random.default_rng(0)
+    sample = {"standard_t": lambda s: rng.standard_t(3, size=s)}.get(draw, lambda s: getattr(rng, draw)(size=s))
+    w = jnp.asarray(sample((300, 8)), jnp.float32)
+    found = np.square(np.asarray(fit(Q.Ternary("optimal"), w).materialize() - w, np.float64)).sum(0)
+    np.testing.assert_allclose(found, [brute_ternary(x) for x in np.asarray(w).T], rtol=2e-4)
+
+
+def test_the_ternary_rule_for_normal_weights():
+    """Within 1.2% of the optimum, and about 43% zeros: P(|x| < 0.7 sqrt(2/pi)) = 0.423."""
+    w = weights((20_000, 1))
+    node = fit(Q.Ternary(), w)
+    error = float(jnp.square(node.materialize() - w).sum())
+    assert error <= 1.012 * brute_ternary(w[:, 0])
+    assert abs(float((node.codes == 0).mean()) - math.erf(0.7 * math.sqrt(2 / math.pi) / math.sqrt(2))) < 0.01
+    kept = np.abs(np.asarray(w)) > 0.7 * np.abs(np.asarray(w)).mean()
+    np.testing.assert_allclose(node.scale[0, 0], np.abs(np.asarray(w))[kept].mean(), rtol=1e-5)
+
+
+def test_ternary_after_a_mask_counts_what_is_kept():
+    w = weights()
+    node = jc.chain(jc.prune.Magnitude(sparsity=0.5), Q.Ternary(axis=None))(w)
+    kept = np.asarray(w)[np.asarray(node.mask)]
+    above = np.abs(kept) > 0.7 * np.abs(kept).mean()
+    np.testing.assert_allclose(node.values.scale.ravel(), np.abs(kept)[above].mean(), rtol=1e-5)
+    assert not node.materialize()[~node.mask].any()
+    with pytest.raises(ValueError, match="threshold='best' is unknown"):
+        Q.Ternary("best")
+
+
+def test_binary_bases_have_least_squares_scales_and_more_never_lose():
+    w = weights((200, 3))
+    errors = []
+    for bases in range(1, 6):
+        node = fit(Q.ABCNet(bases), w)
+        x = np.asarray(w, np.float64)
+        for column in range(3):
+            b = np.stack([np.asarray(t.levels(jnp.float32))[:, column] for t in node.terms], 1).astype(np.float64)
+            shifts = np.linspace(-1, 1, bases) if bases > 1 else [0.0]
+            centred = x[:, column] - x[:, column].mean()
+            np.testing.assert_array_equal(
+                b, np.stack([np.where(centred + u * centred.std() >= 0, 1, -1) for u in shifts], 1)
+            )
+            a = np.linalg.lstsq(b, x[:, column], rcond=None)[0]
+            np.testing.assert_allclose([float(t.scale[0, column]) for t in node.terms], a, atol=2e-5)
+        errors.append(float(jnp.square(node.materialize() - w).sum()))
+        assert node.nbits() == bases * (600 + 3 * 32)
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_equal_bases_share_their_scale():
+    node = Q.ABCNet(3)(jnp.array([1.0, -1.0, 1.0, -1.0]))
+    np.testing.assert_allclose(node.materialize(), [1, -1, 1, -1], atol=1e-5)
+    assert not Q.ABCNet(3)(jnp.zeros((4, 2))).materialize().any()
+
+
+def test_bases_chosen_one_by_one():
+    w = weights((200, 3))
+    errors = [float(jnp.square(jc.residual(*[Q.Int(1)] * n)(w).materialize() - w).sum()) for n in (2, 3, 4)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_outliers_apart_are_counted_and_bounded():
+    """A few entries in 16 bits, the bulk in 3: the outliers' error is that of float16, the bulk's half a step."""
+    w = jnp.asarray(np.random.default_rng(0).standard_t(3, size=(256, 16)), jnp.float32)
+    outliers = jc.chain(jc.prune.Magnitude(sparsity=0.97), Q.Float("float16"))
+    node = jc.residual(outliers, Q.Int(3, group_size=64))(w)
+    sparse, bulk = node.terms
+    kept = np.asarray(sparse.mask)
+    assert kept.sum() == round(0.03 * w.size)
+    error = np.abs(np.asarray(node.materialize() - w))
+    assert (error[kept] <= 2.0**-11 * np.abs(np.asarray(w))[kept]).all()
+    assert (error <= scales(bulk, w.shape) / 2 + 2.0**-11 * np.abs(np.asarray(w)) * kept + 1e-6).all()
+    index = min(w.size, *(sparse.nbits() - 16 * int(kept.sum()),))
+    assert node.nbits() == 16 * int(kept.sum()) + index + 3 * w.size + 32 * 64
+    alone = fit(Q.Int(3, group_size=64), w).materialize()
+    assert float(jnp.square(node.materialize() - w).sum()) < 0.5 * float(jnp.square(alone - w).sum())
+
+
+def test_double_quantization_is_within_the_bound_of_both():
+    w = weights((256, 8))
+    plain, double = fit(Q.Int(4, group_size=64), w), jc.chain(Q.Int(4, group_size=64), Q.Int(8))(w)
+    first, second = np.asarray(plain.scale), np.asarray(double.scale.materialize())
+    assert (np.abs(first - second) <= first.max(0) / 127 / 2 + 1e-8).all()
+    bound = scales(plain, w.shape) / 2 + 7 * np.repeat(np.abs(first - second), 64, 0)
+    assert (np.abs(np.asarray(double.materialize() - w)) <= bound + 1e-6).all()
+    assert double.nbits() == 4 * w.size + 8 * 32 + 32 * 8
