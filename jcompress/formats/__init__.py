@@ -1,9 +1,11 @@
 """Formats: the nodes that stand for arrays. A format knows its bytes and its algebra, never how it was chosen."""
 
 from jcompress.formats.annealed import Annealed
+from jcompress.formats.binarized import Binarized
 from jcompress.formats.bottleneck import Bottleneck
 from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
+from jcompress.formats.fake_quantized import FakeQuantized
 from jcompress.formats.frozen import Frozen
 from jcompress.formats.gaussian import Gaussian
 from jcompress.formats.hard_concrete import HardConcrete
@@ -15,12 +17,15 @@ from jcompress.formats.scored import Scored
 from jcompress.formats.soft_threshold import SoftThreshold
 from jcompress.formats.spectral import Spectral
 from jcompress.formats.sum import Sum
+from jcompress.formats.ternarized import Ternarized
 
 __all__ = [
     "Annealed",
+    "Binarized",
     "Bottleneck",
     "Cast",
     "Codebook",
+    "FakeQuantized",
     "Frozen",
     "Gaussian",
     "HardConcrete",
@@ -32,4 +37,5 @@ __all__ = [
     "SoftThreshold",
     "Spectral",
     "Sum",
+    "Ternarized",
 ]

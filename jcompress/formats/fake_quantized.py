@@ -1,0 +1,180 @@
+"""Weights that train along with the grid they are rounded to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcompress import core
+from jcompress.core import Compressed
+from jcompress.formats import gates
+from jcompress.formats.quantized import Quantized, pool, spread
+
+Surrogate = Literal["identity", "soft", "tanh"]
+_SOFTNESS = 0.2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class FakeQuantized(Compressed):
+    """``scale * round(clip(values / scale, -n, p))`` with ``n = 2**(bits - 1)`` and ``p = n - 1``, to be trained.
+
+    Forward, the value lies on the grid. Backward, rounding has the derivative of its surrogate:
+
+    ``"identity"``: one, so weights within the grid pass their gradient g on, weights outside pass none, and the scale
+    gets ``sum(g * (round(v / s) - v / s))`` over those within, ``sum(g * p)`` and ``-sum(g * n)`` over those outside,
+    divided by ``sqrt(N * p)`` for the N weights that share it (LSQ; Esser et al. 2020, arXiv:1902.08153).
+
+    ``"soft"``: that of ``(tanh(k * t) / tanh(k / 2) + 1) / 2`` within each step, t from -1/2 to 1/2 and
+    ``k = log(2 / softness - 1)``; the softness is learned, and at 1 the derivative is one (DSQ; Gong et al. 2019,
+    arXiv:1908.05033).
+
+    ``"tanh"``: the value is ``scale * (2 * round((u + n) / 2) - n)``, ``u = n * tanh(v) / max |tanh(v)|`` and
+    ``n = 2**bits - 1``; rounding has derivative one (DoReFa; Zhou et al. 2016, arXiv:1606.06160, where the scale
+    is ``1 / n``).
+
+    Attributes:
+      values: float array, or a node that stands for one.
+      scale: float32 array, laid out as in :class:`Quantized`.
+      softness: float32 array in the shape of the scale, within (0, 1), for ``"soft"``; or None.
+      bits: bits a code, 2 to 8.
+      surrogate: what rounding is, backward.
+      axes: the axes along which a scale is shared, negative.
+      group_size: rows of axis -2 that share a scale, or None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> w, scale = jnp.array([[0.6], [9.0]]), jnp.ones((1, 1))
+      >>> def value(w):
+      ...     return jc.formats.FakeQuantized(w, scale, bits=3).materialize()
+      >>> value(w).tolist(), jax.grad(lambda w: value(w).sum())(w).tolist()
+      ([[1.0], [3.0]], [[1.0], [0.0]])
+    """
+
+    values: Any
+    scale: Any
+    softness: Any = None
+    bits: int = dataclasses.field(kw_only=True, metadata={"static": True})
+    surrogate: Surrogate = dataclasses.field(default="identity", metadata={"static": True})
+    axes: tuple[int, ...] = dataclasses.field(default=(-2,), metadata={"static": True})
+    group_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    elementwise: ClassVar[tuple[str, ...]] = ("values",)
+
+    def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
+        values, scale = core.dense(self.values, key=key), core.dense(self.scale, key=key)
+        level, scale = self._levels(values.astype(jnp.float32), scale)
+        return (self._spread(scale, values) * level).astype(values.dtype)
+
+    def _levels(self, v: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the scale multiplies, and the scale with the gradient that it is to have."""
+        if self.surrogate == "tanh":
+            n = 2**self.bits - 1
+            return 2 * round_through((n * squashed(v, self.axes) + n) / 2) - n, scale
+        n, p = self._ends()
+        scale = scaled_gradient(scale, (max(v.size, 1) / max(scale.size, 1) * p) ** -0.5)
+        clipped = clip_outside(v / self._spread(scale, v), -n, p)
+        if self.softness is None:
+            return round_through(clipped), scale
+        alpha = jnp.clip(core.dense(self.softness), 1e-3, 1 - 1e-3)
+        return _round_soft(clipped, self._spread(jnp.log(2 / alpha - 1), v)), scale
+
+    def _ends(self) -> tuple[int, int]:
+        return 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
+
+    def _spread(self, scale: jax.Array, like: jax.Array) -> jax.Array:
+        return spread(scale, like, self.group_size)
+
+    def project(self, w: jax.Array, where: jax.Array | None = None) -> FakeQuantized:
+        """The values become ``w`` and the grid spans their range."""
+        x = w.astype(jnp.float32)
+        x = x if where is None else jnp.where(where, x, 0.0)
+        if self.surrogate == "tanh":
+            most = pool(jnp.abs(x), self.axes, self.group_size, jnp.maximum, 0.0)
+            top = jnp.minimum(jnp.tanh(most), 0.99)
+            values = jnp.arctanh(x / jnp.where(most > 0, most, 1.0) * top).astype(w.dtype)
+            scale = most * (1 / (2**self.bits - 1))
+            return dataclasses.replace(self, values=gates.refitted(self.values, values), scale=scale)
+        n, p = self._ends()
+        high = pool(x, self.axes, self.group_size, jnp.maximum, 0.0)
+        low = pool(x, self.axes, self.group_size, jnp.minimum, 0.0)
+        scale = positive(jnp.maximum(high * (1 / p), low * (-1 / n)))
+        softness = jnp.full_like(scale, _SOFTNESS) if self.surrogate == "soft" else None
+        return dataclasses.replace(self, values=gates.refitted(self.values, w), scale=scale, softness=softness)
+
+    def finalize(self) -> Quantized:
+        values = core.dense(self.values)
+        levels, scale = self._levels(values.astype(jnp.float32), core.dense(self.scale))
+        n, table = 2**self.bits - 1, None
+        codes = levels.astype(jnp.int8)
+        if self.surrogate == "tanh":
+            table = tuple(float(level) for level in range(-n, n + 1, 2))
+            codes = ((levels + n) / 2).astype(jnp.uint8)
+        return Quantized(
+            codes, scale, bits=self.bits, table=table, axes=self.axes, group_size=self.group_size,
+            dtype=np.dtype(values.dtype),
+        )  # fmt: skip
+
+
+def positive(scale: jax.Array) -> jax.Array:
+    """Scales fit to divide by: what is not a positive normal number becomes 1."""
+    return jnp.where(scale >= jnp.finfo(scale.dtype).tiny, scale, 1.0)
+
+
+def squashed(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """``tanh(v) / max |tanh(v)|``, the maximum over some axes; zeros stay zeros."""
+    t = jnp.tanh(v)
+    most = jnp.max(jnp.abs(t), axes, keepdims=True, initial=0.0)
+    return t / jnp.where(most > 0, most, 1.0)
+
+
+@jax.custom_jvp
+def round_through(x: jax.Array) -> jax.Array:
+    """The nearest integer, ties to even; the derivative is one (Bengio et al. 2013, arXiv:1308.3432)."""
+    return jnp.round(x)
+
+
+@round_through.defjvp
+def _round_through_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return round_through(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def through(x: jax.Array, value: jax.Array) -> jax.Array:
+    """``value`` forward, exactly; backward the identity in ``x``."""
+    return value
+
+
+@through.defjvp
+def _through_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return through(*primals), tangents[0]
+
+
+def clip_outside(x: jax.Array, low: float, high: float) -> jax.Array:
+    """``clip(x, low, high)`` with derivative one strictly between the ends, zero on and beyond them."""
+    return jnp.where((x > low) & (x < high), x, jax.lax.stop_gradient(jnp.clip(x, low, high)))
+
+
+def scaled_gradient(x: jax.Array, factor: float) -> jax.Array:
+    """``x`` forward; its gradient is multiplied by ``factor``."""
+    return through(x * factor, x)
+
+
+def soft_round(x: jax.Array, k: jax.Array) -> jax.Array:
+    """``floor(x) + (tanh(k * t) / tanh(k / 2) + 1) / 2`` with ``t = x - floor(x) - 1/2``."""
+    whole = jnp.floor(x)
+    return whole + (jnp.tanh(k * (x - whole - 0.5)) / jnp.tanh(k / 2) + 1) / 2
+
+
+@jax.custom_jvp
+def _round_soft(x: jax.Array, k: jax.Array) -> jax.Array:
+    """The nearest integer, with the derivatives of :func:`soft_round`."""
+    return jnp.round(x)
+
+
+@_round_soft.defjvp
+def _round_soft_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return _round_soft(*primals), jax.jvp(soft_round, primals, tangents)[1]

@@ -1,0 +1,41 @@
+"""Training of quantized networks: grids and levels that are learned, gradients through rounding, and optimizer state.
+
+Weights: a method gives a node to train (:class:`LSQ`, :class:`DSQ`, :class:`DoReFa`, :class:`BinaryConnect`,
+:class:`TTQ`), which ``jc.finalize`` turns into its storage form; or it is used with ``jc.simulate``, anew at each step
+(:class:`jcompress.quantize.Int`, :class:`jcompress.quantize.Ternary`, :class:`QuantNoise`, :class:`Relaxed`).
+Activations: functions, to be called in the model.
+"""
+
+from jcompress.quantize.training import dorefa
+from jcompress.quantize.training.binary import BinaryConnect, clip_values, concave_penalty
+from jcompress.quantize.training.clipped import pact, scaled_sign, sign_ste
+from jcompress.quantize.training.dorefa import DoReFa
+from jcompress.quantize.training.noise import QuantNoise
+from jcompress.quantize.training.optimizer import gradients, moments
+from jcompress.quantize.training.proximal import Relaxed
+from jcompress.quantize.training.soft import DSQ, assignment_entropy, soft_assign, temper
+from jcompress.quantize.training.steps import LSQ, lsq, lsq_plus
+from jcompress.quantize.training.ternary import TTQ
+
+__all__ = [
+    "DSQ",
+    "LSQ",
+    "TTQ",
+    "BinaryConnect",
+    "DoReFa",
+    "QuantNoise",
+    "Relaxed",
+    "assignment_entropy",
+    "clip_values",
+    "concave_penalty",
+    "dorefa",
+    "gradients",
+    "lsq",
+    "lsq_plus",
+    "moments",
+    "pact",
+    "scaled_sign",
+    "sign_ste",
+    "soft_assign",
+    "temper",
+]

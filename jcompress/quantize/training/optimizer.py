@@ -1,0 +1,150 @@
+"""Gradients and the optimizer's moments in a few bits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jcompress.core import PyTree
+from jcompress.formats import Quantized
+from jcompress.formats.quantized import pool, spread
+from jcompress.quantize.grids import positive
+from jcompress.quantize.training.dorefa import rounded_at_random
+
+
+class GradientsState(NamedTuple):
+    """The steps taken and the key."""
+
+    steps: jax.Array
+    key: jax.Array
+
+
+def gradients(bits: int, key: jax.Array) -> optax.GradientTransformation:
+    """Updates in a few bits, rounded at random, without bias: an optax transform, first in the chain.
+
+    Each leaf has ``2**bits`` levels from ``-max |g|`` to ``max |g|``, and ``E Q(g) = g`` (Zhou et al. 2016,
+    arXiv:1606.06160; stochastic rounding, Gupta et al. 2015, arXiv:1502.02551). For what is sent between devices, or
+    for accelerators that compute in few bits.
+
+    Args:
+      bits: 1 to 8.
+      key: for the rounding. Every step and every leaf draws from a key of its own.
+
+    Raises:
+      ValueError: for bits outside 1 to 8.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jcompress as jc
+      >>> tx = optax.chain(jc.quantize.gradients(2, jax.random.key(0)), optax.sgd(1.0))
+      >>> grads = {"w": jnp.array([3.0, -3.0])}
+      >>> tx.update(grads, tx.init(grads))[0]["w"].tolist()
+      [-3.0, 3.0]
+    """
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"gradients: bits={bits!r} is not an integer from 1 to 8")
+
+    def init(params: PyTree) -> GradientsState:
+        # A copy: a training step that donates its state must not delete the caller's key.
+        return GradientsState(jnp.zeros((), jnp.int32), jnp.copy(key))
+
+    def update(updates: PyTree, state: GradientsState, params: PyTree | None = None) -> tuple[PyTree, GradientsState]:
+        now = jax.random.fold_in(state.key, state.steps)
+        leaves, treedef = jax.tree.flatten(updates)
+        rounded = [
+            rounded_at_random(g, bits, jax.random.fold_in(now, i), tuple(range(g.ndim))) for i, g in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(treedef, rounded), GradientsState(optax.safe_increment(state.steps), state.key)
+
+    return optax.GradientTransformation(init, update)
+
+
+class Moment(NamedTuple):
+    """A leaf of an optimizer's state between steps: its signed root, ``sign(x) * sqrt(|x|)``, as integers."""
+
+    root: Quantized
+
+
+def moments(
+    inner: optax.GradientTransformation,
+    bits: int = 8,
+    group_size: int = 256,
+    *,
+    smallest: int = 4096,
+    squares: tuple[str, ...] = ("nu", "sum_of_squares", "v"),
+) -> optax.GradientTransformationExtraArgs:
+    """Any optimizer, with the large arrays of its state in a few bits between steps (after Dettmers et al. 2021).
+
+    An array x is kept as ``round(sign(x) * sqrt(|x|) / s)`` with one s for ``group_size`` rows of each column. Roots
+    put the levels where moments are dense, near zero: level k of n stands for ``(k / n)**2`` of the largest magnitude,
+    so neighbours differ by about ``2 / k`` of their size, much as in the dynamic table of 8-bit optimizers
+    (arXiv:2110.02861), and by blocks as there. Means of squares have no sign, so they get twice the levels; a square
+    that is not zero never becomes zero, which would make a step infinite. Changes of less than half a level are lost:
+    with a decay near one, such as 0.999, a small square follows the largest of its block rather than its own gradient.
+
+    At 8 bits Adam's state takes a quarter of its bytes: ``jc.nbits(state)`` counts them.
+
+    Args:
+      inner: the optimizer. Arrays of two axes or more in its state are kept so, whatever they are.
+      bits: 2 to 8; 32 gives the optimizer as it is.
+      group_size: rows of axis -2 that share a scale.
+      smallest: arrays of fewer elements are left alone.
+      squares: fields of the state that hold means or sums of squares.
+
+    Raises:
+      ValueError: for other bits, or a group size that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jcompress as jc
+      >>> params = {"w": jnp.ones((256, 16))}
+      >>> plain, small = optax.adam(1e-3), jc.quantize.moments(optax.adam(1e-3))
+      >>> jc.nbits(plain.init(params)) - 32, jc.nbits(small.init(params)) - 32
+      (262144, 66560)
+    """
+    if bits == 32:
+        return optax.with_extra_args_support(inner)
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"moments: bits={bits!r} is not an integer from 2 to 8, or 32")
+    if group_size < 1:
+        raise ValueError(f"moments: group_size={group_size} must be positive")
+    optimizer = optax.with_extra_args_support(inner)
+
+    def packed(path: Any, x: Any) -> Any:
+        floating = hasattr(x, "dtype") and x.dtype == jnp.float32
+        if not floating or x.ndim < 2 or x.size < smallest:
+            return x
+        return Moment(_encoded(x, bits, group_size, any(getattr(key, "name", None) in squares for key in path)))
+
+    def pack(state: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(packed, state)
+
+    def init(params: PyTree) -> PyTree:
+        return pack(optimizer.init(params))
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        whole = jax.tree.map(_decoded, state, is_leaf=lambda x: isinstance(x, Moment))
+        updates, whole = optimizer.update(updates, whole, params, **extra)
+        return updates, pack(whole)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _encoded(x: jax.Array, bits: int, group_size: int, square: bool) -> Quantized:
+    root = jnp.sqrt(jnp.abs(x))
+    most = 2**bits - 1 if square else 2 ** (bits - 1) - 1
+    scale = positive(pool(root, (-2,), group_size, jnp.maximum, 0.0) * (1 / most))
+    level = jnp.clip(jnp.round(root / spread(scale, x, group_size)), 0, most)
+    if square:
+        codes = jnp.where(x > 0, jnp.maximum(level, 1), level).astype(jnp.uint8)
+    else:
+        codes = (jnp.sign(x) * level).astype(jnp.int8)
+    return Quantized(codes, scale, bits=bits, group_size=group_size)
+
+
+def _decoded(x: Any) -> Any:
+    if not isinstance(x, Moment):
+        return x
+    root = x.root.materialize()
+    return root * jnp.abs(root)
