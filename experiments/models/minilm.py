@@ -46,7 +46,11 @@ class Encoder:
     longest: int = 256
 
     def __call__(self, params: PyTree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Embeddings of unit length.
+        """Embeddings of unit length, float32 (sentences, width); see :meth:`states` for the arguments."""
+        return self.pool(self.states(params, tokens, mask)[-1], mask)
+
+    def states(self, params: PyTree, tokens: jax.Array, mask: jax.Array) -> list[jax.Array]:
+        """What each layer gives, the tables first.
 
         Padding is zero wherever a kernel reads it, so the statistics that calibration gathers are those of words.
 
@@ -56,15 +60,19 @@ class Encoder:
           mask: (sentences, length), True where there is a token and not padding.
 
         Returns:
-          float32 (sentences, width).
+          float32 arrays (sentences, length, width).
         """
         real = mask[..., None].astype(jnp.float32)
         tables = params["embeddings"]
         x = tables["token"]["embedding"][tokens] + tables["position"]["embedding"][: tokens.shape[1]]
-        x = real * self._normalize(tables["norm"], x + tables["type"]["embedding"][0])
+        found = [real * self._normalize(tables["norm"], x + tables["type"]["embedding"][0])]
         for i in range(sum(name.startswith("layer_") for name in params)):
-            x = self._layer(params[f"layer_{i}"], x, mask, real)
-        mean = x.sum(-2) / jnp.maximum(real.sum(-2), 1.0)
+            found.append(self._layer(params[f"layer_{i}"], found[-1], mask, real))
+        return found
+
+    def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """The mean over tokens of each sentence, to unit length."""
+        mean = x.sum(-2) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
         return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
 
     def _layer(self, params: PyTree, x: jax.Array, mask: jax.Array, real: jax.Array) -> jax.Array:

@@ -1,0 +1,94 @@
+"""Every way to quantize a sentence encoder of 22.6M parameters, training-free ones first.
+
+Command: python -m experiments.minilm --model_dir=<folder> --data_dir=<folder>
+
+Tables have groups along the vocabulary, so that the few features whose values are large have scales of their own; one
+scale a row loses three to seven times more. Biases and norms take 16 bits, and so do scales.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import jcompress as jc
+from experiments.recipes import KERNELS, TABLES, Recipe
+
+Int = jc.quantize.Int
+HALF = jc.quantize.Float("float16")
+
+
+def recipe(group: str, kernels: Any, tables: Any, **options: Any) -> Recipe:
+    """Kernels, tables, and all else in 16 bits; scales and codebooks too."""
+    small = [None if m is None else jc.chain(m, HALF) for m in (kernels, tables)]
+    return Recipe(group, ((KERNELS, small[0]), (TABLES, small[1]), (".*", HALF)), **options)
+
+
+def table(bits: int) -> Int:
+    """The best simple grid for tables: affine, 128 words a group."""
+    return Int(bits=bits, group_size=128, symmetric=False, clip="mse", pad=True)
+
+
+def rounded(bits: int) -> Recipe:
+    """Symmetric, over the full range."""
+    return recipe("rounding", Int(bits=bits, group_size=64), Int(bits=bits, group_size=128, pad=True))
+
+
+def clipped(bits: int) -> Recipe:
+    """Symmetric, over the range of least squared error."""
+    options = {"clip": "mse", "pad": True}
+    return recipe("clipping", Int(bits=bits, group_size=64, **options), Int(bits=bits, group_size=128, **options))
+
+
+def affine_grid(bits: int) -> Int:
+    """For kernels: affine, over the range of least squared error."""
+    return Int(bits=bits, group_size=64, symmetric=False, clip="mse")
+
+
+def gptq(bits: int) -> Any:
+    """The same grid, its codes chosen for the outputs."""
+    return jc.quantize.GPTQ(bits=bits, group_size=64, symmetric=False, clip="mse", order=True)
+
+
+def kmeans(bits: int) -> Any:
+    """One codebook an array."""
+    return jc.share.KMeans(clusters=2**bits, iterations=25)
+
+
+def recipes(params: Any) -> dict[str, Recipe]:
+    """The rows, by name."""
+    found = {"half": Recipe("half", ((".*", HALF),))}
+    found["int8"] = recipe("rounding", Int(bits=8), Int(bits=8))
+    found |= {f"int{bits}": rounded(bits) for bits in (4, 3, 2)}
+    found |= {f"clip{bits}": clipped(bits) for bits in (4, 3, 2)}
+    found["affine8"] = recipe("affine", Int(bits=8, symmetric=False), Int(bits=8))
+    found |= {f"affine{bits}": recipe("affine", affine_grid(bits), table(bits)) for bits in (4, 3, 2)}
+    found |= {f"gptq{bits}": recipe("GPTQ", gptq(bits), table(bits)) for bits in (8, 4, 3)}
+    found["gptq2"] = recipe("GPTQ", gptq(2), table(4))
+    found["affine2_tables4"] = recipe("affine", affine_grid(2), table(4))
+    found["low_rank3"] = recipe("low rank", jc.residual(affine_grid(3), jc.factorize.SVD(rank=8)), table(3))
+    nf4 = jc.quantize.NF4(group_size=64)
+    found["nf4"] = recipe("tables of levels", nf4, jc.quantize.NF4(group_size=128, pad=True))
+    found["mxfp4"] = recipe("tables of levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
+    found |= {f"kmeans{n}": recipe("k-means", kmeans(n), kmeans(n)) for n in (4, 3)}
+    return found
+
+
+def widths(params: Any) -> dict[str, dict[str, Any]]:
+    """Methods to compare by the error of each kernel's outputs, by width; both have the same grid."""
+    return {f"{bits} bits": {"rounding": affine_grid(bits), "GPTQ": gptq(bits)} for bits in (8, 4, 3, 2)}
+
+
+def get_config() -> ConfigDict:
+    """The sets, and how many sentences nobody judged are for what."""
+    config = ConfigDict()
+    config.name = "minilm"
+    config.sets = ("images", "headlines")
+    config.recipes = recipes
+    config.widths = widths
+    config.only = ""
+    config.validation = 300
+    config.calibration = 768
+    config.calibration_length = 24
+    return config

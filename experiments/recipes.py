@@ -1,0 +1,103 @@
+"""How a sentence encoder is compressed: rules for its parameters, and what they are fitted to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jcompress as jc
+from experiments import selfdistill
+from experiments.models import minilm
+from jcompress import core
+
+PyTree = Any
+Rules = Sequence[tuple[str, Any]]
+Batches = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One row of the table.
+
+    Attributes:
+      group: the method, which gives the colour in the picture.
+      rules: ordered pairs of a pattern and a method, as for ``jcompress.plan``; or a function that gives them from the
+        parameters and what calibration gathered.
+      sequential: whether each layer is fitted after those before it, to what they give once compressed.
+      training: how kernels, scales, biases and norms are trained afterwards; None for not at all.
+    """
+
+    group: str
+    rules: Rules | Callable[[PyTree, Any], Rules]
+    sequential: bool = False
+    training: selfdistill.Training | None = None
+
+
+class Calibration:
+    """Statistics of the dense model on a few sentences; each is gathered once.
+
+    Args:
+      encoder: the model.
+      params: its dense parameters.
+      tokens: sentences nobody judged.
+      count: how many of them to use.
+      length: those of at most so many tokens are used.
+    """
+
+    def __init__(
+        self, encoder: minilm.Encoder, params: PyTree, tokens: Sequence[Sequence[int]], count: int, length: int
+    ) -> None:
+        self.encoder, self.params = encoder, params
+        short = [x for x in tokens if len(x) <= length][:count]
+        if not short:
+            raise ValueError(f"config.calibration: no sentence has at most {length} tokens")
+        size = min(64, len(short))
+        starts = range(0, len(short) - size + 1, size)
+        self.batches: Batches = [minilm.pad(short[i : i + size], length) for i in starts]
+        self._found: dict[tuple[str, ...], Any] = {}
+
+    def stats(self, needed: Sequence[str]) -> Any:
+        """``{path: statistics}`` of the kernels, for methods that need these."""
+        names = tuple(sorted(need.split(".")[1] for need in needed if need.startswith("stats.")))
+        if names and names not in self._found:
+            kernels = jc.plan(self.params, [(KERNELS, jc.quantize.Int()), (".*", None)])
+            self._found[names] = jc.calibrate(self.encoder, self.params, self.batches, kernels, statistics=names)
+        return self._found.get(names)
+
+    def compress(self, recipe: Recipe, key: jax.Array) -> PyTree:
+        """The compressed tree, before any training."""
+        rules = recipe.rules
+        if callable(rules):
+            rules = rules(self.params, self.stats(["stats.gram"]))
+        plan = jc.plan(self.params, rules)
+        if recipe.sequential:
+            return jc.trace.compress_sequentially(self.encoder, self.params, self.batches, plan, key=key)
+        return jc.compress(self.params, plan, key=key, stats=self.stats(core.needs(*filter(None, plan.values()))))
+
+
+KERNELS = "layer_.*/kernel"
+TABLES = "embeddings/(token|position)/embedding"
+
+
+@jax.jit
+def _output_error(gram: jax.Array, change: jax.Array) -> jax.Array:
+    change = change.astype(jnp.float32)
+    return jnp.sum(change * jnp.matmul(gram, change, precision=jax.lax.Precision.HIGHEST))
+
+
+def output_errors(calibration: Calibration, method: Any) -> dict[str, float]:
+    """For each kernel ``tr(dW^T H dW) / tr(W^T H W)``, the part of the squared outputs that a method changes."""
+    plan = jc.plan(calibration.params, [(KERNELS, method), (".*", None)])
+    stats = calibration.stats(["stats.gram"])
+    found = dict(jc.paths(jc.materialize(jc.compress(calibration.params, plan, key=jax.random.key(0), stats=stats))))
+    errors = {}
+    for path, w in jc.paths(calibration.params):
+        if plan[path] is not None:
+            gram = stats[path].gram
+            errors[path] = float(_output_error(gram, found[path] - w) / _output_error(gram, w))
+    return errors

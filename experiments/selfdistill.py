@@ -1,0 +1,171 @@
+"""Training of a quantized sentence encoder to say what the dense one says, on sentences nobody judged.
+
+Each kernel keeps its grid: the weights behind it train straight through the rounding, and their scales by the
+gradient of learned step sizes (Esser et al. 2020, arXiv:1902.08153). The student starts where the node it is given
+stands, and learns the states of every layer and the embedding (Jiao et al. 2020, arXiv:1909.10351).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jcompress as jc
+from experiments.models import minilm
+from jcompress import core
+from jcompress.formats import Cast, Quantized
+from jcompress.formats.quantized import spread
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A short run of Adam.
+
+    Attributes:
+      steps: the number of steps.
+      learning_rate: at its peak; it rises for a twentieth of the steps and falls as a cosine.
+      batch_size: sentences a step.
+      states: weight of the error of the layers' states, beside that of the embedding.
+      seed: of the order of the sentences.
+    """
+
+    steps: int = 300
+    learning_rate: float = 3e-4
+    batch_size: int = 64
+    states: float = 1.0
+    seed: int = 0
+
+
+class Student(NamedTuple):
+    """What trains: for a quantized kernel its weights and its scale, for all else its values."""
+
+    kernels: dict[str, dict[str, jax.Array]]
+    others: dict[str, jax.Array]
+
+
+def fake(node: Quantized, weights: jax.Array, scale: jax.Array) -> jax.Array:
+    """The nearest points of the node's grid to ``weights``; rounding counts as the identity, backward.
+
+    ``s * q``, with ``q = level(w / s)`` as it is and ``dq = d(w / s)``: so weights get their gradient, and scales
+    ``q - w / s`` times it.
+
+    Args:
+      node: gives the grid and the zero points.
+      weights: float32, what is rounded.
+      scale: float32, in the shape of the node's.
+    """
+    now = dataclasses.replace(node, scale=jax.lax.stop_gradient(scale))
+    levels = now.encode(jax.lax.stop_gradient(weights)).levels(jnp.float32)
+    wide = spread(scale, weights, node.group_size)
+    ratio = weights / wide
+    return wide * (ratio + jax.lax.stop_gradient(levels - ratio))
+
+
+def train(
+    encoder: minilm.Encoder, dense: PyTree, tree: PyTree, tokens: Sequence[Sequence[int]], training: Training
+) -> PyTree:
+    """Train the kernels, biases and norms of a compressed encoder; its tables stay.
+
+    Args:
+      encoder: the model.
+      dense: parameters of the teacher, and the tree's in its dense form.
+      tree: compressed; kernels that are ``Quantized`` train with their scales, other nodes than casts stay as they are.
+      tokens: sentences.
+      training: how.
+
+    Returns:
+      A tree of the structure of ``tree``.
+    """
+    nodes = dict(jc.paths(tree))
+    quantized = {p: x for p, x in nodes.items() if isinstance(x, Quantized) and "layer_" in p}
+    plain = {p: x for p, x in nodes.items() if isinstance(x, Cast) or not core.is_node(x)}
+    held = {p: core.dense(x) for p, x in nodes.items() if p not in quantized and p not in plain}
+    bare = {p: dataclasses.replace(x, scale=None, codes=x.codes) for p, x in quantized.items()}
+    kernels = {p: {"w": core.dense(x), "scale": core.dense(x.scale).astype(jnp.float32)} for p, x in quantized.items()}
+    student = Student(kernels, {p: core.dense(x).astype(jnp.float32) for p, x in plain.items()})
+    treedef = jax.tree.structure(dense)
+
+    def forward(student: Student, held: PyTree, bare: PyTree) -> PyTree:
+        found = {**held, **student.others}
+        for path, x in student.kernels.items():
+            found[path] = fake(bare[path], x["w"], x["scale"])
+        return jax.tree.unflatten(treedef, [found[path] for path in nodes])
+
+    student = _fit(encoder, dense, forward, student, (held, bare), tokens, training)
+    done = {p: _stored(x, student.kernels[p]) for p, x in quantized.items()}
+    done |= {p: _like(x, student.others[p]) for p, x in plain.items()}
+    is_node = core.is_node
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), [done.get(p, x) for p, x in nodes.items()])
+
+
+def _stored(node: Quantized, found: dict[str, jax.Array]) -> Quantized:
+    """The node with its trained scale, in the form it had, and the codes of the trained weights."""
+    scale = _like(node.scale, found["scale"])
+    return dataclasses.replace(node, scale=scale).encode(found["w"])
+
+
+def _like(x: Any, value: jax.Array) -> Any:
+    return x.project(value) if core.is_node(x) else value.astype(x.dtype)
+
+
+def _fit(
+    encoder: minilm.Encoder,
+    teacher: PyTree,
+    forward: Any,
+    student: Student,
+    rest: tuple,
+    tokens: Sequence[Sequence[int]],
+    training: Training,
+) -> Student:
+    rate = optax.warmup_cosine_decay_schedule(0.0, training.learning_rate, training.steps // 20 + 1, training.steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(student: Student, state: Any, teacher: PyTree, rest: tuple, x: jax.Array, mask: jax.Array) -> tuple:
+        target = encoder.states(teacher, x, mask)
+
+        def loss(student: Student) -> jax.Array:
+            found = encoder.states(forward(student, *rest), x, mask)
+            ends = encoder.pool(found[-1], mask), encoder.pool(target[-1], mask)
+            cosine = 1 - jnp.sum(ends[0] * ends[1], -1).mean()
+            errors = [jnp.square(a - b).sum() / jnp.square(b).sum() for a, b in zip(found, target, strict=True)]
+            return cosine + training.states * sum(errors) / len(errors)
+
+        grads = jax.grad(loss)(student)
+        updates, state = tx.update(grads, state, student)
+        return optax.apply_updates(student, updates), state
+
+    student = jax.tree.map(jnp.copy, student)
+    state = tx.init(student)
+    batches = itertools.islice(_batches(tokens, training), training.steps)
+    for x, mask in tqdm(batches, total=training.steps, unit="step", disable=None, leave=False):
+        student, state = step(student, state, teacher, rest, x, mask)
+    return student
+
+
+def _batches(tokens: Sequence[Sequence[int]], training: Training) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of sentences of like length, in a new order each epoch."""
+    rng = np.random.default_rng(training.seed)
+    while True:
+        order = rng.permutation(len(tokens))
+        groups: dict[int, list[int]] = {}
+        for i in order:
+            groups.setdefault(next(n for n in minilm.LENGTHS if n >= len(tokens[i])), []).append(i)
+        size = training.batch_size
+        full = [(n, g[a : a + size]) for n, g in groups.items() for a in range(0, len(g) - size + 1, size)]
+        if not full:
+            raise ValueError(f"training: batch_size={size} is more than the sentences of any one length; use fewer")
+        for place in rng.permutation(len(full)):
+            length, chosen = full[place]
+            yield minilm.pad([tokens[i] for i in chosen], length)
