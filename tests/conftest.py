@@ -53,6 +53,8 @@ SIBLINGS = [
     "stacked-spectrum",
     "stacked-kmeans",
     "stacked-random",
+    "stacked-ttq",
+    "binary-connect-drawn",
 ]
 TWICE = [
     "mlp",
@@ -89,7 +91,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 # Here many models are compiled, each to be run once or twice; nothing is compared to the last bit.
-COMPILED_QUICKLY = ("test_zoo", "test_shrink", "test_cost", "test_dynamic_training", "test_bayesian", "test_scores")
+COMPILED_QUICKLY = (
+    "test_zoo",
+    "test_shrink",
+    "test_cost",
+    "test_dynamic_training",
+    "test_bayesian",
+    "test_scores",
+    "test_gptq",
+    "test_quantized_training",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -49,6 +49,7 @@ def statistics(shape: tuple[int, ...]) -> jc.trace.Stats:
 
 
 M, Int, SVD, KMeans, Float = jc.prune.Magnitude, jc.quantize.Int, jc.factorize.SVD, jc.share.KMeans, jc.quantize.Float
+T = jc.quantize.training
 
 METHODS = [
     Row("magnitude", M(sparsity=0.7)),
@@ -126,6 +127,16 @@ METHODS = [
     Row("abc-net", jc.quantize.ABCNet(bases=2), exact=False),
     Row("bfloat16", Float("bfloat16")),
     Row("float16", Float("float16")),
+    Row("lsq", T.LSQ(bits=4, start="deviation"), exact=False, stationary=False),
+    Row("lsq-group", T.LSQ(bits=3, group_size=4, start="range"), stationary=False),
+    Row("dsq", T.DSQ(bits=3), stationary=False),
+    Row("dorefa", T.DoReFa(bits=3), exact=False, stationary=False),
+    Row("binary-connect", T.BinaryConnect(), stationary=False),
+    Row("binary-connect-drawn", T.BinaryConnect(axis=None, learned=True, stochastic=True), stationary=False),
+    Row("ttq", T.TTQ(), exact=False, stationary=False),
+    Row("stacked-ttq", jc.stacked(T.TTQ()), shape=(3, 8, 4), exact=False, stationary=False),
+    Row("quant-noise", T.QuantNoise(Int(bits=4), rate=0.5), exact=False),
+    Row("relaxed", T.Relaxed(bits=3, slack=0.5), exact=False),
     Row("svd", SVD(rank=3), exact=False, gathers=True),
     Row("svd-convolution", SVD(rank=3), shape=(3, 3, 2, 8), exact=False, gathers=True),
     Row("svd-energy", SVD(energy=0.9), jit=False, exact=False, gathers=True),

@@ -1,6 +1,6 @@
 """Grids, ranges and rounding."""
 
-from jcompress.quantize import ranges
+from jcompress.quantize import ranges, training
 from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
 from jcompress.quantize.integer import FixedPoint, Int
@@ -8,6 +8,7 @@ from jcompress.quantize.microscaling import NVFP4, Microscaling
 from jcompress.quantize.stochastic import Stochastic
 from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Table
 from jcompress.quantize.ternary import ABCNet, Ternary
+from jcompress.quantize.training.optimizer import gradients, moments
 
 __all__ = [
     "NF4",
@@ -24,5 +25,8 @@ __all__ = [
     "Stochastic",
     "Table",
     "Ternary",
+    "gradients",
+    "moments",
     "ranges",
+    "training",
 ]
