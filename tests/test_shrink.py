@@ -172,6 +172,14 @@ def test_a_mask_that_cuts_a_group_unevenly():
         jc.shrink(mlp, uneven, None, X)
 
 
+@pytest.mark.parametrize(("path", "told"), [("up", "bias axis 0\n  down axis 0"), ("down", "bias axis 0\n  up axis 1")])
+def test_masks_that_disagree_are_refused_whichever_member_they_cut(path, told):
+    masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), PARAMS)
+    masks[path] = masks[path].at[(slice(None), 2) if path == "up" else 2].set(False)
+    with pytest.raises(ValueError, match=rf"up\[1\]: indices \[2\] are zero in some of the members.*\n  {told}"):
+        jc.shrink(mlp, PARAMS, masks, X)
+
+
 def test_what_is_zero_is_cut_without_being_named():
     groups = jc.trace.coupling(mlp, PARAMS, X)
     masked = jc.trace.mask(PARAMS, groups, {"up[1]": HALF})

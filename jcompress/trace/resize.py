@@ -150,15 +150,17 @@ def _ending(path: str, full: Mapping[str, Any], shape: tuple[int, ...]) -> str |
     return None
 
 
-def from_mask(params: PyTree, groups: Groups) -> dict[str, np.ndarray]:
+def from_mask(params: PyTree, groups: Groups, *, strict: bool = False) -> dict[str, np.ndarray]:
     """What a masked tree keeps: an index of a group is cut where all of its slices are zero in every member.
 
     Args:
-      params: concrete parameters, some of whose slices are zero.
+      params: concrete parameters or masks, some of whose slices are zero.
       groups: from :func:`jcompress.trace.coupling`.
+      strict: whether all members must agree, as where masks were given: parameters may have zeros by chance.
 
     Raises:
-      ValueError: if a group is cut unevenly: an index is zero in all that writes it but not in the rest.
+      ValueError: if a group is cut unevenly: an index is zero in all that writes it, or, if strict, in any member, but
+        not in the rest.
     """
     arrays = {path: np.asarray(x) for path, x in rules.paths(params)}
     found = {}
@@ -169,11 +171,15 @@ def from_mask(params: PyTree, groups: Groups) -> dict[str, np.ndarray]:
             alive[path, axis] = np.array([used[index == i].any() for i in range(group.size)])
         cut = ~np.any(list(alive.values()), axis=0)
         writers = [alive[m] for m in group.members if m in group.producers and arrays[m[0]].ndim > 1]
-        uneven = ~np.any(writers, axis=0) & ~cut if writers else np.zeros(group.size, bool)
+        if strict:
+            uneven = ~np.all(list(alive.values()), axis=0) & ~cut
+        else:
+            uneven = ~np.any(writers, axis=0) & ~cut if writers else np.zeros(group.size, bool)
         if uneven.any():
             whole = [f"  {p} axis {a}" for p, a in group.members if (alive[p, a] & uneven).any()]
+            where = "some of the members" if strict else "what writes them"
             raise ValueError(
-                f"{name}: indices {np.flatnonzero(uneven)[:8].tolist()} are zero in what writes them, but not in\n"
+                f"{name}: indices {np.flatnonzero(uneven)[:8].tolist()} are zero in {where}, but not in\n"
                 + "\n".join(whole)
                 + "\nthese must change together: zero them too, with jc.trace.mask(params, groups, keep)"
             )
@@ -204,7 +210,7 @@ def _wanted(params: PyTree, groups: Groups, keep: Any, sparsity: float | None) -
         return from_mask(params, groups)
     named = isinstance(keep, Mapping) and not set(keep).isdisjoint(groups)
     if not named and str(jax.tree.structure(keep)) == str(jax.tree.structure(params)):
-        return from_mask(keep, groups)
+        return from_mask(keep, groups, strict=all(jnp.result_type(x) == jnp.bool_ for x in jax.tree.leaves(keep)))
     scored = [name for name, x in keep.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     if not scored:
         return groups.checked(keep)
@@ -236,13 +242,15 @@ def shrink(
     ``small_fn(small_params, *args)`` equals ``fn(jc.trace.mask(params, groups, keep), *args)`` to float tolerance,
     gradients included. The model is not rewritten: its equations run at smaller shapes, whatever sizes its code
     names. Loops stay loops, ``remat`` and custom derivatives stay what they were. Constants stay, so a norm still
-    divides by its original width, which is what makes the two equal.
+    divides by its original width, which is what makes the two equal. Where masking makes the model divide zero by zero,
+    as a norm of weights without an epsilon does, the masked one gives NaN and the small one does not.
 
     Args:
       fn: ``fn(params, *args)``, any JAX function.
       params: a pytree of arrays.
       keep: ``{name: bool (size,)}`` with the names of :func:`jcompress.trace.coupling`; True keeps. Or
-        ``{name: float (size,)}``, scores of which the largest stay. Or a tree of masks like ``params``. Or None, which
+        ``{name: float (size,)}``, scores of which the largest stay. Or a tree of masks like ``params``, which
+        must cut all members of a group alike. Or None, which
         reads it off ``params``: what is zero in every member of a group goes.
       *args: example arguments, or their shapes.
       sparsity: with scores, the fraction of each group that goes.
