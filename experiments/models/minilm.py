@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
-LENGTHS = (16, 24, 32, 48, 64, 128, 256)
+LENGTHS = (12, 16, 20, 24, 32, 48, 64, 128, 256)
 """Batches are padded to one of these, so that few shapes are compiled."""
 
 _FILES = ("model.safetensors", "config.json", "tokenizer.json")

@@ -58,19 +58,17 @@ def kmeans(bits: int) -> Any:
 
 def recipes(params: Any) -> dict[str, Recipe]:
     """The rows, by name."""
-    found = {"half": Recipe("half", ((".*", HALF),))}
-    found["int8"] = recipe("rounding", Int(bits=8), Int(bits=8))
+    found = {"half": Recipe("half", ((".*", HALF),)), "int8": recipe("rounding", Int(bits=8), Int(bits=8))}
+    found |= {f"gptq{bits}": recipe("GPTQ", gptq(bits), table(bits)) for bits in (4, 3)}
+    found["gptq2"] = recipe("GPTQ", gptq(2), table(4))
+    found |= {f"affine{bits}": recipe("affine", affine_grid(bits), table(bits)) for bits in (4, 3)}
+    found["affine2"] = recipe("affine", affine_grid(2), table(4))
     found |= {f"int{bits}": rounded(bits) for bits in (4, 3, 2)}
     found |= {f"clip{bits}": clipped(bits) for bits in (4, 3, 2)}
-    found["affine8"] = recipe("affine", Int(bits=8, symmetric=False), Int(bits=8))
-    found |= {f"affine{bits}": recipe("affine", affine_grid(bits), table(bits)) for bits in (4, 3, 2)}
-    found |= {f"gptq{bits}": recipe("GPTQ", gptq(bits), table(bits)) for bits in (8, 4, 3)}
-    found["gptq2"] = recipe("GPTQ", gptq(2), table(4))
-    found["affine2_tables4"] = recipe("affine", affine_grid(2), table(4))
-    found["low_rank3"] = recipe("low rank", jc.residual(affine_grid(3), jc.factorize.SVD(rank=8)), table(3))
     nf4 = jc.quantize.NF4(group_size=64)
-    found["nf4"] = recipe("tables of levels", nf4, jc.quantize.NF4(group_size=128, pad=True))
-    found["mxfp4"] = recipe("tables of levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
+    found["nf4"] = recipe("levels", nf4, jc.quantize.NF4(group_size=128, pad=True))
+    found["mxfp4"] = recipe("levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
+    found["low_rank3"] = recipe("low rank", jc.residual(affine_grid(3), jc.factorize.SVD(rank=8)), table(3))
     found |= {f"kmeans{n}": recipe("k-means", kmeans(n), kmeans(n)) for n in (4, 3)}
     return found
 

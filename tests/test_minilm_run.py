@@ -1,0 +1,141 @@
+"""The rows of the sentence encoder's table, on a random encoder: made, continued, refused; training of the student."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jcompress as jc
+from experiments import quantizing, recipes, selfdistill, sts
+from experiments.configs.quantization import minilm as full
+from experiments.models import minilm
+from experiments.runs import Signals
+from tests.test_minilm import ENCODER, HEADS, LAYERS, bert
+
+Int = jc.quantize.Int
+WORDS = [chr(97 + i) for i in range(25)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Weights, tokenizer and pairs as the command reads them; words are letters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    path, rng = tmp_path_factory.mktemp("model"), np.random.default_rng(0)
+    safetensors.save_file({k: v.astype(np.float32) for k, v in bert(rng).items()}, path / "model.safetensors")
+    config = {"num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "layer_norm_eps": ENCODER.epsilon}
+    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(path / "tokenizer.json"))
+    for name in ("images", "headlines"):
+        pairs = [[" ".join(rng.choice(WORDS, rng.integers(2, 12))) for _ in range(2)] for _ in range(60)]
+        lines = [f"{'' if i % 2 else i % 7}\t{a}\t{b}\n" for i, (a, b) in enumerate(pairs)]
+        (path / f"sts2015_{name}.tsv").write_text("".join(lines))
+    return path
+
+
+def tiny():
+    config = full.get_config()
+    training = selfdistill.Training(steps=2, batch_size=16)
+    method = jc.chain(Int(bits=4, group_size=4), full.HALF)
+    rules = ((recipes.KERNELS, method), (".*", full.HALF))
+    config.recipes = lambda params: {
+        "plain": recipes.Recipe("one", rules),
+        "trained": recipes.Recipe("two", rules, training=training),
+    }
+    config.widths = lambda params: {"4 bits": {"fine": Int(bits=8), "coarse": Int(bits=2)}}
+    config.validation, config.calibration, config.calibration_length = 10, 16, 16
+    return config
+
+
+def test_rows_are_made_once_and_stored_as_measured(folder, tmp_path):
+    with Signals() as signals:
+        job = quantizing.Run(tiny(), folder, folder, tmp_path)
+        job.run(signals)
+        shown = job.finish()
+        rows = {row["name"]: row for row in job.results.rows}
+        assert list(rows) == ["dense", "plain", "trained"]
+        assert rows["dense"]["cosine"] == pytest.approx(1.0, abs=1e-5)
+        for name, row in rows.items():
+            assert row["bytes"] == (tmp_path / "models" / f"{name}.jc").stat().st_size
+            assert row["mean"] == pytest.approx((row["images"] + row["headlines"]) / 2)
+        assert rows["plain"]["bytes"] == pytest.approx(rows["trained"]["bytes"], abs=64)
+        errors = job.layers.rows[0]
+        assert all(errors["fine"][path] < errors["coarse"][path] for path in errors["coarse"])
+        assert len(errors["fine"]) == 6 * LAYERS
+        assert "trained" in shown
+        assert (tmp_path / "pareto.png").exists()
+
+        before = (tmp_path / "results.jsonl").read_text()
+        quantizing.Run(tiny(), folder, folder, tmp_path).run(signals)
+        assert (tmp_path / "results.jsonl").read_text() == before
+
+        other = tiny()
+        other.recipes = lambda params: {"plain": recipes.Recipe("one", ((".*", full.HALF),))}
+        with pytest.raises(ValueError, match="row 'plain' of another recipe"):
+            quantizing.Run(other, folder, folder, tmp_path).run(signals)
+
+
+def test_wrong_names_are_refused(folder, tmp_path):
+    config = tiny()
+    config.only = "plain,nothing"
+    with pytest.raises(ValueError, match="row 'nothing' is unknown; use some of plain,trained"):
+        quantizing.Run(config, folder, folder, tmp_path)
+    with pytest.raises(FileNotFoundError, match="snapshot_download"):
+        quantizing.Run(tiny(), tmp_path, folder, tmp_path)
+
+
+def test_every_row_of_the_config_takes_the_encoder(rng):
+    """Plans are made from shapes; methods that cannot take a leaf say so then."""
+    width, hidden = 384, 1536
+    dense = {name: {"kernel": (width, width), "bias": (width,)} for name in ("query", "key", "value", "out")}
+    dense |= {
+        "up": {"kernel": (width, hidden), "bias": (hidden,)},
+        "down": {"kernel": (hidden, width), "bias": (width,)},
+    }
+    dense |= {name: {"scale": (width,), "bias": (width,)} for name in ("norm_0", "norm_1")}
+    tables = {name: {"embedding": (n, width)} for name, n in {"token": 30522, "position": 512, "type": 2}.items()}
+    shapes = {"embeddings": {**tables, "norm": dense["norm_0"]}, **{f"layer_{i}": dense for i in range(6)}}
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    for recipe in full.recipes(params).values():
+        if not callable(recipe.rules):
+            assert len(jc.plan(params, recipe.rules)) == 6 * 16 + 5
+
+
+@pytest.mark.parametrize("method", [Int(3, 4), Int(2, 8, symmetric=False), jc.quantize.NF4(group_size=8)], ids=repr)
+def test_the_student_sees_its_grid_and_gets_the_gradient_of_learned_steps(rng, method):
+    w = jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)
+    node = method(w)
+    moved, scale = w + 0.3, 0.7 * node.scale
+    there = selfdistill.fake(node, moved, scale)
+    levels = node.__class__(**{**vars(node), "scale": scale}).encode(moved)
+    np.testing.assert_allclose(there, levels.materialize(), rtol=1e-5)
+    g = jnp.asarray(rng.normal(size=w.shape), jnp.float32)
+    to_w, to_scale = jax.grad(lambda w, s: jnp.sum(g * selfdistill.fake(node, w, s)), argnums=(0, 1))(moved, scale)
+    np.testing.assert_allclose(to_w, g, rtol=1e-6)
+    size = method.group_size
+    each = g * (levels.levels(jnp.float32) - moved / jnp.repeat(scale, size, 0))
+    np.testing.assert_allclose(to_scale, each.reshape(-1, size, 3).sum(1), rtol=1e-4, atol=1e-5)
+
+
+def test_training_brings_the_student_nearer(rng):
+    params = minilm.from_bert(bert(rng), 1)
+    tokens = [rng.integers(5, 30, n).tolist() for n in rng.integers(3, 12, 120)]
+    plan = jc.plan(params, [(recipes.KERNELS, jc.chain(Int(3, 4), full.HALF)), (".*", full.HALF)])
+    tree = jc.compress(params, plan)
+    training = selfdistill.Training(steps=40, learning_rate=1e-2, batch_size=32)
+    trained = selfdistill.train(ENCODER, params, tree, tokens, training)
+    assert jax.tree.structure(trained) == jax.tree.structure(tree)
+    assert jc.nbits(trained) == jc.nbits(tree)
+    unseen = [rng.integers(5, 30, n).tolist() for n in rng.integers(3, 12, 60)]
+    judge = sts.Judge(ENCODER)
+    dense, before, after = (judge.embed(jc.materialize(t), unseen) for t in (params, tree, trained))
+    assert np.mean((after - dense) ** 2) < 0.7 * np.mean((before - dense) ** 2)
