@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -66,8 +67,11 @@ class FakeQuantized(Compressed):
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         values, scale = core.dense(self.values, key=key), core.dense(self.scale, key=key)
-        level, scale = self._levels(values.astype(jnp.float32), scale)
-        return (self._spread(scale, values) * level).astype(values.dtype)
+        v = values.astype(jnp.float32)
+        if self.surrogate == "identity":
+            return stepped(v, scale, self.bits, self.axes, self.group_size).astype(values.dtype)
+        level, scale = self._levels(v, scale)
+        return (self._spread(scale, v) * level).astype(values.dtype)
 
     def _levels(self, v: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the scale multiplies, and the scale with the gradient that it is to have."""
@@ -75,15 +79,15 @@ class FakeQuantized(Compressed):
             n = 2**self.bits - 1
             return 2 * round_through((n * squashed(v, self.axes) + n) / 2) - n, scale
         n, p = self._ends()
-        scale = scaled_gradient(scale, (max(v.size, 1) / max(scale.size, 1) * p) ** -0.5)
+        scale = scaled_gradient(scale, _gradient_factor(v, scale, p))
         clipped = clip_outside(v / self._spread(scale, v), -n, p)
         if self.softness is None:
-            return round_through(clipped), scale
+            return jnp.round(clipped), scale
         alpha = jnp.clip(core.dense(self.softness), 1e-3, 1 - 1e-3)
         return _round_soft(clipped, self._spread(jnp.log(2 / alpha - 1), v)), scale
 
     def _ends(self) -> tuple[int, int]:
-        return 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
+        return ends(self.bits, signed=True)
 
     def _spread(self, scale: jax.Array, like: jax.Array) -> jax.Array:
         return spread(scale, like, self.group_size)
@@ -117,6 +121,45 @@ class FakeQuantized(Compressed):
             codes, scale, bits=self.bits, table=table, axes=self.axes, group_size=self.group_size,
             dtype=np.dtype(values.dtype),
         )  # fmt: skip
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def stepped(
+    v: jax.Array, scale: jax.Array, bits: int, axes: tuple[int, ...] = (), group_size: int | None = None
+) -> jax.Array:
+    """``scale * clip(round(v / scale), -n, p)``, signed, with the gradients of learned steps.
+
+    One pass forward and two backward: automatic differentiation would write out what rounding and clipping gave.
+    """
+    wide = spread(scale, v, group_size)
+    n, p = ends(bits, signed=True)
+    return wide * jnp.clip(jnp.round(v / wide), -n, p)
+
+
+def _stepped_forward(v: jax.Array, scale: jax.Array, *how: Any) -> tuple[jax.Array, tuple]:
+    value = stepped(v, scale, *how)
+    return value, (v, scale, value)
+
+
+def _stepped_backward(bits: int, axes: tuple[int, ...], group_size: int | None, saved: tuple, g: jax.Array) -> tuple:
+    v, scale, value = saved
+    n, p = ends(bits, signed=True)
+    u = v / spread(scale, v, group_size)
+    inside = (u > -n) & (u < p)
+    slope = pool(g * (value - jnp.where(inside, v, 0.0)), axes, group_size, jnp.add, 0.0) / scale
+    return jnp.where(inside, g, 0.0), slope * _gradient_factor(v, scale, p)
+
+
+stepped.defvjp(_stepped_forward, _stepped_backward)
+
+
+def ends(bits: int, signed: bool) -> tuple[int, int]:
+    """The magnitudes of the least and the largest integer."""
+    return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def _gradient_factor(v: jax.Array, scale: jax.Array, p: int) -> float:
+    return (max(v.size, 1) / max(scale.size, 1) * p) ** -0.5
 
 
 def positive(scale: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import FakeQuantized
-from jcompress.formats.fake_quantized import Surrogate, clip_outside, round_through, scaled_gradient
+from jcompress.formats.fake_quantized import Surrogate, clip_outside, ends, round_through, scaled_gradient
 from jcompress.quantize import grids
 
 
@@ -133,8 +133,3 @@ def lsq_plus(x: jax.Array, scale: jax.Array, offset: jax.Array, bits: int) -> ja
     factor = (max(x.size, 1) / max(jnp.size(scale), 1) * (2**bits - 1)) ** -0.5
     scale, offset = scaled_gradient(scale, factor), scaled_gradient(offset, factor)
     return (round_through(clip_outside((x - offset) / scale, 0, 2**bits - 1)) * scale + offset).astype(x.dtype)
-
-
-def ends(bits: int, signed: bool) -> tuple[int, int]:
-    """The magnitudes of the least and the largest integer."""
-    return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
