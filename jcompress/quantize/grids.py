@@ -109,7 +109,7 @@ class Problem:
         """The array rounded to the grid at given scales."""
         grid = self.grid
         offset = None if zero is None else self.spread(zero)
-        codes = nearest(self.x / self.spread(scale), offset, grid.bits, grid.table, grid.dtype)
+        codes = nearest(self.x, self.spread(scale), offset, grid.bits, grid.table, grid.dtype)
         return Quantized(
             codes=codes,
             scale=scale if grid.power is None else scale.astype(jnp.float8_e8m0fnu),

@@ -60,7 +60,7 @@ class Stochastic:
         scaled = w.astype(jnp.float32) / scale
         rounded = _rounded(scaled, jax.random.uniform(own, w.shape), node)
         zero = None if node.zero is None else spread(node.zero.astype(jnp.float32), node.codes, node.group_size)
-        codes = nearest(rounded, zero, node.bits, node.table, jnp.dtype(node.codes.dtype))
+        codes = nearest(rounded, 1.0, zero, node.bits, node.table, jnp.dtype(node.codes.dtype))
         return dataclasses.replace(node, codes=codes)
 
 
