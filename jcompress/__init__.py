@@ -7,7 +7,7 @@ from jcompress.core import Compressed, Context, Method, finalize, materialize, m
 from jcompress.io import load, save
 from jcompress.measure import report
 from jcompress.rules import Plan, paths, plan
-from jcompress.trace import calibrate, shrink
+from jcompress.trace import accelerate, calibrate, shrink
 from jcompress.version import __version__
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Plan",
     "ProjectState",
     "__version__",
+    "accelerate",
     "budget",
     "calibrate",
     "chain",

@@ -1,6 +1,7 @@
 """Grids, ranges and rounding."""
 
 from jcompress.quantize import ranges, training
+from jcompress.quantize.activations import activations
 from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
 from jcompress.quantize.integer import FixedPoint, Int
@@ -25,6 +26,7 @@ __all__ = [
     "Stochastic",
     "Table",
     "Ternary",
+    "activations",
     "gradients",
     "moments",
     "ranges",

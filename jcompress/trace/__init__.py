@@ -2,6 +2,7 @@
 
 from jcompress.trace.calibration import calibrate
 from jcompress.trace.counts import cost
+from jcompress.trace.execute import Executed, ProductRow, Products, accelerate
 from jcompress.trace.groups import Group, Groups, coupling, mask
 from jcompress.trace.observation import observe
 from jcompress.trace.resize import Shrunk, shrink
@@ -13,11 +14,15 @@ __all__ = [
     "Calibration",
     "Cost",
     "CostRow",
+    "Executed",
     "Group",
     "Groups",
     "Outputs",
+    "ProductRow",
+    "Products",
     "Shrunk",
     "Stats",
+    "accelerate",
     "calibrate",
     "compress_sequentially",
     "cost",
