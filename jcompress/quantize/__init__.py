@@ -2,6 +2,7 @@
 
 from jcompress.quantize import ranges, training
 from jcompress.quantize.activations import activations
+from jcompress.quantize.correction import Pair, correct_biases, equalize
 from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
 from jcompress.quantize.integer import FixedPoint, Int
@@ -22,11 +23,14 @@ __all__ = [
     "Float8",
     "Int",
     "Microscaling",
+    "Pair",
     "PowersOfTwo",
     "Stochastic",
     "Table",
     "Ternary",
     "activations",
+    "correct_biases",
+    "equalize",
     "gradients",
     "moments",
     "ranges",
