@@ -1,20 +1,41 @@
 """Compression under a budget."""
 
+from jcompress.budget.allocation import Options, allocate, bit_operations, bits, mixed, options
 from jcompress.budget.costs import multiply_adds, parameter_count
+from jcompress.budget.errors import (
+    curvature_error,
+    loss_change,
+    measure_of,
+    output_error,
+    top_eigenvalues,
+    weight_error,
+)
 from jcompress.budget.greedy import Adapted, Round, netadapt
 from jcompress.budget.sparsity import by_sensitivity, erdos_renyi, erk, global_, lamp, scan, uniform
 
 __all__ = [
     "Adapted",
+    "Options",
     "Round",
+    "allocate",
+    "bit_operations",
+    "bits",
     "by_sensitivity",
+    "curvature_error",
     "erdos_renyi",
     "erk",
     "global_",
     "lamp",
+    "loss_change",
+    "measure_of",
+    "mixed",
     "multiply_adds",
     "netadapt",
+    "options",
+    "output_error",
     "parameter_count",
     "scan",
+    "top_eigenvalues",
     "uniform",
+    "weight_error",
 ]

@@ -1,0 +1,156 @@
+"""How far a compressed leaf moves the model: by its weights, its outputs, the curvature of a loss, or the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core, layout, rules
+from jcompress.core import Context, PyTree
+
+Measure = Callable[[str, jax.Array, jax.Array], Any]
+"""``measure(path, dense, compressed)``, an error of one leaf that adds up over leaves."""
+
+
+def weight_error(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
+    """``||value - w||_F**2``."""
+    return jnp.square(value.astype(jnp.float32) - w.astype(jnp.float32)).sum()
+
+
+def output_error(stats: Mapping[str, Any], *, relative: bool = False) -> Measure:
+    """What the outputs of a leaf's products move on calibration data: ``tr(dW^T gram dW)``, summed and squared.
+
+    Args:
+      stats: from ``jc.calibrate``, with ``gram``; the same data for all leaves, so that they compare.
+      relative: over ``tr(W^T gram W)``, for leaves whose outputs are scaled away by a norm after them.
+
+    Returns:
+      A measure, which raises for a leaf that has no ``gram``.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.ones((2, 1))}
+      >>> stats = jc.calibrate(lambda p, x: x @ p["w"], params, [jnp.array([[1.0, 2.0], [0.0, 1.0]])])
+      >>> float(jc.budget.output_error(stats)("w", params["w"], jnp.array([[1.0], [0.0]])))
+      5.0
+    """
+
+    def measure(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
+        layer, gram = layout.of(w, Context(stats=stats.get(path), path=path), "gram")
+        moved = layout.moved(layer.of(value.astype(jnp.float32) - w.astype(jnp.float32)).matrix(), gram).sum()
+        if not relative:
+            return moved
+        return moved / jnp.maximum(layout.moved(layer.matrix(), gram).sum(), jnp.finfo(jnp.float32).tiny)
+
+    return measure
+
+
+def curvature_error(curvature: Mapping[str, Any]) -> Measure:
+    """``h ||dW||_F**2`` with one number ``h`` a leaf, as HAWQ ranks leaves (Dong et al. 2019, arXiv:1905.03696).
+
+    Args:
+      curvature: ``{path: h}``: the Hessian's largest eigenvalue, from :func:`top_eigenvalues`, or its mean trace, which
+        HAWQ-V2 takes (arXiv:1911.03852): the mean of ``stats[path].hessian_diagonal``.
+    """
+
+    def measure(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
+        if path not in curvature:
+            raise ValueError(f"{path}: there is no curvature for it; keep it out of the plans, or give one")
+        return jnp.maximum(curvature[path], 0) * weight_error(path, w, value)
+
+    return measure
+
+
+def loss_change(loss: Callable[..., Any], params: PyTree, *batch: Any) -> Measure:
+    """``L(with this leaf compressed) - L(params)``: one forward pass for each leaf and option, compiled once.
+
+    Args:
+      loss: ``loss(params, *batch)``, a scalar.
+      params: the dense parameters.
+      *batch: data.
+    """
+    leaves, treedef = rules.paths(params), jax.tree.structure(params)
+    places = {path: i for i, (path, _) in enumerate(leaves)}
+    dense = [x for _, x in leaves]
+    run = jax.jit(lambda arrays, batch: loss(jax.tree.unflatten(treedef, arrays), *batch))
+    base = run(dense, batch)
+
+    def measure(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
+        i = places[path]
+        return run([*dense[:i], value.astype(dense[i].dtype), *dense[i + 1 :]], batch) - base
+
+    return measure
+
+
+def measure_of(name: str, stats: Mapping[str, Any] | None) -> Measure:
+    """A measure by name.
+
+    ``"weight"`` is :func:`weight_error`, ``"output"`` and ``"relative"`` are :func:`output_error`, and ``"trace"`` is
+    :func:`curvature_error` with the mean of ``hessian_diagonal``.
+    """
+    if name == "weight":
+        return weight_error
+    if name not in ("output", "relative", "trace"):
+        raise ValueError(f"measure={name!r} is unknown; use 'output', 'relative', 'weight', 'trace' or a function")
+    if stats is None:
+        raise ValueError(f"measure={name!r} needs stats=jc.calibrate(fn, params, batches)")
+    if name == "trace":
+        known = {path: s.hessian_diagonal for path, s in stats.items() if s.hessian_diagonal is not None}
+        return curvature_error({path: jnp.mean(h) for path, h in known.items()})
+    return output_error(stats, relative=name == "relative")
+
+
+def top_eigenvalues(
+    loss: Callable[..., Any], params: PyTree, *batch: Any, key: jax.Array, steps: int = 30
+) -> dict[str, float]:
+    """The eigenvalue of largest magnitude of the Hessian of each leaf by itself, by power iteration.
+
+    ``v <- H v / ||H v||``, then ``v^T H v``, with Hessian-vector products as the ``jvp`` of the gradient in one leaf
+    (HAWQ; Dong et al. 2019, arXiv:1905.03696). The error falls by ``|l_2 / l_1|**2`` a step. Compiled once a leaf.
+
+    Args:
+      loss: ``loss(params, *batch)``, a scalar, twice differentiable.
+      params: a pytree of arrays.
+      *batch: data.
+      key: for the first vectors.
+      steps: products a leaf.
+
+    Returns:
+      ``{path: eigenvalue}`` of all trainable leaves.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> loss = lambda p: (jnp.array([1.0, 5.0]) * p["a"]**2).sum() / 2 + p["b"]**2
+      >>> found = jc.budget.top_eigenvalues(loss, {"a": jnp.ones(2), "b": jnp.ones(())}, key=jax.random.key(0))
+      >>> {path: round(value, 3) for path, value in found.items()}
+      {'a': 5.0, 'b': 2.0}
+    """
+    if steps < 1:
+        raise ValueError(f"top_eigenvalues: steps={steps} must be positive")
+    leaves, treedef = rules.paths(params), jax.tree.structure(params)
+
+    def one(i: int, key: jax.Array) -> jax.Array:
+        def of_leaf(w: jax.Array, arrays: list[jax.Array], batch: tuple) -> jax.Array:
+            return loss(jax.tree.unflatten(treedef, [*arrays[:i], w, *arrays[i + 1 :]]), *batch)
+
+        def iterated(arrays: list[jax.Array], batch: tuple) -> jax.Array:
+            w = arrays[i]
+
+            def product(v: jax.Array) -> jax.Array:
+                return jax.jvp(lambda w: jax.grad(of_leaf)(w, arrays, batch), (w,), (v.astype(w.dtype),))[1]
+
+            def step(_: Any, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                v = state[0] / jnp.maximum(jnp.linalg.norm(state[0].ravel()), jnp.finfo(jnp.float32).tiny)
+                moved = product(v).astype(jnp.float32)
+                return moved, jnp.vdot(v, moved)
+
+            start = jax.random.normal(key, w.shape, jnp.float32)
+            return jax.lax.fori_loop(0, steps, step, (start, jnp.zeros(())))[1]
+
+        return jax.jit(iterated)([x for _, x in leaves], batch)
+
+    keys = jax.random.split(key, len(leaves))
+    return {path: float(one(i, keys[i])) for i, (path, x) in enumerate(leaves) if core.is_trainable(x)}
