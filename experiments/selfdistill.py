@@ -34,16 +34,23 @@ class Training:
 
     Attributes:
       steps: the number of steps.
-      learning_rate: at its peak; it rises for a twentieth of the steps and falls as a cosine.
+      learning_rate: of scales, biases and norms at its peak; it rises for a twentieth of the steps and falls as a
+        cosine.
+      weights_rate: that of the weights behind the codes, as a part of it.
       batch_size: sentences a step.
-      states: weight of the error of the layers' states, beside that of the embedding.
+      length: sentences of at most so many tokens are used, padded to it: one shape to compile.
+      states: weight of the relative squared error of the layers' states, beside the cosine of embeddings.
+      relations: weight of the squared error of the similarities between the sentences of a batch.
       seed: of the order of the sentences.
     """
 
     steps: int = 300
     learning_rate: float = 3e-4
-    batch_size: int = 64
+    weights_rate: float = 0.1
+    batch_size: int = 32
+    length: int = 16
     states: float = 1.0
+    relations: float = 10.0
     seed: int = 0
 
 
@@ -129,7 +136,11 @@ def _fit(
     training: Training,
 ) -> Student:
     rate = optax.warmup_cosine_decay_schedule(0.0, training.learning_rate, training.steps // 20 + 1, training.steps)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    slow = Student(
+        {p: {"w": training.weights_rate, "scale": 1.0} for p in student.kernels}, dict.fromkeys(student.others, 1.0)
+    )
+    parts = optax.stateless(lambda updates, _: jax.tree.map(lambda u, part: u * part, updates, slow))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate), parts)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(student: Student, state: Any, teacher: PyTree, rest: tuple, x: jax.Array, mask: jax.Array) -> tuple:
@@ -140,7 +151,8 @@ def _fit(
             ends = encoder.pool(found[-1], mask), encoder.pool(target[-1], mask)
             cosine = 1 - jnp.sum(ends[0] * ends[1], -1).mean()
             errors = [jnp.square(a - b).sum() / jnp.square(b).sum() for a, b in zip(found, target, strict=True)]
-            return cosine + training.states * sum(errors) / len(errors)
+            relations = jnp.square(ends[0] @ ends[0].T - ends[1] @ ends[1].T).mean()
+            return cosine + training.states * sum(errors) / len(errors) + training.relations * relations
 
         grads = jax.grad(loss)(student)
         updates, state = tx.update(grads, state, student)
@@ -155,17 +167,14 @@ def _fit(
 
 
 def _batches(tokens: Sequence[Sequence[int]], training: Training) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of sentences of like length, in a new order each epoch."""
-    rng = np.random.default_rng(training.seed)
+    """Batches of sentences, in a new order each epoch."""
+    rng, size = np.random.default_rng(training.seed), training.batch_size
+    short = [x for x in tokens if len(x) <= training.length]
+    if len(short) < size:
+        raise ValueError(
+            f"training: found {len(short)} sentences of at most {training.length} tokens, fewer than {size}"
+        )
     while True:
-        order = rng.permutation(len(tokens))
-        groups: dict[int, list[int]] = {}
-        for i in order:
-            groups.setdefault(next(n for n in minilm.LENGTHS if n >= len(tokens[i])), []).append(i)
-        size = training.batch_size
-        full = [(n, g[a : a + size]) for n, g in groups.items() for a in range(0, len(g) - size + 1, size)]
-        if not full:
-            raise ValueError(f"training: batch_size={size} is more than the sentences of any one length; use fewer")
-        for place in rng.permutation(len(full)):
-            length, chosen = full[place]
-            yield minilm.pad([tokens[i] for i in chosen], length)
+        order = rng.permutation(len(short))
+        for start in range(0, len(short) - size + 1, size):
+            yield minilm.pad([short[i] for i in order[start : start + size]], training.length)

@@ -108,7 +108,7 @@ def similarity(embeddings: np.ndarray) -> np.ndarray:
 
 
 def spearman(embeddings: np.ndarray, scores: np.ndarray) -> float:
-    """Rank correlation of the cosines with human scores."""
+    """Rank correlation of the cosines of pairs with scores."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(similarity(embeddings), scores).statistic)
@@ -118,13 +118,14 @@ def agreement(embeddings: np.ndarray, dense: np.ndarray) -> dict[str, float]:
     """How near embeddings (pairs, 2, width) are to those of the dense encoder; no human score is read.
 
     Returns:
-      ``cosine``, the mean cosine of an embedding with its dense one, and ``similarity_error``, the root of the mean
-      squared difference of the similarity of pairs.
+      ``cosine``, the mean cosine of an embedding with its dense one; ``similarity_error``, the root of the mean squared
+      difference of the similarity of pairs; and ``rank``, the rank correlation of the two similarities.
     """
     error = similarity(embeddings) - similarity(dense)
     return {
         "cosine": float(np.einsum("psd,psd->ps", embeddings, dense).mean()),
         "similarity_error": float(np.sqrt(np.square(error).mean())),
+        "rank": spearman(embeddings, similarity(dense)),
     }
 
 

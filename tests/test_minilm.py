@@ -122,9 +122,9 @@ def test_spearman_is_of_the_cosines_and_agreement_reads_no_score():
     cosines = (x[:, 0] * x[:, 1]).sum(-1)
     assert sts.spearman(x, np.exp(cosines)) == pytest.approx(1.0)
     assert sts.spearman(x, -(cosines**3)) == pytest.approx(-1.0)
-    assert sts.agreement(x, x) == pytest.approx({"cosine": 1.0, "similarity_error": 0.0}, abs=1e-6)
+    assert sts.agreement(x, x) == pytest.approx({"cosine": 1.0, "similarity_error": 0.0, "rank": 1.0}, abs=1e-6)
     turned = np.stack([x[:, 0], -x[:, 1]], 1)
-    expected = {"cosine": 0.0, "similarity_error": math.sqrt(np.square(2 * cosines).mean())}
+    expected = {"cosine": 0.0, "similarity_error": math.sqrt(np.square(2 * cosines).mean()), "rank": -1.0}
     assert sts.agreement(turned, x) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
