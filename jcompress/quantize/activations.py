@@ -16,7 +16,7 @@ from jcompress.apply import straight_through
 from jcompress.core import PyTree
 from jcompress.trace import contraction, walk
 from jcompress.trace.contraction import Product
-from jcompress.trace.execute import Executed, told
+from jcompress.trace.execute import Executed
 from jcompress.trace.weights import Range, Shared, Weight
 
 Bits = int | Mapping[str, int | None]
@@ -91,9 +91,9 @@ def activations(
     leaves = rules.paths(params)
     shapes = {path: jax.eval_shape(core.dense, x) if core.is_node(x) else walk.shapes(x) for path, x in leaves}
     given = {path: bits.get(path) for path in shapes} if isinstance(bits, Mapping) else dict.fromkeys(shapes, bits)
-    _check(given, weight_bits, scale, mode, stats, symmetric)
-    ranges = {} if stats is None else {path: _ranges(path, s.shape, stats[path]) for path, s in shapes.items()
-                                       if path in stats}  # fmt: skip
+    _check(given, weight_bits, scale, mode, stats)
+    known = {} if stats is None else {path: stats[path] for path in shapes if path in stats}
+    ranges = {path: _ranges(path, shapes[path].shape, stat) for path, stat in known.items()}
     if isinstance(bits, Mapping) and (unknown := sorted(set(bits) - set(shapes))):
         raise ValueError(f"{unknown[0]}: bits are given for it, and there is no such parameter")
     policy = Integers(given, weight_bits, symmetric, scale, mode, stats is not None)
@@ -101,8 +101,7 @@ def activations(
     return Executed(fn, policy, ranges, examples)
 
 
-def _check(bits: Mapping[str, int | None], weight_bits: int | None, scale: str, mode: str, stats: Any, symmetric: bool
-           ) -> None:  # fmt: skip
+def _check(bits: Mapping[str, int | None], weight_bits: int | None, scale: str, mode: str, stats: Any) -> None:
     for path, b in {**bits, "weight_bits": weight_bits}.items():
         if b is not None and not 2 <= b <= 8:
             raise ValueError(f"{path}: bits={b!r} is not an integer from 2 to 8, or None for no codes")
@@ -189,7 +188,7 @@ class Integers:
         """The product, and how it was made."""
         bits = self.bits.get(w.path.split(", ")[0])
         if bits is None:
-            return _float(product, x, w), told("float", w, product)
+            return _float(product, x, w), w.told("float", product)
         grid = self._grid_of(product, x, w, axes, bits)
         if grid is None:
             return _float(product, x, w), "float: there is no range of its activation in stats"

@@ -15,6 +15,7 @@ from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.trace import contraction, flow, walk
 from jcompress.trace.contraction import Product
+from jcompress.trace.operands import Operand, dense, is_operand, of_leaf
 from jcompress.trace.views import (
     Activation,
     Derived,
@@ -26,7 +27,7 @@ from jcompress.trace.views import (
     parameters,
     whole,
 )
-from jcompress.trace.weights import Operand, Policy, Range, Weight, dense, is_operand, of_leaf, side_by_side
+from jcompress.trace.weights import Policy, Range, Weight, side_by_side
 
 Ranges = Mapping[str, Mapping[tuple[int, ...], Range]]
 
@@ -100,72 +101,13 @@ class Executed:
         leaves, treedef = rules.paths(tree), jax.tree.structure(tree, is_leaf=core.is_node)
         shapes = [jax.eval_shape(core.dense, x) if core.is_node(x) else walk.shapes(x) for _, x in leaves]
         program = walk.program(self.fn, jax.tree.unflatten(treedef, shapes), *args)
-        values: list[Any] = [of_leaf(path, jnp.asarray(x) if not core.is_node(x) else x, self.ranges.get(path, {}))
-                             for path, x in leaves]  # fmt: skip
-        kinds: list[Kind] = [whole(path, s.shape) for (path, _), s in zip(leaves, shapes, strict=True)]
         others = jax.tree.leaves(args)
+        values: list[Any] = [of_leaf(path, x, self.ranges.get(path, {})) for path, x in leaves] + others
+        kinds: list[Kind] = [whole(path, s.shape) for (path, _), s in zip(leaves, shapes, strict=True)]
+        kinds += [Activation()] * len(others)
         run = _Run(self.policy, None if others else Activation())
-        outs = run.jaxpr(program.closed.jaxpr, program.closed.consts, [*values, *others], [
-            *kinds, *[Activation()] * len(others)])  # fmt: skip
+        outs = run.jaxpr(program.closed.jaxpr, program.closed.consts, values, kinds)
         return jax.tree.unflatten(program.out_tree, outs), Products(tuple(run.rows.values()), tuple(run.notes))
-
-
-def accelerate(fn: Callable[..., Any]) -> Executed:
-    """The function run on compressed parameters without making them dense where there is a shorter way.
-
-    ``x @ w`` is ``(x @ u) @ v`` for a :class:`~jcompress.formats.LowRank` node that is thin enough to cost less,
-    ``(x @ levels) * scale`` for a :class:`~jcompress.formats.Quantized` one with a scale for each output, also under
-    a mask, and the sum of both for their sum. Convolutions are taken alike. All other nodes are made dense, and
-    ``report`` says which. Activations stay as they are; :func:`jcompress.quantize.activations` multiplies integers.
-
-    The function is traced and run equation by equation, loops and ``remat`` staying what they are, so call it under
-    ``jit``. It can be differentiated in the trainable leaves of the nodes. A function with a derivative of its own
-    that multiplies a parameter inside is taken in and its derivative lost, as ``report`` says.
-
-    Args:
-      fn: any JAX function of ``(params, *args)``.
-
-    Returns:
-      An :class:`Executed`: ``fast_fn(tree, *args)``, where the tree has the paths of ``params`` and holds nodes or
-      arrays, and ``fast_fn.report(tree, *args)``, a table.
-
-    Example:
-      >>> import jax.numpy as jnp, jcompress as jc
-      >>> fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
-      >>> params = {"a": jnp.ones((16, 16)), "b": jnp.ones((16, 4))}
-      >>> plan = jc.plan(params, [("a", jc.factorize.SVD(rank=2)), ("b", jc.quantize.Int(bits=8, group_size=8))])
-      >>> tree, x = jc.compress(params, plan), jnp.ones((3, 16))
-      >>> fast_fn = jc.accelerate(fn)
-      >>> bool(jnp.allclose(fast_fn(tree, x), fn(jc.materialize(tree), x), rtol=1e-5))
-      True
-      >>> print(fast_fn.report(tree, x))
-      path  product      shape  how
-      a     dot_general  16x2   dense: a factor
-      a     dot_general  2x16   dense: a factor
-      b     dot_general  16x4   dense: Quantized with groups along the contraction is made dense
-    """
-    return Executed(fn, WeightsOnly())
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightsOnly:
-    """Products of activations as they are with codes, scaled afterwards."""
-
-    def multiply(self, product: Product, x: jax.Array, w: Weight, axes: tuple[int, ...]) -> tuple[jax.Array, str]:
-        """The product, and how it was made."""
-        if not w.has_scale_of_outputs(product):
-            return product.apply(x, w.dense().astype(x.dtype)), told("dense", w, product)
-        assert w.scale is not None
-        y = product.apply(x, w.levels(x.dtype), jnp.float32, product.eqn.params["precision"])
-        scale = product.of_weight(w.scale.array, x.ndim).astype(jnp.float32)
-        return (y * scale).astype(product.dtype), f"{w.values.dtype} levels, scaled after the product"
-
-
-def told(how: str, w: Weight, product: Product) -> str:
-    """How a product was made, and why it was not made with codes."""
-    varies = w.scale is not None and not w.has_scale_of_outputs(product)
-    note = "its scales vary along the contraction" if varies else w.note
-    return f"{how}: {note}" if note else how
 
 
 class _Run:
@@ -253,8 +195,8 @@ class _Run:
         if name.startswith("custom_"):
             if not _has_product(called.jaxpr):
                 return walk.bind(eqn, [dense(x) for x in values])
-            self.notes[f"{eqn.params.get('name', name)}: its own derivative is lost, a parameter is multiplied inside"]\
-                = None  # fmt: skip
+            told = f"{eqn.params.get('name', name)}: its own derivative is lost, a parameter is multiplied inside"
+            self.notes[told] = None
         return self._inside(called.jaxpr, called.consts, values, kinds)
 
     def scan(self, eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]) -> list[Any]:

@@ -1,0 +1,65 @@
+"""Functions run on compressed parameters, the activations as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcompress.trace.contraction import Product
+from jcompress.trace.execute import Executed
+from jcompress.trace.weights import Weight
+
+
+def accelerate(fn: Callable[..., Any]) -> Executed:
+    """The function run on compressed parameters without making them dense where there is a shorter way.
+
+    ``x @ w`` is ``(x @ u) @ v`` for a :class:`~jcompress.formats.LowRank` node that is thin enough to cost less,
+    ``(x @ levels) * scale`` for a :class:`~jcompress.formats.Quantized` one with a scale for each output, also under
+    a mask, and the sum of both for their sum. Convolutions are taken alike. All other nodes are made dense, and
+    ``report`` says which. Activations stay as they are; :func:`jcompress.quantize.activations` multiplies integers.
+
+    The function is traced and run equation by equation, loops and ``remat`` staying what they are, so call it under
+    ``jit``. It can be differentiated in the trainable leaves of the nodes. A function with a derivative of its own
+    that multiplies a parameter inside is taken in and its derivative lost, as ``report`` says.
+
+    Args:
+      fn: any JAX function of ``(params, *args)``.
+
+    Returns:
+      An :class:`Executed`: ``fast_fn(tree, *args)``, where the tree has the paths of ``params`` and holds nodes or
+      arrays, and ``fast_fn.report(tree, *args)``, a table.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> params = {"a": jnp.ones((16, 16)), "b": jnp.ones((16, 4))}
+      >>> plan = jc.plan(params, [("a", jc.factorize.SVD(rank=2)), ("b", jc.quantize.Int(bits=8, group_size=8))])
+      >>> tree, x = jc.compress(params, plan), jnp.ones((3, 16))
+      >>> fast_fn = jc.accelerate(fn)
+      >>> bool(jnp.allclose(fast_fn(tree, x), fn(jc.materialize(tree), x), rtol=1e-5))
+      True
+      >>> print(fast_fn.report(tree, x))
+      path  product      shape  how
+      a     dot_general  16x2   dense: a factor
+      a     dot_general  2x16   dense: a factor
+      b     dot_general  16x4   dense: Quantized with groups along the contraction is made dense
+    """
+    return Executed(fn, WeightsOnly())
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsOnly:
+    """Products of activations as they are with codes, scaled afterwards."""
+
+    def multiply(self, product: Product, x: jax.Array, w: Weight, axes: tuple[int, ...]) -> tuple[jax.Array, str]:
+        """The product, and how it was made."""
+        if not w.has_scale_of_outputs(product):
+            return product.apply(x, w.dense().astype(x.dtype)), w.told("dense", product)
+        assert w.scale is not None
+        y = product.apply(x, w.levels(x.dtype), jnp.float32, product.eqn.params["precision"])
+        scale = product.of_weight(w.scale.array, x.ndim).astype(jnp.float32)
+        return (y * scale).astype(product.dtype), f"{w.values.dtype} levels, scaled after the product"

@@ -1,0 +1,169 @@
+"""The forms in which a leaf of a tree is multiplied: one weight, two factors, or a sum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jax_core
+
+from jcompress import core
+from jcompress.formats import LowRank, Masked, Quantized, Sum
+from jcompress.trace import contraction, walk
+from jcompress.trace.contraction import Dot, Product
+from jcompress.trace.products import outputs_of
+from jcompress.trace.views import Kind, View
+from jcompress.trace.weights import Multiply, Range, Shared, Weight, static
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """``u v``: one product after the other.
+
+    Attributes:
+      u: a weight laid out as the value is, its axis ``out`` of the length of the rank.
+      v: a weight (..., rank, outputs).
+      out: a negative axis.
+    """
+
+    u: Weight
+    v: Weight
+    out: int = static(-1)
+
+    def dense(self) -> jax.Array:
+        """The array it stands for."""
+        u = jnp.moveaxis(self.u.dense(), self.out, -1)
+        dense = LowRank(u, self.v.dense()).materialize()
+        return jnp.moveaxis(dense, -1, self.out)
+
+    def laid_out(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> list[Factors] | None:
+        """As for :class:`Weight`; what is not transposed is made dense."""
+        name = eqn.primitive.name
+        if name not in ("transpose", "convert_element_type") or not all(isinstance(k, View) for k in kinds):
+            return None
+        if name == "convert_element_type":
+            dtype = walk.aval(eqn.outvars[0]).dtype
+            pair = (w.dense().astype(dtype) if w.scale is None else w.values for w in (self.u, self.v))
+            u, v = (dataclasses.replace(w, values=x, dtype=dtype) for w, x in zip((self.u, self.v), pair, strict=True))
+            return [Factors(u, v, out=self.out)]
+        order, n = eqn.params["permutation"], self.u.values.ndim
+        if self.v.values.ndim > 2:
+            return None
+        found = self.u.laid_out(eqn, kinds) or []
+        return [Factors(u, self.v, out=order.index(self.out % n) - n) for u in found] or None
+
+    def stacked(self) -> Factors:
+        """As for :class:`Weight`."""
+        return Factors(self.u.stacked(), self.v.stacked(), out=self.out)
+
+    def product(self, product: Product, x: jax.Array, multiply: Multiply) -> jax.Array:
+        """The product with an activation."""
+        u, v, out = self.u, self.v, self.out % self.u.values.ndim
+        axis = outputs_of(product.eqn, getattr(product, "side", 1), out)
+        if v.values.ndim > 2 or (axis is None and not isinstance(product, Dot)):
+            dense = dataclasses.replace(u, values=self.dense(), scale=None, zero=None, note="LowRank with layers")
+            return multiply(product, x, dense)
+        if axis is not None:
+            y = multiply(product, x, u)
+            second = contraction.pair(product.eqn, y, axis, 0)
+            return jnp.moveaxis(multiply(second, y, v), -1, axis)
+        assert isinstance(product, Dot)
+        if product.contracted != (out,) or product.numbers[1][0]:
+            dense = dataclasses.replace(u, values=self.dense(), scale=None, zero=None, note="LowRank in two halves")
+            return multiply(product, x, dense)
+        y = multiply(contraction.pair(product.eqn, x, product.summed[0], 1), x, v)
+        z = multiply(contraction.pair(product.eqn, y, y.ndim - 1, out), y, u)
+        return z if product.side else jnp.moveaxis(z, range(y.ndim - 1), range(-(y.ndim - 1), 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """A sum of weights: the sum of their products."""
+
+    terms: tuple[Any, ...]
+
+    def dense(self) -> jax.Array:
+        """The array it stands for."""
+        return sum((term.dense() for term in self.terms[1:]), self.terms[0].dense())
+
+    def laid_out(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> list[Terms] | None:
+        """As for :class:`Weight`."""
+        found = [term.laid_out(eqn, kinds) for term in self.terms]
+        return None if any(x is None for x in found) else [Terms(column) for column in zip(*found, strict=True)]
+
+    def stacked(self) -> Terms:
+        """As for :class:`Weight`."""
+        return Terms(tuple(term.stacked() for term in self.terms))
+
+    def product(self, product: Product, x: jax.Array, multiply: Multiply) -> jax.Array:
+        """The product with an activation."""
+        first, *rest = (term.product(product, x, multiply) for term in self.terms)
+        return sum(rest, first)
+
+
+Operand = Weight | Factors | Terms
+
+
+def is_operand(x: Any) -> bool:
+    """Whether a value is a weight in a form of its own."""
+    return isinstance(x, (Weight, Factors, Terms))
+
+
+def dense(x: Any) -> Any:
+    """The array that a value stands for."""
+    return x.dense() if is_operand(x) else x
+
+
+def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Operand:
+    """A leaf of the tree in the form in which it is multiplied."""
+    known: dict[str, Any] = {"ranges": dict(ranges), "path": path}
+    if isinstance(leaf, Quantized) and leaf.group_size is None and not core.is_node(leaf.codes):
+        return _of_codes(leaf, known)
+    if isinstance(leaf, Masked) and isinstance(leaf.values, Quantized):
+        inner = of_leaf(path, leaf.values, ranges)
+        if isinstance(inner, Weight) and inner.scale is not None:
+            hidden = jnp.zeros((), inner.values.dtype) if inner.zero is None else inner.zero.array
+            return dataclasses.replace(inner, values=jnp.where(leaf.mask, inner.values, hidden))
+    if isinstance(leaf, LowRank) and _is_thin(leaf):
+        u, v = of_leaf(path, leaf.u, ranges), of_leaf(path, leaf.v, {})
+        if isinstance(u, Weight) and isinstance(v, Weight):
+            u, v = (dataclasses.replace(w, note=w.note or "a factor") for w in (u, v))
+            return Factors(u, v)
+    if isinstance(leaf, Sum):
+        thin = [t for t in leaf.terms if isinstance(t, LowRank) and _is_thin(t)]
+        rest = tuple(t for t in leaf.terms if not any(t is x for x in thin))
+        if thin and len(rest) < 2:
+            return Terms(tuple(of_leaf(path, t, ranges) for t in (*rest, *thin)))
+    x = jnp.asarray(core.dense(leaf))
+    note = f"{_named(leaf)} is made dense" if core.is_node(leaf) else ""
+    return Weight(x, dtype=x.dtype, note=note, **known)
+
+
+def _named(leaf: Any) -> str:
+    is_grouped = isinstance(leaf, Quantized) and leaf.group_size is not None
+    return type(leaf).__name__ + (" with groups along the contraction" if is_grouped else "")
+
+
+def _of_codes(leaf: Quantized, known: dict[str, Any]) -> Weight:
+    scale = core.dense(leaf.scale)
+    scale = scale if jnp.dtype(scale.dtype).itemsize > 1 else scale.astype(jnp.float32)
+    constant = frozenset(d for d, n in enumerate(scale.shape) if n == 1)
+    codes: Any = leaf.codes
+    bits = leaf.bits if leaf.table is None and jnp.issubdtype(codes.dtype, jnp.integer) else None
+    if leaf.table is not None:
+        codes = leaf.levels(jnp.float32)
+    elif leaf.bits == 1 and leaf.zero is None:
+        codes = 2 * codes + 1
+    zero = None if leaf.zero is None else Shared(leaf.zero, constant=constant)
+    return Weight(codes, Shared(scale, constant=constant), zero, dtype=leaf.dtype, bits=bits, **known)
+
+
+def _is_thin(leaf: LowRank) -> bool:
+    """Whether two products cost less than one."""
+    u, v = (jax.eval_shape(core.dense, x) for x in (leaf.u, leaf.v))
+    return u.size + v.size < u.size // u.shape[-1] * v.shape[-1]
