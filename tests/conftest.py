@@ -100,6 +100,7 @@ COMPILED_QUICKLY = (
     "test_scores",
     "test_gptq",
     "test_quantized_training",
+    "test_quantize_",
 )
 
 

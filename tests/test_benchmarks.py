@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.benchmarks import mask_update, timing, train_step, vmap_levels
+from experiments.benchmarks import mask_update, quantize, timing, train_step, vmap_levels
 from experiments.claims import lenet
 
 COMMON = ["--pairs", "2", "--out"]
@@ -38,6 +38,12 @@ def test_vmap_levels_writes_its_rows(tmp_path):
     path = tmp_path / "levels.json"
     vmap_levels.main(["--sizes", "2000", "--levels", "3", *COMMON, str(path)])
     assert len(rows(path)) == 2
+
+
+def test_quantize_writes_its_rows(tmp_path):
+    path = tmp_path / "quantize.json"
+    quantize.main(["--width", "66", "--depth", "1", "--only", "int8", *COMMON, str(path)])
+    assert "jcompress" in {r["right"] for r in rows(path)}
 
 
 def test_a_ratio_is_the_median_of_paired_ratios():
