@@ -1,9 +1,9 @@
 """The exact k-th largest of many values, without sorting and without moving them.
 
 Floats are ordered like their bit patterns, so the threshold is an integer that can be searched for. Every
-step of the search counts how many values reach each of three probes in a single read, and a count is a sum:
-under sharding only scalars cross devices. Probes are interpolated where that makes progress and bisect the
-bit pattern where it does not, so the search always ends, and ends exactly.
+step of the search counts how many values reach each of five probes in a single read, and a count is a sum:
+under sharding only scalars cross devices. Probes are interpolated where that makes progress and divide the
+bit pattern evenly where it does not, so the search always ends, and ends exactly.
 """
 
 from __future__ import annotations
@@ -99,23 +99,37 @@ def _increasing(low: jax.Array, high: jax.Array, offsets: Sequence[jax.Array]) -
     unsigned, probes, last = low.dtype, [], low
     limit = float(jnp.iinfo(unsigned).max) * 0.999
     for i, offset in enumerate(offsets):
-        room = high - 1 - min(len(offsets) - 1 - i, 1)
+        # Where later probes find no room they fall on the last integer, and count it again.
+        after = jnp.minimum(jnp.asarray(len(offsets) - i, unsigned), high - low - 1)
         probe = low + jnp.clip(jnp.floor(offset), 0.0, limit).astype(unsigned)
-        last = jnp.minimum(jnp.maximum(jnp.minimum(probe, room), last + 1), high - 1)
+        last = jnp.minimum(jnp.maximum(jnp.minimum(probe, high - after), last + 1), high - 1)
         probes.append(last)
     return probes
 
 
-def _interpolated(s: _Search, wanted: Count) -> list[jax.Array]:
-    """Three probes about the place where a straight line between the ends of the bracket meets the count."""
+def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array]) -> list[jax.Array]:
+    """Five probes: two close about the place where the count should be met, two farther out, and the place itself.
+
+    The place is where ``curve`` of the count, taken as straight between the ends of the bracket, meets the wanted one;
+    among few values the counts themselves.
+    """
     width = (s.high - s.low).astype(jnp.float32)
     inside = jnp.maximum(s.low_count.minus(s.high_count), 1.0)
-    fraction = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
-    noise = 1.5 * jnp.sqrt(fraction * (1 - fraction) / inside) + 1.0 / inside
-    spread = jnp.minimum(s.margin + noise, 0.25)
-    bisect = s.stalled | (spread >= 0.25)
-    centre = jnp.where(bisect, 0.5, jnp.clip(fraction, spread, 1 - spread))
-    return _increasing(s.low, s.high, [(centre + side * spread) * width for side in (-1, 0, 1)])
+    part = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
+    low, place, high = curve(s.low_count), curve(wanted), curve(s.high_count)
+    curved = jnp.clip((low - place) / jnp.maximum(low - high, 1e-9), 0.0, 1.0)
+    centre = jnp.where(inside > _FEW, curved, part)
+    noise = jnp.sqrt(part * (1 - part) / inside) + 0.5 / inside
+    wide = jnp.maximum(s.margin, 2 * noise)
+    even = s.stalled | (inside <= _PROBES + 1) | (s.margin > 0.3)
+    offsets = []
+    for i, side in enumerate((-wide, -noise, jnp.zeros_like(noise), noise, wide)):
+        near = jnp.clip(centre + side, 0.0, 1.0)
+        offsets.append(jnp.where(even, (i + 1) / (_PROBES + 1), near) * width)
+    return _increasing(s.low, s.high, offsets)
+
+
+_PROBES, _FEW = 5, 2_000
 
 
 def _narrow(s: _Search, probes: list[jax.Array], counts: list[Count], wanted: Count) -> _Search:
@@ -128,7 +142,7 @@ def _narrow(s: _Search, probes: list[jax.Array], counts: list[Count], wanted: Co
         high, high_count = jnp.where(reaches, high, probe), _pick(reaches, high_count, count)
     within = (low >= probes[0]) & (high <= probes[-1])
     shrunk = (high - low) <= (s.high - s.low) // 4
-    margin = jnp.where(within, 4 * s.margin**2, jnp.sqrt(s.margin) / 2)
+    margin = jnp.where(within, jnp.maximum(0.4 * s.margin, 0.02), jnp.minimum(1.5 * s.margin, 0.5))
     return _Search(low, low_count, high, high_count, margin, ~(within | shrunk), s.reads + 1)
 
 
@@ -136,14 +150,19 @@ def _pick(condition: jax.Array, a: Count, b: Count) -> Count:
     return Count(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
 
 
-def _search(count: Callable[[list[jax.Array]], list[Count]], start: _Search, wanted: Count) -> _Search:
+def _search(
+    count: Callable[[list[jax.Array]], list[Count]],
+    start: _Search,
+    wanted: Count,
+    curve: Callable[[Count], jax.Array],
+) -> _Search:
     """Narrow the bracket until it holds one integer or its low end has exactly the wanted count."""
 
     def is_open(s: _Search) -> jax.Array:
         return (s.high - s.low > 1) & ~s.low_count.equals(wanted)
 
     def narrow(s: _Search) -> _Search:
-        probes = _interpolated(s, wanted)
+        probes = _interpolated(s, wanted, curve)
         return _narrow(s, probes, count(probes), wanted)
 
     return lax.while_loop(is_open, narrow, start)
@@ -156,7 +175,7 @@ def _count_reaching(scores: Sequence[jax.Array], probes: list[jax.Array]) -> lis
         x, *held = lax.optimization_barrier((x, *probes))
         bits = ordered_bits(x)
         flags = [(bits >= probe).astype(jnp.uint32) for probe in held]
-        counts.append(_reduce(flags, [jnp.uint32(0)] * 3, [lax.add] * 3))
+        counts.append(_reduce(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
     return [Count.total(column) for column in zip(*counts, strict=True)]
 
 
@@ -185,7 +204,7 @@ def _start(scores: Sequence[jax.Array], total: Count) -> tuple[_Search, jax.Arra
     deviation = jnp.sqrt(jnp.maximum(squares.sum() / n - mean**2, 1e-12))
     search = _Search(
         low=jnp.min(smallest), low_count=total, high=jnp.max(largest) + 1, high_count=Count.of(0),
-        margin=jnp.float32(0.1), stalled=jnp.array(False), reads=jnp.int32(1),
+        margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(1),
     )  # fmt: skip
     centre = jnp.where(
         one >= search.low, (one - search.low).astype(jnp.float32), -(search.low - one).astype(jnp.float32)
@@ -201,11 +220,17 @@ def kth_largest(scores: Sequence[jax.Array], wanted: Count) -> _Search:
     """
     total, scores = Count.of(sum(x.size for x in scores)), _common_float(scores)
     start, centre, deviation = _start(scores, total)
-    part = wanted.minus(Count.of(0)) / jnp.maximum(total.minus(Count.of(0)), 1.0)
-    z = jax.scipy.special.ndtri(jnp.clip(1 - part, 1e-6, 1 - 1e-6))
-    guess = _increasing(start.low, start.high, [centre + (z + side) * deviation for side in (-0.4, 0.0, 0.4)])
+
+    def normal(count: Count) -> jax.Array:
+        """Deviations from the mean that so many of a normal distribution reach, the more the fewer; negated."""
+        n, none = jnp.maximum(total.minus(Count.of(0)), 1.0), 0.5
+        reach, rest = (jnp.maximum(x, none) / n for x in (count.minus(Count.of(0)), total.minus(count)))
+        return jnp.where(reach < rest, jax.scipy.special.ndtri(reach), -jax.scipy.special.ndtri(rest))
+
+    z = -normal(wanted)
+    guess = _increasing(start.low, start.high, [centre + (z + side) * deviation for side in (-1, -0.25, 0, 0.25, 1)])
     first = _narrow(start, guess, _count_reaching(scores, guess), wanted)
-    return _search(lambda probes: _count_reaching(scores, probes), first, wanted)
+    return _search(lambda probes: _count_reaching(scores, probes), first, wanted, normal)
 
 
 def keep_largest(scores: Sequence[jax.Array], count: int | jax.Array) -> list[jax.Array]:
@@ -257,8 +282,8 @@ def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:
 
     def reaching(probes: list[jax.Array]) -> list[Count]:
         held_flags, rank, *held = lax.optimization_barrier((flags, size, *probes))
-        reached = [held_flags & (_falling_rank(flags.shape, rank) >= probe) for probe in held]
-        return [Count.of(c) for c in _reduce([x.astype(jnp.uint32) for x in reached], [zero] * 3, [lax.add] * 3)]
+        reached = [(held_flags & (_falling_rank(flags.shape, rank) >= probe)).astype(jnp.uint32) for probe in held]
+        return [Count.of(c) for c in _reduce(reached, [zero] * _PROBES, [lax.add] * _PROBES)]
 
     size, zero = jnp.uint32(flags.size), jnp.uint32(0)
     rank = _falling_rank(flags.shape, size)
@@ -269,9 +294,9 @@ def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:
     none = wanted.equals(Count.of(0))
     start = _Search(
         low=jnp.where(none, first, last), low_count=_pick(none, wanted, found), high=first + 1, high_count=Count.of(0),
-        margin=jnp.float32(0.1), stalled=jnp.array(False), reads=jnp.int32(0),
+        margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(0),
     )  # fmt: skip
-    cut = _search(reaching, start, wanted)
+    cut = _search(reaching, start, wanted, lambda count: count.minus(Count.of(0)))
     return flags & (rank >= cut.low) & ~none, count.left_after(wanted)
 
 
