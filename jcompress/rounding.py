@@ -52,7 +52,7 @@ class Rounding:
             found = {"scale": node.scale, "zero": node.zero} if self.affine else {"scale": node.scale}
             return {name: jnp.broadcast_to(x.astype(known[name].dtype), w.shape) for name, x in found.items()}
 
-        return [Decision(self.group_size, decide)]
+        return [Decision(self.group_size, ("scale", "zero") if self.affine else ("scale",), decide)]
 
 
 def rounding(method: Method, layer: Contraction, context: Context, early: bool) -> tuple[Rounding, Quantized, Known]:

@@ -24,11 +24,13 @@ class Decision:
 
     Attributes:
       span: how many inputs.
+      names: the entries of ``known`` that it gives.
       decide: ``decide(start, w, known, diagonal)`` with the first input, the (span, outputs) weights, what is known
         of these inputs, and the diagonal of the factor; gives new entries of ``known``, one row for each input.
     """
 
     span: int
+    names: tuple[str, ...]
     decide: Callable[[jax.Array, jax.Array, Known, jax.Array], Known]
 
 
@@ -83,7 +85,8 @@ def sweep(
     factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag(jnp.pad(jnp.zeros(k), (0, more), constant_values=1.0))
     padded = jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), (w, known))
     whole = [dataclasses.replace(d, span=min(d.span, block)) for d in decisions]
-    values, made = _blocks(padded[0], padded[1], factor, fix, whole, (block, *spans[1:]))
+    inside = tuple(span for span in spans if span < block)
+    values, made = _blocks(padded[0], padded[1], factor, fix, whole, (block, *inside))
     return jax.tree.map(lambda x: x[:k], (values, made))
 
 
@@ -113,37 +116,47 @@ def _blocks(
             return current - jnp.matmul(part(j).T, _rows(state[1], j * block, block), precision=HIGHEST)
 
         current = lax.fori_loop(0, i, take_in, _rows(w, start, block))
-        inner = {name: _rows(x, start, block) for name, x in state[2].items()}
+        inner = {name: _rows(x, start, block) for name, x in known.items()}
         return _written(state, _span(start, current, inner, part(i), fix, decisions, spans), start)
 
-    values, _, known = lax.fori_loop(0, len(w) // block, one, (jnp.zeros_like(w), jnp.zeros_like(w), known))
-    return values, known
+    start = (jnp.zeros_like(w), jnp.zeros_like(w), _decided(known, decisions))
+    values, _, made = lax.fori_loop(0, len(w) // block, one, start)
+    return values, {**known, **made}
 
 
 def _span(
     start: jax.Array, w: jax.Array, known: Known, factor: jax.Array, fix: Fix, decisions: list[Decision],
     spans: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array, Known]:  # fmt: skip
-    """Values, errors and what is known of inputs whose weights have taken in all errors before them."""
+    """Values, errors and what was decided of inputs whose weights have taken in all errors before them."""
+    made: Known = {}
     for decision in decisions:
         if decision.span == spans[0]:
-            known = {**known, **decision.decide(start, w, known, jnp.diagonal(factor))}
+            made |= decision.decide(start, w, {**known, **made}, jnp.diagonal(factor))
+    known = {**known, **made}
     if len(spans) == 1:
-        return _inputs(w, known, factor, fix)
+        return *_inputs(w, known, factor, fix), made
     size = spans[1]
 
     def one(i: jax.Array, state: tuple) -> tuple:
         at = i * size
         columns = lax.dynamic_slice(factor, (0, at), (spans[0], size))
         current = _rows(w, at, size) - jnp.matmul(columns.T, state[1], precision=HIGHEST)
-        inner = {name: _rows(x, at, size) for name, x in state[2].items()}
+        inner = {name: _rows(x, at, size) for name, x in known.items()}
         done = _span(start + at, current, inner, _rows(columns, at, size), fix, decisions, spans[1:])
         return _written(state, done, at)
 
-    return lax.fori_loop(0, spans[0] // size, one, (jnp.zeros_like(w), jnp.zeros_like(w), known))
+    inside = _decided(known, [d for d in decisions if d.span < spans[0]])
+    values, errors, found = lax.fori_loop(0, spans[0] // size, one, (jnp.zeros_like(w), jnp.zeros_like(w), inside))
+    return values, errors, {**made, **found}
 
 
-def _inputs(w: jax.Array, known: Known, factor: jax.Array, fix: Fix) -> tuple[jax.Array, jax.Array, Known]:
+def _decided(known: Known, decisions: Sequence[Decision]) -> Known:
+    """What the decisions give, as it is before."""
+    return {name: known[name] for decision in decisions for name in decision.names}
+
+
+def _inputs(w: jax.Array, known: Known, factor: jax.Array, fix: Fix) -> tuple[jax.Array, jax.Array]:
     """Input by input."""
 
     def one(j: jax.Array, state: tuple) -> tuple:
@@ -152,8 +165,7 @@ def _inputs(w: jax.Array, known: Known, factor: jax.Array, fix: Fix) -> tuple[ja
         later = jnp.where(jnp.arange(len(w)) > j, factor[j], 0)
         return (w - later[:, None] * error).at[j].set(value), errors.at[j].set(error)
 
-    values, errors = lax.fori_loop(0, len(w), one, (w, jnp.zeros_like(w)))
-    return values, errors, known
+    return lax.fori_loop(0, len(w), one, (w, jnp.zeros_like(w)))
 
 
 def _rows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:

@@ -160,4 +160,4 @@ def _masks(counts: Any, pattern: NM | None, block_size: int) -> Decision:
         mask = pattern.mask(saliency) if pattern else keep_largest([saliency], counts[start // block_size])[0]
         return {"mask": mask, "shown": known["shown"] & mask}
 
-    return Decision(pattern.m if pattern else block_size, decide)
+    return Decision(pattern.m if pattern else block_size, ("mask", "shown"), decide)
