@@ -17,14 +17,14 @@ LAYERS = {
     "apply": {"core", "rules"},
     "combine": {"core", "formats"},
     "prune": {"apply", "core", "formats", "rules"},
-    "quantize": {"core", "formats"},
+    "quantize": {"apply", "core", "formats", "rules", "trace"},
     "factorize": {"core", "formats"},
     "share": {"core", "formats"},
     "distill": {"core"},
     "io": {"core", "formats", "packing", "rules", "version"},
     "measure": {"core", "formats", "rules"},
     "trace": {"apply", "core", "formats", "rules"},
-    "budget": {"core", "formats", "rules", "trace"},
+    "budget": {"apply", "core", "formats", "layout", "rules", "trace"},
     "version": set(),
 }
 
