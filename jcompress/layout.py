@@ -134,3 +134,16 @@ def masked(layer: Contraction, values: jax.Array, mask: jax.Array) -> Masked:
     """A node from matrices of values and of the mask."""
     kept = layer.of(jnp.zeros(layer.w.shape, jnp.bool_)).restore(mask)
     return Masked(jnp.where(kept, layer.restore(values), jnp.zeros_like(layer.w)), kept)
+
+
+def with_gram(context: Context, gram: jax.Array) -> Context:
+    """The context of transformed inputs: their Gram matrix (layers, k, k) alone is known."""
+    stats = context.stats
+    known: dict[str, Any] = {f.name: None for f in dataclasses.fields(stats) if not f.metadata.get("static")}
+    known |= {"gram": gram.reshape(jnp.shape(stats.gram)), "count": stats.count, "others": ()}
+    return dataclasses.replace(context, stats=dataclasses.replace(stats, **known))
+
+
+def moved(change: jax.Array, gram: jax.Array) -> jax.Array:
+    """How far each output moves, in squares: the diagonal of ``change^T gram change``, (layers, outputs)."""
+    return jnp.sum(change * jnp.matmul(gram, change, precision=jax.lax.Precision.HIGHEST), axis=-2)

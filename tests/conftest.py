@@ -99,6 +99,7 @@ COMPILED_QUICKLY = (
     "test_bayesian",
     "test_scores",
     "test_gptq",
+    "test_post_training",
     "test_quantized_training",
     "test_quantize_",
 )

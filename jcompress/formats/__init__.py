@@ -13,6 +13,8 @@ from jcompress.formats.horseshoe import Horseshoe
 from jcompress.formats.lowrank import LowRank
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized
+from jcompress.formats.rescaled import Rescaled
+from jcompress.formats.rotated import Rotated
 from jcompress.formats.scored import Scored
 from jcompress.formats.soft_threshold import SoftThreshold
 from jcompress.formats.spectral import Spectral
@@ -33,6 +35,8 @@ __all__ = [
     "LowRank",
     "Masked",
     "Quantized",
+    "Rescaled",
+    "Rotated",
     "Scored",
     "SoftThreshold",
     "Spectral",

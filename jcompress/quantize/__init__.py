@@ -2,20 +2,36 @@
 
 from jcompress.quantize import ranges, training
 from jcompress.quantize.activations import activations
+from jcompress.quantize.adaround import AdaRound
+from jcompress.quantize.awq import AWQ
 from jcompress.quantize.correction import Pair, correct_biases, equalize
 from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
+from jcompress.quantize.gpfq import GPFQ
+from jcompress.quantize.gptq import GPTQ
+from jcompress.quantize.inq import INQ
 from jcompress.quantize.integer import FixedPoint, Int
+from jcompress.quantize.lab import LAB
+from jcompress.quantize.lqer import LQER
 from jcompress.quantize.microscaling import NVFP4, Microscaling
+from jcompress.quantize.rotation import Rotation
+from jcompress.quantize.smoothing import smooth
 from jcompress.quantize.stochastic import Stochastic
 from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Table
 from jcompress.quantize.ternary import ABCNet, Ternary
 from jcompress.quantize.training.optimizer import gradients, moments
 
 __all__ = [
+    "AWQ",
+    "GPFQ",
+    "GPTQ",
+    "INQ",
+    "LAB",
+    "LQER",
     "NF4",
     "NVFP4",
     "ABCNet",
+    "AdaRound",
     "AdditivePowersOfTwo",
     "FixedPoint",
     "Float",
@@ -25,6 +41,7 @@ __all__ = [
     "Microscaling",
     "Pair",
     "PowersOfTwo",
+    "Rotation",
     "Stochastic",
     "Table",
     "Ternary",
@@ -34,5 +51,6 @@ __all__ = [
     "gradients",
     "moments",
     "ranges",
+    "smooth",
     "training",
 ]

@@ -1,0 +1,108 @@
+"""Greedy path following: each weight is rounded to where the outputs so far want it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core, layout
+from jcompress.core import Context
+from jcompress.formats import Quantized
+from jcompress.quantize.integer import Int
+from jcompress.rounding import Rounding, filled, rounding
+from jcompress.sweep import Known, sweep
+
+_BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class GPFQ:
+    """Round input after input, each to the level that cancels most of the error of outputs left by those before.
+
+    With the error ``u = sum_{s<t} (w_s - q_s) x_s`` on the calibration data, ``q_t`` is the level nearest to
+    ``w_t + <x_t, u> / |x_t|**2``: the best given what came before, while :class:`GPTQ` also moves what comes after. The
+    relative error falls as one over the number of inputs, where that of rounding does not fall (Zhang, Zhou & Saab
+    2022, arXiv:2201.11113). ``<x_t, u>`` is read off the Gram matrix, the statistic ``gram``, so no data is needed; the
+    inputs of the compressed layers before are those of :func:`jcompress.trace.compress_sequentially`, with no term for
+    their distance to the dense ones.
+
+    Attributes:
+      bits: bits a code, 2 to 8; 2 symmetric bits are the ternary alphabet.
+      symmetric: whether the grid is symmetric about zero.
+      axis: the axis that has a scale for each index, the output channels by default; None for one scale in all.
+      clip: range of the grid, as in :class:`Int`.
+      stochastic: round up with the probability of the fraction, for errors that are unbiased (SPFQ; Zhang & Saab 2023,
+        arXiv:2309.10975). Needs a key.
+
+    Raises:
+      ValueError: for hyperparameters that :class:`Int` refuses, one bit, or statistics that are missing or of another
+        shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.array([[1.4], [1.4], [7.0]])}
+      >>> plan = jc.plan(params, [("w", jc.quantize.GPFQ(bits=4))])
+      >>> batches = [jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])]
+      >>> stats = jc.calibrate(lambda p, x: x @ p["w"], params, batches, plan=plan)
+      >>> jc.compress(params, plan, stats=stats)["w"].materialize()[:, 0].tolist()
+      [1.0, 2.0, 7.0]
+    """
+
+    bits: int = 4
+    symmetric: bool = True
+    axis: int | None = -1
+    clip: Literal["minmax", "mse"] = "minmax"
+    stochastic: bool = False
+
+    __repr__ = core.method_repr
+
+    def __post_init__(self) -> None:
+        if self.bits == 1:
+            raise ValueError("GPFQ: bits=1 leaves no level near 0; use bits=2 for -1, 0 and 1")
+        self._grid()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be in the context."""
+        return ("stats.gram", "key") if self.stochastic else ("stats.gram",)
+
+    def _grid(self) -> Int:
+        return Int(self.bits, symmetric=self.symmetric, axis=self.axis, clip=self.clip)
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise if the grid cannot take an array of this shape and dtype."""
+        self._grid().check(path, shape, dtype)
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
+        """The node for one array."""
+        layer, gram = layout.of(w, context, "gram")
+        found, node, known = rounding(self._grid(), layer, context, early=True)
+        matrix = layer.matrix()
+        known = {**known, "shown": layout.visible(layer, context), "dense": matrix}
+        if self.stochastic:
+            known["noise"] = jax.random.uniform(context.key, matrix.shape) - 0.5
+        return filled(node, layer, _followed(matrix, gram, known, rounding=found), known, found)
+
+
+@partial(jax.jit, static_argnames="rounding")
+def _followed(w: jax.Array, gram: jax.Array, known: Known, rounding: Rounding) -> jax.Array:
+    """Values (layers, k, n) on the grid."""
+
+    def fix(row: jax.Array, known: Known, pivot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if "noise" in known:
+            row = row + known["scale"] * known["noise"]
+        value = jnp.where(known["shown"], rounding.value(row, known), 0)
+        return value, known["dense"] - value
+
+    def layer(w: jax.Array, gram: jax.Array, known: Known) -> jax.Array:
+        w = jnp.where(known["shown"], w, 0)
+        norms = jnp.diagonal(gram)
+        # Errors move later inputs the other way round than in GPTQ, by what they have in common.
+        factor = jnp.where(norms > 0, -jnp.triu(gram, 1) / jnp.where(norms > 0, norms, 1), 0)
+        return sweep(w, factor, fix, {**known, "dense": w}, block_size=_BLOCK)[0]
+
+    return jax.vmap(layer)(w, gram, known)
