@@ -26,15 +26,17 @@ class Recipe:
 
     Attributes:
       group: the method, which gives the colour in the picture.
-      rules: ordered pairs of a pattern and a method, as for ``jcompress.plan``; or a function that gives them from the
-        parameters and what calibration gathered.
+      rules: ordered pairs of a pattern and a method, as for ``jcompress.plan``; or a function that gives a plan from
+        the parameters and the statistics of kernels.
       sequential: whether each layer is fitted after those before it, to what they give once compressed.
+      corrected: whether biases make up for the shift of mean outputs.
       training: how kernels, scales, biases and norms are trained afterwards; None for not at all.
     """
 
     group: str
-    rules: Rules | Callable[[PyTree, Any], Rules]
+    rules: Rules | Callable[[PyTree, Any], jc.Plan]
     sequential: bool = False
+    corrected: bool = False
     training: selfdistill.Training | None = None
 
 
@@ -72,12 +74,21 @@ class Calibration:
     def compress(self, recipe: Recipe, key: jax.Array) -> PyTree:
         """The compressed tree, before any training."""
         rules = recipe.rules
-        if callable(rules):
-            rules = rules(self.params, self.stats(["stats.gram"]))
-        plan = jc.plan(self.params, rules)
+        plan = rules(self.params, self.stats(["stats.gram"])) if callable(rules) else jc.plan(self.params, rules)
         if recipe.sequential:
             return jc.trace.compress_sequentially(self.encoder, self.params, self.batches, plan, key=key)
-        return jc.compress(self.params, plan, key=key, stats=self.stats(core.needs(*filter(None, plan.values()))))
+        tree = jc.compress(self.params, plan, key=key, stats=self.stats(core.needs(*filter(None, plan.values()))))
+        return self._corrected(tree) if recipe.corrected else tree
+
+    def _corrected(self, tree: PyTree) -> PyTree:
+        """The same with corrected biases, in the form they had."""
+        nodes = jc.paths(tree)
+        loose = [core.dense(x) if path.endswith("bias") else x for path, x in nodes]
+        treedef = jax.tree.structure(tree, is_leaf=core.is_node)
+        stats = self.stats(["stats.sum", "stats.count"])
+        found = jc.quantize.correct_biases(self.params, jax.tree.unflatten(treedef, loose), stats)
+        pairs = zip(nodes, jc.paths(found), strict=True)
+        return jax.tree.unflatten(treedef, [x.project(y) if core.is_node(x) else y for (_, x), (_, y) in pairs])
 
 
 KERNELS = "layer_.*/kernel"

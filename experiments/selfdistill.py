@@ -1,8 +1,8 @@
 """Training of a quantized sentence encoder to say what the dense one says, on sentences nobody judged.
 
-Each kernel keeps its grid: the weights behind it train straight through the rounding, and their scales by the
-gradient of learned step sizes (Esser et al. 2020, arXiv:1902.08153). The student starts where the node it is given
-stands, and learns the states of every layer and the embedding (Jiao et al. 2020, arXiv:1909.10351).
+The weights behind the codes of a kernel train straight through the rounding (Bengio et al. 2013, arXiv:1308.3432), its
+scales by their gradient. The student starts where the node it is given stands, and learns the states of every layer and
+the embedding (Jiao et al. 2020, arXiv:1909.10351), and how sentences relate (Park et al. 2019, arXiv:1904.05068).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Training:
     """
 
     steps: int = 300
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     weights_rate: float = 0.1
     batch_size: int = 32
     length: int = 16
@@ -62,21 +62,20 @@ class Student(NamedTuple):
 
 
 def fake(node: Quantized, weights: jax.Array, scale: jax.Array) -> jax.Array:
-    """The nearest points of the node's grid to ``weights``; rounding counts as the identity, backward.
+    """``scale * level``, the level that of the code nearest to ``weights`` at the node's own scale, which stays.
 
-    ``s * q``, with ``q = level(w / s)`` as it is and ``dq = d(w / s)``: so weights get their gradient, and scales
-    ``q - w / s`` times it.
+    So the codes train apart from the scale. Rounding counts as the identity, backward: weights get their gradient
+    times ``scale / node.scale``, scales the sum of ``level`` times it. A scale that also chose the codes would get no
+    gradient at the start, where weights lie on the grid.
 
     Args:
-      node: gives the grid and the zero points.
+      node: gives the grid, the zero points and the scale that codes are found at.
       weights: float32, what is rounded.
       scale: float32, in the shape of the node's.
     """
-    now = dataclasses.replace(node, scale=jax.lax.stop_gradient(scale))
-    levels = now.encode(jax.lax.stop_gradient(weights)).levels(jnp.float32)
-    wide = spread(scale, weights, node.group_size)
-    ratio = weights / wide
-    return wide * (ratio + jax.lax.stop_gradient(levels - ratio))
+    levels = node.encode(jax.lax.stop_gradient(weights)).levels(jnp.float32)
+    ratio = weights / spread(jax.lax.stop_gradient(node.scale), weights, node.group_size)
+    return spread(scale, weights, node.group_size) * (levels + ratio - jax.lax.stop_gradient(ratio))
 
 
 def train(
@@ -98,28 +97,27 @@ def train(
     quantized = {p: x for p, x in nodes.items() if isinstance(x, Quantized) and "layer_" in p}
     plain = {p: x for p, x in nodes.items() if isinstance(x, Cast) or not core.is_node(x)}
     held = {p: core.dense(x) for p, x in nodes.items() if p not in quantized and p not in plain}
-    bare = {p: dataclasses.replace(x, scale=None, codes=x.codes) for p, x in quantized.items()}
-    kernels = {p: {"w": core.dense(x), "scale": core.dense(x.scale).astype(jnp.float32)} for p, x in quantized.items()}
+    grids = {p: dataclasses.replace(x, scale=core.dense(x.scale).astype(jnp.float32)) for p, x in quantized.items()}
+    kernels = {p: {"w": core.dense(x), "scale": grids[p].scale} for p, x in quantized.items()}
     student = Student(kernels, {p: core.dense(x).astype(jnp.float32) for p, x in plain.items()})
     treedef = jax.tree.structure(dense)
 
-    def forward(student: Student, held: PyTree, bare: PyTree) -> PyTree:
+    def forward(student: Student, held: PyTree, grids: PyTree) -> PyTree:
         found = {**held, **student.others}
         for path, x in student.kernels.items():
-            found[path] = fake(bare[path], x["w"], x["scale"])
+            found[path] = fake(grids[path], x["w"], x["scale"])
         return jax.tree.unflatten(treedef, [found[path] for path in nodes])
 
-    student = _fit(encoder, dense, forward, student, (held, bare), tokens, training)
-    done = {p: _stored(x, student.kernels[p]) for p, x in quantized.items()}
+    student = _fit(encoder, dense, forward, student, (held, grids), tokens, training)
+    done = {p: _stored(x, grids[p], student.kernels[p]) for p, x in quantized.items()}
     done |= {p: _like(x, student.others[p]) for p, x in plain.items()}
     is_node = core.is_node
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), [done.get(p, x) for p, x in nodes.items()])
 
 
-def _stored(node: Quantized, found: dict[str, jax.Array]) -> Quantized:
+def _stored(node: Quantized, grid: Quantized, found: dict[str, jax.Array]) -> Quantized:
     """The node with its trained scale, in the form it had, and the codes of the trained weights."""
-    scale = _like(node.scale, found["scale"])
-    return dataclasses.replace(node, scale=scale).encode(found["w"])
+    return dataclasses.replace(grid.encode(found["w"]), scale=_like(node.scale, found["scale"]))
 
 
 def _like(x: Any, value: jax.Array) -> Any:

@@ -8,6 +8,7 @@ scale a row loses three to seven times more. Biases and norms take 16 bits, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -56,6 +57,29 @@ def kmeans(bits: int) -> Any:
     return jc.share.KMeans(clusters=2**bits, iterations=25)
 
 
+def mixed(bits: float, tables: int) -> Callable[[Any, Any], jc.Plan]:
+    """2, 3, 4 or 6 bits for each kernel, by GPTQ, for the least sum of relative output errors at so many on average.
+
+    The errors are those of rounding, which are quick to know.
+    """
+
+    def plan(params: Any, stats: Any) -> jc.Plan:
+        sizes = {path: x.size for path, x in jc.paths(params) if path in stats}
+        some = {width: recipe("", affine_grid(width), None) for width in (2, 3, 4, 6)}
+        plans = {str(width): jc.plan(params, r.rules) for width, r in some.items()}
+        relative = jc.budget.measure_of("relative", stats)
+
+        def error(path: str, dense: Any, found: Any) -> float:
+            return float(relative(path, dense, found)) if path in sizes else 0.0
+
+        options = jc.budget.options(params, plans, measure=error)
+        fixed = sum(min(cost.values()) for path, cost in options.costs.items() if path not in sizes)
+        best = {str(width): jc.plan(params, recipe("", gptq(width), table(tables)).rules) for width in some}
+        return jc.budget.allocate(best, options.errors, options.costs, fixed + bits * sum(sizes.values()))
+
+    return plan
+
+
 def recipes(params: Any) -> dict[str, Recipe]:
     """The rows, by name."""
     found = {"half": Recipe("half", ((".*", HALF),)), "int8": recipe("rounding", Int(bits=8), Int(bits=8))}
@@ -65,6 +89,16 @@ def recipes(params: Any) -> dict[str, Recipe]:
     found["affine2"] = recipe("affine", affine_grid(2), table(4))
     found |= {f"int{bits}": rounded(bits) for bits in (4, 3, 2)}
     found |= {f"clip{bits}": clipped(bits) for bits in (4, 3, 2)}
+    found["gptq2_corrected"] = recipe("GPTQ", gptq(2), table(4), corrected=True)
+    found["gptq2_sequential"] = recipe("GPTQ", gptq(2), table(4), sequential=True)
+    found["gptq2_tables3"] = recipe("GPTQ", gptq(2), table(3))
+    found["gptq2_tables2"] = recipe("GPTQ", gptq(2), table(2))
+    found["awq3"] = recipe("AWQ", jc.quantize.AWQ(affine_grid(3)), table(3))
+    found["rotation3"] = recipe("rotation", jc.quantize.Rotation(gptq(3)), table(3))
+    found["rotation2"] = recipe("rotation", jc.quantize.Rotation(gptq(2)), table(4))
+    found["lqer3"] = recipe("low rank", jc.quantize.LQER(rank=8, grid=affine_grid(3)), table(3))
+    found["mixed3"] = Recipe("mixed", mixed(3.3, tables=3))
+    found["mixed2.5"] = Recipe("mixed", mixed(2.8, tables=4))
     nf4 = jc.quantize.NF4(group_size=64)
     found["nf4"] = recipe("levels", nf4, jc.quantize.NF4(group_size=128, pad=True))
     found["mxfp4"] = recipe("levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
