@@ -9,6 +9,7 @@ the float model in the Frobenius norm.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -85,9 +86,8 @@ def compared(model: Model, pairs: int, target: str) -> list[timing.Row]:
     for label, (given, quantized) in sides.items():
         ours = jax.jit(quantized)
         error = float(jnp.linalg.norm(ours(given, *args) - y) / jnp.linalg.norm(y))
-        times = timing.paired(
-            lambda: float_(params, *args), lambda ours=ours, given=given: ours(given, *args), pairs, (3, 3)
-        )
+        right = functools.partial(ours, given, *args)
+        times = timing.paired(functools.partial(float_, params, *args), right, pairs)
         report = quantized.report(given, *args)
         integers = sum("int32" in row.how for row in report.rows)
         rows.append(
