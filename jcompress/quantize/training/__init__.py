@@ -4,6 +4,10 @@ Weights: a method gives a node to train (:class:`LSQ`, :class:`DSQ`, :class:`DoR
 :class:`TTQ`), which ``jc.finalize`` turns into its storage form; or it is used with ``jc.simulate``, anew at each step
 (:class:`jcompress.quantize.Int`, :class:`jcompress.quantize.Ternary`, :class:`QuantNoise`, :class:`Relaxed`).
 Activations: functions, to be called in the model.
+
+Straight-through training with ranges of each step is ``jc.simulate``. The penalty of curvature-aware training is
+:func:`jcompress.prune.curvature.hessian_square_norm`. Self-distilled quantization is a loss: the task's, plus
+``jc.distill.soft_targets`` against the logits of the dense network, plus the squared distance to its layers' outputs.
 """
 
 from jcompress.quantize.training import dorefa
