@@ -56,12 +56,13 @@ class Contraction:
     def matrix(self) -> jax.Array:
         """The kernel as float32 (stacked layers or groups, k, n)."""
         stack, k = math.prod(self.w.shape[: self.lead]), math.prod(self.shape)
-        flat = self.w.transpose(self._order).reshape(stack, k, self.split, -1)
-        return flat.swapaxes(1, 2).reshape(stack * self.split, k, -1).astype(jnp.float32)
+        n = math.prod(self.outputs[self.lead :]) // self.split
+        flat = self.w.transpose(self._order).reshape(stack, k, self.split, n)
+        return flat.swapaxes(1, 2).reshape(stack * self.split, k, n).astype(jnp.float32)
 
     def restore(self, matrix: jax.Array) -> jax.Array:
         """The kernel from its matrix."""
-        flat = matrix.reshape(-1, self.split, *matrix.shape[1:]).swapaxes(1, 2)
+        flat = matrix.reshape(len(matrix) // self.split, self.split, *matrix.shape[1:]).swapaxes(1, 2)
         arranged = flat.reshape([self.w.shape[i] for i in self._order])
         return arranged.transpose(np.argsort(self._order)).astype(self.w.dtype)
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.benchmarks import mask_update, quantize, timing, train_step, vmap_levels
+from experiments.benchmarks import gptq, mask_update, quantize, timing, train_step, vmap_levels
 from experiments.claims import lenet
 
 COMMON = ["--pairs", "2", "--out"]
@@ -32,6 +32,14 @@ def test_train_step_writes_its_rows(tmp_path):
     small = ["--widths", "8", "16", "4", "--batch", "4", "--width", "12", "--depth", "1", "--length", "8"]
     train_step.main([*small, "--texts", "2", "--heads", "3", "--only", "project", *COMMON, str(path)])
     assert {r["name"].split()[0] for r in rows(path)} == {"MLP", "transformer"}
+
+
+def test_gptq_writes_its_rows_and_gives_the_codes_of_the_loop(tmp_path):
+    path = tmp_path / "gptq.json"
+    gptq.main(["--width", "16", "--layers", "1", "--group-size", "8", *COMMON, str(path)])
+    found = rows(path)
+    assert len(found) == 3
+    assert all(r["extra"]["codes_agree"] in (None, 1.0) for r in found)
 
 
 def test_vmap_levels_writes_its_rows(tmp_path):

@@ -78,9 +78,12 @@ class LQER:
                 f"contracted over {[i - w.ndim for i in layer.axes]}; use the grid alone"
             )
         quantized = self.grid(w, context)
+        if not w.size:
+            u, v = jnp.zeros((*w.shape[:-1], self.rank)), jnp.zeros((*w.shape[: layer.lead], self.rank, w.shape[-1]))
+            return Sum((quantized, LowRank(u.astype(w.dtype), v.astype(w.dtype))))
         left = layer.of(w - core.dense(quantized)).matrix()
         u, v = jax.vmap(partial(_factors, rank=self.rank, by=self.by))(left, self._damped(gram))
-        u = u.reshape(*w.shape[:-1], -1).astype(w.dtype)
+        u = u.reshape(*w.shape[:-1], u.shape[-1]).astype(w.dtype)
         return Sum((quantized, LowRank(u, v.reshape(*w.shape[: layer.lead], *v.shape[1:]).astype(w.dtype))))
 
     def _damped(self, gram: jax.Array) -> jax.Array:
