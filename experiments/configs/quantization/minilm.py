@@ -7,8 +7,8 @@ Expect, mean Spearman of two sets of SemEval 2015 against size on disk: dense 0.
 9.9x; kernels of 2 bits with tables of 4, affine 0.853, by GPTQ 0.873 at 9.7x. All rows are in ``results``.
 
 Tables have groups along the vocabulary (axis -2), so that the few features whose values are large have scales of their
-own: at 3 bits with one scale a row instead, embeddings are three times as far from the dense ones. Biases and norms take
-16 bits, and so do scales.
+own: at 3 bits with one scale a row instead, embeddings are three times as far from the dense ones. Biases and norms
+take 16 bits, and so do scales.
 """
 
 from __future__ import annotations
