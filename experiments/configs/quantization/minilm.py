@@ -1,4 +1,4 @@
-"""A pretrained sentence encoder of 22.6M parameters, quantized in many ways without training.
+"""A pretrained sentence encoder of 22.6M parameters, quantized in many ways.
 
 Command: python -m experiments.minilm --model_dir=<folder> --data_dir=<folder>
 
@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jcompress as jc
+from experiments import selfdistill
 from experiments.recipes import KERNELS, TABLES, Recipe
 
 Int = jc.quantize.Int
@@ -96,6 +97,7 @@ def recipes(params: Any) -> dict[str, Recipe]:
     found |= {f"clip{bits}": clipped(bits) for bits in (4, 3, 2)}
     found["gptq2_corrected"] = recipe("GPTQ", gptq(2), table(4), corrected=True)
     found["gptq2_sequential"] = recipe("GPTQ", gptq(2), table(4), sequential=True)
+    found["gptq2_trained"] = recipe("trained", gptq(2), table(4), training=selfdistill.Training(steps=60))
     found["gptq2_tables3"] = recipe("GPTQ", gptq(2), table(3))
     found["gptq2_tables2"] = recipe("GPTQ", gptq(2), table(2))
     found["awq3"] = recipe("AWQ", jc.quantize.AWQ(affine_grid(3)), table(3))
