@@ -88,7 +88,8 @@ class Calibration:
         stats = self.stats(["stats.sum", "stats.count"])
         found = jc.quantize.correct_biases(self.params, jax.tree.unflatten(treedef, loose), stats)
         pairs = zip(nodes, jc.paths(found), strict=True)
-        return jax.tree.unflatten(treedef, [x.project(y) if core.is_node(x) else y for (_, x), (_, y) in pairs])
+        done = [x.project(y) if path.endswith("bias") and core.is_node(x) else y for (path, x), (_, y) in pairs]
+        return jax.tree.unflatten(treedef, done)
 
 
 KERNELS = "layer_.*/kernel"

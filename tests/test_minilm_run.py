@@ -55,7 +55,7 @@ def tiny():
     rules = ((recipes.KERNELS, method), (".*", full.HALF))
     config.recipes = lambda params: {
         "plain": recipes.Recipe("one", rules),
-        "trained": recipes.Recipe("two", rules, training=training),
+        "trained": recipes.Recipe("two", rules, corrected=True, training=training),
     }
     config.widths = lambda params: {"4 bits": {"fine": Int(bits=8), "coarse": Int(bits=2)}}
     config.validation, config.calibration, config.calibration_length = 10, 16, 16

@@ -13,7 +13,7 @@ take 16 bits, and so do scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -63,16 +63,20 @@ def kmeans(bits: int) -> Any:
     return jc.share.KMeans(clusters=2**bits, iterations=25)
 
 
-def mixed(bits: float, tables: int) -> Callable[[Any, Any], jc.Plan]:
+@dataclasses.dataclass(frozen=True)
+class Mixed:
     """2, 3, 4 or 6 bits for each kernel, by GPTQ, for the least sum of relative output errors at so many on average.
 
     The errors are those of rounding, which are quick to know.
     """
 
-    def plan(params: Any, stats: Any) -> jc.Plan:
+    bits: float
+    tables: int
+
+    def __call__(self, params: Any, stats: Any) -> jc.Plan:
         sizes = {path: x.size for path, x in jc.paths(params) if path in stats}
-        some = {width: recipe("", affine_grid(width), None) for width in (2, 3, 4, 6)}
-        plans = {str(width): jc.plan(params, r.rules) for width, r in some.items()}
+        widths = (2, 3, 4, 6)
+        plans = {str(n): jc.plan(params, recipe("", affine_grid(n), None).rules) for n in widths}
         relative = jc.budget.measure_of("relative", stats)
 
         def error(path: str, dense: Any, found: Any) -> float:
@@ -80,10 +84,8 @@ def mixed(bits: float, tables: int) -> Callable[[Any, Any], jc.Plan]:
 
         options = jc.budget.options(params, plans, measure=error)
         fixed = sum(min(cost.values()) for path, cost in options.costs.items() if path not in sizes)
-        best = {str(width): jc.plan(params, recipe("", gptq(width), table(tables)).rules) for width in some}
-        return jc.budget.allocate(best, options.errors, options.costs, fixed + bits * sum(sizes.values()))
-
-    return plan
+        best = {str(n): jc.plan(params, recipe("", gptq(n), table(self.tables)).rules) for n in widths}
+        return jc.budget.allocate(best, options.errors, options.costs, fixed + self.bits * sum(sizes.values()))
 
 
 def recipes(params: Any) -> dict[str, Recipe]:
@@ -104,8 +106,8 @@ def recipes(params: Any) -> dict[str, Recipe]:
     found["rotation3"] = recipe("rotation", jc.quantize.Rotation(gptq(3)), table(3))
     found["rotation2"] = recipe("rotation", jc.quantize.Rotation(gptq(2)), table(4))
     found["lqer3"] = recipe("low rank", jc.quantize.LQER(rank=8, grid=affine_grid(3)), table(3))
-    found["mixed3"] = Recipe("mixed", mixed(3.3, tables=3))
-    found["mixed2.5"] = Recipe("mixed", mixed(2.8, tables=4))
+    found["mixed3"] = Recipe("mixed", Mixed(3.3, tables=3))
+    found["mixed2.5"] = Recipe("mixed", Mixed(2.8, tables=4))
     nf4 = jc.quantize.NF4(group_size=64)
     found["nf4"] = recipe("levels", nf4, jc.quantize.NF4(group_size=128, pad=True))
     found["mxfp4"] = recipe("levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
