@@ -157,15 +157,15 @@ def _decided(known: Known, decisions: Sequence[Decision]) -> Known:
 
 
 def _inputs(w: jax.Array, known: Known, factor: jax.Array, fix: Fix) -> tuple[jax.Array, jax.Array]:
-    """Input by input."""
+    """Input by input, each taking in the errors before it when its turn comes."""
 
     def one(j: jax.Array, state: tuple) -> tuple:
-        w, errors = state
-        value, error = fix(w[j], {name: x[j] for name, x in known.items()}, factor[j, j])
-        later = jnp.where(jnp.arange(len(w)) > j, factor[j], 0)
-        return (w - later[:, None] * error).at[j].set(value), errors.at[j].set(error)
+        values, errors = state
+        row = w[j] - jnp.matmul(factor[:, j], errors, precision=HIGHEST)
+        value, error = fix(row, {name: x[j] for name, x in known.items()}, factor[j, j])
+        return values.at[j].set(value), errors.at[j].set(error)
 
-    return lax.fori_loop(0, len(w), one, (w, jnp.zeros_like(w)))
+    return lax.fori_loop(0, len(w), one, (jnp.zeros_like(w), jnp.zeros_like(w)))
 
 
 def _rows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:

@@ -127,10 +127,7 @@ class FakeQuantized(Compressed):
 def stepped(
     v: jax.Array, scale: jax.Array, bits: int, axes: tuple[int, ...] = (), group_size: int | None = None
 ) -> jax.Array:
-    """``scale * clip(round(v / scale), -n, p)``, signed, with the gradients of learned steps.
-
-    One pass forward and two backward: automatic differentiation would write out what rounding and clipping gave.
-    """
+    """``scale * clip(round(v / scale), -n, p)``, signed, with the gradients of learned steps; reverse mode only."""
     wide = spread(scale, v, group_size)
     n, p = ends(bits, signed=True)
     return wide * jnp.clip(jnp.round(v / wide), -n, p)
@@ -146,8 +143,16 @@ def _stepped_backward(bits: int, axes: tuple[int, ...], group_size: int | None, 
     n, p = ends(bits, signed=True)
     u = v / spread(scale, v, group_size)
     inside = (u > -n) & (u < p)
-    slope = pool(g * (value - jnp.where(inside, v, 0.0)), axes, group_size, jnp.add, 0.0) / scale
+    slope = _summed(g * (value - jnp.where(inside, v, 0.0)), axes, group_size) / scale
     return jnp.where(inside, g, 0.0), slope * _gradient_factor(v, scale, p)
+
+
+def _summed(x: jax.Array, axes: tuple[int, ...], group_size: int | None) -> jax.Array:
+    """The sum over what shares a scale. XLA's CPU would fuse ``x`` into a reduction and walk it column by column."""
+    if group_size is not None or axes != (-2,):
+        return pool(x, axes, group_size, jnp.add, 0.0)
+    several = jnp.ones((4, x.shape[-2]), x.dtype)  # a product with one row would be such a reduction again
+    return jnp.matmul(several, x, precision=jax.lax.Precision.HIGHEST)[..., :1, :]
 
 
 stepped.defvjp(_stepped_forward, _stepped_backward)
