@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.quantizing import Run
+from experiments.quantization.quantizing import Run
 from experiments.runs import Interrupted, Signals, command
 
 _FILE = Path(__file__).parent / "configs" / "quantization" / "minilm.py"

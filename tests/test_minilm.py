@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 import jcompress as jc
-from experiments import sts
 from experiments.models import minilm
+from experiments.quantization import sts
 
 REFERENCE = json.loads((pathlib.Path(__file__).parent / "data" / "minilm_torch.json").read_text())
 FOLDER = os.environ.get("JCOMPRESS_MINILM")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import jcompress as jc
-from experiments import quantizing, recipes, selfdistill, sts
 from experiments.configs.quantization import minilm as full
 from experiments.models import minilm
+from experiments.quantization import quantizing, recipes, selfdistill, sts
 from experiments.runs import Signals
 from tests.test_minilm import ENCODER, HEADS, LAYERS, bert
 

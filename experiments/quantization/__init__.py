@@ -1,1 +1,1 @@
-"""Networks trained to be quantized."""
+"""Networks in few bits: a pretrained encoder quantized in many ways, and small ones trained for it."""

@@ -22,8 +22,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jcompress as jc
-from experiments import selfdistill
-from experiments.recipes import KERNELS, TABLES, Recipe
+from experiments.quantization import selfdistill
+from experiments.quantization.recipes import KERNELS, TABLES, Recipe
 
 Int = jc.quantize.Int
 HALF = jc.quantize.Float("float16")

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import jcompress as jc
-from experiments import recipes, selfdistill, sts
 from experiments.models import minilm
+from experiments.quantization import recipes, selfdistill, sts
 from experiments.runs import Record, Results, Signals
 from experiments.stages import describe
 from jcompress import measure

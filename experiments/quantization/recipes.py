@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jcompress as jc
-from experiments import selfdistill
 from experiments.models import minilm
+from experiments.quantization import selfdistill
 from jcompress import core
 
 PyTree = Any
