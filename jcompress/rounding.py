@@ -71,8 +71,11 @@ def rounding(method: Method, layer: Contraction, context: Context, early: bool) 
     core.check(method, path, w.shape, w.dtype)
     known = Context(key=context.key, step=context.step, where=context.where, stats=context.stats, path=path)
     node: Any = jax.eval_shape(lambda w: method(w, known), w)
-    if not isinstance(node, Quantized) or core.is_node(node.scale):
-        raise ValueError(f"{path}: the grid {method!r} gives {node!r}, expected Quantized with an array of scales")
+    if not isinstance(node, Quantized) or core.is_node(node.scale) or core.is_node(node.zero):
+        raise ValueError(
+            f"{path}: the grid {method!r} gives {node!r}, expected Quantized with an array of scales and whole zero "
+            "points"
+        )
     group = node.group_size
     if group is not None:
         check_groups(path, layer, group)

@@ -125,6 +125,7 @@ METHODS = [
     Row("stochastic-int4", jc.quantize.Stochastic(Int(bits=4))),
     Row("ternary", jc.quantize.Ternary()),
     Row("abc-net", jc.quantize.ABCNet(bases=2), exact=False),
+    Row("hqq", jc.quantize.HQQ(bits=3, group_size=8), exact=False),
     Row("gptq", jc.quantize.GPTQ(bits=4, group_size=4), exact=False),
     Row("awq", jc.quantize.AWQ(Int(bits=4), points=3), exact=False, stationary=False, adjusts=True),
     Row("rotation", jc.quantize.Rotation(Int(bits=2)), exact=False, adjusts=True),

@@ -28,7 +28,8 @@ class Quantized(Compressed):
     Attributes:
       codes: int8, uint8, or an 8- or 4-bit float array in the shape of the dense one.
       scale: float array, or a node that stands for one; trainable, unless it is of 8 bits.
-      zero: uint8 zero points in the shape of ``scale``, or None. Held, so that 0.0 stays exact.
+      zero: uint8 zero points in the shape of ``scale``, or None. Held, so that 0.0 stays exact. Or a node that stands
+        for fractions, whose 0.0 is not.
       bits: bits a code, 1 to 8.
       table: the levels that uint8 codes count, ascending, at most ``2**bits``; or None.
       axes: the axes along which a scale is shared, negative.
@@ -60,20 +61,22 @@ class Quantized(Compressed):
         """The node with the codes nearest to ``w``, its scales and zero points as they are."""
         scale = _widened(core.dense(self.scale)).astype(jnp.float32)
         scale = spread(scale, self.codes, self.group_size)
-        zero = None if self.zero is None else spread(self.zero.astype(jnp.float32), self.codes, self.group_size)
-        dtype = jnp.dtype(self.codes.dtype)
-        return dataclasses.replace(
-            self, codes=nearest(w.astype(jnp.float32), scale, zero, self.bits, self.table, dtype)
-        )
+        zero, dtype = self._offset(jnp.float32), jnp.dtype(self.codes.dtype)
+        codes = nearest(w.astype(jnp.float32), scale, zero, self.bits, self.table, dtype)
+        return dataclasses.replace(self, codes=codes)
 
     def levels(self, dtype: Any) -> jax.Array:
         """What the scale multiplies, as floats in the shape of ``codes``."""
         if self.table is not None:
             return jnp.asarray(self.table, dtype)[self.codes.astype(jnp.int32)]
         codes = self.codes.astype(dtype)
-        if self.zero is not None:
-            return codes - spread(self.zero.astype(dtype), self.codes, self.group_size)
+        if (zero := self._offset(dtype)) is not None:
+            return codes - zero
         return 2 * codes + 1 if self.bits == 1 else codes
+
+    def _offset(self, dtype: Any) -> jax.Array | None:
+        """The zero points, for each code."""
+        return None if self.zero is None else spread(core.dense(self.zero).astype(dtype), self.codes, self.group_size)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Quantized:
         if not core.is_node(self.scale) and self.scale is not None and not core.is_trainable(self.scale):
@@ -118,7 +121,8 @@ def nearest(
         most = float(jnp.finfo(dtype).max)
         return jnp.clip(scaled, -most, most).astype(dtype)
     if zero is not None:
-        return jnp.clip(jnp.round(scaled) + zero, 0, 2**bits - 1).astype(dtype)
+        whole = jnp.round(zero)
+        return jnp.clip(jnp.round(scaled + (zero - whole)) + whole, 0, 2**bits - 1).astype(dtype)
     if bits == 1:
         return jnp.where(scaled < 0, -1, 0).astype(dtype)
     most = 2 ** (bits - 1) - 1

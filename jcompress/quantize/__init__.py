@@ -9,6 +9,7 @@ from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
 from jcompress.quantize.gpfq import GPFQ
 from jcompress.quantize.gptq import GPTQ
+from jcompress.quantize.hqq import HQQ
 from jcompress.quantize.inq import INQ
 from jcompress.quantize.integer import FixedPoint, Int
 from jcompress.quantize.lab import LAB
@@ -25,6 +26,7 @@ __all__ = [
     "AWQ",
     "GPFQ",
     "GPTQ",
+    "HQQ",
     "INQ",
     "LAB",
     "LQER",

@@ -54,8 +54,11 @@ class Stochastic:
         """The node for one array."""
         inner, own = jax.random.split(context.key)
         node = core.fit(self.method, [w], [dataclasses.replace(context, key=inner)])[0]
-        if not isinstance(node, Quantized) or (node.bits == 1 and node.zero is None and node.table is None):
-            raise ValueError(f"{context.path}: {self!r} rounds on grids of two bits or more, found {node!r}")
+        signs = isinstance(node, Quantized) and node.bits == 1 and node.zero is None and node.table is None
+        if not isinstance(node, Quantized) or signs or core.is_node(node.zero):
+            raise ValueError(
+                f"{context.path}: {self!r} rounds on grids of two bits or more and whole zero points, found {node!r}"
+            )
         scale = spread(core.dense(node.scale).astype(jnp.float32), node.codes, node.group_size)
         scaled = w.astype(jnp.float32) / scale
         rounded = _rounded(scaled, jax.random.uniform(own, w.shape), node)

@@ -154,10 +154,10 @@ def _of_codes(leaf: Quantized, known: dict[str, Any]) -> Weight:
     scale = scale if jnp.dtype(scale.dtype).itemsize > 1 else scale.astype(jnp.float32)
     constant = frozenset(d for d, n in enumerate(scale.shape) if n == 1)
     codes: Any = leaf.codes
-    bits = leaf.bits if leaf.table is None and jnp.issubdtype(codes.dtype, jnp.integer) else None
-    if leaf.table is not None:
-        codes = leaf.levels(jnp.float32)
-    elif leaf.bits == 1 and leaf.zero is None:
+    bits = leaf.bits if jnp.issubdtype(codes.dtype, jnp.integer) else None
+    if leaf.table is not None or core.is_node(leaf.zero):
+        return Weight(leaf.levels(jnp.float32), Shared(scale, constant=constant), None, dtype=leaf.dtype, **known)
+    if leaf.bits == 1 and leaf.zero is None:
         codes = 2 * codes + 1
     zero = None if leaf.zero is None else Shared(leaf.zero, constant=constant)
     return Weight(codes, Shared(scale, constant=constant), zero, dtype=leaf.dtype, bits=bits, **known)
