@@ -18,19 +18,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# Of a test with many cases in these files, the short run takes one case in so many, another one for each test: on the
-# conformance list every row still meets some checks, and every check some rows.
-ONE_IN = {
-    "test_calibrate": 2,
-    "test_conformance": 6,
-    "test_cost": 2,
-    "test_dynamic_training": 2,
-    "test_quantize_grids": 3,
-    "test_shrink": 2,
-    "test_structured_ranking": 2,
-    "test_zoo": 2,
-    "test_zoo_execution": 3,
-}
+# Of a test with many cases the short run takes one in so many, beginning elsewhere for each test: on the conformance list
+# every row still meets some checks, and every check some rows.
+ONE_IN = {"test_conformance": 8, "test_notebooks": 1, "test_packing": 1, "test_project_files": 1, "test_rules": 1}
+ONE_IN_OTHERS = 3
 # Benchmarks and claims are left out as well: nothing else runs their code.
 LONG = ("test_benchmarks", "benchmark_writes", "test_integer_benchmark", "test_quantized_training_experiment")
 
@@ -38,7 +29,7 @@ LONG = ("test_benchmarks", "benchmark_writes", "test_integer_benchmark", "test_q
 def _left_out(items):
     tests, cases = {}, {}
     for item in items:
-        part = ONE_IN.get(item.path.stem, 1)
+        part = ONE_IN.get(item.path.stem, ONE_IN_OTHERS)
         if part > 1 and hasattr(item, "callspec"):
             test = tests.setdefault(f"{item.path}::{item.originalname}", len(tests))
             cases[test] = cases.get(test, -1) + 1
