@@ -19,7 +19,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 # Of a test with many cases the short run takes one in so many, beginning elsewhere for each test: on the conformance
-# list every row still meets some checks, and every check some rows. Of what belongs to single methods, every other test.
+# list every row still meets some checks, and every check some rows. Of what belongs to single methods it takes every
+# other test.
 ONE_IN = {"test_conformance": 8, "test_notebooks": 1, "test_packing": 1, "test_project_files": 1, "test_rules": 1}
 ONE_IN_OTHERS = 3
 OF_METHODS = (
