@@ -18,6 +18,8 @@ METHODS = {
     "sum": jc.residual(jc.prune.Magnitude(sparsity=0.9), jc.quantize.Int(bits=2)),
     "stacked": jc.stacked(jc.quantize.Int(bits=4)),
     "spectral": jc.factorize.Spectrum(),
+    "rescaled": jc.quantize.AWQ(jc.quantize.Int(bits=4)),
+    "rotated": jc.quantize.Rotation(jc.quantize.Int(bits=4)),
     "binarized": jc.quantize.training.BinaryConnect(),
     "fake_quantized": jc.quantize.training.LSQ(bits=4),
     "ternarized": jc.quantize.training.TTQ(),
@@ -35,7 +37,8 @@ def _compressed():
     params = {name: jax.random.normal(jax.random.key(0), (3, 16, 8)) for name in METHODS}
     params |= {"dense": jnp.ones((2, 2)), "none": None}
     plan = jc.plan(params, list(METHODS.items()))
-    return jc.compress(params, plan, key=jax.random.key(1)), plan
+    stats = {"rescaled": jc.trace.Stats(gram=jnp.stack([jnp.diag(jnp.arange(1.0, 17.0))] * 3), axes=(-2,))}
+    return jc.compress(params, plan, key=jax.random.key(1), stats=stats), plan
 
 
 def test_a_tree_shows_every_format_and_its_static_fields():
