@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jcompress as jc
 from jcompress.prune import keep_largest
-from jcompress.prune.threshold import Count, kth_largest
+from jcompress.prune.threshold import Count, keep_random, kth_largest
 
 
 def kept_by_sort(values, count):
@@ -63,6 +63,47 @@ def test_any_floats_and_any_count(values, count):
     x = np.asarray(values, np.float32)
     (mask,) = keep([jnp.asarray(x)], jnp.uint32(count))
     np.testing.assert_array_equal(np.asarray(mask), kept_by_sort([x], count)[0])
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "constant", "mostly-zero", "infinite"])
+def test_a_choice_among_some_takes_others_only_where_those_are_too_few(kind, rng):
+    values = [jnp.asarray(v) for v in arrays_of(kind, rng)]
+    among = [jnp.asarray(rng.uniform(size=v.shape) < 0.4) for v in values]
+    shown = [np.where(m, np.abs(v), -1.0) for v, m in zip(values, among, strict=True)]
+    n, inside = sum(v.size for v in values), sum(int(m.sum()) for m in among)
+    choose = jax.jit(lambda v, m, k: keep_largest(v, k, among=m, by=jnp.abs))
+    for count in (0, 1, inside // 2, inside - 1, inside, inside + 3, n):
+        expected = kept_by_sort(shown, count)
+        for mask, want in zip(choose(values, among, jnp.uint32(count)), expected, strict=True):
+            np.testing.assert_array_equal(np.ravel(mask), want)
+
+
+def test_a_choice_among_none_takes_the_first():
+    (mask,) = keep_largest([jnp.array([3.0, 1.0, 2.0])], 2, among=[jnp.zeros(3, bool)])
+    assert mask.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(64, 50), (3200,), (4, 8, 100)])
+def test_a_random_draw_is_exact_uniform_and_of_its_key(shape):
+    among = (jnp.arange(3200) % 4 != 0).reshape(shape)
+    draw = jax.jit(lambda key, count: keep_random(among, count, key))
+    masks = np.stack([np.ravel(draw(jax.random.key(i), jnp.uint32(600))) for i in range(400)])
+    assert (masks.sum(1) == 600).all()
+    assert not masks[:, ~np.ravel(among)].any()
+    # Each of 2400 is drawn a quarter of the time: a binomial count of 400 draws, mean 100, variance 75 (a chi-square).
+    often = masks[:, np.ravel(among)].sum(0)
+    assert abs(((often - 100.0) ** 2 / 75).mean() - 1) < 4 * (2 / 2400) ** 0.5
+    # Neighbours are drawn as often together as apart; so are the draws of neighbouring keys.
+    centred = masks[:, np.ravel(among)] - 0.25
+    for a, b in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
+        assert abs((a * b).mean()) < 6 * 0.1875 / a.size**0.5 + 0.1875 / 600
+    assert (masks[0] != masks[1]).any()
+
+
+def test_a_random_draw_of_too_many_takes_others_too():
+    mask = keep_random(jnp.array([False, True, False, True]), 3, jax.random.key(0))
+    assert mask.tolist() == [True, True, False, True]
+    assert not keep_random(jnp.ones(5, bool), 0, jax.random.key(0)).any()
 
 
 def test_nan_counts_as_largest():

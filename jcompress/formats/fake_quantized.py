@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -123,7 +124,7 @@ class FakeQuantized(Compressed):
         )  # fmt: skip
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def stepped(
     v: jax.Array, scale: jax.Array, bits: int, axes: tuple[int, ...] = (), group_size: int | None = None
 ) -> jax.Array:
@@ -134,24 +135,38 @@ def stepped(
 
 
 def _stepped_forward(v: jax.Array, scale: jax.Array, *how: Any) -> tuple[jax.Array, tuple]:
-    value = stepped(v, scale, *how)
-    return value, (v, scale, value)
+    return stepped(v, scale, *how), (v, scale)
 
 
 def _stepped_backward(bits: int, axes: tuple[int, ...], group_size: int | None, saved: tuple, g: jax.Array) -> tuple:
-    v, scale, value = saved
+    v, scale = saved
     n, p = ends(bits, signed=True)
-    u = v / spread(scale, v, group_size)
-    inside = (u > -n) & (u < p)
-    slope = _summed(g * (value - jnp.where(inside, v, 0.0)), axes, group_size) / scale
-    return jnp.where(inside, g, 0.0), slope * _gradient_factor(v, scale, p)
+    wide = spread(scale, v, group_size)
+
+    def within(u: jax.Array) -> jax.Array:
+        return (u > -n) & (u < p)
+
+    def slope(v: jax.Array, g: jax.Array, wide: jax.Array) -> jax.Array:
+        u = v / wide
+        return g * (wide * jnp.clip(jnp.round(u), -n, p) - jnp.where(within(u), v, 0.0))
+
+    if group_size is None and axes == (-2,):
+        total = _down(slope, v, g, scale)
+    else:
+        total = pool(slope(v, g, wide), axes, group_size, jnp.add, 0.0)
+    return jnp.where(within(v / wide), g, 0.0), total / scale * _gradient_factor(v, scale, p)
 
 
-def _summed(x: jax.Array, axes: tuple[int, ...], group_size: int | None) -> jax.Array:
-    """The sum over what shares a scale. XLA's CPU would fuse ``x`` into a reduction and walk it column by column."""
-    if group_size is not None or axes != (-2,):
-        return pool(x, axes, group_size, jnp.add, 0.0)
-    several = jnp.ones((4, x.shape[-2]), x.dtype)  # a product with one row would be such a reduction again
+def _down(slope: Callable[..., jax.Array], v: jax.Array, g: jax.Array, scale: jax.Array) -> jax.Array:
+    """The sum of slopes along axis -2: rows a few at a time as they are computed, and a product for the rest.
+
+    A reduction would do, but XLA's CPU fuses what is computed into it and then walks it column by column.
+    """
+    *lead, rows, columns = v.shape
+    few = next(size for size in (8, 4, 2, 1) if rows % size == 0)
+    vs, gs = (x.reshape(*lead, rows // few, few, columns) for x in (v, g))
+    x = functools.reduce(jnp.add, (slope(vs[..., i, :], gs[..., i, :], scale) for i in range(few)))
+    several = jnp.ones((4, rows // few), x.dtype)  # a product with one row would be such a reduction again
     return jnp.matmul(several, x, precision=jax.lax.Precision.HIGHEST)[..., :1, :]
 
 

@@ -8,8 +8,10 @@ bit pattern evenly where it does not, so the search always ends, and ends exactl
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,15 @@ def _reduce(operands: Sequence[jax.Array], start: Sequence[jax.Array], combine: 
         return [f(x, y) for f, x, y in zip(combine, a, b, strict=True)]
 
     return lax.reduce(list(operands), list(start), step, tuple(range(operands[0].ndim)))
+
+
+def count_true(mask: jax.Array) -> jax.Array:
+    """How many are True, as a uint32 scalar.
+
+    One of two sums of the same read: the sum alone XLA would, on a CPU, take of 32-bit integers that it writes out.
+    """
+    flags = mask.astype(jnp.uint32)
+    return lax.optimization_barrier(_reduce([flags, 1 - flags], [jnp.uint32(0)] * 2, [lax.add] * 2))[0]
 
 
 class _Search(NamedTuple):
@@ -168,13 +179,35 @@ def _search(
     return lax.while_loop(is_open, narrow, start)
 
 
-def _count_reaching(scores: Sequence[jax.Array], probes: list[jax.Array]) -> list[Count]:
-    """How many scores reach each probe. The barrier keeps XLA from hoisting the keys into a copy."""
+class _Values(NamedTuple):
+    """Values of one leaf that are not in memory: ``rank(*arrays)`` are unsigned integers, the wanted ones largest.
+
+    Values that are not among those to choose from rank 0, which no other does. ``among`` says which they are.
+    """
+
+    rank: Callable[..., jax.Array]
+    arrays: tuple[jax.Array, ...]
+    shape: tuple[int, ...]
+    among: jax.Array | None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def bits(self, *later_than: jax.Array) -> jax.Array:
+        """The ranks, computed anew and not before ``later_than`` are known: shared, they would be written out."""
+        arrays = lax.optimization_barrier((*self.arrays, *later_than))[: len(self.arrays)]
+        return self.rank(*arrays)
+
+
+def _count_reaching(values: Sequence[_Values], probes: list[jax.Array]) -> list[Count]:
+    """How many ranks reach each probe. The barrier keeps XLA from hoisting the ranks into a copy."""
     counts = []
-    for x in scores:
-        x, *held = lax.optimization_barrier((x, *probes))
-        bits = ordered_bits(x)
-        flags = [(bits >= probe).astype(jnp.uint32) for probe in held]
+    for x in values:
+        number = len(x.arrays)
+        held = lax.optimization_barrier((*x.arrays, *probes))
+        bits = x.rank(*held[:number])
+        flags = [(bits >= probe).astype(jnp.uint32) for probe in held[number:]]
         counts.append(_reduce(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
     return [Count.total(column) for column in zip(*counts, strict=True)]
 
@@ -185,41 +218,85 @@ def _common_float(scores: Sequence[jax.Array]) -> list[jax.Array]:
     return [x.astype(dtype) for x in scores]
 
 
-def _start(scores: Sequence[jax.Array], total: Count) -> tuple[_Search, jax.Array, jax.Array]:
+def _floats(
+    scores: Sequence[jax.Array], among: Sequence[jax.Array] | None, by: Callable[[jax.Array], jax.Array] | None
+) -> list[_Values]:
+    """What ranks floats, of ``among`` where that is given, as their bits do."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        return ordered_bits(x if by is None else by(x))
+
+    def bits_among(x: jax.Array, mask: jax.Array) -> jax.Array:
+        found = bits(x)
+        return jnp.where(mask, found, jnp.zeros_like(found))
+
+    scores = _common_float(scores)
+    if among is None:
+        return [_Values(bits, (x,), x.shape, None) for x in scores]
+    return [_Values(bits_among, (x, mask), x.shape, mask) for x, mask in zip(scores, among, strict=True)]
+
+
+def _start(values: Sequence[_Values], wanted: Count, dtype: Any) -> tuple[_Search, jax.Array, jax.Array]:
     """One read: the bracket from the smallest to the largest, and mean and deviation of the bits between."""
-    dtype = scores[0].dtype
     one, mantissa = ordered_bits(jnp.ones((), dtype)), float(1 << jnp.finfo(dtype).nmant)
     top = (1 << 8 * dtype.itemsize) - 1
     start = [jnp.float32(0), jnp.float32(0), jnp.zeros_like(one), jnp.full_like(one, top)]
     combine = [lax.add, lax.add, lax.max, lax.min]
     rows = []
-    for x in scores:
-        bits = ordered_bits(x)
+    for x in values:
+        bits = x.bits()
         above, below = (bits - one).astype(jnp.float32), (one - bits).astype(jnp.float32)
-        place = jnp.where(bits >= one, above, -below) / mantissa
-        rows.append(_reduce([place, place * place, bits, bits], start, combine))
+        place, least = jnp.where(bits >= one, above, -below) / mantissa, bits
+        if x.among is not None:
+            place, least = jnp.where(x.among, place, 0.0), jnp.where(x.among, bits, jnp.full_like(bits, top))
+        rows.append(_reduce([place, place * place, bits, least], start, combine))
     sums, squares, largest, smallest = (jnp.stack(column) for column in zip(*rows, strict=True))
+    total = _total(values)
     n = jnp.maximum(total.minus(Count.of(0)), 1.0)
     mean = sums.sum() / n
     deviation = jnp.sqrt(jnp.maximum(squares.sum() / n - mean**2, 1e-12))
-    search = _Search(
-        low=jnp.min(smallest), low_count=total, high=jnp.max(largest) + 1, high_count=Count.of(0),
-        margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(1),
-    )  # fmt: skip
+    search = _bracket(values, wanted, jnp.min(smallest), jnp.max(largest))
     centre = jnp.where(
         one >= search.low, (one - search.low).astype(jnp.float32), -(search.low - one).astype(jnp.float32)
     )
     return search, centre + mean * mantissa, deviation * mantissa
 
 
-def kth_largest(scores: Sequence[jax.Array], wanted: Count) -> _Search:
+def _total(values: Sequence[_Values]) -> Count:
+    """How many there are to choose from."""
+    return Count.total([jnp.uint32(x.size) if x.among is None else count_true(x.among) for x in values])
+
+
+def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, largest: jax.Array) -> _Search:
+    """From the smallest to the largest of those to choose from, or all that rank 0 where those are too few."""
+    total = _total(values)
+    enough = total.reaches(wanted) & total.reaches(Count.of(1))
+    none, everything = Count.of(0), Count.of(sum(x.size for x in values))
+    return _Search(
+        low=jnp.where(enough, smallest, 0), low_count=_pick(enough, total, everything),
+        high=jnp.where(enough, largest, 0) + 1, high_count=_pick(enough, none, total),
+        margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(1),
+    )  # fmt: skip
+
+
+def kth_largest(
+    scores: Sequence[jax.Array],
+    wanted: Count,
+    *,
+    among: Sequence[jax.Array] | None = None,
+    by: Callable[[jax.Array], jax.Array] | None = None,
+) -> _Search:
     """Search for the ``wanted``-th largest of all ``scores`` together; ``.low`` is its ordered bits.
 
     The first probes lie where the threshold would be if the ordered bits were normally distributed: the bits
     are close to a logarithm, and the logarithm of a weight's magnitude nearly is.
     """
-    total, scores = Count.of(sum(x.size for x in scores)), _common_float(scores)
-    start, centre, deviation = _start(scores, total)
+    return _kth_float(_floats(scores, among, by), wanted, jnp.result_type(*(x.dtype for x in scores)))
+
+
+def _kth_float(values: Sequence[_Values], wanted: Count, dtype: Any) -> _Search:
+    start, centre, deviation = _start(values, wanted, dtype)
+    total = start.low_count
 
     def normal(count: Count) -> jax.Array:
         """Deviations from the mean that so many of a normal distribution reach, the more the fewer; negated."""
@@ -229,16 +306,25 @@ def kth_largest(scores: Sequence[jax.Array], wanted: Count) -> _Search:
 
     z = -normal(wanted)
     guess = _increasing(start.low, start.high, [centre + (z + side) * deviation for side in (-1, -0.25, 0, 0.25, 1)])
-    first = _narrow(start, guess, _count_reaching(scores, guess), wanted)
-    return _search(lambda probes: _count_reaching(scores, probes), first, wanted, normal)
+    first = _narrow(start, guess, _count_reaching(values, guess), wanted)
+    return _search(lambda probes: _count_reaching(values, probes), first, wanted, normal)
 
 
-def keep_largest(scores: Sequence[jax.Array], count: int | jax.Array) -> list[jax.Array]:
+def keep_largest(
+    scores: Sequence[jax.Array],
+    count: int | jax.Array,
+    *,
+    among: Sequence[jax.Array] | None = None,
+    by: Callable[[jax.Array], jax.Array] | None = None,
+) -> list[jax.Array]:
     """Masks that keep exactly ``count`` of all ``scores`` together, the largest; ties go to the lower index.
 
     Args:
       scores: float arrays of any shapes and float dtypes, compared with one another. NaN counts as largest.
       count: how many to keep, from 0 to the number of scores. May be traced.
+      among: boolean arrays in the shapes of ``scores``: others are kept only where these are too few.
+      by: what to compare instead of the scores, entry by entry and in their dtype, such as ``jnp.abs``. It is computed
+        whenever a score is read, and never written out.
 
     Returns:
       Boolean masks in the shapes of ``scores``; the order of indices is that of the list, then C order.
@@ -246,33 +332,85 @@ def keep_largest(scores: Sequence[jax.Array], count: int | jax.Array) -> list[ja
     Memory beyond the masks is constant, time is a few reads of the scores, and under sharding only scalars cross
     devices.
     """
+    _check_sizes(scores)
+    if not sum(x.size for x in scores):
+        return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
+    return _keep(list(scores), None if among is None else list(among), Count.of(count), by)
+
+
+def _check_sizes(scores: Sequence[jax.Array]) -> None:
     for x in scores:
         if x.size >= 1 << 32:
             raise ValueError(
                 f"an array of {x.size} scores is too large to count in 32 bits; treat its layers apart with jc.stacked"
             )
-    if not sum(x.size for x in scores):
-        return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
-    return _keep(list(scores), Count.of(count))
+
+
+def keep_random(among: jax.Array, count: int | jax.Array, key: jax.Array) -> jax.Array:
+    """A mask of exactly ``count`` entries, drawn from those where ``among`` is True.
+
+    Every entry gets a random rank when it is read, a function of its index and the key that gives no rank twice, so
+    nothing but the mask is written out. The ranks are good to draw with, and not a cryptographic shuffle.
+
+    Args:
+      among: booleans of any shape; others are drawn only where these are too few, the first by index.
+      count: how many to draw. May be traced.
+      key: a PRNG key.
+
+    Returns:
+      A boolean mask in the shape of ``among``.
+    """
+    _check_sizes([among])
+    return _draw(among, Count.of(count), key) if among.size else jnp.zeros(among.shape, jnp.bool_)
+
+
+@functools.partial(jax.jit, static_argnames="by")
+def _keep(
+    scores: list[jax.Array],
+    among: list[jax.Array] | None,
+    wanted: Count,
+    by: Callable[[jax.Array], jax.Array] | None,
+) -> list[jax.Array]:
+    """Compiled once for each set of shapes, also where it is called outside ``jit``."""
+    values = _floats(scores, among, by)
+    return _masks(values, _kth_float(values, wanted, jnp.result_type(*(x.dtype for x in scores))), wanted)
 
 
 @jax.jit
-def _keep(scores: list[jax.Array], wanted: Count) -> list[jax.Array]:
-    """Compiled once for each set of shapes, also where it is called outside ``jit``."""
-    scores = _common_float(scores)
-    found = kth_largest(scores, wanted)
-    # The threshold itself is kept whole where the count came out exactly, else as far as the count allows.
+def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+
+    def rank(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+        mixed = _mixed(_mixed(_falling_rank(mask.shape, first)) + second)
+        return jnp.where(mask, jnp.clip(mixed, jnp.uint32(1), jnp.uint32(_LAST)), jnp.uint32(0))
+
+    values = [_Values(rank, (among, first, second), among.shape, among)]
+    start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_LAST))
+    start = start._replace(margin=jnp.float32(0.0))
+    found = _search(
+        lambda probes: _count_reaching(values, probes), start, wanted, lambda count: count.minus(Count.of(0))
+    )
+    return _masks(values, found, wanted)[0]
+
+
+_LAST = (1 << 32) - 2
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A bijection of 32-bit integers in which every bit of the input moves half of those of the output."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def _masks(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
+    """What reaches the threshold. That itself is kept whole where the count came out exactly, else in part."""
     left, masks = wanted.left_after(_pick(found.low_count.equals(wanted), Count.of(0), found.high_count)), []
-    for x in scores:
-        # The bits are computed anew for each of the two comparisons; shared, they would be written out.
-        ties, left = _first(_bits_after(x, found.low) == found.low, left)
-        masks.append((_bits_after(x, ties) > found.low) | ties)
+    for x in values:
+        # The ranks are computed anew for each of the two comparisons; shared, they would be written out.
+        ties, left = _first(x.bits(found.low) == found.low, left)
+        masks.append((x.bits(ties) > found.low) | ties)
     return masks
-
-
-def _bits_after(x: jax.Array, earlier: jax.Array) -> jax.Array:
-    """The ordered bits, not computed before ``earlier`` is known."""
-    return ordered_bits(lax.optimization_barrier((x, earlier))[0])
 
 
 def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:

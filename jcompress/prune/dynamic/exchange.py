@@ -39,7 +39,11 @@ class SET:
     def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
         """The new masks."""
         fraction = core.value_at(self.fraction, found[0].step) if found else 0
-        return [_exchanged(leaf, leaves.uniform(leaf), fraction) for leaf in found], memory
+        grown = []
+        for leaf in found:
+            survivors, number = _dropped(leaf, fraction)
+            grown.append(leaves.grow_random(survivors, leaf.key, number))
+        return grown, memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +78,14 @@ class RigL:
     def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
         """The new masks."""
         fraction = self.fraction_at(found[0].step) if found else 0
-        return [_exchanged(leaf, jnp.abs(leaf.grad), fraction) for leaf in found], memory
+        grown = []
+        for leaf in found:
+            survivors, number = _dropped(leaf, fraction)
+            grown.append(leaves.grow_largest(survivors, leaf.grad, number))
+        return grown, memory
 
 
-def _exchanged(leaf: Leaf, scores: jax.Array, fraction: Any) -> jax.Array:
+def _dropped(leaf: Leaf, fraction: Any) -> tuple[jax.Array, jax.Array]:
+    """What is left of the active weights, and how many were dropped."""
     number = leaves.part(leaf.mask, fraction)
-    return leaves.grow_largest(leaves.drop_smallest(leaf, number), scores, number)
+    return leaves.drop_smallest(leaf, number), number

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from jcompress.prune.threshold import keep_largest
+from jcompress.prune.threshold import count_true, keep_largest, keep_random
 
 
 class Leaf(NamedTuple):
     """What is known about a leaf when its mask may change.
 
     Attributes:
-      w: the weights, exactly 0.0 where the mask is False.
+      w: the weights; exactly 0.0 where the mask is False, after any step of training.
       mask: True for the weights that are active.
       grad: the dense gradient, also of weights that are not active.
       momentum: the moving average of dense gradients, or None if the rule reads none.
@@ -45,41 +45,26 @@ class Rule(Protocol):
         ...
 
 
-def count(mask: jax.Array) -> jax.Array:
-    """How many are True, as a uint32 scalar."""
-    return jnp.sum(mask, dtype=jnp.uint32)
-
-
 def part(mask: jax.Array, fraction: Any) -> jax.Array:
     """``floor(fraction * count)`` of a mask, as a uint32 scalar no larger than the count."""
-    total = count(mask)
+    total = count_true(mask)
     wanted = jnp.floor(jnp.asarray(fraction, jnp.float32) * total.astype(jnp.float32))
     return jnp.minimum(jnp.maximum(wanted, 0).astype(jnp.uint32), total)
 
 
-def uniform(leaf: Leaf) -> jax.Array:
-    """Random scores, sharded as the weights are."""
-    return jnp.zeros_like(leaf.w, jnp.float32) + jax.random.uniform(leaf.key, leaf.w.shape)
-
-
-def keep(scores: jax.Array, among: jax.Array, number: jax.Array) -> jax.Array:
-    """The ``number`` of the largest scores where ``among`` is True; ties go to the lower index."""
-    scores = scores.astype(jnp.float32)
-    return keep_largest([jnp.where(among, _above_none(scores), -jnp.inf)], number)[0]
-
-
-def _above_none(scores: jax.Array) -> jax.Array:
-    return jnp.maximum(scores, jnp.finfo(jnp.float32).min)
-
-
 def drop_smallest(leaf: Leaf, number: jax.Array) -> jax.Array:
     """The active weights without the ``number`` of smallest magnitude."""
-    return keep(jnp.abs(leaf.w), leaf.mask, count(leaf.mask) - number)
+    return keep_largest([leaf.w], count_true(leaf.mask) - number, among=[leaf.mask], by=jnp.abs)[0]
 
 
-def grow_largest(survivors: jax.Array, scores: jax.Array, number: jax.Array) -> jax.Array:
-    """The survivors and the ``number`` of other weights whose scores are largest."""
-    return survivors | keep(scores, ~survivors, number)
+def grow_largest(survivors: jax.Array, values: jax.Array, number: jax.Array) -> jax.Array:
+    """The survivors and the ``number`` of other weights whose values are largest in magnitude."""
+    return survivors | keep_largest([values], number, among=[~survivors], by=jnp.abs)[0]
+
+
+def grow_random(survivors: jax.Array, key: jax.Array, number: jax.Array) -> jax.Array:
+    """The survivors and ``number`` of the other weights, drawn at random."""
+    return survivors | keep_random(~survivors, number, key)
 
 
 def apportion(total: jax.Array, shares: jax.Array, room: jax.Array) -> jax.Array:

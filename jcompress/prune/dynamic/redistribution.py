@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.prune.dynamic import leaves
 from jcompress.prune.dynamic.leaves import Leaf
+from jcompress.prune.threshold import count_true
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,10 @@ class SparseMomentum:
             return [], memory
         fraction = core.value_at(self.fraction, found[0].step)
         survivors = [leaves.drop_smallest(leaf, leaves.part(leaf.mask, fraction)) for leaf in found]
-        sizes = [jnp.abs(_momentum(leaf)) for leaf in found]
-        shares = [_mean(size, leaf.mask) for size, leaf in zip(sizes, found, strict=True)]
-        return _regrown(found, survivors, sizes, jnp.stack(shares)), memory
+        momenta = [_momentum(leaf) for leaf in found]
+        shares = [_mean(jnp.abs(m), leaf.mask) for m, leaf in zip(momenta, found, strict=True)]
+        numbers = _shared_out(found, survivors, jnp.stack(shares))
+        return [leaves.grow_largest(*args) for args in zip(survivors, momenta, numbers, strict=True)], memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +72,14 @@ class DSR:
         if not found:
             return [], memory
         survivors = [leaf.mask & (jnp.abs(leaf.w).astype(jnp.float32) >= memory) for leaf in found]
-        active = jnp.sum(jnp.stack([leaves.count(leaf.mask) for leaf in found])).astype(jnp.float32)
-        remaining = jnp.stack([leaves.count(x) for x in survivors]).astype(jnp.float32)
+        active = jnp.sum(jnp.stack([count_true(leaf.mask) for leaf in found])).astype(jnp.float32)
+        remaining = jnp.stack([count_true(x) for x in survivors]).astype(jnp.float32)
         share = (active - jnp.sum(remaining)) / jnp.maximum(active, 1)
         fraction = core.value_at(self.fraction, found[0].step)
         factor = jnp.where(share < fraction * (1 - self.tolerance), 2.0, 1.0)
         factor = jnp.where(share > fraction * (1 + self.tolerance), 0.5, factor)
-        return _regrown(found, survivors, [leaves.uniform(leaf) for leaf in found], remaining), memory * factor
+        numbers, keys = _shared_out(found, survivors, remaining), [leaf.key for leaf in found]
+        return [leaves.grow_random(*args) for args in zip(survivors, keys, numbers, strict=True)], memory * factor
 
 
 def _momentum(leaf: Leaf) -> jax.Array:
@@ -87,15 +90,12 @@ def _momentum(leaf: Leaf) -> jax.Array:
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
     total = jnp.sum(jnp.where(where, x, 0), dtype=jnp.float32)
-    return total / jnp.maximum(leaves.count(where).astype(jnp.float32), 1)
+    return total / jnp.maximum(count_true(where).astype(jnp.float32), 1)
 
 
-def _regrown(
-    found: Sequence[Leaf], survivors: list[jax.Array], scores: list[jax.Array], shares: jax.Array
-) -> list[jax.Array]:
-    """As many weights as were dropped in all, shared out over the leaves."""
-    left = jnp.stack([leaves.count(x) for x in survivors])
-    before = jnp.stack([leaves.count(leaf.mask) for leaf in found])
+def _shared_out(found: Sequence[Leaf], survivors: list[jax.Array], shares: jax.Array) -> list[jax.Array]:
+    """How many each leaf is to grow, of as many as were dropped in all."""
+    left = jnp.stack([count_true(x) for x in survivors])
+    before = jnp.stack([count_true(leaf.mask) for leaf in found])
     room = jnp.array([x.size for x in survivors], jnp.uint32) - left
-    grown = leaves.apportion(jnp.sum(before - left, dtype=jnp.uint32), shares, room)
-    return [leaves.grow_largest(*args) for args in zip(survivors, scores, grown, strict=True)]
+    return list(leaves.apportion(jnp.sum(before - left, dtype=jnp.uint32), shares, room))

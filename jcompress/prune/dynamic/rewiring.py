@@ -13,7 +13,7 @@ from jcompress.core import PyTree
 from jcompress.prune.dynamic import leaves, moments
 from jcompress.prune.dynamic.held import Masks, initial, lay, moved
 from jcompress.prune.select import Scope
-from jcompress.prune.threshold import keep_largest
+from jcompress.prune.threshold import count_true, keep_largest
 from jcompress.rules import Plan
 
 
@@ -118,7 +118,7 @@ def _walk(
 def _reactivated(state: RewiringState, alive: dict[str, jax.Array], scope: Scope) -> dict[str, jax.Array]:
     """As many masks True as before, what is missing drawn at random."""
     scores = {path: jnp.where(x, 2.0, jax.random.uniform(_key(state, path, 1), x.shape)) for path, x in alive.items()}
-    numbers = [leaves.count(state.masks[path]) for path in alive]
+    numbers = [count_true(state.masks[path]) for path in alive]
     if scope == "global" and alive:
         chosen = keep_largest(list(scores.values()), sum(numbers[1:], numbers[0]))
     else:

@@ -107,7 +107,8 @@ def sparse(
         raw = updates if grads is None else grads
         extra = extra if grads is None else {**extra, "grads": grads}
         momentum = _averaged(state.momentum, _by_path(params, raw), decay)
-        new, active, memory = _changed(rule, every, state._replace(momentum=momentum), params, raw)
+        new, memory = _changed(rule, every, state._replace(momentum=momentum), params, raw)
+        active = new if new is state.masks else {path: mask & new[path] for path, mask in state.masks.items()}
         # Before the optimizer, not after: one that works weight by weight leaves a fresh entry as it is under a
         # gradient of zero, and it can write over its state only if what it moves by is what it keeps.
         fresh = moments.reset(tx.init, state.inner, params, active)
@@ -137,17 +138,17 @@ def _onto(params: PyTree, updates: PyTree, active: Masks) -> PyTree:
 
 def _changed(
     rule: Rule, every: int, state: SparseState, params: PyTree, grads: PyTree
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array], PyTree]:
-    """The masks after this step, those of the weights active before as well, and the memory."""
+) -> tuple[dict[str, jax.Array], PyTree]:
+    """The masks after this step, and the memory."""
     if isinstance(rule, Static) or not state.masks:
-        return state.masks, state.masks, state.memory
+        return state.masks, state.memory
     weights, gradients = dict(rules.paths(params)), _by_path(params, grads)
     key = jax.random.fold_in(state.key, state.steps)
 
-    def anew() -> tuple[dict[str, jax.Array], dict[str, jax.Array], PyTree]:
+    def anew() -> tuple[dict[str, jax.Array], PyTree]:
         found = [
             Leaf(
-                w=jnp.where(mask, weights[path], jnp.zeros_like(weights[path])),
+                w=weights[path],
                 mask=mask,
                 grad=gradients[path],
                 momentum=state.momentum.get(path),
@@ -157,8 +158,7 @@ def _changed(
             for path, mask in state.masks.items()
         ]
         chosen, memory = rule(found, state.memory)
-        new = dict(zip(state.masks, chosen, strict=True))
-        return new, {path: mask & new[path] for path, mask in state.masks.items()}, memory
+        return dict(zip(state.masks, chosen, strict=True)), memory
 
     due = (state.steps % every == 0) & (state.steps > 0)
-    return jax.lax.cond(due, anew, lambda: (state.masks, state.masks, state.memory))
+    return jax.lax.cond(due, anew, lambda: (state.masks, state.memory))
