@@ -62,13 +62,15 @@ def picture(rows: Sequence[Row], kind: str, path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in rows))
+    measured = {row["way"] for row in rows}
+    families = {name: ways for name, ways in FAMILIES.items() if measured & set(ways)}
     figure, grid = plt.subplots(
-        len(models), len(FAMILIES), figsize=(4.6 * len(FAMILIES), 3.6 * len(models)), sharey="row", squeeze=False
+        len(models), len(families), figsize=(4.6 * len(families), 3.6 * len(models)), sharey="row", squeeze=False
     )
     for line, model in zip(grid, models, strict=True):
         mine = [row for row in rows if row["model"] == model]
         found = cells(mine, kind)
-        for axes, (family, ways) in zip(line, FAMILIES.items(), strict=True):
+        for axes, (family, ways) in zip(line, families.items(), strict=True):
             _panel(axes, found, ways)
             axes.set_title(f"{model}: {family}", fontsize=9)
             axes.set_xlabel("weights kept, percent")
