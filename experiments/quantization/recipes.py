@@ -26,15 +26,15 @@ class Recipe:
 
     Attributes:
       group: the method, which gives the colour in the picture.
-      rules: ordered pairs of a pattern and a method, as for ``jcompress.plan``; or a function that gives a plan from
-        the parameters and the statistics of kernels.
+      rules: ordered pairs of a pattern and a method, as for ``jcompress.plan``; or a function that gives a plan for
+        a :class:`Calibration`.
       sequential: whether each layer is fitted after those before it, to what they give once compressed.
       corrected: whether biases make up for the shift of mean outputs.
       training: how kernels, scales, biases and norms are trained afterwards; None for not at all.
     """
 
     group: str
-    rules: Rules | Callable[[PyTree, Any], jc.Plan]
+    rules: Rules | Callable[[Calibration], jc.Plan]
     sequential: bool = False
     corrected: bool = False
     training: selfdistill.Training | None = None
@@ -71,10 +71,20 @@ class Calibration:
             self._found[names] = jc.calibrate(self.encoder, self.params, self.batches, kernels, statistics=names)
         return self._found.get(names)
 
+    def turned(self, batches: int) -> jc.budget.Measure:
+        """How far one compressed leaf turns the embeddings: one minus the mean cosine to those of the dense model."""
+        with jax.default_matmul_precision("highest"):
+            few = [(*x, self.encoder(self.params, *x)) for x in self.batches[:batches]]
+
+        def loss(params: PyTree, batches: Any) -> jax.Array:
+            return jnp.stack([1 - (self.encoder(params, x, mask) * z).sum(-1).mean() for x, mask, z in batches]).mean()
+
+        return jc.budget.loss_change(loss, self.params, few)
+
     def compress(self, recipe: Recipe, key: jax.Array) -> PyTree:
         """The compressed tree, before any training."""
         rules = recipe.rules
-        plan = rules(self.params, self.stats(["stats.gram"])) if callable(rules) else jc.plan(self.params, rules)
+        plan = rules(self) if callable(rules) else jc.plan(self.params, rules)
         if recipe.sequential:
             return jc.trace.compress_sequentially(self.encoder, self.params, self.batches, plan, key=key)
         tree = jc.compress(self.params, plan, key=key, stats=self.stats(core.needs(*filter(None, plan.values()))))

@@ -237,29 +237,44 @@ def _floats(
 
 
 def _start(values: Sequence[_Values], wanted: Count, dtype: Any) -> tuple[_Search, jax.Array, jax.Array]:
-    """One read: the bracket from the smallest to the largest, and mean and deviation of the bits between."""
-    one, mantissa = ordered_bits(jnp.ones((), dtype)), float(1 << jnp.finfo(dtype).nmant)
-    top = (1 << 8 * dtype.itemsize) - 1
-    start = [jnp.float32(0), jnp.float32(0), jnp.zeros_like(one), jnp.full_like(one, top)]
-    combine = [lax.add, lax.add, lax.max, lax.min]
+    """One read: the bracket from the smallest to the largest, and mean and deviation of the bits between.
+
+    Mean and deviation are those of the exponents of some 30,000 values, drawn by a hash of their index. They only
+    place the first probes, and their sums are of integers: a sum of floats has an order, which makes a read slow.
+    """
+    one, mantissa = ordered_bits(jnp.ones((), dtype)), jnp.finfo(dtype).nmant
+    top, lowest = (1 << 8 * dtype.itemsize) - 1, (one >> mantissa).astype(jnp.int32) - _OCTAVES // 2
+    start = [jnp.uint32(0), jnp.uint32(0), jnp.uint32(0), jnp.zeros_like(one), jnp.full_like(one, top)]
+    combine = [lax.add, lax.add, lax.add, lax.max, lax.min]
+    rare = max(sum(x.size for x in values) // _SAMPLE, 1).bit_length() - 1
     rows = []
     for x in values:
-        bits = x.bits()
-        above, below = (bits - one).astype(jnp.float32), (one - bits).astype(jnp.float32)
-        place, least = jnp.where(bits >= one, above, -below) / mantissa, bits
+        bits = least = x.bits()
+        drawn = _drawn(x.shape, rare)
         if x.among is not None:
-            place, least = jnp.where(x.among, place, 0.0), jnp.where(x.among, bits, jnp.full_like(bits, top))
-        rows.append(_reduce([place, place * place, bits, least], start, combine))
-    sums, squares, largest, smallest = (jnp.stack(column) for column in zip(*rows, strict=True))
-    total = _total(values)
-    n = jnp.maximum(total.minus(Count.of(0)), 1.0)
-    mean = sums.sum() / n
-    deviation = jnp.sqrt(jnp.maximum(squares.sum() / n - mean**2, 1e-12))
+            drawn, least = drawn & x.among, jnp.where(x.among, bits, jnp.full_like(bits, top))
+        octave = jnp.clip((bits >> mantissa).astype(jnp.int32) - lowest, 0, _OCTAVES).astype(jnp.uint32)
+        octave = jnp.where(drawn, octave, jnp.uint32(0))
+        rows.append(_reduce([drawn.astype(jnp.uint32), octave, octave * octave, bits, least], start, combine))
+    count, octaves, squares, largest, smallest = (jnp.stack(column) for column in zip(*rows, strict=True))
+    n = jnp.maximum(jnp.sum(count), 1).astype(jnp.float32)
+    # The middle of an octave, from which its values are a twelfth of a squared octave away.
+    mean = jnp.sum(octaves).astype(jnp.float32) / n + 0.5
+    deviation = jnp.sqrt(jnp.maximum(jnp.sum(squares).astype(jnp.float32) / n - (mean - 0.5) ** 2, 0.0) + 1 / 12)
     search = _bracket(values, wanted, jnp.min(smallest), jnp.max(largest))
-    centre = jnp.where(
-        one >= search.low, (one - search.low).astype(jnp.float32), -(search.low - one).astype(jnp.float32)
-    )
-    return search, centre + mean * mantissa, deviation * mantissa
+    # In bits above the low end; that of bits of 16 is far below 2**24, that of 32 is known to a few octaves anyway.
+    centre = (mean + lowest) * float(1 << mantissa) - search.low.astype(jnp.float32)
+    return search, centre, deviation * float(1 << mantissa)
+
+
+_OCTAVES, _SAMPLE = 255, 1 << 15
+
+
+def _drawn(shape: tuple[int, ...], rare: int) -> jax.Array:
+    """True for about one entry in ``2**rare``, spread evenly over the indices (multiplicative hashing)."""
+    if rare == 0:
+        return jnp.ones(shape, jnp.bool_)
+    return (_falling_rank(shape, jnp.uint32(0)) * jnp.uint32(0x9E3779B1)) >> (32 - rare) == 0
 
 
 def _total(values: Sequence[_Values]) -> Count:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 import jcompress as jc
 from experiments.quantization import selfdistill
-from experiments.quantization.recipes import KERNELS, TABLES, Recipe
+from experiments.quantization.recipes import KERNELS, TABLES, Calibration, Recipe
 
 Int = jc.quantize.Int
 HALF = jc.quantize.Float("float16")
@@ -68,27 +68,28 @@ def kmeans(bits: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """2, 3, 4 or 6 bits for each kernel, by GPTQ, for the least sum of relative output errors at so many on average.
+    """2, 3, 4 or 6 bits for each kernel and table, for the least sum of errors at the bytes of one width for all.
 
-    The errors are those of rounding, which are quick to know.
+    The options are what the rows of one width do, GPTQ for kernels. The error of one is how far the embeddings of
+    unlabelled sentences turn when it alone is compressed.
     """
 
-    bits: float
-    tables: int
+    width: int
+    widths: tuple[int, ...] = (2, 3, 4, 6)
+    batches: int = 2
 
-    def __call__(self, params: Any, stats: Any) -> jc.Plan:
-        sizes = {path: x.size for path, x in jc.paths(params) if path in stats}
-        widths = (2, 3, 4, 6)
-        plans = {str(n): jc.plan(params, recipe("", affine_grid(n), None).rules) for n in widths}
-        relative = jc.budget.measure_of("relative", stats)
+    def __call__(self, calibration: Calibration) -> jc.Plan:
+        params, stats = calibration.params, calibration.stats(["stats.gram"])
+        plans = {str(n): jc.plan(params, recipe("", gptq(n), table(n)).rules) for n in self.widths}
+        turned = calibration.turned(self.batches)
 
         def error(path: str, dense: Any, found: Any) -> float:
-            return float(relative(path, dense, found)) if path in sizes else 0.0
+            # A small leaf, of one cost under all plans, need not be measured.
+            return float(turned(path, dense, found)) if dense.ndim > 1 else 0.0
 
-        options = jc.budget.options(params, plans, measure=error)
-        fixed = sum(min(cost.values()) for path, cost in options.costs.items() if path not in sizes)
-        best = {str(n): jc.plan(params, recipe("", gptq(n), table(self.tables)).rules) for n in widths}
-        return jc.budget.allocate(best, options.errors, options.costs, fixed + self.bits * sum(sizes.values()))
+        found = jc.budget.options(params, plans, measure=error, stats=stats)
+        budget = sum(costs[str(self.width)] for costs in found.costs.values())
+        return jc.budget.allocate(plans, found.errors, found.costs, budget)
 
 
 def recipes(params: Any) -> dict[str, Recipe]:
@@ -109,8 +110,7 @@ def recipes(params: Any) -> dict[str, Recipe]:
     found["rotation3"] = recipe("rotation", jc.quantize.Rotation(gptq(3)), table(3))
     found["rotation2"] = recipe("rotation", jc.quantize.Rotation(gptq(2)), table(4))
     found["lqer3"] = recipe("low rank", jc.quantize.LQER(rank=8, grid=affine_grid(3)), table(3))
-    found["mixed3"] = Recipe("mixed", Mixed(3.3, tables=3))
-    found["mixed2.5"] = Recipe("mixed", Mixed(2.8, tables=4))
+    found |= {f"mixed{bits}": Recipe("mixed", Mixed(bits)) for bits in (4, 3)}
     nf4 = jc.quantize.NF4(group_size=64)
     found["nf4"] = recipe("levels", nf4, jc.quantize.NF4(group_size=128, pad=True))
     found["mxfp4"] = recipe("levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
