@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import jcompress as jc
 from experiments.benchmarks import timing
 
 NEVER = 1 << 30
+Side = tuple[str, Callable[[], Any], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,19 +172,8 @@ def peer(model: Model, sparsity: float) -> Trainer | None:
         return None
 
 
-def rows(model: Model, update_target: str, args: Any) -> list[timing.Row]:
-    sparsity = args.sparsity
-    leaf, whole = (jc.prune.Magnitude(sparsity=sparsity, scope=scope) for scope in ("leaf", "global"))
-    sides: list[tuple[str, Callable[[], Trainer | None], str]] = [
-        ("dense again", lambda: Trainer(model, adamw()), ""),
-        ("project(inner=), no update due", lambda: wrapped(model, leaf, NEVER), "<= 1.05"),
-        ("project, no update due", lambda: projected(model, leaf, NEVER), "<= 1.05"),
-        ("simulate, 8 bits per channel", lambda: simulated(model), "<= 1.10"),
-        ("mask update, per leaf", lambda: projected(model, leaf, 1), update_target),
-        ("mask update, inner=", lambda: wrapped(model, leaf, 1), update_target),
-        ("mask update, global", lambda: projected(model, whole, 1), update_target),
-        ("mask update, jaxpruner", lambda: peer(model, sparsity), ""),
-    ]
+def compare(model: Model, sides: Iterable[Side], args: Any) -> list[timing.Row]:
+    """Dense adamw against each side whose name has ``args.only`` in it: name, how to build it, target of the ratio."""
     found = []
     for name, make, target in sides:
         side = make() if args.only in name else None
@@ -195,25 +185,66 @@ def rows(model: Model, update_target: str, args: Any) -> list[timing.Row]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=31)
+def run(
+    name: str, doc: str | None, argv: list[str] | None, sides: Callable[[Model, Any], Iterable[Side]], **options: Any
+) -> None:
+    """A benchmark of training steps on the MLP and the transformer: arguments, rows, table and JSON.
+
+    Args:
+      name: of the benchmark.
+      doc: its docstring, for the help.
+      argv: the command line.
+      sides: ``sides(model, args)``, the rows of a model.
+      **options: ``add_argument`` of more arguments: ``{name: {"type": ..., "default": ..., "help": ...}}``.
+    """
+    parser = timing.parser(doc, pairs=31)
     parser.add_argument("--models", nargs="+", choices=["mlp", "transformer"], default=["mlp", "transformer"])
     parser.add_argument("--only", default="", help="rows whose name has this in it")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="fraction of zeros")
+    for option, how in options.items():
+        parser.add_argument(f"--{option}", **how)
     parser.add_argument("--widths", type=int, nargs="+", default=[784, 1024, 2048, 1024, 10], help="of the MLP")
+    parser.add_argument("--batch", type=int, default=128, help="of the MLP")
     parser.add_argument("--width", type=int, default=384, help="of the transformer")
     parser.add_argument("--depth", type=int, default=8, help="of the transformer")
     parser.add_argument("--heads", type=int, default=6, help="of the transformer")
     parser.add_argument("--length", type=int, default=128, help="of a text, in bytes")
     parser.add_argument("--texts", type=int, default=8, help="in a batch of the transformer")
-    parser.add_argument("--batch", type=int, default=128, help="of the MLP")
     args = parser.parse_args(argv)
+    models = {
+        "mlp": lambda: mlp(args.widths, args.batch),
+        "transformer": lambda: transformer(args.width, args.depth, args.heads, args.texts, args.length),
+    }
     found = []
-    if "mlp" in args.models:
-        found += rows(mlp(args.widths, args.batch), "<= 4", args)
-    if "transformer" in args.models:
-        found += rows(transformer(args.width, args.depth, args.heads, args.texts, args.length), "<= 1.3", args)
-    timing.finish("train_step", found, args.out, **{k: v for k, v in vars(args).items() if k != "out"})
+    for model in (models[each]() for each in args.models):
+        found += compare(model, sides(model, args), args)
+    timing.finish(name, found, args.out, **{k: v for k, v in vars(args).items() if k != "out"})
+
+
+def bound(model: Model, of_mlp: float, of_transformer: float) -> str:
+    """The target of a ratio, which depends on the model."""
+    return f"<= {of_mlp if model.name == 'MLP' else of_transformer:.2f}"
+
+
+SPARSITY = {"type": float, "default": 0.9, "help": "fraction of zeros"}
+
+
+def _sides(model: Model, args: Any) -> list[Side]:
+    sparsity, update = args.sparsity, bound(model, 4, 1.3)
+    leaf, whole = (jc.prune.Magnitude(sparsity=sparsity, scope=scope) for scope in ("leaf", "global"))
+    return [
+        ("dense again", lambda: Trainer(model, adamw()), ""),
+        ("project(inner=), no update due", lambda: wrapped(model, leaf, NEVER), "<= 1.05"),
+        ("project, no update due", lambda: projected(model, leaf, NEVER), "<= 1.05"),
+        ("simulate, 8 bits per channel", lambda: simulated(model), "<= 1.10"),
+        ("mask update, per leaf", lambda: projected(model, leaf, 1), update),
+        ("mask update, inner=", lambda: wrapped(model, leaf, 1), update),
+        ("mask update, global", lambda: projected(model, whole, 1), update),
+        ("mask update, jaxpruner", lambda: peer(model, sparsity), ""),
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    run("train_step", __doc__, argv, _sides, sparsity=SPARSITY)
 
 
 if __name__ == "__main__":

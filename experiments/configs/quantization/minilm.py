@@ -101,20 +101,20 @@ def recipes(params: Any) -> dict[str, Recipe]:
     found["affine2"] = recipe("affine", affine_grid(2), table(4))
     found |= {f"int{bits}": rounded(bits) for bits in (4, 3, 2)}
     found |= {f"clip{bits}": clipped(bits) for bits in (4, 3, 2)}
+    for bits in (4, 3, 2):
+        tables = table(bits if bits > 2 else 4)
+        found[f"rotation{bits}"] = recipe("rotation", jc.quantize.Rotation(gptq(bits)), tables)
+        found[f"hqq{bits}"] = recipe("HQQ", jc.quantize.HQQ(bits=bits, group_size=64), tables)
+        found[f"awq{bits}"] = recipe("AWQ", jc.quantize.AWQ(affine_grid(bits)), tables)
+        found[f"lqer{bits}"] = recipe("low rank", jc.quantize.LQER(rank=8, grid=affine_grid(bits)), tables)
+        found[f"kmeans{bits}"] = recipe("k-means", kmeans(bits), tables)
+    found["nf4"] = recipe("levels", jc.quantize.NF4(group_size=64), jc.quantize.NF4(group_size=128, pad=True))
+    found["mxfp4"] = recipe("levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
+    found |= {f"mixed{bits}": Recipe("mixed", Mixed(bits)) for bits in (3, 4)}
+    found["gptq2_trained"] = recipe("trained", gptq(2), table(4), training=selfdistill.Training(steps=60))
     found["gptq2_corrected"] = recipe("GPTQ", gptq(2), table(4), corrected=True)
     found["gptq2_sequential"] = recipe("GPTQ", gptq(2), table(4), sequential=True)
-    found["gptq2_trained"] = recipe("trained", gptq(2), table(4), training=selfdistill.Training(steps=60))
-    found["gptq2_tables3"] = recipe("GPTQ", gptq(2), table(3))
-    found["gptq2_tables2"] = recipe("GPTQ", gptq(2), table(2))
-    found["awq3"] = recipe("AWQ", jc.quantize.AWQ(affine_grid(3)), table(3))
-    found["rotation3"] = recipe("rotation", jc.quantize.Rotation(gptq(3)), table(3))
-    found["rotation2"] = recipe("rotation", jc.quantize.Rotation(gptq(2)), table(4))
-    found["lqer3"] = recipe("low rank", jc.quantize.LQER(rank=8, grid=affine_grid(3)), table(3))
-    found |= {f"mixed{bits}": Recipe("mixed", Mixed(bits)) for bits in (4, 3)}
-    nf4 = jc.quantize.NF4(group_size=64)
-    found["nf4"] = recipe("levels", nf4, jc.quantize.NF4(group_size=128, pad=True))
-    found["mxfp4"] = recipe("levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
-    found |= {f"kmeans{n}": recipe("k-means", kmeans(n), kmeans(n)) for n in (4, 3)}
+    found |= {f"gptq2_tables{bits}": recipe("GPTQ", gptq(2), table(bits)) for bits in (3, 2)}
     return found
 
 
