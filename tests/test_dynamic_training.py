@@ -29,6 +29,12 @@ OPTIMIZERS = {
     "chain": optax.chain(optax.clip_by_global_norm(0.1), optax.scale_by_adam(), optax.scale(-1e-2)),
     "masked": optax.chain(optax.masked(optax.trace(0.9), KERNELS_ONLY), optax.scale(-1e-2)),
 }
+RULES = {
+    "SET": dynamic.SET(),
+    "RigL": dynamic.RigL(stop=100),
+    "sparse-momentum": dynamic.SparseMomentum(fraction=0.3),
+    "DSR": dynamic.DSR(fraction=0.3, threshold=0.1),
+}
 SIZE, KEPT = {"a/kernel": 48, "b/kernel": 24}, {"a/kernel": 14, "b/kernel": 7}
 
 
@@ -100,6 +106,25 @@ def test_any_optimizer_trains_at_a_constant_count_with_fresh_moments(name):
     assert moved > 0
     assert held > 0
     assert step._cache_size() == 1
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((params, state.inner)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_rule_keeps_its_count_under_any_optimizer(name, rule):
+    params = parameters()
+    tx = dynamic.sparse(OPTIMIZERS[name], RULES[rule], random_masks(), every=2)
+    step, state, moved = stepper(tx), tx.init(params), 0
+    for i in range(7):
+        before = state.masks
+        params, state, _ = step(params, state, jax.random.key(i))
+        assert sum(int(mask.sum()) for mask in state.masks.values()) == sum(KEPT.values())
+        for path, w in kernels(params).items():
+            mask = state.masks[path]
+            assert rule not in ("SET", "RigL") or int(mask.sum()) == KEPT[path]
+            assert bool((jnp.where(mask & before[path], 0.0, w) == 0.0).all())
+            moved += int((mask & ~before[path]).sum())
+    assert moved > 0
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((params, state.inner)))
 
 
