@@ -531,6 +531,18 @@ class TestCalibrate:
         assert jc.compress(params, plan, stats=stats)["params"]["head"]["kernel"].values.shape == (144, 144)
         assert not jc.calibrate(fn, params, [normal(1, 8, 6, 6, 2)], jc.plan(params, [(".*", None)]))
 
+    def test_a_leaf_in_no_product_has_gradients_all_the_same(self):
+        params = {"w": normal(0, 3, 4), "gain": jnp.ones(4)}
+
+        def fn(params, x):
+            return (x @ params["w"]) * params["gain"]
+
+        plan = jc.plan(params, [(".*", jc.prune.Fisher(sparsity=0.5))])
+        loss = lambda params, x: jnp.square(fn(params, x)).mean()  # noqa: E731
+        stats = jc.calibrate(fn, params, [normal(1, 5, 3)], plan, loss=loss)
+        assert stats["w"].count == 5 and stats["gain"].count is None
+        assert int(jc.compress(params, plan, stats=stats)["gain"].mask.sum()) == 2
+
     def test_the_state_is_the_statistics(self):
         """Memory does not grow: the compiled update holds one batch's temporaries and the sum of the statistics."""
         fn, params = self.make()
@@ -774,7 +786,7 @@ class TestErrors:
     def test_unused(self):
         stats = jc.calibrate(self.fn, self.params, [self.x])
         assert stats.notes == {"unused": "not used"}
-        with pytest.raises(ValueError, match=r"unused: Whitened\(\) needs 'count', which cannot be gathered: not used"):
+        with pytest.raises(ValueError, match=r"unused: Whitened\(\) needs 'gram', which cannot be gathered: not used"):
             jc.calibrate(self.fn, self.params, [self.x], jc.plan(self.params, [(".*", Whitened())]))
         with pytest.raises(ValueError, match="no parameter gives statistics; w: not used"):
             jc.calibrate(lambda p, x: x, {"w": jnp.ones(3)}, [self.x])

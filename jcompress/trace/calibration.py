@@ -165,7 +165,9 @@ def _check_found(found: Calibration, names: Mapping[str, tuple[str, ...]], plan:
             "multiply its first argument with the others"
         )
     for path, needed in names.items() if plan is not None else ():
-        missing = [name for name in needed if getattr(found.get(path), name, None) is None]
+        # The count comes along with what else is gathered; a leaf in no product has none, and a gradient needs none.
+        asked = [name for name in needed if name != "count"] or needed
+        missing = [name for name in asked if getattr(found.get(path), name, None) is None]
         if missing:
             reason = found.unread.get(path) or found.notes.get(path) or "it is used in another way"
             raise ValueError(
