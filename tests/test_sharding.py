@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from test_conformance import collectives
 
 import jcompress as jc
+from jcompress.prune.threshold import keep_largest, keep_random
 
 SPECS = [P("data", None), P(None, "model"), P("data", "model"), P(("data", "model"), None)]
 
@@ -82,3 +83,24 @@ def test_the_transform_keeps_shardings_and_moves_no_parameters():
         params, state = step(params, state)
     assert params["a"].sharding.is_equivalent_to(sharding, 2)
     assert state[1].held["a"].mask.sharding.is_equivalent_to(sharding, 2)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)], ids=str)
+@pytest.mark.parametrize("choice", ["magnitude", "among", "random"])
+def test_a_choice_among_many_weights_moves_scalars_only(choice, spec, axis_type):
+    """Large enough for the search to look at a sample of the weights first."""
+    choose = {
+        "magnitude": lambda w, m: jc.prune.Magnitude(sparsity=0.9)(w).mask,
+        "among": lambda w, m: keep_largest([w], 1000, among=[m], by=jnp.abs)[0],
+        "random": lambda w, m: keep_random(m, 1000, jax.random.key(0)),
+    }[choice]
+    w = jax.random.normal(jax.random.key(0), (256, 512))
+    mask = jax.random.uniform(jax.random.key(1), w.shape) < 0.3
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
+    given = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (w, mask)]
+    compiled = jax.jit(choose).lower(*given).compile()
+    found = compiled(*given)
+    assert max(size for _, size in collectives(compiled.as_text())) <= 64
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(jax.jit(choose)(w, mask)))
+    assert found.sharding.is_equivalent_to(given[0].sharding, 2)

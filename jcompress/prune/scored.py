@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context
@@ -73,7 +74,8 @@ class ByScore:
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Masked]:
         """One node for each array of the rule."""
-        return select.fit(self, partial(scores.evaluate, self.score), arrays, contexts)
+        by = jnp.abs if self.score is scores.magnitude else None
+        return select.fit(self, partial(scores.evaluate, self.score), arrays, contexts, by)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:
         """The node for one array."""

@@ -98,12 +98,17 @@ def fit(
     score: Callable[[jax.Array, Context], jax.Array],
     arrays: Sequence[jax.Array],
     contexts: Sequence[Context],
+    by: Callable[[jax.Array], jax.Array] | None = None,
 ) -> list[Masked]:
     """Mask each array to its entries of the highest scores.
 
-    Entries that a mask around the array hides go first and count as zeros.
+    Entries that a mask around the array hides go first and count as zeros. Where the score is a function ``by`` of each
+    entry alone it need not be written out.
     """
-    masks = masks_of(method, [score(w, c) for w, c in zip(arrays, contexts, strict=True)], contexts)
+    if by is not None and method.pattern is None and method.scope != "output":
+        masks = _decided(method, list(arrays), contexts, by)
+    else:
+        masks = masks_of(method, [score(w, c) for w, c in zip(arrays, contexts, strict=True)], contexts)
     return [Masked(jnp.where(mask, w, jnp.zeros_like(w)), mask) for w, mask in zip(arrays, masks, strict=True)]
 
 
@@ -127,18 +132,29 @@ def _masks(method: Selection, scores: list[jax.Array], contexts: Sequence[Contex
     return [pattern.spread(mask, x.shape) for mask, x in zip(kept, scores, strict=True)]
 
 
-def _decided(method: Selection, scores: list[jax.Array], contexts: Sequence[Context]) -> list[jax.Array]:
-    """Which of the units stay."""
+def _decided(
+    method: Selection,
+    scores: list[jax.Array],
+    contexts: Sequence[Context],
+    by: Callable[[jax.Array], jax.Array] | None = None,
+) -> list[jax.Array]:
+    """Which of the units stay; with ``by``, which of the entries, those that are hidden already last."""
     if method.pattern is not None and method.pattern.sparsity is not None:
         return [method.pattern.mask(x) for x in scores]
     sparsity = core.value_at(method.sparsity, contexts[0].step)
     if core.is_concrete(sparsity):
         check_sparsity(f"{contexts[0].path}: {type(method).__name__}", sparsity)
+    among: list[jax.Array] | None = None
+    if by is not None and any(c.where is not None for c in contexts):
+        shown = [jnp.ones((), jnp.bool_) if c.where is None else c.where for c in contexts]
+        among = [jnp.broadcast_to(where, x.shape) for where, x in zip(shown, scores, strict=True)]
     if method.scope == "global":
-        return keep_largest(scores, kept(sum(x.size for x in scores), sparsity))
+        return keep_largest(scores, kept(sum(x.size for x in scores), sparsity), among=among, by=by)
     if method.scope == "output":
         return [_by_output(x, sparsity, context) for x, context in zip(scores, contexts, strict=True)]
-    return [keep_largest([x], kept(x.size, sparsity))[0] for x in scores]
+    each = [None] * len(scores) if among is None else [[mask] for mask in among]
+    pairs = zip(scores, each, strict=True)
+    return [keep_largest([x], kept(x.size, sparsity), among=mask, by=by)[0] for x, mask in pairs]
 
 
 def _total(units: list[jax.Array], contexts: Sequence[Context]) -> jax.Array:

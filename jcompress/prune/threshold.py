@@ -250,12 +250,12 @@ def _start(values: Sequence[_Values], wanted: Count, dtype: Any) -> tuple[_Searc
     rows = []
     for x in values:
         bits = least = x.bits()
-        drawn = _drawn(x.shape, rare)
+        drawn = _drawn(x.shape, rare) & (bits >= jnp.zeros_like(bits))  # always; but sharded as the bits are
         if x.among is not None:
             drawn, least = drawn & x.among, jnp.where(x.among, bits, jnp.full_like(bits, top))
         octave = jnp.clip((bits >> mantissa).astype(jnp.int32) - lowest, 0, _OCTAVES).astype(jnp.uint32)
-        octave = jnp.where(drawn, octave, jnp.uint32(0))
-        rows.append(_reduce([drawn.astype(jnp.uint32), octave, octave * octave, bits, least], start, combine))
+        octave, counted = (jnp.where(drawn, y, jnp.zeros_like(y)) for y in (octave, jnp.ones_like(octave)))
+        rows.append(_reduce([counted, octave, octave * octave, bits, least], start, combine))
     count, octaves, squares, largest, smallest = (jnp.stack(column) for column in zip(*rows, strict=True))
     n = jnp.maximum(jnp.sum(count), 1).astype(jnp.float32)
     # The middle of an octave, from which its values are a twelfth of a squared octave away.
@@ -396,8 +396,9 @@ def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
     first, second = jax.random.bits(key, (2,), jnp.uint32)
 
     def rank(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-        mixed = _mixed(_mixed(_falling_rank(mask.shape, first)) + second)
-        return jnp.where(mask, jnp.clip(mixed, jnp.uint32(1), jnp.uint32(_LAST)), jnp.uint32(0))
+        none = jnp.zeros_like(mask, jnp.uint32)
+        mixed = _mixed(_mixed(_falling_rank(mask.shape, first)) + second) + none  # sharded as the mask is
+        return jnp.where(mask, jnp.clip(mixed, jnp.uint32(1), jnp.uint32(_LAST)), none)
 
     values = [_Values(rank, (among, first, second), among.shape, among)]
     start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_LAST))
