@@ -364,8 +364,8 @@ def _check_sizes(scores: Sequence[jax.Array]) -> None:
 def keep_random(among: jax.Array, count: int | jax.Array, key: jax.Array) -> jax.Array:
     """A mask of exactly ``count`` entries, drawn from those where ``among`` is True.
 
-    Every entry gets a random rank when it is read, a function of its index and the key that gives no rank twice, so
-    nothing but the mask is written out. The ranks are good to draw with, and not a cryptographic shuffle.
+    Every entry gets a random rank when it is read, a function of its index and the key that is one to one but for the
+    two ends of the range, so nothing but the mask is written out. Good to draw with, not a cryptographic shuffle.
 
     Args:
       among: booleans of any shape; others are drawn only where these are too few, the first by index.
