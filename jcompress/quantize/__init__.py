@@ -17,6 +17,7 @@ from jcompress.quantize.lqer import LQER
 from jcompress.quantize.microscaling import NVFP4, Microscaling
 from jcompress.quantize.rotation import Rotation
 from jcompress.quantize.smoothing import smooth
+from jcompress.quantize.squeezed import S2FP8
 from jcompress.quantize.stochastic import Stochastic
 from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Table
 from jcompress.quantize.ternary import ABCNet, Ternary
@@ -32,6 +33,7 @@ __all__ = [
     "LQER",
     "NF4",
     "NVFP4",
+    "S2FP8",
     "ABCNet",
     "AdaRound",
     "AdditivePowersOfTwo",

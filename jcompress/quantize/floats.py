@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +49,12 @@ class Float8:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         if self.dtype not in ("e4m3", "e5m2"):
             raise ValueError(f"Float8: dtype={self.dtype!r} is unknown; use 'e4m3' or 'e5m2'")
-        grids.validate_group(self)
         ranges.validate(self, grid(self.dtype))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
@@ -92,14 +88,10 @@ class Float4:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
-        grids.validate_group(self)
         ranges.validate(self, grid("e2m1"))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""

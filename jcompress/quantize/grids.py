@@ -171,8 +171,8 @@ def validate_bits(method: Any, least: int = 1, most: int = 8) -> None:
         )
 
 
-def check(method: Any, path: str, shape: tuple[int, ...]) -> None:
-    """Raise if groups or the channel axis do not fit the shape."""
+def check(method: Any, path: str, shape: tuple[int, ...], dtype: Any = None) -> None:
+    """Raise if groups or the channel axis do not fit the shape: the ``check`` of every method on a grid."""
     size, axis = method.group_size, method.axis
     if size is not None:
         if len(shape) < 2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,16 +56,12 @@ class Int:
 
     def __post_init__(self) -> None:
         grids.validate_bits(self)
-        grids.validate_group(self)
         ranges.validate(self, self._grid())
         if self.power_of_two and self.symmetric and self.bits == 1:
             raise ValueError("Int: one symmetric bit has no level 0 and a power of two is not 0; use bits=2")
 
     __repr__ = core.method_repr
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
+    check = grids.check
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""

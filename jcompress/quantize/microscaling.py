@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +47,12 @@ class Microscaling:
     axis: ClassVar[None] = None
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         if self.dtype not in (*floats.DTYPES, "int8"):
             raise ValueError(f"Microscaling: dtype={self.dtype!r} is unknown; use 'e2m1', 'e4m3', 'e5m2' or 'int8'")
         grids.validate_group(self)
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if blocks do not fit the shape."""
-        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
@@ -96,13 +93,10 @@ class NVFP4:
     axis: ClassVar[None] = None
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         grids.validate_group(self)
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if blocks do not fit the shape."""
-        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""

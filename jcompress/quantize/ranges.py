@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.quantize.densities import ACIQ, KL
-from jcompress.quantize.grids import Grid, Problem, Range
+from jcompress.quantize.grids import Grid, Problem, Range, validate_group
 
 Clip = Literal["minmax", "mse"] | Callable[[Problem], Range]
 
@@ -29,7 +29,8 @@ def of(clip: Clip) -> Callable[[Problem], Range]:
 
 
 def validate(method: Any, grid: Grid) -> None:
-    """Raise unless ``method.clip`` is a range method that can serve the grid."""
+    """Raise unless ``method.group_size`` is one, and ``method.clip`` is a range method that can serve the grid."""
+    validate_group(method)
     clip, name = method.clip, type(method).__name__
     if clip not in ("minmax", "mse") if isinstance(clip, str) else not callable(clip):
         raise ValueError(f"{name}: clip={clip!r} is unknown; use 'minmax' or 'mse', or a method of jc.quantize.ranges")

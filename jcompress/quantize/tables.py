@@ -47,6 +47,7 @@ class Table:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         found = np.asarray(self.levels, np.float32)
@@ -54,11 +55,7 @@ class Table:
             raise ValueError(f"Table: levels={self.levels!r} are not 2 to 256 different numbers")
         if not np.isfinite(found).all():
             raise ValueError(f"Table: levels={self.levels!r} are not finite")
-        _validate(self, _grid(self.levels))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
+        ranges.validate(self, _grid(self.levels))
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
@@ -94,13 +91,10 @@ class NF4:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
-        _validate(self, _grid(normal_levels(4)))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
+        ranges.validate(self, _grid(normal_levels(4)))
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
@@ -137,14 +131,11 @@ class PowersOfTwo:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         grids.validate_bits(self, least=2, most=7)
-        _validate(self, self._grid())
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
+        ranges.validate(self, self._grid())
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
@@ -188,16 +179,13 @@ class AdditivePowersOfTwo:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         grids.validate_bits(self, least=2)
         if not 1 <= self.term_bits <= 4:
             raise ValueError(f"AdditivePowersOfTwo: term_bits={self.term_bits!r} is not an integer from 1 to 4")
-        _validate(self, _grid(additive_levels(self.bits, self.term_bits)))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
+        ranges.validate(self, _grid(additive_levels(self.bits, self.term_bits)))
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
@@ -228,11 +216,6 @@ def additive_levels(bits: int, term_bits: int) -> list[float]:
 
 def _signed(magnitudes: Any) -> list[float]:
     return sorted({0.0, *magnitudes, *(-x for x in magnitudes)})
-
-
-def _validate(method: Any, grid: grids.Grid) -> None:
-    grids.validate_group(method)
-    ranges.validate(method, grid)
 
 
 def _grid(levels: Sequence[float]) -> grids.Grid:

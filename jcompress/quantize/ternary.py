@@ -46,16 +46,13 @@ class Ternary:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         grids.validate_group(self)
         t = self.threshold
         if t != "optimal" if isinstance(t, str) else core.is_concrete(t) and t < 0:
             raise ValueError(f"Ternary: threshold={t!r} is unknown; use a multiple of the mean magnitude or 'optimal'")
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
@@ -131,15 +128,12 @@ class ABCNet:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         grids.validate_group(self)
         if not isinstance(self.bases, int) or not 1 <= self.bases <= 8:
             raise ValueError(f"ABCNet: bases={self.bases!r} is not an integer from 1 to 8")
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
         """The node for one array."""

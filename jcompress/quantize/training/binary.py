@@ -41,10 +41,7 @@ class BinaryConnect:
     group_size = None
 
     __repr__ = core.method_repr
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: object) -> None:
-        """Raise if the channel axis does not fit the shape."""
-        grids.check(self, path, shape)
+    check = grids.check
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Binarized:
         """The node for one array."""

@@ -55,6 +55,7 @@ class Relaxed:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         if core.is_concrete(self.slack) and not callable(self.slack) and not 0 <= self.slack <= 1:
@@ -63,10 +64,6 @@ class Relaxed:
             raise ValueError(f"Relaxed: shape={self.shape!r} is unknown; use 'affine' or 'linear'")
         grids.validate_bits(self, least=2)
         grids.validate_group(self)
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
         """The node for one array: the nearest levels, and what is left of the distance to them, held."""

@@ -46,14 +46,11 @@ class DSQ:
     pad: bool = False
 
     __repr__ = core.method_repr
+    check = grids.check
 
     def __post_init__(self) -> None:
         grids.validate_bits(self, least=2)
         grids.validate_group(self)
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if groups or the channel axis do not fit the shape."""
-        grids.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> FakeQuantized:
         """The node for one array."""
