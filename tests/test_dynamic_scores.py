@@ -75,23 +75,148 @@ def test_weights_stay_bit_for_bit_while_scores_learn(signs):
     assert bool((after.scores != before.scores).all())
     assert last < first
     assert int(after.mask.sum()) == int(before.mask.sum()) == 48 - 29
-    size = jnp.abs(after.scores)
-    assert float(size[after.mask].min()) >= float(size[~after.mask].max())
+    assert float(after.scores[after.mask].min()) >= float(after.scores[~after.mask].max())
 
 
 def test_a_swapped_edge_lowers_the_loss_to_first_order():
     w, g = array(), array(seed=1)
     plan, tree = compressed(dynamic.EdgePopup(sparsity=0.5), w)
-    # Positive scores, so that the magnitude keeps their order.
-    node = dataclasses.replace(tree["w"], scores=jnp.abs(tree["w"].scores))
+    node = tree["w"]
     moved = dataclasses.replace(node, scores=node.scores - 0.05 * pulled(node, g).scores)
-    moved = dataclasses.replace(moved, scores=jnp.maximum(moved.scores, 0))
     after = dynamic.select({"w": moved}, plan)["w"]
     entered, left = after.mask & ~node.mask, node.mask & ~after.mask
     assert int(entered.sum()) == int(left.sum()) > 0
     # Every score that overtook another fell less: its part of the gradient is the smaller.
     assert float((g * w)[entered].max()) < float((g * w)[left].max())
     assert float(jnp.sum(g * after.materialize())) < float(jnp.sum(g * node.materialize()))
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_an_edge_that_harms_falls_out_whatever_the_sign_of_its_score(signs):
+    w, g = jnp.ones((2, 2)), jnp.array([[1.0, 1.0], [-1.0, -1.0]])
+    plan, tree = compressed(dynamic.EdgePopup(sparsity=0.5, signs=signs), w)
+    for scores in ([[0.3, -0.9], [0.2, -0.1]], [[-0.9, -0.8], [-0.1, -0.2]]):
+        node = dataclasses.replace(tree["w"], scores=jnp.array(scores))
+        moved = dataclasses.replace(node, scores=node.scores - 2 * pulled(node, g).scores)
+        assert dynamic.select({"w": moved}, plan)["w"].mask.tolist() == [[False, False], [True, True]]
+
+
+def whole(method, scales=(0.3, 3.0, 0.1)):
+    """Three leaves under one rule, their scores drawn at these scales."""
+    params = {name: array(seed=i) for i, name in enumerate("abc")}
+    plan = jc.plan(params, [(".*", method)])
+    tree = jc.compress(params, plan, key=KEY)
+    drawn = {name: scale * array(seed=10 + i) for i, (name, scale) in enumerate(zip("abc", scales, strict=True))}
+    return plan, {name: dataclasses.replace(node, scores=drawn[name]) for name, node in tree.items()}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        dynamic.EdgePopup(0.7, scope="global"),
+        dynamic.EdgePopup(0.7, signs=True, scope="global"),
+        dynamic.Movement(0.7, scope="global"),
+    ],
+    ids=repr,
+)
+def test_a_global_scope_has_one_threshold_for_all_leaves(method):
+    plan, tree = whole(method)
+    after = jax.jit(lambda tree: dynamic.select(tree, plan))(tree)
+    flat = np.sort(np.concatenate([np.ravel(x.scores) for x in tree.values()]))
+    limit = flat[round(0.7 * 144)]
+    for name, node in after.items():
+        np.testing.assert_array_equal(np.asarray(node.mask), np.asarray(tree[name].scores) >= limit)
+    kept = [int(node.mask.sum()) for node in after.values()]
+    assert sum(kept) == 144 - round(0.7 * 144)
+    assert kept[1] > kept[0] > kept[2]
+    if getattr(method, "signs", False):
+        for name, node in after.items():
+            size = float(jnp.abs(array(seed="abc".index(name)))[node.mask].mean()) if node.mask.any() else 0.0
+            found = np.abs(np.asarray(node.materialize()))
+            np.testing.assert_allclose(found, size * np.asarray(node.mask), rtol=1e-6)
+
+
+def test_a_global_scope_follows_its_schedule_and_begins_so():
+    ramp = optax.linear_schedule(0.0, 0.9, 3)
+    plan, tree = whole(dynamic.EdgePopup(ramp, scope="global"))
+    selected = jax.jit(lambda tree, step: dynamic.select(tree, plan, step))
+    for step in range(5):
+        kept = sum(int(x.mask.sum()) for x in selected(tree, step).values())
+        assert kept == 144 - round(144 * float(ramp(step)))
+    assert selected._cache_size() == 1
+    first = jc.compress({"a": array(), "b": 9 * array((4, 2))}, jc.plan({"a": array(), "b": array((4, 2))}, [
+        (".*", dynamic.EdgePopup(0.5, scope="global"))
+    ]), key=KEY)  # fmt: skip
+    scores = np.concatenate([np.ravel(first[name].scores) for name in "ab"])
+    masks = np.concatenate([np.ravel(first[name].mask) for name in "ab"])
+    assert masks.sum() == 28 and scores[masks].min() > scores[~masks].max()
+
+
+def test_stacked_layers_share_a_threshold_with_the_same_layer_of_other_leaves():
+    params = {"a": array((2, 8, 6)), "b": array((2, 4, 3), seed=1)}
+    plan = jc.plan(params, [(".*", jc.stacked(dynamic.Movement(0.5, scope="global")))])
+    tree = jc.compress(params, plan)
+    drawn = {name: dataclasses.replace(x, scores=array(x.scores.shape, seed=7)) for name, x in tree.items()}
+    after = dynamic.select(drawn, plan)
+    for i in range(2):
+        scores = np.concatenate([np.ravel(drawn[name].scores[i]) for name in "ab"])
+        masks = np.concatenate([np.ravel(after[name].mask[i]) for name in "ab"])
+        assert masks.sum() == 30 and scores[masks].min() > scores[~masks].max()
+
+
+def test_rules_of_the_same_method_have_thresholds_of_their_own():
+    params, method = {"a": array(), "b": array(seed=1)}, dynamic.Movement(0.5, scope="global")
+    plan = jc.plan(params, [("a", method), ("b", method)])
+    after = dynamic.select(jc.compress(params, plan), plan)
+    assert [int(x.mask.sum()) for x in after.values()] == [24, 24]
+
+
+def binary_mlp(params, x):
+    """A network of one-bit weights and activations, but for its input and output."""
+    h = jc.quantize.training.sign_ste(x @ params["a"])
+    h = jc.quantize.training.sign_ste(h @ params["b"])
+    return h @ params["c"], h
+
+
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+def test_multi_prize_tickets_of_one_bit_beat_random_masks_of_the_same_density(scope, rng):
+    """MPT-1/1: only scores learn, weights are +-alpha or 0, activations +-1."""
+    x = jnp.asarray(rng.normal(size=(128, 8)), jnp.float32)
+    y = jnp.sign(x[:, :1] * x[:, 1:2])
+    sizes = {"a": (8, 64), "b": (64, 64), "c": (64, 1)}
+    params = {name: array(size, seed=i) / size[0] ** 0.5 for i, (name, size) in enumerate(sizes.items())}
+    ramp = optax.linear_schedule(0.0, 0.5, 60)
+    plan = jc.plan(params, [(".*", dynamic.EdgePopup(sparsity=ramp, signs=True, scope=scope))])
+    tree = jc.compress(params, plan, key=KEY)
+    train, held = jc.split(tree)
+    tx = optax.adam(0.01)
+
+    def loss(tree):
+        return jnp.mean((binary_mlp(jc.materialize(tree), x)[0] - y) ** 2)
+
+    def step(carry, t):
+        train, state = carry
+        grads = jax.grad(lambda train: loss(dynamic.select(jc.merge(train, held), plan, t)))(train)
+        updates, state = tx.update(grads, state, train)
+        return (optax.apply_updates(train, updates), state), None
+
+    train = jax.jit(lambda train: jax.lax.scan(step, (train, tx.init(train)), jnp.arange(200))[0][0])(train)
+    ticket = dynamic.select(jc.merge(train, held), plan, 200)
+    total = sum(x.mask.size for x in ticket.values())
+    assert abs(sum(int(x.mask.sum()) for x in ticket.values()) - total / 2) <= 1
+    for name, node in ticket.items():
+        np.testing.assert_array_equal(np.asarray(node.weights.bits), np.asarray(tree[name].weights.bits))
+        dense = np.asarray(node.materialize())
+        assert len(np.unique(np.abs(dense[np.asarray(node.mask)]))) == 1
+    assert np.unique(binary_mlp(jc.materialize(ticket), x)[1]).tolist() == [-1.0, 1.0]
+
+    def control(key):
+        masks = {n: jax.random.permutation(jax.random.fold_in(key, i), m.mask.ravel()).reshape(m.mask.shape)
+                 for i, (n, m) in enumerate(ticket.items())}  # fmt: skip
+        return loss({name: node.choose(masks[name]) for name, node in ticket.items()})
+
+    controls = jax.jit(jax.vmap(control))(jax.random.split(KEY, 20))
+    assert float(loss(ticket)) < 0.7 * float(controls.min())
 
 
 def test_multi_prize_tickets_have_three_values_and_alpha():
@@ -143,7 +268,7 @@ def test_movement_keeps_what_grows_where_magnitude_keeps_what_is_large():
         node = dataclasses.replace(
             node, scores=node.scores - 0.03 * found.scores, weights=node.weights - 0.03 * found.weights
         )
-    hard = dynamic.Movement(sparsity=0.5).mask(node.scores)
+    (hard,) = dynamic.Movement(sparsity=0.5).masks([node.scores])
     assert hard.tolist() == [False, False, True, True]
     assert jc.prune.Magnitude(sparsity=0.5)(node.weights).mask.tolist() == [True, True, False, False]
 
@@ -223,6 +348,9 @@ def test_errors_name_what_is_wrong():
         dynamic.Movement()
     with pytest.raises(ValueError, match=r"EdgePopup: sparsity=1.5 is outside \[0, 1\]"):
         dynamic.EdgePopup(sparsity=1.5)
+    for method in (dynamic.EdgePopup, dynamic.Movement):
+        with pytest.raises(ValueError, match="scope='output' is unknown; use 'leaf' or 'global'"):
+            method(sparsity=0.5, scope="output")
     with pytest.raises(ValueError, match="w: EdgePopup needs 'key'"):
         jc.compress({"w": array()}, jc.plan({"w": array()}, [("w", dynamic.EdgePopup(sparsity=0.5))]))
     _, tree = compressed(dynamic.Movement(sparsity=0.5))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +18,30 @@ from jcompress.prune import select as selection
 from jcompress.prune.threshold import keep_largest
 from jcompress.rules import Plan
 
+Scope = Literal["leaf", "global"]
+
 
 @dataclasses.dataclass(frozen=True)
 class EdgePopup:
     """Edge-popup: weights stay as they were drawn, only scores learn (Ramanujan et al. 2020, arXiv:1911.13299).
 
-    The mask keeps the weights of largest ``|score|``; a score moves by the gradient of the dense array times the
-    weight, sign and all. Scores start uniform in ``+-sqrt(1 / fan_in)``; all axes but the last count as inputs.
+    The mask keeps the weights of largest score; a score moves by the gradient of the dense array times the weight,
+    sign and all, so an edge that would lower the loss rises and one that harms it falls. Scores start uniform in
+    ``+-sqrt(1 / fan_in)``; all axes but the last count as inputs. The authors' programs rank ``|score|`` and pass the
+    gradient through the magnitude: the same but for scores that cross zero, which they reflect.
+
+    With ``signs`` these are multi-prize tickets, MPT-1/32. Activations of one bit as well, MPT-1/1, are a matter of the
+    model: let it call ``jc.quantize.training.sign_ste`` where it called a ReLU.
 
     Attributes:
       sparsity: the fraction of zeros: a number, a traced scalar or an optax schedule.
       signs: whether kept weights become ``+-alpha`` with ``alpha`` their mean magnitude, one in each leaf: multi-prize
         tickets (Diffenderfer & Kailkhura 2021, arXiv:2103.09377).
+      scope: ``"leaf"``, a threshold for each leaf, or ``"global"``, one for all leaves of the rule. A global one may
+        cut a leaf through: ramp the sparsity up by a schedule.
 
     Raises:
-      ValueError: for a sparsity outside [0, 1], or if no key is given.
+      ValueError: for a sparsity outside [0, 1], an unknown scope, or if no key is given.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -44,25 +54,41 @@ class EdgePopup:
 
     sparsity: Any
     signs: bool = False
+    scope: Scope = "leaf"
     needs = ("key",)
 
     __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
-        _check_sparsity(self)
+        _check(self)
 
-    def mask(self, scores: jax.Array, step: Any = 0) -> jax.Array:
-        """What the scores keep."""
-        return _largest(self, jnp.abs(scores), step)
+    @property
+    def joint(self) -> bool:
+        """Whether one threshold serves all leaves of the rule."""
+        return self.scope == "global"
+
+    def masks(self, scores: Sequence[jax.Array], step: Any = 0) -> list[jax.Array]:
+        """What the scores of some leaves keep."""
+        return _largest(self, scores, step)
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Scored]:
+        """One node for each array of the rule."""
+        scores = [_uniform(w, context.key) for w, context in zip(arrays, contexts, strict=True)]
+        masks = self.masks(scores, contexts[0].step)
+        return [self._node(*each) for each in zip(arrays, scores, masks, strict=True)]
+
+    def _node(self, w: jax.Array, scores: jax.Array, mask: jax.Array) -> Scored:
+        scale = Frozen.of(mean_magnitude(w, mask, tuple(range(-w.ndim, 0)))) if self.signs else None
+        return Scored(Frozen.of(w), scores, mask, scale)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Scored:
         """The node for one array."""
-        bound = (math.prod(w.shape[:-1]) or 1) ** -0.5
-        draws = jax.random.uniform(context.key, w.shape, jnp.float32, -bound, bound)
-        scores = jnp.zeros_like(w, jnp.float32) + draws
-        mask = self.mask(scores, context.step)
-        scale = Frozen.of(mean_magnitude(w, mask, tuple(range(-w.ndim, 0)))) if self.signs else None
-        return Scored(Frozen.of(w), scores, mask, scale)
+        return self.fit([w], [context])[0]
+
+
+def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
+    bound = (math.prod(w.shape[:-1]) or 1) ** -0.5
+    return jnp.zeros_like(w, jnp.float32) + jax.random.uniform(key, w.shape, jnp.float32, -bound, bound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +101,12 @@ class Movement:
 
     Attributes:
       sparsity: the fraction of zeros, hard: a number, a traced scalar or an optax schedule.
-      threshold: soft: the score from which a weight is kept; below 0, for all are to start in.
+      threshold: soft: the score above which a weight is kept, in all leaves; below 0, for all are to start in.
+      scope: hard: ``"leaf"``, a threshold for each leaf, or ``"global"``, one for all leaves of the rule. As all scores
+        start equal, ramp a global sparsity up from 0, or the last leaves are cut first.
 
     Raises:
-      ValueError: unless exactly one of the two is given, or for a sparsity outside [0, 1].
+      ValueError: unless exactly one of the first two is given, for a sparsity outside [0, 1], or an unknown scope.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -89,6 +117,7 @@ class Movement:
 
     sparsity: Any = None
     threshold: float | None = None
+    scope: Scope = "leaf"
 
     __repr__ = core.method_repr
 
@@ -98,16 +127,26 @@ class Movement:
                 f"Movement: found sparsity={self.sparsity}, threshold={self.threshold}; give a sparsity (hard) or a "
                 "threshold (soft)"
             )
-        _check_sparsity(self)
+        _check(self)
 
-    def mask(self, scores: jax.Array, step: Any = 0) -> jax.Array:
-        """What the scores keep."""
-        return _largest(self, scores, step) if self.threshold is None else scores > self.threshold
+    @property
+    def joint(self) -> bool:
+        """Whether one threshold serves all leaves of the rule."""
+        return self.scope == "global"
+
+    def masks(self, scores: Sequence[jax.Array], step: Any = 0) -> list[jax.Array]:
+        """What the scores of some leaves keep."""
+        return _largest(self, scores, step) if self.threshold is None else [x > self.threshold for x in scores]
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Scored]:
+        """One node for each array of the rule."""
+        scores = [jnp.zeros_like(w, jnp.float32) for w in arrays]
+        masks = self.masks(scores, contexts[0].step)
+        return [Scored(jnp.copy(w), *each) for w, *each in zip(arrays, scores, masks, strict=True)]
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Scored:
         """The node for one array."""
-        scores = jnp.zeros_like(w, jnp.float32)
-        return Scored(jnp.copy(w), scores, self.mask(scores, context.step))
+        return self.fit([w], [context])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +171,18 @@ class Piggyback:
 
     __repr__ = core.method_repr
 
-    def mask(self, scores: jax.Array, step: Any = 0) -> jax.Array:
-        """What the scores keep."""
-        return scores >= self.threshold
+    def masks(self, scores: Sequence[jax.Array], step: Any = 0) -> list[jax.Array]:
+        """What the scores of some leaves keep."""
+        return [x >= self.threshold for x in scores]
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Scored:
         """The node for one array."""
         scores = jnp.full_like(w, self.initial, jnp.float32)
-        return Scored(Frozen.of(w), scores, self.mask(scores))
+        return Scored(Frozen.of(w), scores, *self.masks([scores]))
 
 
 def select(tree: PyTree, plan: Plan, step: Any = 0) -> PyTree:
-    """Choose the masks of all :class:`jcompress.formats.Scored` nodes anew from their scores.
+    """Choose the masks of all :class:`jcompress.formats.Scored` nodes anew from their scores, those of a rule together.
 
     Call it on the merged tree inside the loss, for masks that follow the scores at every step, or outside now and
     then, which is cheaper. No gradient passes through the choice; ``Scored`` passes it straight through. Works under
@@ -169,27 +208,40 @@ def select(tree: PyTree, plan: Plan, step: Any = 0) -> PyTree:
       >>> jc.materialize(jc.prune.dynamic.select(learned, plan))["w"].tolist()
       [0.0, 2.0]
     """
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=core.is_node)
-    named = zip([path for path, _ in rules.paths(tree)], leaves, strict=True)
-    return jax.tree.unflatten(treedef, [_selected(path, x, plan, step) for path, x in named])
+    found, treedef = rules.paths(tree), jax.tree.structure(tree, is_leaf=core.is_node)
+    nodes = {path: x for path, x in found if isinstance(x, Scored)}
+    chosen: dict[str, jax.Array] = {}
+    for unit in _units(plan, nodes):
+        choose = _chooser(unit[0], plan.get(unit[0]), step)
+        masks = choose([jax.lax.stop_gradient(nodes[path].scores) for path in unit])
+        chosen |= dict(zip(unit, masks, strict=True))
+    return jax.tree.unflatten(treedef, [x.choose(chosen[path]) if path in chosen else x for path, x in found])
 
 
-def _selected(path: str, node: Any, plan: Plan, step: Any) -> Any:
-    if not isinstance(node, Scored):
-        return node
-    method, scores = plan.get(path), jax.lax.stop_gradient(node.scores)
+def _units(plan: Plan, found: Iterable[str]) -> list[list[str]]:
+    """The paths that are chosen together: those of one rule whose method has one threshold, else each alone."""
+    units: dict[Any, list[str]] = {}
+    for path in found:
+        method = plan.get(path)
+        alone = method is None or not core.is_joint(method)
+        units.setdefault(path if alone else (plan.groups[path], id(method)), []).append(path)
+    return list(units.values())
+
+
+def _chooser(path: str, method: Any, step: Any) -> Any:
+    """The function from the scores of some leaves to their masks; layer by layer where layers are stacked."""
     inner, stacks = method, 0
-    while inner is not None and not hasattr(inner, "mask") and hasattr(inner, "method"):
+    while inner is not None and not hasattr(inner, "masks") and hasattr(inner, "method"):
         inner, stacks = inner.method, stacks + 1
-    if inner is None or not hasattr(inner, "mask"):
+    if inner is None or not hasattr(inner, "masks"):
         raise ValueError(f"{path}: found {method!r} for a Scored node; expected a method that chooses by scores")
 
-    def chosen(x: jax.Array) -> jax.Array:
-        return inner.mask(x, step)
+    def choose(scores: list[jax.Array]) -> list[jax.Array]:
+        return inner.masks(scores, step)
 
     for _ in range(stacks):
-        chosen = jax.vmap(chosen)
-    return node.choose(chosen(scores))
+        choose = jax.vmap(choose)
+    return choose
 
 
 def score_penalty(tree: PyTree) -> jax.Array:
@@ -205,12 +257,16 @@ def score_penalty(tree: PyTree) -> jax.Array:
     return sum((jnp.sum(jax.nn.sigmoid(x.scores)) for x in nodes), jnp.zeros(()))
 
 
-def _check_sparsity(method: Any) -> None:
-    sparsity = method.sparsity
+def _check(method: Any) -> None:
+    name, sparsity = type(method).__name__, method.sparsity
+    if method.scope not in ("leaf", "global"):
+        raise ValueError(f"{name}: scope={method.scope!r} is unknown; use 'leaf' or 'global'")
     if sparsity is not None and not callable(sparsity) and core.is_concrete(sparsity):
-        selection.check_sparsity(type(method).__name__, sparsity)
+        selection.check_sparsity(name, sparsity)
 
 
-def _largest(method: Any, scores: jax.Array, step: Any) -> jax.Array:
-    number = selection.kept(scores.size, core.value_at(method.sparsity, step))
-    return keep_largest([scores], number)[0]
+def _largest(method: Any, scores: Sequence[jax.Array], step: Any) -> list[jax.Array]:
+    sparsity = core.value_at(method.sparsity, step)
+    if method.scope == "global":
+        return keep_largest(scores, selection.kept(sum(x.size for x in scores), sparsity))
+    return [keep_largest([x], selection.kept(x.size, sparsity))[0] for x in scores]
