@@ -1,7 +1,5 @@
-"""Every quantizer's common properties, one row each, and the grids' own oracles."""
+"""The grids of quantizers against published levels, formulas and brute force."""
 
-import dataclasses
-import functools
 import itertools
 import math
 
@@ -10,176 +8,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from quantizers import E2M1, E5M2, NF4, integers, scales, signed, weights
 
 import jcompress as jc
 from jcompress.quantize import tables
 
 Q = jc.quantize
-SHAPE = (64, 6)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A quantizer and what is known of its grid from elsewhere.
-
-    Attributes:
-      method: the quantizer.
-      levels: all that the scale multiplies, ascending.
-      bits: bits of a code.
-      scale_bits: bits of all scales and zero points of an array of shape ``SHAPE``.
-      nearest: whether each entry gets the nearest level.
-    """
-
-    method: object
-    levels: np.ndarray
-    bits: int
-    scale_bits: int
-    nearest: bool = True
-
-
-def integers(most):
-    return np.arange(-most, most + 1)
-
-
-def signed(magnitudes):
-    return np.unique([0, *magnitudes, *(-m for m in magnitudes)])
-
-
-def floats(dtype, most):
-    """All finite numbers of a float with a sign, by its fields."""
-    found = ml_dtypes.finfo(dtype)
-    bias, fraction = 1 - int(np.log2(float(found.smallest_normal))), 2**found.nmant
-    fields = [
-        (e + f / fraction) * 2.0 ** (1 - bias) if e == 0 else (1 + f / fraction) * 2.0 ** (e - bias)
-        for e, f in itertools.product(range(2 ** (found.bits - 1 - found.nmant)), range(fraction))
-    ]
-    return signed([x for x in fields if x <= most])
-
-
-# Dettmers et al. 2023, arXiv:2305.14314, appendix E.
-NF4 = np.array(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]
-)  # fmt: skip
-E4M3, E5M2, E2M1 = (
-    floats(d, m)
-    for d, m in ((ml_dtypes.float8_e4m3fn, 448), (ml_dtypes.float8_e5m2, 57344), (ml_dtypes.float4_e2m1fn, 6))
-)
-
-ROWS = {
-    "int8": Row(Q.Int(8), integers(127), 8, 6 * 32),
-    "int4-group": Row(Q.Int(4, group_size=16), integers(7), 4, 24 * 32),
-    "int2": Row(Q.Int(2, axis=None), integers(1), 2, 32),
-    "int1": Row(Q.Int(1), np.array([-1, 1]), 1, 6 * 32),
-    "int4-power-of-two": Row(Q.Int(4, power_of_two=True), integers(7), 4, 6 * 8),
-    "fixed-point": Row(Q.FixedPoint(6, fraction=3), integers(31), 6, 8),
-    "float8-e4m3": Row(Q.Float8(), E4M3, 8, 6 * 32),
-    "float8-e5m2": Row(Q.Float8("e5m2", group_size=32), E5M2, 8, 12 * 32),
-    "float4": Row(Q.Float4(group_size=16), E2M1, 4, 24 * 32),
-    "mxfp8-e4m3": Row(Q.Microscaling("e4m3"), E4M3, 8, 12 * 8),
-    "mxfp8-e5m2": Row(Q.Microscaling("e5m2"), E5M2, 8, 12 * 8),
-    "mxfp4": Row(Q.Microscaling("e2m1"), E2M1, 4, 12 * 8),
-    "mxint8": Row(Q.Microscaling("int8"), integers(127), 8, 12 * 8),
-    "nvfp4": Row(Q.NVFP4(), E2M1, 4, 24 * 8 + 32),
-    "nf4": Row(Q.NF4(), NF4, 4, 6 * 32),
-    "powers-of-two": Row(Q.PowersOfTwo(4), signed(2.0 ** -np.arange(7)), 4, 6 * 8),
-    "additive-powers-of-two": Row(
-        Q.AdditivePowersOfTwo(5),
-        signed([a + b for a in (0, 1, 1 / 4, 1 / 16) for b in (0, 1 / 2, 1 / 8, 1 / 32) if a + b]),
-        5,
-        6 * 32,
-    ),
-    "table": Row(Q.Table((0, 1, -2, 0.5)), np.array([-2, 0, 0.5, 1]), 2, 6 * 32),
-    "ternary": Row(Q.Ternary(), integers(1), 2, 6 * 32, nearest=False),
-    "ternary-optimal": Row(Q.Ternary("optimal"), integers(1), 2, 6 * 32),
-    "int4-double": Row(jc.chain(Q.Int(4, group_size=8), Q.Int(8)), integers(7), 4, 48 * 8 + 6 * 32, nearest=False),
-}
-each = pytest.mark.parametrize("name", ROWS)
-
-
-def weights(shape=SHAPE, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-@functools.cache
-def quantizer(name):
-    """Compiled, which takes less time than the compilation of each of its operations."""
-    return jax.jit(lambda w: ROWS[name].method(w))
-
-
-@functools.cache
-def fitted(name):
-    return quantizer(name)(weights())
 
 
 def fit(method, w, **known):
     return jax.jit(lambda w: method(w, jc.Context(**known)))(w)
-
-
-def scales(node, shape=SHAPE):
-    """The scale of each entry, float64."""
-    scale = np.asarray(jc.core.dense(node.scale).astype(jnp.float32), np.float64)
-    if node.group_size is not None:
-        scale = np.repeat(scale, node.group_size, axis=-2)[..., : shape[-2], :]
-    return np.broadcast_to(scale, shape)
-
-
-@each
-def test_values_lie_on_the_grid_and_are_the_nearest_of_it(name):
-    row, node, w = ROWS[name], fitted(name), np.asarray(weights(), np.float64)
-    levels = scales(node)[..., None] * row.levels
-    value = np.asarray(node.materialize(), np.float64)
-    distance = np.abs(levels - value[..., None]).min(-1)
-    assert (distance <= 1e-6 * np.abs(levels).max(-1)).all()
-    if row.nearest:
-        best = np.abs(levels - w[..., None]).min(-1)
-        assert (np.abs(value - w) <= best + 1e-6 * np.abs(levels).max(-1)).all()
-
-
-@each
-def test_rounding_again_changes_nothing(name):
-    if name == "int4-double":
-        pytest.skip("the first pass rounds to scales that the second then rounds")
-    once = fitted(name).materialize()
-    np.testing.assert_allclose(quantizer(name)(once).materialize(), once, rtol=1e-6, atol=0)
-
-
-@each
-def test_rounding_is_monotone(name):
-    node = quantizer(name)(np.sort(weights(), axis=0))
-    groups = np.asarray(node.materialize()).reshape(-1, node.group_size or SHAPE[0], SHAPE[1])
-    assert (np.diff(groups, axis=1) >= 0).all()
-
-
-@each
-def test_zero_is_exact(name):
-    if 0 not in ROWS[name].levels:
-        pytest.skip("no level 0")
-    w = weights().at[3].set(0.0)
-    assert not quantizer(name)(w).materialize()[3].any()
-    assert not quantizer(name)(jnp.zeros(SHAPE)).materialize().any()
-
-
-@each
-def test_bits_are_counted_and_stored(name, tmp_path):
-    row, node = ROWS[name], fitted(name)
-    assert node.nbits() == row.bits * math.prod(SHAPE) + row.scale_bits
-    jc.save(tmp_path / "w", {"w": node})
-    again = jc.load(tmp_path / "w")["w"]
-    assert jax.tree.structure(again) == jax.tree.structure(node)
-    np.testing.assert_array_equal(again.materialize(), node.materialize())
-
-
-@pytest.mark.parametrize("name", ["int4-group", "float8-e4m3", "nvfp4", "nf4", "ternary"])
-def test_bfloat16_is_rounded_as_its_value(name):
-    w = weights().astype(jnp.bfloat16)
-    node = quantizer(name)(w)
-    assert node.materialize().dtype == jnp.bfloat16
-    wide = quantizer(name)(w.astype(jnp.float32))
-    np.testing.assert_array_equal(node.codes, wide.codes)
 
 
 def test_nf4_levels_are_the_published_ones():
@@ -253,6 +91,57 @@ def test_every_code_of_eight_bits_goes_around():
         codes = codes[jnp.isfinite(codes.astype(jnp.float32))]
         node = jc.formats.Quantized(codes=codes, scale=jnp.full(1, 0.37), bits=8, axes=(-1,))
         np.testing.assert_array_equal(node.encode(node.materialize()).codes, codes)
+
+
+def test_shifted_and_squeezed_floats_have_the_moments_of_the_paper():
+    """Before rounding ``log2 |y|`` has the mean 0 and the largest value 15; rounded, each is the nearest float."""
+    w = weights() * jnp.exp(4 * weights(seed=1))
+    w = w.at[5].set(0.0)
+    for method, parts in ((Q.S2FP8(), [slice(0, 64)]), (Q.S2FP8(group_size=32), [slice(0, 32), slice(32, 64)])):
+        node = fit(method, w)
+        for i, part in enumerate(parts):
+            for columns in [slice(None)] if len(parts) == 1 else [slice(c, c + 1) for c in range(6)]:
+                x = np.asarray(w, np.float64)[part, columns]
+                octaves = np.log2(np.abs(x[x != 0]))
+                a = 15 / (octaves.max() - octaves.mean())
+                b = -a * octaves.mean()
+                y = np.sign(x) * 2**b * np.abs(x) ** a
+                assert abs(np.log2(np.abs(y[y != 0])).mean()) < 1e-9
+                codes = np.asarray(node.codes[part, columns].astype(jnp.float32), np.float64)
+                assert codes.max() == 2**15 or codes.min() == -(2**15)
+                nearest = np.abs(E5M2[:, None, None] - y).min(0)
+                assert (np.abs(codes - y) <= nearest + 1e-4 * np.abs(y)).all()
+                value = np.sign(codes) * (2**-b * np.abs(codes)) ** (1 / a)
+                np.testing.assert_allclose(node.materialize()[part, columns], value, rtol=1e-4)
+                index = (i, columns.start) if len(parts) == 2 else (0, 0)
+                np.testing.assert_allclose(node.power.materialize()[index], 1 / a, rtol=1e-5)
+        assert node.nbits() == 8 * w.size + 64 * node.scale.size
+
+
+def test_squeezed_floats_follow_the_range():
+    """Finer than plain ones where magnitudes lie close together, no zeros where they do not; the same at any size."""
+
+    def worst(method, w):
+        return float(jnp.abs(fit(method, w).materialize() / w - 1).max())
+
+    close, wide = (jnp.exp2(octaves * weights((256, 4))) for octaves in (0.3, 8.0))
+    power = float(fit(Q.S2FP8(), close).power.materialize()[0, 0])
+    assert worst(Q.S2FP8(), close) <= 1.125**power - 1 + 1e-4 < 0.2 * worst(Q.Float8("e5m2", axis=None), close)
+    assert worst(Q.S2FP8(), wide) < 0.4
+    assert worst(Q.Float8("e5m2", axis=None), wide) == 1
+    np.testing.assert_array_equal(fit(Q.S2FP8(), wide).codes, fit(Q.S2FP8(), wide * 2.0**-60).codes)
+
+
+def test_squeezed_floats_of_equal_magnitudes_and_of_what_is_visible():
+    np.testing.assert_allclose(fit(Q.S2FP8(), jnp.array([3.0, -3.0, 0.0])).materialize(), [3, -3, 0], rtol=1e-6)
+    w = weights((16, 4)).at[3].mul(1e6)
+    shown = jnp.ones_like(w, bool).at[3].set(False)
+    few = fit(Q.S2FP8(), w[jnp.arange(16) != 3])
+    np.testing.assert_allclose(fit(Q.S2FP8(), w, where=shown).scale, few.scale, rtol=1e-6)
+    with pytest.raises(ValueError, match="w: group_size 5 does not divide axis -2 of length 16"):
+        jc.plan({"w": w}, [("w", Q.S2FP8(group_size=5))])
+    with pytest.raises(ValueError, match="S2FP8: group_size=0 must be positive"):
+        Q.S2FP8(group_size=0)
 
 
 def test_user_tables():
