@@ -27,8 +27,9 @@ class S2FP8:
     ``|y| = 2**b |w|**a`` is rounded to the nearest e5m2, with ``a`` and ``b`` such that ``log2 |y|`` has the mean 0
     and the largest value 15 over all entries but zeros: ``a = 15 / (m - u)`` and ``b = -a u`` for the largest ``m``
     and the mean ``u`` of ``log2 |w|``. So ``w ~ sign(y) (2**-b |y|)**(1 / a)``, whatever the range of ``w``: its
-    entries fill the range of the float, and the closer they lie, the finer they are rounded. What would be below half
-    of the least float, ``2**-16``, becomes 0.
+    entries fill the range of the float, and the closer they lie, the finer they are rounded. What is below half of the
+    least float, ``2**-16``, becomes 0: all that lies 17 / 15 times as far below the mean, in octaves, as the largest
+    entry lies above it.
 
     Stored as :class:`jcompress.formats.Squeezed`: the largest magnitude, which trains, in place of the shift, and
     ``1 / a``, which is held; 64 bits an array. ``a`` is at most 1024, for arrays of nearly equal magnitudes.
