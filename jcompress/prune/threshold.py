@@ -17,80 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-class Count(NamedTuple):
-    """A non-negative integer below 2**47 as ``high * 2**16 + low``: int32 wraps past 2**31 parameters."""
-
-    high: jax.Array
-    low: jax.Array
-
-    @classmethod
-    def of(cls, value: int | jax.Array) -> Count:
-        """The count of an integer, or of a uint32 scalar."""
-        if isinstance(value, int):
-            return cls(jnp.uint32(value >> 16), jnp.uint32(value & 0xFFFF))
-        value = value.astype(jnp.uint32)
-        return cls(value >> 16, value & 0xFFFF)
-
-    @classmethod
-    def total(cls, counts: Sequence[jax.Array]) -> Count:
-        """The sum of many uint32 counts."""
-        low = sum(((c & 0xFFFF) for c in counts), jnp.uint32(0))
-        high = sum(((c >> 16) for c in counts), jnp.uint32(0))
-        return cls(high + (low >> 16), low & 0xFFFF)
-
-    def reaches(self, other: Count) -> jax.Array:
-        """``self >= other``."""
-        return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
-
-    def equals(self, other: Count) -> jax.Array:
-        """``self == other``."""
-        return (self.high == other.high) & (self.low == other.low)
-
-    def minus(self, other: Count) -> jax.Array:
-        """The difference as float32, which is all that interpolation needs."""
-        high = self.high.astype(jnp.float32) - other.high.astype(jnp.float32)
-        return high * 65536.0 + (self.low.astype(jnp.float32) - other.low.astype(jnp.float32))
-
-    def left_after(self, other: Count) -> Count:
-        """``max(self - other, 0)``, exactly."""
-        borrow = (self.low < other.low).astype(jnp.uint32)
-        left = Count(self.high - other.high - borrow, (self.low - other.low) & 0xFFFF)
-        return _pick(self.reaches(other), left, Count.of(0))
-
-
-def ordered_bits(x: jax.Array) -> jax.Array:
-    """Unsigned integers ordered as the floats ``x`` are; -0.0 equals 0.0, and NaN comes out largest.
-
-    As wide as ``x``, in uint32 at least; the largest integer of that width is left free.
-    """
-    width = 8 * x.dtype.itemsize
-    unsigned = jnp.dtype(f"uint{width}")
-    sign, nan = (jnp.array(k, unsigned) for k in (1 << (width - 1), (1 << width) - 2))
-    # Integers, not floats: to compare 16-bit floats a CPU would widen them, and keep the wide copy.
-    bits = lax.bitcast_convert_type(x, unsigned)
-    magnitude = bits & ~sign
-    ordered = jnp.where(bits >= sign, sign - magnitude, sign + magnitude)
-    ordered = jnp.where(jnp.isnan(x), nan, ordered)
-    return ordered.astype(jnp.promote_types(unsigned, jnp.uint32))
-
-
-def _reduce(operands: Sequence[jax.Array], start: Sequence[jax.Array], combine: Sequence[Callable]) -> list[jax.Array]:
-    """Several full reductions of same-shaped operands in one read, which one call each would not be."""
-
-    def step(a: list, b: list) -> list:
-        return [f(x, y) for f, x, y in zip(combine, a, b, strict=True)]
-
-    return lax.reduce(list(operands), list(start), step, tuple(range(operands[0].ndim)))
-
-
-def count_true(mask: jax.Array) -> jax.Array:
-    """How many are True, as a uint32 scalar.
-
-    One of two sums of the same read: the sum alone XLA would, on a CPU, take of 32-bit integers that it writes out.
-    """
-    flags = mask.astype(jnp.uint32)
-    return lax.optimization_barrier(_reduce([flags, 1 - flags], [jnp.uint32(0)] * 2, [lax.add] * 2))[0]
+from jcompress.prune.counting import (
+    Count,
+    count_true,
+    is_explicit,
+    magnitude_bits,
+    ordered_bits,
+    pick,
+    reduce_together,
+)
 
 
 class _Search(NamedTuple):
@@ -147,18 +82,14 @@ def _narrow(s: _Search, probes: list[jax.Array], counts: list[Count], wanted: Co
     low, low_count, high, high_count = s.low, s.low_count, s.high, s.high_count
     for probe, count in zip(probes, counts, strict=True):
         reaches = count.reaches(wanted)
-        low, low_count = jnp.where(reaches, probe, low), _pick(reaches, count, low_count)
+        low, low_count = jnp.where(reaches, probe, low), pick(reaches, count, low_count)
     for probe, count in zip(probes[::-1], counts[::-1], strict=True):
         reaches = count.reaches(wanted)
-        high, high_count = jnp.where(reaches, high, probe), _pick(reaches, high_count, count)
+        high, high_count = jnp.where(reaches, high, probe), pick(reaches, high_count, count)
     within = (low >= probes[0]) & (high <= probes[-1])
     shrunk = (high - low) <= (s.high - s.low) // 4
     margin = jnp.where(within, jnp.maximum(0.4 * s.margin, 0.02), jnp.minimum(1.5 * s.margin, 0.5))
     return _Search(low, low_count, high, high_count, margin, ~(within | shrunk), s.reads + 1)
-
-
-def _pick(condition: jax.Array, a: Count, b: Count) -> Count:
-    return Count(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
 
 
 def _search(
@@ -208,7 +139,7 @@ def _count_reaching(values: Sequence[_Values], probes: list[jax.Array]) -> list[
         held = lax.optimization_barrier((*x.arrays, *probes))
         bits = x.rank(*held[:number])
         flags = [(bits >= probe).astype(jnp.uint32) for probe in held[number:]]
-        counts.append(_reduce(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
+        counts.append(reduce_together(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
     return [Count.total(column) for column in zip(*counts, strict=True)]
 
 
@@ -218,13 +149,17 @@ def _common_float(scores: Sequence[jax.Array]) -> list[jax.Array]:
     return [x.astype(dtype) for x in scores]
 
 
+def _ordering(by: Callable[[jax.Array], jax.Array] | None) -> Callable[[jax.Array], jax.Array]:
+    """The integers that order floats, or ``by`` of them."""
+    if by is jnp.abs:
+        return magnitude_bits
+    return lambda x: ordered_bits(x if by is None else by(x))
+
+
 def _floats(
-    scores: Sequence[jax.Array], among: Sequence[jax.Array] | None, by: Callable[[jax.Array], jax.Array] | None
+    scores: Sequence[jax.Array], among: Sequence[jax.Array] | None, bits: Callable[[jax.Array], jax.Array]
 ) -> list[_Values]:
     """What ranks floats, of ``among`` where that is given, as their bits do."""
-
-    def bits(x: jax.Array) -> jax.Array:
-        return ordered_bits(x if by is None else by(x))
 
     def bits_among(x: jax.Array, mask: jax.Array) -> jax.Array:
         found = bits(x)
@@ -236,13 +171,15 @@ def _floats(
     return [_Values(bits_among, (x, mask), x.shape, mask) for x, mask in zip(scores, among, strict=True)]
 
 
-def _start(values: Sequence[_Values], wanted: Count, dtype: Any) -> tuple[_Search, jax.Array, jax.Array]:
+def _start(
+    values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any
+) -> tuple[_Search, jax.Array, jax.Array]:
     """One read: the bracket from the smallest to the largest, and mean and deviation of the bits between.
 
     Mean and deviation are those of the exponents of some 30,000 values, drawn by a hash of their index. They only
     place the first probes, and their sums are of integers: a sum of floats has an order, which makes a read slow.
     """
-    one, mantissa = ordered_bits(jnp.ones((), dtype)), jnp.finfo(dtype).nmant
+    mantissa = jnp.finfo(dtype).nmant
     top, lowest = (1 << 8 * dtype.itemsize) - 1, (one >> mantissa).astype(jnp.int32) - _OCTAVES // 2
     start = [jnp.uint32(0), jnp.uint32(0), jnp.uint32(0), jnp.zeros_like(one), jnp.full_like(one, top)]
     combine = [lax.add, lax.add, lax.add, lax.max, lax.min]
@@ -255,7 +192,7 @@ def _start(values: Sequence[_Values], wanted: Count, dtype: Any) -> tuple[_Searc
             drawn, least = drawn & x.among, jnp.where(x.among, bits, jnp.full_like(bits, top))
         octave = jnp.clip((bits >> mantissa).astype(jnp.int32) - lowest, 0, _OCTAVES).astype(jnp.uint32)
         octave, counted = (jnp.where(drawn, y, jnp.zeros_like(y)) for y in (octave, jnp.ones_like(octave)))
-        rows.append(_reduce([counted, octave, octave * octave, bits, least], start, combine))
+        rows.append(reduce_together([counted, octave, octave * octave, bits, least], start, combine))
     count, octaves, squares, largest, smallest = (jnp.stack(column) for column in zip(*rows, strict=True))
     n = jnp.maximum(jnp.sum(count), 1).astype(jnp.float32)
     # The middle of an octave, from which its values are a twelfth of a squared octave away.
@@ -288,8 +225,8 @@ def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, larg
     enough = total.reaches(wanted) & total.reaches(Count.of(1))
     none, everything = Count.of(0), Count.of(sum(x.size for x in values))
     return _Search(
-        low=jnp.where(enough, smallest, 0), low_count=_pick(enough, total, everything),
-        high=jnp.where(enough, largest, 0) + 1, high_count=_pick(enough, none, total),
+        low=jnp.where(enough, smallest, 0), low_count=pick(enough, total, everything),
+        high=jnp.where(enough, largest, 0) + 1, high_count=pick(enough, none, total),
         margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(1),
     )  # fmt: skip
 
@@ -306,11 +243,18 @@ def kth_largest(
     The first probes lie where the threshold would be if the ordered bits were normally distributed: the bits
     are close to a logarithm, and the logarithm of a weight's magnitude nearly is.
     """
-    return _kth_float(_floats(scores, among, by), wanted, jnp.result_type(*(x.dtype for x in scores)))
+    return _ranked(scores, wanted, among, by)[1]
 
 
-def _kth_float(values: Sequence[_Values], wanted: Count, dtype: Any) -> _Search:
-    start, centre, deviation = _start(values, wanted, dtype)
+def _ranked(
+    scores: Sequence[jax.Array],
+    wanted: Count,
+    among: Sequence[jax.Array] | None,
+    by: Callable[[jax.Array], jax.Array] | None,
+) -> tuple[list[_Values], _Search]:
+    bits, dtype = _ordering(by), jnp.result_type(*(x.dtype for x in scores))
+    values = _floats(scores, among, bits)
+    start, centre, deviation = _start(values, wanted, bits(jnp.ones((), dtype)), dtype)
     total = start.low_count
 
     def normal(count: Count) -> jax.Array:
@@ -322,7 +266,7 @@ def _kth_float(values: Sequence[_Values], wanted: Count, dtype: Any) -> _Search:
     z = -normal(wanted)
     guess = _increasing(start.low, start.high, [centre + (z + side) * deviation for side in (-1, -0.25, 0, 0.25, 1)])
     first = _narrow(start, guess, _count_reaching(values, guess), wanted)
-    return _search(lambda probes: _count_reaching(values, probes), first, wanted, normal)
+    return values, _search(lambda probes: _count_reaching(values, probes), first, wanted, normal)
 
 
 def keep_largest(
@@ -355,7 +299,7 @@ def keep_largest(
 
 def _check_sizes(scores: Sequence[jax.Array]) -> None:
     for x in scores:
-        if x.size >= 1 << 32:
+        if x.size >= _LAST:
             raise ValueError(
                 f"an array of {x.size} scores is too large to count in 32 bits; treat its layers apart with jc.stacked"
             )
@@ -387,8 +331,7 @@ def _keep(
     by: Callable[[jax.Array], jax.Array] | None,
 ) -> list[jax.Array]:
     """Compiled once for each set of shapes, also where it is called outside ``jit``."""
-    values = _floats(scores, among, by)
-    return _masks(values, _kth_float(values, wanted, jnp.result_type(*(x.dtype for x in scores))), wanted)
+    return _masks(*_ranked(scores, wanted, among, by), wanted)
 
 
 @jax.jit
@@ -421,37 +364,50 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 def _masks(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
     """What reaches the threshold. That itself is kept whole where the count came out exactly, else in part."""
-    left, masks = wanted.left_after(_pick(found.low_count.equals(wanted), Count.of(0), found.high_count)), []
+    exact = found.low_count.equals(wanted)
+    left = wanted.left_after(pick(exact, Count.of(0), found.high_count))
+    masks = []
     for x in values:
-        # The ranks are computed anew for each of the two comparisons; shared, they would be written out.
-        ties, left = _first(x.bits(found.low) == found.low, left)
-        masks.append((x.bits(ties) > found.low) | ties)
+        if not x.size:
+            masks.append(jnp.zeros(x.shape, jnp.bool_))
+            continue
+        if any(is_explicit(y) for y in x.arrays):  # which a conditional under vmap refuses
+            cut, left = _cut(x, found.low, x.arrays, left)
+        else:
+            search = functools.partial(_cut, x, found.low)
+            cut, left = lax.cond(exact, lambda arrays, left: (jnp.uint32(0), left), search, x.arrays, left)
+        # One pass, from the arrays: shared with a comparison above, the ranks would be written out.
+        bits, level, size = x.bits(found.low, jnp.uint32(x.size), cut), found.low, jnp.uint32(x.size)
+        masks.append((bits > level) | ((bits == level) & (_falling_rank(x.shape, size) >= cut)))
     return masks
 
 
-def _first(flags: jax.Array, count: Count) -> tuple[jax.Array, Count]:
-    """The first ``count`` of the flags that are set, and how many of the count are left over."""
-    if flags.size == 0:
-        return flags, count
+def _cut(x: _Values, level: jax.Array, arrays: tuple[jax.Array, ...], count: Count) -> tuple[jax.Array, Count]:
+    """The falling rank down to which the first ``count`` values at ``level`` lie, and how many are left over."""
+
+    def ties(*later_than: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which values are tied, and the falling rank of all, computed anew at each read."""
+        held = lax.optimization_barrier((*arrays, level, size, *later_than))
+        return x.rank(*held[: len(arrays)]) == held[len(arrays)], _falling_rank(x.shape, held[len(arrays) + 1])
 
     def reaching(probes: list[jax.Array]) -> list[Count]:
-        held_flags, rank, *held = lax.optimization_barrier((flags, size, *probes))
-        reached = [(held_flags & (_falling_rank(flags.shape, rank) >= probe)).astype(jnp.uint32) for probe in held]
-        return [Count.of(c) for c in _reduce(reached, [zero] * _PROBES, [lax.add] * _PROBES)]
+        flags, rank = ties(*probes)
+        reached = [(flags & (rank >= probe)).astype(jnp.uint32) for probe in probes]
+        return [Count.of(c) for c in reduce_together(reached, [zero] * _PROBES, [lax.add] * _PROBES)]
 
-    size, zero = jnp.uint32(flags.size), jnp.uint32(0)
-    rank = _falling_rank(flags.shape, size)
+    size, zero = jnp.uint32(x.size), jnp.uint32(0)
+    flags, rank = ties()
     ends = [flags.astype(jnp.uint32), jnp.where(flags, rank, zero), jnp.where(flags, rank, size)]
-    total, first, last = _reduce(ends, [zero, zero, size], [lax.add, lax.max, lax.min])
+    total, first, last = reduce_together(ends, [zero, zero, size], [lax.add, lax.max, lax.min])
     found = Count.of(total)
-    wanted = _pick(found.reaches(count), count, found)
+    wanted = pick(found.reaches(count), count, found)
     none = wanted.equals(Count.of(0))
     start = _Search(
-        low=jnp.where(none, first, last), low_count=_pick(none, wanted, found), high=first + 1, high_count=Count.of(0),
+        low=jnp.where(none, first, last), low_count=pick(none, wanted, found), high=first + 1, high_count=Count.of(0),
         margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(0),
     )  # fmt: skip
     cut = _search(reaching, start, wanted, lambda count: count.minus(Count.of(0)))
-    return flags & (rank >= cut.low) & ~none, count.left_after(wanted)
+    return jnp.where(none, jnp.uint32(_LAST + 1), cut.low), count.left_after(wanted)
 
 
 def _falling_rank(shape: tuple[int, ...], first: jax.Array) -> jax.Array:
