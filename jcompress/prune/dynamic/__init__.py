@@ -1,6 +1,7 @@
 """Masks that move while the network trains: sparse training, learned masks, lottery tickets."""
 
 from jcompress.prune.dynamic.exchange import SET, RigL, Static
+from jcompress.prune.dynamic.growth import NeST
 from jcompress.prune.dynamic.held import lay, masks
 from jcompress.prune.dynamic.leaves import Leaf, Rule
 from jcompress.prune.dynamic.redistribution import DSR, SparseMomentum
@@ -20,6 +21,7 @@ __all__ = [
     "LatentState",
     "Leaf",
     "Movement",
+    "NeST",
     "Piggyback",
     "RewiringState",
     "RigL",
