@@ -82,10 +82,13 @@ METHODS = [
     Row("variational-dropout", jc.prune.VariationalDropout()),
     Row("bayesian-compression", jc.prune.BayesianCompression(), exact=False),
     Row("bayesian-compression-filters", jc.prune.BayesianCompression(axes=(-4, -3, -2)), (3, 3, 4, 8), exact=False),
+    Row("normal-jeffreys", jc.prune.NormalJeffreys()),
+    Row("normal-jeffreys-filters", jc.prune.NormalJeffreys(axes=(-4, -3, -2)), (3, 3, 4, 8)),
     Row("information-bottleneck", jc.prune.InformationBottleneck()),
     Row("annealed-channels", jc.prune.AnnealedChannels(0.5, steps=10, at_least=2), exact=False, gathers=True),
     Row("stacked-hard-concrete", jc.stacked(jc.prune.HardConcrete(axes=(-2,))), shape=(3, 8, 4), exact=False),
     Row("stacked-bayesian", jc.stacked(jc.prune.BayesianCompression()), shape=(3, 8, 4), exact=False),
+    Row("stacked-jeffreys", jc.stacked(jc.prune.NormalJeffreys()), shape=(3, 8, 4)),
     Row(
         "stacked-annealed", jc.stacked(jc.prune.AnnealedChannels(0.5, 10, at_least=2)), (3, 8, 4), exact=False,
         gathers=True,

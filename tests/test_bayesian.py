@@ -125,7 +125,20 @@ def scaled(rng):
     )
 
 
-def test_moments_are_those_of_samples_and_the_mean_is_what_is_served(scaled):
+@pytest.fixture
+def improper(rng):
+    node = jc.prune.NormalJeffreys()(jnp.asarray(rng.normal(size=(4, 3)), jnp.float32))
+    return with_fields(
+        node,
+        log_variance=np.full((4, 3), -2.0),
+        group_mean=[[0.7], [-1.2], [0.4], [1.5]],
+        group_log_variance=np.full((4, 1), -1.5),
+    )
+
+
+@pytest.mark.parametrize("prior", ["scaled", "improper"])
+def test_moments_are_those_of_samples_and_the_mean_is_what_is_served(prior, request):
+    scaled = request.getfixturevalue(prior)
     drawn = samples(scaled, 60_000)
     mean, variance = scaled.moments()
     np.testing.assert_allclose(mean, drawn.mean(0), atol=0.05)
@@ -142,6 +155,47 @@ def test_a_group_that_goes_is_cut_exactly_from_the_mean_network(scaled, rng):
     w = np.asarray(final.materialize())
     np.testing.assert_allclose(x @ w, x[:, keep] @ w[keep], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(w[keep], np.asarray(node.moments()[0])[keep], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.3, -2.0])
+def test_the_normal_jeffreys_divergence_is_that_of_weights_given_scales_and_of_the_scales(scale, improper):
+    """Given a scale both laws of a weight are Gaussian, and their divergence does not depend on it."""
+    mean, deviation = np.asarray(improper.mean, np.float64).ravel(), np.exp(-1.0)
+
+    def weight(m):
+        posterior, prior = stats.norm(scale * m, abs(scale) * deviation), stats.norm(0, abs(scale))
+        ends = posterior.mean() - 10 * posterior.std(), posterior.mean() + 10 * posterior.std()
+        return integrate.quad(lambda w: posterior.pdf(w) * (posterior.logpdf(w) - prior.logpdf(w)), *ends, limit=200)[0]
+
+    log_alpha = -1.5 - np.log(np.square([0.7, 1.2, 0.4, 1.5]))
+    np.testing.assert_allclose(improper.log_alpha().ravel(), log_alpha, rtol=1e-5)
+    scales = gaussian.log_uniform_divergence(jnp.asarray(log_alpha, jnp.float32)).sum()
+    np.testing.assert_allclose(improper.penalty(), sum(map(weight, mean)) + scales, rtol=1e-4)
+
+
+def test_scales_of_high_dropout_rate_go_and_are_cut_exactly_from_the_mean_network(improper, rng):
+    node = with_fields(improper, group_mean=[[0.7], [-1.2], [0.1], [1.5]])  # log alpha of the third is 3.1
+    final = jc.finalize(node)
+    keep = np.asarray(final.mask).ravel()
+    assert keep.tolist() == [True, True, False, True]
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    w = np.asarray(final.materialize())
+    np.testing.assert_allclose(x @ w, x[:, keep] @ w[keep], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(w[keep], np.asarray(node.group_mean * node.mean)[keep], rtol=1e-6)
+
+
+@pytest.mark.parametrize("prior", ["scaled", "improper"])
+def test_groups_and_then_the_bits_of_the_posterior_each_save_storage(prior, request):
+    node, pair = request.getfixturevalue(prior), {"scaled": [[-6.0, -6.0]], "improper": [0.01]}[prior]
+    node = with_fields(node, group_mean=node.group_mean.at[1].set(jnp.array(pair[0])))
+    bits = bayesian.bit_widths({"w": node})["w"]
+    pruned = jc.finalize({"w": node})["w"]
+    short = jc.chain(
+        jc.prune.Magnitude(sparsity=0.25, pattern=jc.prune.Block((1, None))), jc.quantize.Int(bits, axis=None)
+    )
+    dense = 32 * node.mean.size
+    assert 1 <= bits <= 8
+    assert jc.nbits(short(pruned.materialize())) < jc.nbits(pruned) < dense
 
 
 def test_rounding_to_the_bit_width_errs_by_one_deviation_at_most(rng):
@@ -217,6 +271,7 @@ TRAINED = {
     "hard-concrete": (jc.prune.HardConcrete(axes=(-1,), keep=0.7), 0.02),
     "variational-dropout": (jc.prune.VariationalDropout(), 0.02),
     "bayesian-compression": (jc.prune.BayesianCompression(tau=1e-2, start=-5.0, threshold=1.0), 0.02),
+    "normal-jeffreys": (jc.prune.NormalJeffreys(threshold=0.0), 0.02),
     "bottleneck": (jc.prune.InformationBottleneck(axes=(-1,), start=-3.0), 0.02),
 }
 
@@ -356,6 +411,7 @@ def test_the_whole_prior_finds_planted_runs_and_its_bound_rises(rng):
         (lambda: jc.prune.VariationalDropout(start=4.0), "start=4.0 is not below threshold"),
         (lambda: jc.prune.InformationBottleneck(start=1.0), "start=1.0 is not below threshold"),
         (lambda: jc.prune.BayesianCompression(tau=0.0), "tau=0.0 must be positive"),
+        (lambda: jc.prune.NormalJeffreys(start=3.0), "NormalJeffreys: start=3.0 is not below threshold=3.0"),
         (lambda: jc.prune.AnnealedChannels(sparsity=2.0, steps=3), "sparsity=2.0"),
         (lambda: bayesian.chain_posterior(jnp.ones(3), 0.9, 2.0), "run=2.0 is too short for density=0.9; use 9"),
         (lambda: bayesian.chain_posterior(jnp.ones(3), 1.0, 2.0), r"density=1.0 is outside \(0, 1\)"),
@@ -368,8 +424,9 @@ def test_values_outside_their_range_are_refused(make, message):
 
 def test_axes_that_the_array_lacks_are_named():
     params = {"layer": {"bias": jnp.ones(4)}}
-    with pytest.raises(ValueError, match=r"layer/bias: HardConcrete needs negative axes .* found \[-2\]"):
-        jc.plan(params, [(".*", jc.prune.HardConcrete(axes=(-2,)))])
+    for method in (jc.prune.HardConcrete, jc.prune.NormalJeffreys):
+        with pytest.raises(ValueError, match=rf"layer/bias: {method.__name__} needs negative axes .* found \[-2\]"):
+            jc.plan(params, [(".*", method(axes=(-2,)))])
 
 
 def test_nodes_nest(rng):

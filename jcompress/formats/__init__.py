@@ -10,6 +10,7 @@ from jcompress.formats.frozen import Frozen
 from jcompress.formats.gaussian import Gaussian
 from jcompress.formats.hard_concrete import HardConcrete
 from jcompress.formats.horseshoe import Horseshoe
+from jcompress.formats.jeffreys import Jeffreys
 from jcompress.formats.lowrank import LowRank
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized
@@ -33,6 +34,7 @@ __all__ = [
     "Gaussian",
     "HardConcrete",
     "Horseshoe",
+    "Jeffreys",
     "LowRank",
     "Masked",
     "Quantized",

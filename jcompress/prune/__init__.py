@@ -6,6 +6,7 @@ from jcompress.prune.bayesian import (
     BayesianCompression,
     HardConcrete,
     InformationBottleneck,
+    NormalJeffreys,
     VariationalDropout,
 )
 from jcompress.prune.history import AccumulatedScores, accumulate, karnin, weight_elimination
@@ -36,6 +37,7 @@ __all__ = [
     "HardConcrete",
     "InformationBottleneck",
     "Magnitude",
+    "NormalJeffreys",
     "Random",
     "Sampled",
     "Shared",

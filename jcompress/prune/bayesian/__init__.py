@@ -1,8 +1,8 @@
 """Pruning from posteriors: stochastic gates, their penalties, and priors with structure."""
 
+from jcompress.prune.bayesian.compression import BayesianCompression, NormalJeffreys
 from jcompress.prune.bayesian.methods import (
     AnnealedChannels,
-    BayesianCompression,
     HardConcrete,
     InformationBottleneck,
     VariationalDropout,
@@ -15,6 +15,7 @@ __all__ = [
     "BayesianCompression",
     "HardConcrete",
     "InformationBottleneck",
+    "NormalJeffreys",
     "SupportPosterior",
     "VariationalDropout",
     "at_step",

@@ -12,12 +12,16 @@ from jcompress import core, formats
 from jcompress.core import Context
 
 
-class _Sharing(Protocol):
+class Sharing(Protocol):
+    """A method whose gates or scales are shared along axes."""
+
     @property
-    def axes(self) -> tuple[int, ...]: ...
+    def axes(self) -> tuple[int, ...]:
+        """The axes, negative."""
 
 
-def _check_axes(method: _Sharing, path: str, shape: tuple[int, ...]) -> None:
+def check_axes(method: Sharing, path: str, shape: tuple[int, ...]) -> None:
+    """Raise for axes that the array does not have."""
     wrong = [axis for axis in method.axes if not -len(shape) <= axis < 0]
     if wrong:
         raise ValueError(
@@ -75,7 +79,7 @@ class HardConcrete:
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise for axes that the array does not have."""
-        _check_axes(self, path, shape)
+        check_axes(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> formats.HardConcrete:
         """The node for one array."""
@@ -123,56 +127,6 @@ class VariationalDropout:
 
 
 @dataclasses.dataclass(frozen=True)
-class BayesianCompression:
-    """Bayesian compression with a group horseshoe prior (Louizos et al. 2017, arXiv:1705.08665).
-
-    Weights of a group share a log-normal scale under a horseshoe prior. Train on samples with
-    ``jc.prune.bayesian.penalty(tree) / examples`` added to the mean loss of an example; then ``jc.finalize`` prunes
-    whole groups, those with ``-log mode(scale) >= threshold``, and :func:`jcompress.prune.bayesian.bit_widths` reads
-    from the posterior how many bits the rest deserves.
-
-    Attributes:
-      axes: negative axes along which a scale is shared. The default ``(-1,)`` gives one to every row, an input of an
-        (in, out) kernel; ``(-4, -3, -2)`` one to every filter of a convolution (height, width, in, out).
-      tau: the scale of the half-Cauchy prior of the whole array; smaller prunes more.
-      start: the log of all variances at the start.
-      threshold: of the negative log of the mode of a scale. In the paper it is chosen by eye, from a histogram.
-
-    Raises:
-      ValueError: for axes that the array does not have, or a ``tau`` that is not positive.
-
-    Example:
-      >>> import jax.numpy as jnp, jcompress as jc
-      >>> node = jc.prune.BayesianCompression()(jnp.ones((4, 2)))
-      >>> node.log_mode().shape, jc.finalize(node)
-      ((4, 1), Masked(values=float32[4,2], mask=bool[4,1]))
-    """
-
-    axes: tuple[int, ...] = (-1,)
-    tau: float = 1e-5
-    start: float = -9.0
-    threshold: float = 3.0
-
-    __repr__ = core.method_repr
-
-    def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise ValueError(f"BayesianCompression: tau={self.tau} must be positive")
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise for axes that the array does not have."""
-        _check_axes(self, path, shape)
-
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> formats.Horseshoe:
-        """The node for one array."""
-        self.check(context.path, w.shape, w.dtype)
-        empty = formats.Horseshoe(
-            None, None, None, None, None, None, tuple(self.axes), w.ndim, self.tau, self.start, self.threshold
-        )
-        return empty.project(w)
-
-
-@dataclasses.dataclass(frozen=True)
 class InformationBottleneck:
     """Variational information bottleneck: noisy gates for channels (VIBNet; Dai et al. 2018, arXiv:1802.10399).
 
@@ -211,7 +165,7 @@ class InformationBottleneck:
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise for axes that the array does not have."""
-        _check_axes(self, path, shape)
+        check_axes(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> formats.Bottleneck:
         """The node for one array."""
@@ -268,7 +222,7 @@ class AnnealedChannels:
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise for an axis that the array does not have."""
-        _check_axes(self, path, shape)
+        check_axes(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> formats.Annealed:
         """The node for one array."""

@@ -77,7 +77,8 @@ def bit_widths(tree: PyTree) -> dict[str, int]:
     uniform grid of ``jc.quantize.Int``. Reads values, so it works outside ``jit`` only.
 
     Args:
-      tree: a pytree with nodes of :class:`VariationalDropout` or :class:`BayesianCompression`, before ``finalize``.
+      tree: a pytree with nodes of :class:`VariationalDropout`, :class:`BayesianCompression` or
+        :class:`NormalJeffreys`, before ``finalize``.
 
     Returns:
       ``{path: bits}`` for these nodes, from 1 up; 1 where nothing is kept.
@@ -90,7 +91,7 @@ def bit_widths(tree: PyTree) -> dict[str, int]:
     """
     widths = {}
     for path, node in rules.paths(tree):
-        if isinstance(node, (formats.Gaussian, formats.Horseshoe)):
+        if isinstance(node, (formats.Gaussian, formats.Horseshoe, formats.Jeffreys)):
             mean, variance = (np.asarray(x, np.float64) for x in node.moments())
             kept = np.broadcast_to(np.asarray(core.finalize(node).mask), mean.shape)
             widths[path] = _bits(mean[kept], variance[kept])
