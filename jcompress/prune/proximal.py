@@ -243,7 +243,8 @@ def accelerated(
     ``x' = prox(y - learning_rate * grad(y))``, ``t' = (1 + sqrt(1 + 4 t**2)) / 2`` and ``y' = x' + (t - 1) /
     t' (x' - x)``. The parameters are the points y where gradients are wanted. The answer, with exact zeros, is
     ``state.iterate``.
-    Generative adversarial learning of structures trains its soft masks so (GAL; Lin et al. 2019, arXiv:1903.09291).
+    Generative adversarial learning trains its soft masks so (GAL; Lin et al. 2019, arXiv:1903.09291): see
+    :func:`jcompress.prune.structured.generator_loss`.
 
     Args:
       penalty: one of this module, or anything with ``prox(x, step)``.

@@ -5,6 +5,7 @@ let ``jc.trace.mask`` set the others to zero or ``jc.shrink`` cut them out; betw
 refit what reads them. ``groups`` come from ``jc.trace.coupling``; in scores the larger value stays.
 """
 
+from jcompress.prune.structured.adversarial import discriminator_loss, generator_loss, scaled
 from jcompress.prune.structured.batch_norm import NormPaths, fold_batch_norm, fold_batch_norms, reestimate
 from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
@@ -42,10 +43,12 @@ __all__ = [
     "correct_biases",
     "cosine",
     "diffusion",
+    "discriminator_loss",
     "fold_batch_norm",
     "fold_batch_norms",
     "fold_constants",
     "fuse_layers",
+    "generator_loss",
     "geometric_median",
     "group_lasso",
     "group_lasso_proximal",
@@ -69,6 +72,7 @@ __all__ = [
     "reconstruct",
     "reestimate",
     "remove_layers",
+    "scaled",
     "slimming",
     "soft_filter",
     "spectral",
