@@ -124,6 +124,30 @@ def spread(layer: Contraction, features: jax.Array) -> jax.Array:
     return features.reshape(sizes)
 
 
+def over_outputs(layer: Contraction, features: jax.Array, path: str, w: jax.Array) -> jax.Array:
+    """One number for each input feature of a layer, (layers, k), in a shape that broadcasts to what makes these inputs.
+
+    Args:
+      layer: the layer that reads them.
+      features: the numbers.
+      path: of what makes them.
+      w: a kernel, a bias, or the scale of a norm: its last axes are the features, its first ones stacked layers.
+
+    Raises:
+      ValueError: if the axes do not fit; the message names both paths.
+    """
+    stack, made = layer.w.shape[: layer.lead], w.ndim
+    size = features.size // max(math.prod(stack), 1)
+    while made > layer.lead and math.prod(w.shape[made:]) < size:
+        made -= 1
+    if w.shape[: layer.lead] != stack or math.prod(w.shape[made:]) != size:
+        raise ValueError(
+            f"{path}: found shape {w.shape}, expected {(*stack, '...', size)}: its last axes make the {size} inputs of "
+            f"{layer.path}; name the leaves that make them, and no others"
+        )
+    return features.reshape(*stack, *[1] * (made - layer.lead), *w.shape[made:])
+
+
 def visible(layer: Contraction, context: Context) -> jax.Array:
     """Which entries a mask around the leaf shows, laid out as the matrix."""
     if context.where is None:

@@ -7,6 +7,7 @@ from jcompress.quantize.awq import AWQ
 from jcompress.quantize.correction import Pair, correct_biases, equalize
 from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
+from jcompress.quantize.folding import fold_norms, fold_rotations, fold_scales
 from jcompress.quantize.gpfq import GPFQ
 from jcompress.quantize.gptq import GPTQ
 from jcompress.quantize.hqq import HQQ
@@ -52,6 +53,9 @@ __all__ = [
     "activations",
     "correct_biases",
     "equalize",
+    "fold_norms",
+    "fold_rotations",
+    "fold_scales",
     "gradients",
     "moments",
     "ranges",

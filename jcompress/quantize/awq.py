@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,8 @@ class AWQ:
     ``a_i`` is the root mean square of the input, divided by the geometric mean over inputs, and ``power`` the one of
     least output error ``tr(dW^T gram dW)`` among evenly spaced powers from 0 to 1; 0 is no scaling, so the error is
     never above that of the grid alone (Lin et al. 2023, arXiv:2306.00978, who take the mean magnitude of the inputs).
-    The node keeps ``1 / s`` in bfloat16, 16 bits an input; nothing is folded into other layers. Needs the statistic
-    ``gram``. One power for a leaf; with ``jc.stacked`` one for each layer.
+    The node keeps ``1 / s`` in bfloat16, 16 bits an input; :func:`fold_scales` puts it into the layer before instead.
+    Needs the statistic ``gram``. One power for a leaf; with ``jc.stacked`` one for each layer.
 
     Attributes:
       grid: the method that quantizes, fitted once for each power; with :class:`GPTQ` it gets the Gram matrix of the
@@ -69,22 +70,35 @@ class AWQ:
 @partial(jax.jit, static_argnames="method")
 def _scaled(method: AWQ, w: jax.Array, context: Context) -> Rescaled:
     layer, gram = layout.of(w, context, "gram")
+    logs = logarithms(gram)
+
+    def fitted(power: jax.Array) -> tuple[Rescaled, jax.Array]:
+        scale = jnp.exp(-power * logs).astype(jnp.bfloat16)
+        values, error = tried(method.grid, layer, gram, context, scale.astype(jnp.float32))
+        return Rescaled(values, Frozen.of(layout.spread(layer, scale))), error
+
+    return fitted(best(method.points, lambda power: fitted(power)[1]))[0]
+
+
+def logarithms(gram: jax.Array) -> jax.Array:
+    """Of the root mean squares of the inputs, (layers, k), their mean taken off; 0 for inputs never seen."""
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
     logs = jnp.log(jnp.where(diagonal > 0, diagonal, 1)) / 2
-    logs = jnp.where(diagonal > 0, logs - jnp.mean(logs, axis=-1, keepdims=True), 0)
-    shown = layout.visible(layer, context)
+    return jnp.where(diagonal > 0, logs - jnp.mean(logs, axis=-1, keepdims=True), 0)
 
-    def fitted(power: jax.Array) -> Rescaled:
-        scale = jnp.exp(-power * logs).astype(jnp.bfloat16)
-        wide = scale.astype(jnp.float32)
-        inner = layout.with_gram(context, wide[:, :, None] * gram * wide[:, None, :])
-        held = layout.spread(layer, scale)
-        values = method.grid((w / held.astype(jnp.float32)).astype(w.dtype), inner)
-        return Rescaled(values, Frozen.of(held))
 
-    def error(power: jax.Array) -> jax.Array:
-        change = layer.of(fitted(power).materialize() - w).matrix()
-        return layout.moved(jnp.where(shown, change, 0), gram).sum()
+def tried(
+    grid: Method, layer: layout.Contraction, gram: jax.Array, context: Context, scale: jax.Array
+) -> tuple[Any, jax.Array]:
+    """What the grid makes of a kernel divided by ``scale``, (layers, k), and by how much it moves the outputs."""
+    held = layout.spread(layer, scale)
+    inner = layout.with_gram(context, scale[:, :, None] * gram * scale[:, None, :])
+    values = grid((layer.w / held).astype(layer.w.dtype), inner)
+    change = layer.of(core.dense(values) * held.astype(layer.w.dtype) - layer.w).matrix()
+    return values, layout.moved(jnp.where(layout.visible(layer, context), change, 0), gram).sum()
 
-    powers = jnp.linspace(0, 1, method.points)
-    return fitted(powers[jnp.argmin(jax.lax.map(error, powers))])
+
+def best(points: int, error: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Of so many evenly spaced powers from 0 to 1, that of the least error."""
+    powers = jnp.linspace(0, 1, points)
+    return powers[jnp.argmin(jax.lax.map(error, powers))]

@@ -15,7 +15,7 @@ from jcompress.core import Context, PyTree
 def smooth(
     params: PyTree, stats: Mapping[str, Any], pairs: Mapping[str | tuple[str, ...], Sequence[str]], power: Any = 0.5
 ) -> PyTree:
-    """Divide the activations after a norm by ``s`` and multiply the kernels that read them by it: the same function.
+    """Divide activations by ``s`` where they are made and multiply the kernels that read them by it: the same function.
 
     ``s_i = max|x_i|**power / max|w_i|**(1 - power)`` over the data and over the kernels, so that channels of
     activations lose their outliers and 8 bits serve both (SmoothQuant; Xiao et al. 2022, arXiv:2211.10438). Channels
@@ -24,8 +24,9 @@ def smooth(
     Args:
       params: a pytree of arrays.
       stats: from ``jc.calibrate(fn, params, batches, statistics=["absmax"])``.
-      pairs: for the norm's leaves that scale its output, (scale, bias) or one path, the paths of all kernels that read
-        it, and of nothing else: a kernel left out, or a residual branch, would see other activations.
+      pairs: for the leaves that scale the activations, (scale, bias) of a norm, (kernel, bias) of a layer or one path,
+        the paths of all kernels that read them, and of nothing else: a kernel left out, or a residual branch, would see
+        other activations.
       power: how much of the range moves, in [0, 1].
 
     Returns:
@@ -56,7 +57,8 @@ def smooth(
         fits = (seen > 0) & (largest > 0)
         scale = jnp.where(fits, seen**power / jnp.where(fits, largest, 1) ** (1 - power), 1)
         for path in names:
-            found[path] = (found[path] / scale.reshape(found[path].shape)).astype(found[path].dtype)
+            made = layout.over_outputs(laid_out[0][0], scale, path, found[path])
+            found[path] = (found[path] / made).astype(found[path].dtype)
         for path, (layer, _) in zip(kernels, laid_out, strict=True):
             found[path] = (layer.w * layout.spread(layer, scale)).astype(layer.w.dtype)
     return jax.tree.unflatten(treedef, [found[path] for path, _ in leaves])
