@@ -107,6 +107,56 @@ def test_snip_is_the_gradient_of_a_gate_and_ranks_all_leaves_together(rng):
         np.testing.assert_array_equal(small[name].mask, np.asarray(sensitivity[name]) >= flat[round(0.7 * len(flat))])
 
 
+def test_snip_sums_do_not_see_the_scale_of_a_layer_of_relus_and_collapse_at_extreme_sparsity(rng):
+    params, x = small_mlp(rng, (20, 40, 40, 4)), normal(rng, 30, 20)
+    y = jnp.asarray(rng.integers(0, 4, 30))
+
+    def loss(params):
+        return optax.softmax_cross_entropy_with_integer_labels(mlp(params, x), y).mean()
+
+    def sensitivity(params):
+        return jax.tree.map(lambda w, g: jnp.abs(w * g), params, jax.grad(loss)(params))
+
+    moved = {"a": 4 * params["a"], "b": params["b"] / 4, "c": params["c"]}
+    for name, found in sensitivity(moved).items():
+        np.testing.assert_allclose(found, sensitivity(params)[name], rtol=1e-4, atol=1e-9)
+    for sparsity, alive in ((0.8, True), (0.999, False)):
+        plan = jc.plan(params, [(".*", jc.prune.SNIP(sparsity=sparsity))])
+        small = jc.materialize(jc.compress(params, plan, grads=jax.grad(loss)(params)))
+        assert all(bool((w != 0).any()) for w in jax.tree.leaves(small)) == alive
+    # Three weights are left: synaptic flow makes a path of them.
+    assert [int(mask.sum()) for mask in jc.prune.synflow(mlp, params, 0.999, x[:1]).values()] == [1, 1, 1]
+
+
+def test_taylor_ranks_units_as_leaving_each_out_does_and_better_than_magnitude(rng):
+    x = normal(rng, 200, 6)
+    y = jnp.tanh(x[:, :1] * x[:, 1:2])
+    params = {"a": normal(rng, 6, 24) / 2, "b": normal(rng, 24, 1) / 4}
+
+    def loss(params, gates):
+        return jnp.mean(((jax.nn.tanh(x @ params["a"]) * gates) @ params["b"] - y) ** 2)
+
+    tx, ones = optax.adam(0.02), jnp.ones(24)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, ones), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    trained = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), None, 150)[0][0])()
+    out = jnp.abs(jax.vmap(lambda i: loss(trained, ones.at[i].set(0)))(jnp.arange(24)) - loss(trained, ones))
+    exact = np.asarray(out)
+    groups = {"hidden": jc.prune.structured.ManualGroup(24, (("a", 1),), (("b", 0),))}
+    # Example by example: at a minimum the derivatives of a batch add up to nothing.
+    grads = jax.vmap(lambda i: jax.grad(lambda p: jnp.mean(((jnp.tanh(x[i] @ p["a"])) @ p["b"] - y[i]) ** 2))(trained))(
+        jnp.arange(200)
+    )
+    taylor = jax.vmap(lambda g: jc.prune.structured.taylor(trained, groups, g)["hidden"])(grads).mean(0)
+    magnitude = jc.prune.structured.l2(trained, groups)["hidden"]
+    ranks = [scipy.stats.spearmanr(score, exact).statistic for score in (taylor, magnitude)]
+    assert ranks[0] > max(0.8, ranks[1] + 0.1)
+
+
 def test_taylor_fisher_and_obd_are_their_scores(rng):
     params, g, h = {"w": normal(rng, 6, 4)}, normal(rng, 6, 4), jnp.abs(normal(rng, 6, 4))
     stats = {"w": types.SimpleNamespace(grad_square=g**2, hessian_diagonal=h)}
@@ -174,6 +224,55 @@ def test_variance_nullity_cuts_noise_at_the_test_level_and_always_what_has_no_ef
     assert (found["unused"] == 0).all() and (found["strong"] > 0.99).all()
     with pytest.raises(ValueError, match="found 1 examples, expected at least two"):
         jc.prune.variance_nullity(loss, params, batch[0][:1], batch[1][:1], variance=1.0)
+
+
+def test_what_a_unit_swings_alone_is_its_part_of_the_variance(rng):
+    low, c = normal(rng, 6), jnp.array([1.0, -2.0, 0.0, 0.5, 3.0, 0.0])
+    high = low + jnp.arange(1.0, 7.0)
+    found = jax.jit(lambda low, high: jc.prune.fourier_variance(lambda z: c @ z + 7, low, high))(low, high)
+    # A sine of amplitude a has the variance a**2 / 2.
+    np.testing.assert_allclose(found, np.square(c * (high - low) / 2) / 2, rtol=1e-4, atol=1e-5)
+    both = jc.prune.fourier_variance(lambda z: jnp.stack([c @ z, z[2]]), low, high)
+    np.testing.assert_allclose(both - found, np.where(np.arange(6) == 2, 9 / 8, 0), rtol=1e-4, atol=1e-4)
+    cheap = jc.prune.fourier_variance(lambda z: c @ z, low, high, frequency=13)
+    np.testing.assert_allclose(cheap, found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_spectrum_gives_the_variance_of_the_mean_output_given_a_unit(rng):
+    """By quadrature on all nodes: what swings as a sine is distributed as the points of Chebyshev."""
+    low, high, v = normal(rng, 3) - 1, normal(rng, 3) + 1, normal(rng, 3, 8)
+
+    def fn(z):
+        return jnp.tanh(0.7 * z @ v).sum() + z[0] * z[1] + z[2] ** 2
+
+    points = np.cos(np.pi * (np.arange(24) + 0.5) / 24)
+    nodes = np.asarray((high + low) / 2) + np.outer(points, (high - low) / 2)
+    grid = np.stack(np.meshgrid(*nodes.T, indexing="ij"), -1).reshape(-1, 3)
+    values = np.asarray(jax.vmap(fn)(jnp.asarray(grid, jnp.float32)), np.float64).reshape(24, 24, 24)
+    exact = [values.mean(tuple(j for j in range(3) if j != i)).var() for i in range(3)]
+    np.testing.assert_allclose(jc.prune.fourier_variance(fn, low, high), exact, rtol=0.02)
+
+
+def test_units_of_no_effect_go_first_behind_a_network(rng):
+    params, x = small_mlp(rng, (5, 8, 6, 4)), normal(rng, 40, 5)
+    dead = np.isin(np.arange(8), [1, 6])
+    params["b"] = jnp.where(dead[:, None], 0, params["b"])
+    hidden = jax.nn.relu(x @ params["a"])
+    found = jc.prune.fourier_variance(
+        lambda z: jax.nn.relu(z @ params["b"]) @ params["c"], hidden.min(0), hidden.max(0)
+    )
+    assert float(found[dead].max()) < 0.02 * float(found[~dead].min())
+    for args, message in [
+        ((jnp.zeros(3), jnp.ones(4)), r"found low \(3,\) and high \(4,\)"),
+        ((jnp.zeros(()), jnp.ones(())), r"expected \(units,\) for both"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jc.prune.fourier_variance(jnp.sum, *args)
+    for keywords in ({"frequency": 6}, {"harmonics": 0}):
+        with pytest.raises(
+            ValueError, match="expected harmonics of 1 or more and a frequency above twice their number"
+        ):
+            jc.prune.fourier_variance(jnp.sum, jnp.zeros(3), jnp.ones(3), **keywords)
 
 
 def test_the_fisher_of_a_unit_is_that_of_its_activation(rng):
@@ -293,6 +392,20 @@ def test_a_reweighted_sample_is_an_unbiased_sketch(scope, rng):
     for name, w in params.items():
         error = np.asarray(drawn[name].std(0)) / 20_000**0.5
         np.testing.assert_array_less(np.abs(np.asarray(drawn[name].mean(0) - w)), 4.5 * error + 1e-6)
+
+
+def test_a_sketch_varies_least_where_weights_are_drawn_in_proportion_to_what_they_add(rng):
+    """Among scores of one weight, its product with the input is the best (Bar & Giryes 2023)."""
+    w, x = normal(rng, 40), jnp.abs(normal(rng, 40)) * jnp.geomspace(0.05, 5, 40)
+
+    def variance(score):
+        method = Sampled(0.5, score=score, reweight=True)
+        keys = jax.random.split(jax.random.key(0), 4_000)
+        return float(jax.jit(jax.vmap(lambda key: method(w, jc.Context(key=key)).materialize() @ x))(keys).var())
+
+    best = variance(lambda w, context: jnp.abs(w) * x)
+    assert best < 0.5 * variance(scores.magnitude)
+    assert best < 0.5 * variance(lambda w, context: jnp.ones_like(w))
 
 
 def test_samples_need_one_draw_to_be_reweighted():

@@ -11,7 +11,7 @@ from jcompress.prune.bayesian import (
 )
 from jcompress.prune.history import AccumulatedScores, accumulate, karnin, weight_elimination
 from jcompress.prune.magnitude import Magnitude
-from jcompress.prune.network_scores import grasp, unit_fisher, variance_nullity
+from jcompress.prune.network_scores import fourier_variance, grasp, unit_fisher, variance_nullity
 from jcompress.prune.obs import OBS, inverse_hessian, obs_saliency, obs_step
 from jcompress.prune.patterns import NM, Block, Shared
 from jcompress.prune.random import Random
@@ -49,6 +49,7 @@ __all__ = [
     "bayesian",
     "curvature",
     "dynamic",
+    "fourier_variance",
     "grasp",
     "inverse_hessian",
     "karnin",

@@ -107,6 +107,69 @@ def variance_nullity(loss: Loss, params: PyTree, *batch: Any, variance: Any) -> 
     return {path: jax.scipy.special.gammainc((n - 1) / 2, s / (2 * variance)) for path, s in squares.items()}
 
 
+def fourier_variance(
+    fn: Callable[[jax.Array], jax.Array],
+    low: jax.Array,
+    high: jax.Array,
+    *,
+    frequency: int | None = None,
+    harmonics: int = 3,
+) -> jax.Array:
+    """How much of the output's variance each unit causes by itself, read off the spectrum (Lauret et al. 2006).
+
+    All units swing at once, ``z_h(s) = (high + low) / 2 + (high - low) / 2 * sin(omega_h s)``, one of them fast and the
+    others slowly. Its score is what the output has at the first harmonics of its frequency, ``sum_p (A_p**2 + B_p**2) /
+    2`` with the Fourier coefficients ``A_p, B_p`` at ``p omega_h``, summed over all outputs: the variance of the mean
+    output given ``z_h`` (Fourier amplitude sensitivity test; Saltelli et al. 1999). Interactions of units do not count.
+
+    Args:
+      fn: the outputs, of any shape, for the values (units,) of the units: the part of the network behind them.
+      low: (units,), where each unit's range begins, such as its smallest activation on the data.
+      high: (units,), where it ends.
+      frequency: the fast one. The default, ``2 * harmonics * (units - 1) + 1``, leaves the slow ones room to differ. A
+        smaller one is cheaper: there are ``2 * harmonics * frequency + 1`` evaluations for each unit.
+      harmonics: how many count.
+
+    Returns:
+      ``(units,)`` in float32, the larger the more important; exact where the output is a sum of a function of each
+      unit whose spectrum ends at the harmonics.
+
+    Raises:
+      ValueError: for ranges of different shapes, no harmonics, or a frequency that leaves no room for slow ones.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> score = jc.prune.fourier_variance(lambda z: z[0] + 2 * z[1], jnp.array([-1.0, -1.0, 0.0]), jnp.ones(3))
+      >>> score.round(3).tolist()
+      [0.5, 2.0, 0.0]
+    """
+    low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    if low.ndim != 1 or low.shape != high.shape:
+        raise ValueError(f"fourier_variance: found low {low.shape} and high {high.shape}, expected (units,) for both")
+    fast = 2 * harmonics * max(low.size - 1, 1) + 1 if frequency is None else frequency
+    if harmonics < 1 or fast <= 2 * harmonics:
+        raise ValueError(
+            f"fourier_variance: found frequency={fast}, harmonics={harmonics}; expected harmonics of 1 or more and a "
+            "frequency above twice their number"
+        )
+    samples, slowest = 2 * harmonics * fast + 1, (fast - 1) // (2 * harmonics)
+    times, units = jnp.arange(samples), jnp.arange(low.size)
+    turn = 2 * jnp.pi / samples
+    # Angles from integers: a large one would lose its digits.
+    angles = turn * (jnp.arange(1, harmonics + 1)[:, None] * fast * times % samples)
+    waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+
+    def score(unit: jax.Array) -> jax.Array:
+        slow = (units - (units > unit)) % slowest + 1
+        swing = jnp.sin(turn * (jnp.where(units == unit, fast, slow) * times[:, None] % samples))
+        outputs = jax.vmap(fn)((high + low) / 2 + (high - low) / 2 * swing)
+        outputs = outputs.reshape(samples, -1).astype(jnp.float32)
+        found = 2 / samples * jnp.matmul(waves, outputs - outputs.mean(0), precision="highest")
+        return 0.5 * jnp.sum(jnp.square(found))
+
+    return jax.lax.map(score, units)
+
+
 def unit_fisher(loss: Loss, params: PyTree, pattern: Pattern, *batch: Any) -> Scores:
     """Fisher pruning of feature maps: ``1/(2N) sum_n g_nk**2``, with ``g_nk`` the derivative of a gate on unit ``k``.
 
