@@ -7,6 +7,7 @@ import optax
 import pytest
 from scipy import stats
 
+import jcompress as jc
 from jcompress.prune import curvature, noise
 
 KEY = jax.random.key(11)
@@ -120,6 +121,41 @@ def test_the_penalty_flattens(problem):
     both = jax.jit(jax.vmap(train))(jnp.array([0.0, 0.3]))
     plain, flat = (jax.tree.map(lambda x, i=i: x[i], both) for i in range(2))
     assert float(exact(loss, flat)) < 0.7 * float(exact(loss, plain))
+
+
+def test_what_is_trained_under_the_penalty_loses_less_by_rounding(rng):
+    x = jnp.asarray(rng.normal(size=(64, 3)), jnp.float32)
+    y, tx = jnp.sin(x[:, 0] * x[:, 1]), optax.adam(0.02)
+
+    def loss(p):
+        return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - y) ** 2)
+
+    def train(c, key):
+        first, second, key = jax.random.split(key, 3)
+        p = {"a": jax.random.normal(first, (3, 8)), "b": 0.5 * jax.random.normal(second, (8,))}
+
+        def objective(p, key):
+            return (1 - c) * loss(p) + c * jnp.sqrt(curvature.hessian_square_norm(loss, p, key))
+
+        def step(carry, key):
+            p, state = carry
+            updates, state = tx.update(jax.grad(objective)(p, key), state, p)
+            return (optax.apply_updates(p, updates), state), None
+
+        return jax.lax.scan(step, (p, tx.init(p)), jax.random.split(key, 300))[0][0]
+
+    def rounded(p, bits):
+        plan = jc.plan(p, [(".*", jc.quantize.Int(bits=bits, axis=None))])
+        return loss(jc.materialize(jc.compress(p, plan)))
+
+    keys = jax.random.split(KEY, 8)
+    plain, flat = (jax.jit(jax.vmap(train, (None, 0)))(c, keys) for c in (0.0, 0.02))
+    losses = [float(jax.vmap(loss)(p).mean()) for p in (plain, flat)]
+    assert losses[1] < 2 * losses[0]
+    for bits in (2, 3):
+        after = [float(jax.vmap(lambda p, bits=bits: rounded(p, bits))(p).mean()) for p in (plain, flat)]
+        assert after[1] < after[0]
+        assert after[1] - losses[1] < 0.6 * (after[0] - losses[0])
 
 
 def test_no_samples_are_refused(problem):

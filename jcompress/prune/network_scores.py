@@ -175,7 +175,8 @@ def unit_fisher(loss: Loss, params: PyTree, pattern: Pattern, *batch: Any) -> Sc
 
     On one example, ``g_nk`` is the sum of ``a dL/da`` over the positions of feature map ``a``, and that is the sum of
     ``w dL/dw`` over the weights that make the map, wherever these make it linearly, or followed by a ReLU
-    (Theis et al. 2018, arXiv:1801.05787). Weights of a unit get the same score.
+    (Theis et al. 2018, arXiv:1801.05787). Weights of a unit get the same score. To trade loss for computation as the
+    paper does, subtract from it a multiple of what the unit costs.
 
     Args:
       loss: ``loss(params, *batch)``, a scalar; called on batches of one example.
