@@ -37,10 +37,12 @@ class GPFQ:
       clip: range of the grid, as in :class:`Int`.
       stochastic: round up with the probability of the fraction, for errors that are unbiased (SPFQ; Zhang & Saab 2023,
         arXiv:2309.10975). Needs a key.
+      threshold: in steps of the grid; what is to be rounded is drawn towards 0 by so much first, so that more weights
+        become 0, and those after make up for them. A scalar, traced or not.
 
     Raises:
-      ValueError: for hyperparameters that :class:`Int` refuses, one bit, or statistics that are missing or of another
-        shape.
+      ValueError: for hyperparameters that :class:`Int` refuses, one bit, a negative threshold, or statistics that are
+        missing or of another shape.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -57,12 +59,15 @@ class GPFQ:
     axis: int | None = -1
     clip: Literal["minmax", "mse"] = "minmax"
     stochastic: bool = False
+    threshold: Any = 0.0
 
     __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if self.bits == 1:
             raise ValueError("GPFQ: bits=1 leaves no level near 0; use bits=2 for -1, 0 and 1")
+        if core.is_concrete(self.threshold) and self.threshold < 0:
+            raise ValueError(f"GPFQ: threshold={self.threshold} must not be negative; 0 draws nothing towards 0")
         self._grid()
 
     @property
@@ -83,6 +88,7 @@ class GPFQ:
         found, node, known = rounding(self._grid(), layer, context, early=True)
         matrix = layer.matrix()
         known = {**known, "shown": layout.visible(layer, context), "dense": matrix}
+        known["shrink"] = self.threshold * known["scale"]
         if self.stochastic:
             known["noise"] = jax.random.uniform(context.key, matrix.shape) - 0.5
         return filled(node, layer, _followed(matrix, gram, known, rounding=found), known, found)
@@ -93,6 +99,7 @@ def _followed(w: jax.Array, gram: jax.Array, known: Known, rounding: Rounding) -
     """Values (layers, k, n) on the grid."""
 
     def fix(row: jax.Array, known: Known, pivot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        row = jnp.sign(row) * jnp.maximum(jnp.abs(row) - known["shrink"], 0)
         if "noise" in known:
             row = row + known["scale"] * known["noise"]
         value = jnp.where(known["shown"], rounding.value(row, known), 0)

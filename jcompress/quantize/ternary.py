@@ -23,7 +23,9 @@ class Ternary:
     ``q = sign(w)`` where ``|w| > t``, else 0, with the threshold ``t = 0.7 mean |w|``, near the optimum for normal
     weights; the scale is the mean magnitude of what is kept, its least-squares value. ``"optimal"`` searches the
     threshold with the least squared error: a search over the range, then the iteration ``t <- scale / 2``, which
-    every optimum is a fixed point of. After a mask, ``jc.chain(Magnitude(...), Ternary())`` counts kept weights only.
+    every optimum is a fixed point of. After a mask, ``jc.chain(Magnitude(...), Ternary())`` counts kept weights only;
+    ``jc.chain(Magnitude(...), Int(bits=1))`` keeps the signs of all of them, as pruning ternary quantization does (Liu
+    et al. 2021, arXiv:2107.10998).
 
     Attributes:
       threshold: as a multiple of the mean magnitude, a scalar, traced or not; or ``"optimal"``.

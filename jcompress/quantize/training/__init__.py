@@ -14,6 +14,8 @@ from jcompress.quantize.training import dorefa
 from jcompress.quantize.training.binary import BinaryConnect, clip_values, concave_penalty
 from jcompress.quantize.training.clipped import pact, scaled_sign, sign_ste
 from jcompress.quantize.training.dorefa import DoReFa
+from jcompress.quantize.training.loss_error import elq
+from jcompress.quantize.training.loss_scale import loss_scaled
 from jcompress.quantize.training.noise import QuantNoise
 from jcompress.quantize.training.optimizer import gradients, moments
 from jcompress.quantize.training.proximal import Relaxed
@@ -33,7 +35,9 @@ __all__ = [
     "clip_values",
     "concave_penalty",
     "dorefa",
+    "elq",
     "gradients",
+    "loss_scaled",
     "lsq",
     "lsq_plus",
     "moments",
