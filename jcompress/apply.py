@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -222,9 +222,7 @@ def project(
     Args:
       plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
       every: steps between refits.
-      inner: the optimizer, to wrap it in place of being chained to it. Steps without a refit are cheaper then: a
-        chained transform must have the updates of the whole model written out for a refit that may be due, a
-        wrapped optimizer is asked again for its updates when one is. ``grads`` are then known without being passed.
+      inner: the optimizer, to wrap it in place of being chained to it: ``grads`` are then known without being passed.
       key: for methods that draw random numbers. It is the same at every refit; a method that should draw anew folds
         the step in.
       stats: ``{path: statistics}`` from calibration.
@@ -245,7 +243,7 @@ def project(
       >>> optax.apply_updates(params, updates)["w"].tolist()
       [[2.5, 0.0]]
 
-      The same, a little faster between refits:
+      The same, wrapped around the optimizer:
 
       >>> tx = jc.project(plan, inner=optax.sgd(0.5))
       >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
@@ -272,13 +270,12 @@ def project(
             raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
         leaves = rules.paths(params)
         _check_paths(leaves, plan)
-        if grads is None and optimizer is not None:
-            grads = updates
+        after = None
+        if optimizer is not None:
+            grads = updates if grads is None else grads
+            updates, after = optimizer.update(updates, state.inner, params, **extra)
         contexts = _contexts(params, leaves, state.steps, state.key, stats, grads, None)
-        if optimizer is None:
-            change, held, after = *_chained(plan, every, state, params, updates, contexts), None
-        else:
-            change, held, after = _around(optimizer, plan, every, state, params, updates, contexts, extra)
+        change, held = _moved_on(plan, every, state, params, updates, contexts)
         updates = jax.tree.unflatten(jax.tree.structure(updates), list(change.values()))
         return updates, ProjectState(optax.safe_increment(state.steps), held, state.key, after)
 
@@ -300,86 +297,55 @@ def _is_linear(node: Any) -> bool:
     return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
 
 
-def _chained(
+def _moved_on(
     plan: Plan, every: int, state: ProjectState, params: PyTree, updates: PyTree, contexts: dict[str, Context]
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The updates onto the set, and what is held, given the updates of the optimizer."""
     leaves = rules.paths(params)
+    arrays, change = dict(leaves), _by_path(leaves, updates)
     held: dict[str, Any] = {}
-    change = _by_path(leaves, updates)
-    # What a conditional reads must be written out first. One for each unit, so that the updates of the whole model
-    # need not be in memory at once.
+    due, nothing = state.steps % every == 0, _zero(state.steps)
+    # What a conditional reads must be written out first. One for each unit, each behind the one before, so that the
+    # new values of the whole model need not be in memory at once: of 5 million parameters these would be so large
+    # that on a CPU every step would fetch its memory anew.
     for unit in _units(plan):
-        fitted, kept = _branches([unit], plan, state.held, params, change.copy, contexts)
-        now, values = jax.lax.cond(state.steps % every == 0, fitted, kept)
+        change |= {path: change[path] + nothing.astype(change[path].dtype) for path in unit}
+        new = {path: optax.apply_updates(arrays[path], change[path]) for path in unit}
+        old = {path: state.held[path] for path in unit}
+        now, values, nothing = _refitted(unit, plan, due, state.steps, old, new, contexts)
         held |= now
-        change |= _onto(now, values, dict(leaves), change)
+        change |= _onto(now, values, arrays, change)
     return change, held
 
 
-def _around(
-    optimizer: optax.GradientTransformationExtraArgs,
+def _zero(steps: jax.Array) -> jax.Array:
+    """A zero that the compiler cannot know to be one. From a conditional, it puts what is added to it behind that."""
+    return (steps < 0).astype(jnp.float32)
+
+
+def _refitted(
+    unit: list[str],
     plan: Plan,
-    every: int,
-    state: ProjectState,
-    params: PyTree,
-    grads: PyTree,
+    due: jax.Array,
+    steps: jax.Array,
+    held: dict[str, Any],
+    new: dict[str, jax.Array],
     contexts: dict[str, Context],
-    extra: dict[str, Any],
-) -> tuple[dict[str, jax.Array], dict[str, Any], PyTree]:
-    """As :func:`_chained`, given the optimizer; and the optimizer's new state."""
-    leaves = rules.paths(params)
-
-    def anew() -> dict[str, Any]:
-        return _by_path(leaves, optimizer.update(grads, state.inner, params, **extra)[0])
-
-    def zero() -> jax.Array:
-        return (state.steps < 0).astype(jnp.float32)
-
-    fitted, kept = _branches(_units(plan), plan, state.held, params, anew, contexts)
-    due = state.steps % every == 0
-    (held, values), nothing = jax.lax.cond(due, lambda: (fitted(), zero()), lambda: (kept(), zero()))
-    # The optimizer writes over its state, which the conditional reads. A zero that only the conditional knows puts it
-    # behind; without that tie the state would be copied.
-    tied = jax.tree.map(lambda g: g + nothing.astype(g.dtype), grads)
-    updates, after = optimizer.update(tied, state.inner, params, **extra)
-    change = _by_path(leaves, updates)
-    return change | _onto(held, values, dict(leaves), change), held, after
-
-
-def _branches(
-    units: list[list[str]],
-    plan: Plan,
-    held: PyTree,
-    params: PyTree,
-    change: Callable[[], dict],
-    contexts: dict[str, Context],
-) -> tuple[Callable, Callable]:
-    """What units of leaves hold after a step, and the values of those whose projection is not linear.
-
-    The first of the two functions fits them anew, the second keeps what they hold.
-    """
-    arrays, unit = dict(rules.paths(params)), [path for some in units for path in some]
-    held = {path: held[path] for path in unit}
+) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
+    """What a unit of leaves holds after a step, the values of those whose projection is not linear, and a zero."""
     linear = [path for path in unit if _is_linear(held[path])]
 
-    def moved() -> dict[str, jax.Array]:
-        changes = change()
-        return {path: optax.apply_updates(arrays[path], changes[path]) for path in unit}
-
-    def fitted() -> tuple[dict, dict]:
-        new = moved()
+    def fitted() -> tuple[dict, dict, jax.Array]:
         previous = {path: held[path].project(new[path]) for path in linear}
         known = {path: dataclasses.replace(contexts[path], previous=previous.get(path)) for path in unit}
-        nodes: dict[str, Any] = {}
-        for some in units:
-            nodes |= _fit_unit(some, plan, new, known)
-        return core.split(nodes)[1], {path: nodes[path].materialize() for path in unit if path not in linear}
+        nodes = _fit_unit(unit, plan, new, known)
+        values = {path: nodes[path].materialize() for path in unit if path not in linear}
+        return core.split(nodes)[1], values, _zero(steps)
 
-    def kept() -> tuple[dict, dict]:
-        return held, {path: x for path, x in moved().items() if path not in linear}
+    def kept() -> tuple[dict, dict, jax.Array]:
+        return held, {path: new[path] for path in unit if path not in linear}, _zero(steps)
 
-    return fitted, kept
+    return jax.lax.cond(due, fitted, kept)
 
 
 def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, change: dict) -> dict[str, jax.Array]:
