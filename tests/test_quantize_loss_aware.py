@@ -8,7 +8,6 @@ import pytest
 from rows import statistics
 
 import jcompress as jc
-from jcompress.prune.curvature import hessian_square_norm
 from jcompress.quantize.training import elq, loss_scaled
 
 Q, M = jc.quantize, jc.prune.Magnitude
@@ -97,40 +96,6 @@ def test_what_is_wrong_is_said():
         loss_scaled(optax.sgd(1.0), start=0.5)
     with pytest.raises(ValueError, match="threshold=-1 must not be negative"):
         Q.GPFQ(4, threshold=-1)
-
-
-# Curvature
-
-
-def test_a_flat_minimum_loses_less_in_rounding(rng):
-    """Curvature-aware training (Hinrichs et al. 2022): the penalty, then two bits."""
-    x = normal(rng, 128, 8)
-    y = jnp.sin(x @ normal(rng, 8) / 2)
-    start = {"a": normal(rng, 8, 16) / 3, "b": normal(rng, 16) / 4}
-    tx = optax.adam(0.01)
-
-    def loss(p):
-        return jnp.square(jnp.tanh(x @ p["a"]) @ p["b"] - y).mean()
-
-    def train(strength):
-        def objective(p, key):
-            return loss(p) + strength * jnp.sqrt(hessian_square_norm(loss, p, key))
-
-        def step(carry, key):
-            p, state = carry
-            updates, state = tx.update(jax.grad(objective)(p, key), state, p)
-            return (optax.apply_updates(p, updates), state), None
-
-        keys = jax.random.split(jax.random.key(0), 400)
-        return jax.lax.scan(step, (start, tx.init(start)), keys)[0][0]
-
-    both = jax.jit(jax.vmap(train))(jnp.array([0.0, 0.03]))
-    lost = []
-    for i in range(2):
-        p = jax.tree.map(lambda x, i=i: x[i], both)
-        plan = jc.plan(p, [(".*", Q.Int(bits=2))])
-        lost.append(float(loss(jc.materialize(jc.compress(p, plan))) - loss(p)))
-    assert 0 < lost[1] < 0.8 * lost[0]
 
 
 # Mixed precision

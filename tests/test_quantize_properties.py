@@ -163,3 +163,38 @@ def test_sharded_weights_get_the_same_values(name, spec):
     placed = jax.device_put(weights(), NamedSharding(mesh, spec))
     found = jax.jit(lambda w: ROWS[name].method(w, context()).materialize())(placed)
     np.testing.assert_allclose(found, fitted(name).materialize(), rtol=2e-5, atol=2e-5)
+
+
+# Gradients of activations, region by region; those of weights, LSQ, DSQ, DoReFa, TTQ and PACT are beside their methods.
+
+
+def test_signs_pass_gradients_up_to_one_in_magnitude():
+    x, g = 1.5 * weights((50, 6)), weights((50, 6), 1)
+    x = x.at[0, :3].set(jnp.array([1.0, -1.0, 0.0]))
+    value, pull = jax.vjp(jc.quantize.training.sign_ste, x)
+    passed = np.where(np.abs(x) <= 1, g, 0)
+    np.testing.assert_array_equal(value, np.where(np.asarray(x) >= 0, 1, -1))
+    np.testing.assert_array_equal(pull(g)[0], passed)
+    found = jax.vjp(jc.quantize.training.scaled_sign, x)[1](g)[0]
+    scale, total = np.abs(x).mean(1, keepdims=True), (np.asarray(g) * value).sum(1, keepdims=True)
+    np.testing.assert_allclose(
+        found, scale * passed + np.where(np.asarray(x) >= 0, 1, -1) * total / 6, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_learned_steps_with_an_offset_have_the_gradients_of_three_regions(bits):
+    x, g = 2 * weights((300,)), weights((300,), 1)
+    step, offset, most = 0.37, -0.5, 2**bits - 1
+    pull = jax.vjp(lambda *a: jc.quantize.training.lsq_plus(*a, bits=bits), x, jnp.float32(step), jnp.float32(offset))[
+        1
+    ]
+    u, g = (np.asarray(x, np.float64) - offset) / step, np.asarray(g, np.float64)
+    inside, above = (u > 0) & (u < most), u >= most
+    assert inside.any() and above.any() and (u <= 0).any()
+    factor = (300 * most) ** -0.5
+    to_x, to_step, to_offset = pull(jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(to_x, np.where(inside, g, 0), rtol=1e-6)
+    slope = np.where(inside, np.round(u) - u, np.where(above, most, 0))
+    np.testing.assert_allclose(to_step, factor * (g * slope).sum(), rtol=1e-3)
+    np.testing.assert_allclose(to_offset, factor * g[~inside].sum(), rtol=1e-3)
