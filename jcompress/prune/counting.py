@@ -130,3 +130,11 @@ def count_true(mask: jax.Array) -> jax.Array:
     """
     flags = mask.astype(jnp.uint32)
     return lax.optimization_barrier(reduce_together([flags, 1 - flags], [jnp.uint32(0)] * 2, [lax.add] * 2))[0]
+
+
+def mean_where(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean of ``x`` over the True of ``mask``, a float32 scalar; 0 of none. Nothing is written out."""
+    flags = mask.astype(jnp.uint32)
+    shown = jnp.where(mask, x.astype(jnp.float32), 0.0)
+    total, count = reduce_together([shown, flags], [jnp.float32(0), jnp.uint32(0)], [lax.add] * 2)
+    return total / jnp.maximum(count.astype(jnp.float32), 1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.prune.dynamic import leaves
 from jcompress.prune.dynamic.leaves import Leaf
-from jcompress.prune.threshold import count_true
+from jcompress.prune.counting import count_true, mean_where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SparseMomentum:
         fraction = core.value_at(self.fraction, found[0].step)
         survivors = [leaves.drop_smallest(leaf, leaves.part(leaf.mask, fraction)) for leaf in found]
         momenta = [_momentum(leaf) for leaf in found]
-        shares = [_mean(jnp.abs(m), leaf.mask) for m, leaf in zip(momenta, found, strict=True)]
+        shares = [mean_where(jnp.abs(m), leaf.mask) for m, leaf in zip(momenta, found, strict=True)]
         numbers = _shared_out(found, survivors, jnp.stack(shares))
         return [leaves.grow_largest(*args) for args in zip(survivors, momenta, numbers, strict=True)], memory
 
@@ -86,11 +86,6 @@ def _momentum(leaf: Leaf) -> jax.Array:
     if leaf.momentum is None:
         raise ValueError("SparseMomentum reads the momentum, which is missing: give the leaves one")
     return leaf.momentum
-
-
-def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
-    total = jnp.sum(jnp.where(where, x, 0), dtype=jnp.float32)
-    return total / jnp.maximum(count_true(where).astype(jnp.float32), 1)
 
 
 def _shared_out(found: Sequence[Leaf], survivors: list[jax.Array], shares: jax.Array) -> list[jax.Array]:
