@@ -103,7 +103,7 @@ def _spans(block_size: int, decisions: Sequence[Decision]) -> tuple[int, ...]:
 def _blocks(
     w: jax.Array, known: Known, factor: jax.Array, fix: Fix, decisions: list[Decision], spans: tuple[int, ...]
 ) -> tuple[jax.Array, Known]:
-    """All blocks. Only the errors of those done are multiplied."""
+    """All blocks. Only the errors of those done are multiplied; values take the place of the weights."""
     block = spans[0]
 
     def one(i: jax.Array, state: tuple) -> tuple:
@@ -115,11 +115,11 @@ def _blocks(
         def take_in(j: jax.Array, current: jax.Array) -> jax.Array:
             return current - jnp.matmul(part(j).T, _rows(state[1], j * block, block), precision=HIGHEST)
 
-        current = lax.fori_loop(0, i, take_in, _rows(w, start, block))
+        current = lax.fori_loop(0, i, take_in, _rows(state[0], start, block))
         inner = {name: _rows(x, start, block) for name, x in known.items()}
         return _written(state, _span(start, current, inner, part(i), fix, decisions, spans), start)
 
-    start = (jnp.zeros_like(w), jnp.zeros_like(w), _decided(known, decisions))
+    start = (w, jnp.zeros_like(w), _decided(known, decisions))
     values, _, made = lax.fori_loop(0, len(w) // block, one, start)
     return values, {**known, **made}
 
@@ -141,13 +141,13 @@ def _span(
     def one(i: jax.Array, state: tuple) -> tuple:
         at = i * size
         columns = lax.dynamic_slice(factor, (0, at), (spans[0], size))
-        current = _rows(w, at, size) - jnp.matmul(columns.T, state[1], precision=HIGHEST)
+        current = _rows(state[0], at, size) - jnp.matmul(columns.T, state[1], precision=HIGHEST)
         inner = {name: _rows(x, at, size) for name, x in known.items()}
         done = _span(start + at, current, inner, _rows(columns, at, size), fix, decisions, spans[1:])
         return _written(state, done, at)
 
     inside = _decided(known, [d for d in decisions if d.span < spans[0]])
-    values, errors, found = lax.fori_loop(0, spans[0] // size, one, (jnp.zeros_like(w), jnp.zeros_like(w), inside))
+    values, errors, found = lax.fori_loop(0, spans[0] // size, one, (w, jnp.zeros_like(w), inside))
     return values, errors, {**made, **found}
 
 
@@ -161,11 +161,11 @@ def _inputs(w: jax.Array, known: Known, factor: jax.Array, fix: Fix) -> tuple[ja
 
     def one(j: jax.Array, state: tuple) -> tuple:
         values, errors = state
-        row = w[j] - jnp.matmul(factor[:, j], errors, precision=HIGHEST)
+        row = values[j] - jnp.matmul(factor[:, j], errors, precision=HIGHEST)
         value, error = fix(row, {name: x[j] for name, x in known.items()}, factor[j, j])
         return values.at[j].set(value), errors.at[j].set(error)
 
-    return lax.fori_loop(0, len(w), one, (jnp.zeros_like(w), jnp.zeros_like(w)))
+    return lax.fori_loop(0, len(w), one, (w, jnp.zeros_like(w)))
 
 
 def _rows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:

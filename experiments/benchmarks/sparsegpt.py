@@ -22,7 +22,7 @@ from jcompress.sweep import HIGHEST, damped, inverse_factor
 
 @jax.jit
 def bound(w: jax.Array, gram: jax.Array) -> jax.Array:
-    """The factor, and for each block of 128 inputs the product with the errors of all before it."""
+    """The factor, and for each block of 128 inputs the products with the errors before it, in earlier blocks and its own."""
     k, block = len(w), 128
     factor = inverse_factor(damped(gram, 0.01))
 
@@ -32,7 +32,7 @@ def bound(w: jax.Array, gram: jax.Array) -> jax.Array:
             before = lax.dynamic_slice_in_dim(w, j * block, block)
             return current - jnp.matmul(part.T, before, precision=HIGHEST)
 
-        current = lax.fori_loop(0, i, take_in, lax.dynamic_slice_in_dim(w, i * block, block))
+        current = lax.fori_loop(0, i + 1, take_in, lax.dynamic_slice_in_dim(w, i * block, block))
         return lax.dynamic_update_slice_in_dim(w, current, i * block, 0)
 
     return lax.fori_loop(0, k // block, one, w)

@@ -156,8 +156,11 @@ def _masks(counts: Any, pattern: NM | None, block_size: int) -> Decision:
     """The masks, of a block by its share of the sparsity, or of a group of the pattern."""
 
     def decide(start: jax.Array, w: jax.Array, known: Known, diagonal: jax.Array) -> Known:
-        saliency = jnp.where(known["shown"], jnp.square(w / diagonal[:, None]), -jnp.inf)
-        mask = pattern.mask(saliency) if pattern else keep_largest([saliency], counts[start // block_size])[0]
+        root = w / diagonal[:, None]  # of the saliency, but for its sign
+        if pattern:
+            mask = pattern.mask(jnp.where(known["shown"], jnp.abs(root), -jnp.inf))
+        else:
+            mask = keep_largest([root], counts[start // block_size], among=[known["shown"]], by=jnp.abs)[0]
         return {"mask": mask, "shown": known["shown"] & mask}
 
     return Decision(pattern.m if pattern else block_size, ("mask", "shown"), decide)
