@@ -143,18 +143,20 @@ def _stepped_backward(bits: int, axes: tuple[int, ...], group_size: int | None, 
     n, p = ends(bits, signed=True)
     wide = spread(scale, v, group_size)
 
-    def within(u: jax.Array) -> jax.Array:
-        return (u > -n) & (u < p)
+    def within(v: jax.Array, wide: jax.Array) -> jax.Array:
+        return (v > -n * wide) & (v < p * wide)
 
     def slope(v: jax.Array, g: jax.Array, wide: jax.Array) -> jax.Array:
-        u = v / wide
-        return g * (wide * jnp.clip(jnp.round(u), -n, p) - jnp.where(within(u), v, 0.0))
+        # By the reciprocal, a product for each value where a quotient would take most of the time: a value halfway
+        # between two levels may count to the other one here, and only here.
+        level = jnp.clip(jnp.round(v * (1 / wide)), -n, p)
+        return g * (wide * level - jnp.where(within(v, wide), v, 0.0))
 
     if group_size is None and axes == (-2,):
         total = _down(slope, v, g, scale)
     else:
         total = pool(slope(v, g, wide), axes, group_size, jnp.add, 0.0)
-    return jnp.where(within(v / wide), g, 0.0), total / scale * _gradient_factor(v, scale, p)
+    return jnp.where(within(v, wide), g, 0.0), total / scale * _gradient_factor(v, scale, p)
 
 
 def _down(slope: Callable[..., jax.Array], v: jax.Array, g: jax.Array, scale: jax.Array) -> jax.Array:
