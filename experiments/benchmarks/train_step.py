@@ -150,9 +150,13 @@ class Peer(Trainer):
 
         import jaxpruner
 
+        if not hasattr(jax, "tree_map"):  # jaxpruner calls it, jax has it no more
+            jax.tree_map = jax.tree.map
         pruner = jaxpruner.MagnitudePruning(
             sparsity_distribution_fn=functools.partial(jaxpruner.sparsity_distributions.uniform, sparsity=sparsity),
-            scheduler=jaxpruner.sparsity_schedules.PeriodicSchedule(update_freq=1),
+            scheduler=jaxpruner.sparsity_schedules.PeriodicSchedule(
+                update_freq=1, update_start_step=0, update_end_step=NEVER
+            ),
         )
         super().__init__(model, pruner.wrap_optax(adamw()))
         inner = self.step

@@ -92,8 +92,8 @@ class NM:
         place = lax.broadcasted_iota(jnp.int32, groups.shape, groups.ndim - 2)
         rank = jnp.zeros(groups.shape, jnp.int8 if self.m < 128 else jnp.int32)
         for i in range(self.m):
-            other = groups[..., i : i + 1, :]
-            ahead = (other > groups) | ((other == groups) & (place > i))
+            # Integers: that an equal one in front counts as larger is to add 1, for which they leave room.
+            ahead = groups[..., i : i + 1, :] + (place > i).astype(groups.dtype) > groups
             rank = rank + ahead.astype(rank.dtype)
         return (rank < self.n).reshape(scores.shape)
 
