@@ -147,3 +147,14 @@ def test_training_brings_the_student_nearer(rng):
     judge = sts.Judge(ENCODER)
     dense, before, after = (judge.embed(jc.materialize(t), unseen) for t in (params, tree, trained))
     assert np.mean((after - dense) ** 2) < 0.7 * np.mean((before - dense) ** 2)
+
+
+def test_the_interval_of_a_difference_holds_it_and_is_nothing_for_the_same_encoder(rng):
+    from experiments.quantization.difference import interval
+
+    x = rng.standard_normal((60, 2, 8)).astype(np.float32)
+    scores = sts.similarity(x) + 0.1 * rng.standard_normal(60)
+    noisy = x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
+    assert interval([(x, scores)], [(x, scores)], draws=20) == (0.0, 0.0, 0.0)
+    difference, low, high = interval([(x, scores)], [(noisy, scores)], draws=200)
+    assert 0 < low <= difference <= high

@@ -22,7 +22,7 @@ from jcompress.sweep import HIGHEST, damped, inverse_factor
 
 @jax.jit
 def bound(w: jax.Array, gram: jax.Array) -> jax.Array:
-    """The factor, and for each block of 128 inputs the products with the errors before it, in earlier blocks and its own."""
+    """The factor, and for each block of 128 inputs the products with the errors of all before it and of itself."""
     k, block = len(w), 128
     factor = inverse_factor(damped(gram, 0.01))
 
