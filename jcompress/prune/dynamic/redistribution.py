@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
+from jcompress.prune.counting import count_true, mean_where
 from jcompress.prune.dynamic import leaves
 from jcompress.prune.dynamic.leaves import Leaf
-from jcompress.prune.counting import count_true, mean_where
 
 
 @dataclasses.dataclass(frozen=True)
