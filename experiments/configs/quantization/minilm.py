@@ -78,7 +78,7 @@ class Mixed:
 
     width: int
     widths: tuple[int, ...] = (2, 3, 4, 6)
-    batches: int = 2
+    batches: int = 6
 
     def __call__(self, calibration: Calibration) -> jc.Plan:
         params, stats = calibration.params, calibration.stats(["stats.gram"])
