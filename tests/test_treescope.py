@@ -19,6 +19,7 @@ METHODS = {
     "stacked": jc.stacked(jc.quantize.Int(bits=4)),
     "spectral": jc.factorize.Spectrum(),
     "rescaled": jc.quantize.AWQ(jc.quantize.Int(bits=4)),
+    "squeezed": jc.quantize.S2FP8(),
     "rotated": jc.quantize.Rotation(jc.quantize.Int(bits=4)),
     "binarized": jc.quantize.training.BinaryConnect(),
     "fake_quantized": jc.quantize.training.LSQ(bits=4),
@@ -28,6 +29,7 @@ METHODS = {
     "gaussian": jc.prune.VariationalDropout(),
     "gates": jc.prune.HardConcrete(),
     "horseshoe": jc.prune.BayesianCompression(),
+    "jeffreys": jc.prune.NormalJeffreys(),
     "scored": jc.prune.dynamic.EdgePopup(sparsity=0.5),
     "soft": jc.prune.dynamic.STR(),
 }
