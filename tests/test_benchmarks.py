@@ -23,7 +23,7 @@ def test_mask_update_writes_its_rows(tmp_path):
     path = tmp_path / "mask.json"
     mask_update.main(["--sizes", "4000", "--calls", "1", "--sparsity", "0.75", *COMMON, str(path)])
     found = rows(path)
-    assert len(found) == 7
+    assert len(found) == 8
     assert {r["extra"]["kept"] for r in found if "argsort" in r["name"]} == {1000}
 
 

@@ -128,6 +128,15 @@ def global_row(size: int, args: Any) -> timing.Row:
     )
 
 
+def linear_row(size: int, args: Any) -> timing.Row:
+    """The mask of a leaf against that of one ten times as large."""
+    small, large = (jax.random.normal(jax.random.key(0), (n // 1000, 1000)) for n in (size, 10 * size))
+    ours = jax.jit(lambda w: magnitude([w], args.sparsity, "leaf")[0])
+    times = timing.paired(lambda: ours(small), lambda: ours(large), args.pairs, (args.calls, 1))
+    label = f"{size / 1e6:g}M to {size / 1e5:g}M float32"
+    return timing.row(f"ten times as large: {label}", ("small", times[0]), ("large", times[1]), "<= 12")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = timing.parser(__doc__, pairs=7)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000], help="parameters in a leaf")
@@ -139,8 +148,9 @@ def main(argv: list[str] | None = None) -> None:
         for dtype in (jnp.float32, jnp.bfloat16):
             rows += leaf_rows(size, dtype, args)
     rows.append(global_row(max(args.sizes), args))
+    rows += [linear_row(size, args) for size in args.sizes]
     timing.finish("mask_update", rows, args.out, sizes=args.sizes, sparsity=args.sparsity)
-    for r in rows:
+    for r in (r for r in rows if "memory" in r.extra):
         print(f"{r.name}: temporaries + output = {r.extra['memory']:.2f} x the parameters")
 
 
