@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -222,7 +223,9 @@ def project(
     Args:
       plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
       every: steps between refits.
-      inner: the optimizer, to wrap it in place of being chained to it: ``grads`` are then known without being passed.
+      inner: the optimizer, to wrap it in place of being chained to it. Steps without a refit are a little cheaper then:
+        a chained transform must have the new values of a leaf written out for a refit that may be due, a wrapped
+        optimizer is asked again for its updates when one is. ``grads`` are then known without being passed.
       key: for methods that draw random numbers. It is the same at every refit; a method that should draw anew folds
         the step in.
       stats: ``{path: statistics}`` from calibration.
@@ -270,12 +273,13 @@ def project(
             raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
         leaves = rules.paths(params)
         _check_paths(leaves, plan)
-        after = None
-        if optimizer is not None:
-            grads = updates if grads is None else grads
-            updates, after = optimizer.update(updates, state.inner, params, **extra)
+        if optimizer is not None and grads is None:
+            grads = updates
         contexts = _contexts(params, leaves, state.steps, state.key, stats, grads, None)
-        change, held = _moved_on(plan, every, state, params, updates, contexts)
+        if optimizer is None:
+            change, held, after = *_chained(plan, every, state, params, updates, contexts), None
+        else:
+            change, held, after = _around(optimizer, plan, every, state, params, updates, contexts, extra)
         updates = jax.tree.unflatten(jax.tree.structure(updates), list(change.values()))
         return updates, ProjectState(optax.safe_increment(state.steps), held, state.key, after)
 
@@ -297,7 +301,7 @@ def _is_linear(node: Any) -> bool:
     return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
 
 
-def _moved_on(
+def _chained(
     plan: Plan, every: int, state: ProjectState, params: PyTree, updates: PyTree, contexts: dict[str, Context]
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The updates onto the set, and what is held, given the updates of the optimizer."""
@@ -309,13 +313,64 @@ def _moved_on(
     # new values of the whole model need not be in memory at once: of 5 million parameters these would be so large
     # that on a CPU every step would fetch its memory anew.
     for unit in _units(plan):
-        change |= {path: change[path] + nothing.astype(change[path].dtype) for path in unit}
+        change |= {path: _tied(change[path], nothing) for path in unit}
         new = {path: optax.apply_updates(arrays[path], change[path]) for path in unit}
-        old = {path: state.held[path] for path in unit}
-        now, values, nothing = _refitted(unit, plan, due, state.steps, old, new, contexts)
+        now, values, nothing = _refitted([unit], plan, due, state, partial(_given, new), nothing, contexts)
         held |= now
         change |= _onto(now, values, arrays, change)
     return change, held
+
+
+def _given(new: dict[str, jax.Array], nothing: jax.Array) -> dict[str, jax.Array]:
+    return new
+
+
+def _around(
+    optimizer: optax.GradientTransformationExtraArgs,
+    plan: Plan,
+    every: int,
+    state: ProjectState,
+    params: PyTree,
+    grads: PyTree,
+    contexts: dict[str, Context],
+    extra: dict[str, Any],
+) -> tuple[dict[str, jax.Array], dict[str, Any], PyTree]:
+    """As :func:`_chained`, given the optimizer; and the optimizer's new state."""
+    leaves = rules.paths(params)
+    arrays = dict(leaves)
+    held: dict[str, Any] = {}
+    values: dict[str, jax.Array] = {}
+    due, nothing = state.steps % every == 0, _zero(state.steps)
+
+    @jax.jit  # traced once, for all conditionals
+    def stepped(nothing: jax.Array) -> tuple[PyTree, PyTree]:
+        return optimizer.update(jax.tree.map(lambda g: _tied(g, nothing), grads), state.inner, params, **extra)
+
+    def moved(nothing: jax.Array) -> dict[str, jax.Array]:
+        change = _by_path(leaves, stepped(nothing)[0])
+        return {path: optax.apply_updates(x, change[path]) for path, x in leaves}
+
+    for units in _batches(_units(plan), arrays):
+        now, more, nothing = _refitted(units, plan, due, state, moved, nothing, contexts)
+        held, values = held | now, values | more
+    # Behind the conditionals, which read the state that the optimizer writes over: else it would be copied.
+    updates, after = stepped(nothing)
+    change = _by_path(leaves, updates)
+    return change | _onto(held, values, arrays, change), held, after
+
+
+def _batches(units: list[list[str]], arrays: dict[str, jax.Array]) -> list[list[list[str]]]:
+    """The units, those of a conditional together: an eighth of the parameters, or a single larger unit."""
+    sizes = [sum(arrays[path].size for path in unit) for unit in units]
+    found: list[list[list[str]]] = []
+    room = 0
+    for unit, size in zip(units, sizes, strict=True):
+        if size > room:
+            found.append([])
+            room = sum(sizes) // 8
+        found[-1].append(unit)
+        room -= size
+    return found
 
 
 def _zero(steps: jax.Array) -> jax.Array:
@@ -323,29 +378,40 @@ def _zero(steps: jax.Array) -> jax.Array:
     return (steps < 0).astype(jnp.float32)
 
 
+def _tied(x: jax.Array, nothing: jax.Array) -> jax.Array:
+    return x + nothing.astype(x.dtype)
+
+
 def _refitted(
-    unit: list[str],
+    units: list[list[str]],
     plan: Plan,
     due: jax.Array,
-    steps: jax.Array,
-    held: dict[str, Any],
-    new: dict[str, jax.Array],
+    state: ProjectState,
+    moved: Callable[[jax.Array], dict[str, jax.Array]],
+    nothing: jax.Array,
     contexts: dict[str, Context],
 ) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
-    """What a unit of leaves holds after a step, the values of those whose projection is not linear, and a zero."""
+    """What units of leaves hold after a step, the values of those whose projection is not linear, and a zero."""
+    unit = [path for some in units for path in some]
+    held = {path: state.held[path] for path in unit}
     linear = [path for path in unit if _is_linear(held[path])]
 
-    def fitted() -> tuple[dict, dict, jax.Array]:
+    def fitted(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
+        new = moved(nothing)
         previous = {path: held[path].project(new[path]) for path in linear}
         known = {path: dataclasses.replace(contexts[path], previous=previous.get(path)) for path in unit}
-        nodes = _fit_unit(unit, plan, new, known)
+        nodes: dict[str, Any] = {}
+        for some in units:
+            nodes |= _fit_unit(some, plan, new, known)
         values = {path: nodes[path].materialize() for path in unit if path not in linear}
-        return core.split(nodes)[1], values, _zero(steps)
+        return core.split(nodes)[1], values, _zero(state.steps)
 
-    def kept() -> tuple[dict, dict, jax.Array]:
-        return held, {path: new[path] for path in unit if path not in linear}, _zero(steps)
+    def kept(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
+        rest = [path for path in unit if path not in linear]
+        new = moved(nothing) if rest else {}
+        return held, {path: new[path] for path in rest}, _zero(state.steps)
 
-    return jax.lax.cond(due, fitted, kept)
+    return jax.lax.cond(due, fitted, kept, nothing)
 
 
 def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, change: dict) -> dict[str, jax.Array]:

@@ -34,7 +34,8 @@ class Leaf(NamedTuple):
 
 @runtime_checkable
 class Rule(Protocol):
-    """How masks change: ``(leaves, memory) -> (masks, memory)``, with as many True in all as before.
+    """How masks change: ``(leaves, memory) -> (masks, memory)``, with as many True in all as before, but for
+    :class:`NeST`.
 
     Two things are optional: ``memory()`` gives what the rule remembers at the start, and ``decay`` says that the
     rule reads the momentum, and at what rate it is to be averaged.

@@ -39,7 +39,7 @@ def sparse(
     every: int = 100,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Train with a constant number of non-zero weights, while ``rule`` moves the mask every so often.
+    """Train sparse weights, their number constant, while ``rule`` moves the mask every so often (``NeST`` changes it).
 
     An optax transform that wraps the optimizer, so the loop stays as it is. After every step, from the first on, a
     weight that is not active is exactly 0.0. Its share of the optimizer's state is as new whenever the optimizer
@@ -56,7 +56,7 @@ def sparse(
 
     Args:
       optimizer: any optax optimizer.
-      rule: :class:`SET`, :class:`RigL`, :class:`SparseMomentum`, :class:`DSR`, :class:`Static`, or a function of the
+      rule: :class:`SET`, :class:`RigL`, :class:`SparseMomentum`, :class:`DSR`, :class:`NeST`, :class:`Static`, or a function of the
         same form, ``(leaves, memory) -> (masks, memory)``.
       masks: a plan whose methods choose the first masks, such as ``jc.prune.Random(sparsity=0.9)``; or the masks
         themselves, ``{path: boolean array}``.
