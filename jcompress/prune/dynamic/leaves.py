@@ -34,11 +34,10 @@ class Leaf(NamedTuple):
 
 @runtime_checkable
 class Rule(Protocol):
-    """How masks change: ``(leaves, memory) -> (masks, memory)``, with as many True in all as before, but for
-    :class:`NeST`.
+    """How masks change: ``(leaves, memory) -> (masks, memory)``, with as many True in all as before.
 
-    Two things are optional: ``memory()`` gives what the rule remembers at the start, and ``decay`` says that the
-    rule reads the momentum, and at what rate it is to be averaged.
+    :class:`NeST` alone changes the number. Two things are optional: ``memory()`` gives what the rule remembers at the
+    start, and ``decay`` says that the rule reads the momentum, and at what rate it is to be averaged.
     """
 
     def __call__(self, leaves: Sequence[Leaf], memory: Any, /) -> tuple[list[jax.Array], Any]:

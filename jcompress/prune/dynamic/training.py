@@ -56,8 +56,8 @@ def sparse(
 
     Args:
       optimizer: any optax optimizer.
-      rule: :class:`SET`, :class:`RigL`, :class:`SparseMomentum`, :class:`DSR`, :class:`NeST`, :class:`Static`, or a function of the
-        same form, ``(leaves, memory) -> (masks, memory)``.
+      rule: :class:`SET`, :class:`RigL`, :class:`SparseMomentum`, :class:`DSR`, :class:`NeST`, :class:`Static`, or a
+        function of the same form, ``(leaves, memory) -> (masks, memory)``.
       masks: a plan whose methods choose the first masks, such as ``jc.prune.Random(sparsity=0.9)``; or the masks
         themselves, ``{path: boolean array}``.
       every: the steps between two changes of the masks.
