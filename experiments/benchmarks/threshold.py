@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.benchmarks import timing
 from jcompress.prune import threshold
-from jcompress.prune.threshold import Count
+from jcompress.prune.counting import Count, magnitude_bits
 
 PARTS = (
     0.0,
@@ -62,15 +62,15 @@ def distributions(n: int) -> Iterator[tuple[str, np.ndarray]]:
 
 @jax.jit
 def search(x: jax.Array, wanted: Count) -> tuple[jax.Array, jax.Array]:
-    """The ordered bits of the threshold, and how often the values were read."""
-    found = threshold.kth_largest([x], wanted)
+    """The bits of the threshold magnitude, and how often the values were read."""
+    found = threshold.kth_largest([x], wanted, by=jnp.abs)
     return found.low, found.reads
 
 
 @jax.jit
 def reaching(x: jax.Array, bits: jax.Array) -> jax.Array:
     """How many values reach the threshold."""
-    return jnp.sum(threshold.ordered_bits(x) >= bits, dtype=jnp.uint32)
+    return jnp.sum(magnitude_bits(x) >= bits, dtype=jnp.uint32)
 
 
 def wanted(n: int, part: float) -> int:
