@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import jcompress as jc
 from jcompress.prune import keep_largest
-from jcompress.prune.threshold import Count, keep_random, kth_largest
+from jcompress.prune.counting import Count, magnitude_bits, mean_where, reduce_together
+from jcompress.prune.threshold import keep_random, kth_largest
 
 
 def kept_by_sort(values, count):
@@ -269,3 +270,26 @@ def test_random_without_a_key_says_so():
     params = {"kernel": jnp.ones((4, 4))}
     with pytest.raises(ValueError, match=r"kernel: Random needs 'key', which is missing; pass key=jax.random.key"):
         jc.compress(params, jc.plan(params, [("kernel", jc.prune.Random(sparsity=0.5))]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_magnitude_bits_order_magnitudes_above_zero_and_nan_last(rng, dtype):
+    x = jnp.asarray(np.r_[rng.standard_normal(200), 0.0, -0.0, np.inf, -np.inf]).astype(dtype)
+    bits, size = np.asarray(magnitude_bits(x)).astype(np.int64), np.abs(np.asarray(x.astype(jnp.float32)))
+    assert ((bits[:, None] < bits) == (size[:, None] < size)).all() and bits.min() >= 1
+    assert int(magnitude_bits(jnp.asarray(jnp.nan, x.dtype))) > bits.max()
+
+
+@pytest.mark.parametrize("shape", [(96, 1024), (1 << 17,), (7, 3, 5000), (99_991,)])
+def test_a_large_choice_by_parts_is_that_of_a_stable_sort(rng, shape):
+    x = np.round(rng.standard_normal(shape) * 50).astype(np.float32)  # many ties
+    count = x.size // 3
+    wanted = np.zeros(x.size, bool)
+    wanted[np.argsort(-np.abs(x).ravel(), kind="stable")[:count]] = True
+    found = keep_largest([jnp.asarray(x)], count, by=jnp.abs)[0]
+    np.testing.assert_array_equal(np.asarray(found).ravel(), wanted)
+    start, add = [jnp.uint32(0), jnp.float32(0)], [jax.lax.add, jax.lax.max]
+    total, most = reduce_together([found.astype(jnp.uint32), jnp.asarray(x)], start, add)
+    assert int(total) == count and float(most) == x.max()
+    mean = np.asarray(x, np.float64).ravel()[wanted].mean()
+    assert float(mean_where(jnp.asarray(x), found)) == pytest.approx(mean, abs=1e-3)

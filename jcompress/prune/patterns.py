@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcompress.prune.threshold import ordered_bits
+from jcompress.prune.counting import ordered_bits
 
 
 class Pattern(Protocol):
