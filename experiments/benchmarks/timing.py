@@ -133,12 +133,17 @@ def _processor() -> str:
 def finish(name: str, rows: Sequence[Row], out: str | None, **settings: Any) -> None:
     """Print the table and write the JSON."""
     print(table(rows))
+    print(f"wrote {write(name, rows, out, **settings)}")
+
+
+def write(name: str, rows: Sequence[Row], out: str | None, **settings: Any) -> Path:
+    """Write the JSON, and say where."""
     path = Path(out or f"results/benchmarks/{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, "settings": settings, "environment": environment()}
     record["rows"] = [dataclasses.asdict(r) for r in rows]
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}")
+    return path
 
 
 def parser(description: str | None, pairs: int) -> argparse.ArgumentParser:

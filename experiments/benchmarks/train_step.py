@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -176,17 +176,16 @@ def peer(model: Model, sparsity: float) -> Trainer | None:
         return None
 
 
-def compare(model: Model, sides: Iterable[Side], args: Any) -> list[timing.Row]:
+def compare(model: Model, sides: Iterable[Side], args: Any) -> Iterator[timing.Row]:
     """Dense adamw against each side whose name has ``args.only`` in it: name, how to build it, target of the ratio."""
-    found = []
     for name, make, target in sides:
         side = make() if args.only in name else None
         if side is not None:
             times = timing.paired(Trainer(model, adamw()), side, args.pairs)
             label = f"{model.name} {model.size / 1e6:.1f}M: {name}"
-            found.append(timing.row(label, ("dense", times[0]), ("with", times[1]), target))
-            print(timing.table(found[-1:]).splitlines()[1], flush=True)
-    return found
+            found = timing.row(label, ("dense", times[0]), ("with", times[1]), target)
+            print(timing.table([found]).splitlines()[1], flush=True)
+            yield found
 
 
 def run(
@@ -218,10 +217,12 @@ def run(
         "mlp": lambda: mlp(args.widths, args.batch),
         "transformer": lambda: transformer(args.width, args.depth, args.heads, args.texts, args.length),
     }
-    found = []
+    found, settings = [], {k: v for k, v in vars(args).items() if k != "out"}
     for model in (models[each]() for each in args.models):
-        found += compare(model, sides(model, args), args)
-    timing.finish(name, found, args.out, **{k: v for k, v in vars(args).items() if k != "out"})
+        for row in compare(model, sides(model, args), args):
+            found.append(row)
+            timing.write(name, found, args.out, **settings)  # a run that is cut short keeps its rows
+    timing.finish(name, found, args.out, **settings)
 
 
 def bound(model: Model, of_mlp: float, of_transformer: float) -> str:
