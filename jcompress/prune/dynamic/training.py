@@ -107,8 +107,7 @@ def sparse(
         raw = updates if grads is None else grads
         extra = extra if grads is None else {**extra, "grads": grads}
         momentum = _averaged(state.momentum, _by_path(params, raw), decay)
-        new, memory = _changed(rule, every, state._replace(momentum=momentum), params, raw)
-        active = new if new is state.masks else {path: mask & new[path] for path, mask in state.masks.items()}
+        new, active, memory = _changed(rule, every, state._replace(momentum=momentum), params, raw)
         # Before the optimizer, not after: one that works weight by weight leaves a fresh entry as it is under a
         # gradient of zero, and it can write over its state only if what it moves by is what it keeps.
         fresh = moments.reset(tx.init, state.inner, params, active)
@@ -138,27 +137,36 @@ def _onto(params: PyTree, updates: PyTree, active: Masks) -> PyTree:
 
 def _changed(
     rule: Rule, every: int, state: SparseState, params: PyTree, grads: PyTree
-) -> tuple[dict[str, jax.Array], PyTree]:
-    """The masks after this step, and the memory."""
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], PyTree]:
+    """The masks after this step, those of the weights that were active before it as well, and the memory.
+
+    A loop of no turn or one, not a conditional: its result stands where its operand stood, so the steps without a
+    change copy one set of masks and not two, and the optimizer reads one.
+    """
     if isinstance(rule, Static) or not state.masks:
-        return state.masks, state.memory
-    weights, gradients = dict(rules.paths(params)), _by_path(params, grads)
+        return state.masks, state.masks, state.memory
+    # Masks have no derivative; a loop may stand in what is differentiated only where nothing flows through it.
+    weights, gradients, memory, momentum = jax.lax.stop_gradient(
+        (dict(rules.paths(params)), _by_path(params, grads), state.memory, state.momentum)
+    )
     key = jax.random.fold_in(state.key, state.steps)
 
-    def anew() -> tuple[dict[str, jax.Array], PyTree]:
+    def anew(carry: tuple) -> tuple:
+        _, masks, _, memory = carry
         found = [
             Leaf(
                 w=weights[path],
                 mask=mask,
                 grad=gradients[path],
-                momentum=state.momentum.get(path),
+                momentum=momentum.get(path),
                 step=state.steps,
                 key=leaves.leaf_key(key, path),
             )
-            for path, mask in state.masks.items()
+            for path, mask in masks.items()
         ]
-        chosen, memory = rule(found, state.memory)
-        return dict(zip(state.masks, chosen, strict=True)), memory
+        chosen, memory = rule(found, memory)
+        new = dict(zip(masks, chosen, strict=True))
+        return jnp.zeros_like(due), new, {path: mask & new[path] for path, mask in masks.items()}, memory
 
     due = (state.steps % every == 0) & (state.steps > 0)
-    return jax.lax.cond(due, anew, lambda: (state.masks, state.memory))
+    return jax.lax.while_loop(lambda carry: carry[0], anew, (due, state.masks, state.masks, memory))[1:]
