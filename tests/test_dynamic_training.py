@@ -323,3 +323,25 @@ def test_errors_name_what_is_wrong():
         dynamic.masks(optax.adam(1.0).init(params))
     with pytest.raises(ValueError, match="momentum, which is missing"):
         dynamic.SparseMomentum()([leaf()], ())
+
+
+@pytest.mark.parametrize("rule", ["SET", "DSR"])
+def test_steps_can_be_differentiated_also_where_the_masks_change(rule):
+    params = parameters()
+    plan = jc.plan(params, [(".*kernel", jc.prune.Random(sparsity=0.7))])
+    batch = jax.random.normal(jax.random.key(1), (4, 8))
+
+    @jax.jit
+    def after(rate, params):
+        tx = dynamic.sparse(optax.sgd(rate, momentum=0.9), RULES[rule], plan, every=2)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+            params = optax.apply_updates(params, updates)
+        return loss(params, batch)
+
+    found = jax.grad(after)(0.05, params)
+    step = 1e-3
+    slope = (after(0.05 + step, params) - after(0.05 - step, params)) / (2 * step)
+    np.testing.assert_allclose(found, slope, rtol=0.02)
+    assert float(jnp.abs(found)) > 0
