@@ -7,6 +7,7 @@ or more are trainable; integers, booleans and 8- or 4-bit floats are held.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -132,6 +133,34 @@ def fit(method: Method, arrays: Sequence[jax.Array], contexts: Sequence[Context]
     if is_joint(method):
         return method.fit(arrays, contexts)  # type: ignore[attr-defined]  # joint methods have it
     return [method(w, context) for w, context in zip(arrays, contexts, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Label:
+    """A path for error messages. All are equal, so leaves of one shape are traced once."""
+
+    path: str = dataclasses.field(compare=False)
+
+
+def compiled(call: Callable[[Any, jax.Array, Context], Any]) -> Callable[..., Any]:
+    """A method's ``__call__`` under ``jit``: compiled once for all leaves of one shape, the method a constant of it.
+
+    A method with a hyperparameter that has no hash, an array for one, is called as it is.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def traced(method: Any, label: _Label, w: jax.Array, context: Context) -> Any:
+        return call(method, w, dataclasses.replace(context, path=label.path))
+
+    @functools.wraps(call)
+    def method_call(self: Any, w: jax.Array, context: Context = Context(), /) -> Any:
+        try:
+            hash(self)
+        except TypeError:
+            return call(self, w, context)
+        return traced(self, _Label(context.path), w, dataclasses.replace(context, path=""))
+
+    return method_call
 
 
 _HINTS = {

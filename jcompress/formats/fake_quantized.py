@@ -149,14 +149,14 @@ def _stepped_backward(bits: int, axes: tuple[int, ...], group_size: int | None, 
     def slope(v: jax.Array, g: jax.Array, wide: jax.Array) -> jax.Array:
         # By the reciprocal, a product for each value where a quotient would take most of the time: a value halfway
         # between two levels may count to the other one here, and only here.
-        level = jnp.clip(jnp.round(v * (1 / wide)), -n, p)
-        return g * (wide * level - jnp.where(within(v, wide), v, 0.0))
+        u = v * (1 / wide)
+        return g * jnp.where(within(v, wide), jnp.round(u) - u, jnp.where(v > 0, float(p), float(-n)))
 
     if group_size is None and axes == (-2,):
         total = _down(slope, v, g, scale)
     else:
         total = pool(slope(v, g, wide), axes, group_size, jnp.add, 0.0)
-    return jnp.where(within(v, wide), g, 0.0), total / scale * _gradient_factor(v, scale, p)
+    return jnp.where(within(v, wide), g, 0.0), total * _gradient_factor(v, scale, p)
 
 
 def _down(slope: Callable[..., jax.Array], v: jax.Array, g: jax.Array, scale: jax.Array) -> jax.Array:

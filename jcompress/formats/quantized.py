@@ -166,6 +166,6 @@ def spread(scale: jax.Array, like: jax.Array, group_size: int | None) -> jax.Arr
     """The inverse of :func:`pool`: repeat what is shared until it broadcasts against ``like``."""
     if group_size is None:
         return scale
-    return jnp.repeat(scale, group_size, axis=-2, total_repeat_length=scale.shape[-2] * group_size)[
-        ..., : like.shape[-2], :
-    ]
+    *lead, groups, columns = scale.shape
+    wide = jnp.broadcast_to(scale[..., None, :], (*lead, groups, group_size, columns))
+    return wide.reshape(*lead, groups * group_size, columns)[..., : like.shape[-2], :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -75,6 +74,7 @@ class AdaRound:
         """Raise if the grid cannot take an array of this shape and dtype."""
         self._grid().check(path, shape, dtype)
 
+    @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
         layer, gram = layout.of(w, context, "gram")
@@ -84,7 +84,6 @@ class AdaRound:
         return filled(node, layer, values, known, found)
 
 
-@partial(jax.jit, static_argnames="method")
 def _learned(method: AdaRound, w: jax.Array, gram: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
     """Values (layers, k, n) on the grid."""
     most = 2 ** (method.bits - 1) - 1 if method.symmetric else 2**method.bits - 1

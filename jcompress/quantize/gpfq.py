@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -82,6 +81,7 @@ class GPFQ:
         """Raise if the grid cannot take an array of this shape and dtype."""
         self._grid().check(path, shape, dtype)
 
+    @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
         layer, gram = layout.of(w, context, "gram")
@@ -94,7 +94,6 @@ class GPFQ:
         return filled(node, layer, _followed(matrix, gram, known, rounding=found), known, found)
 
 
-@partial(jax.jit, static_argnames="rounding")
 def _followed(w: jax.Array, gram: jax.Array, known: Known, rounding: Rounding) -> jax.Array:
     """Values (layers, k, n) on the grid."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -94,6 +93,7 @@ class GPTQ:
         """Raise if the grid cannot take an array of this shape and dtype."""
         core.check(self._method, path, shape, dtype)
 
+    @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
         layer, gram = layout.of(w, context, "gram")
@@ -107,7 +107,6 @@ class GPTQ:
         return filled(node, layer, values, known, found)
 
 
-@partial(jax.jit, static_argnames=("order", "block", "rounding"))
 def _solve(
     w: jax.Array, gram: jax.Array, known: Known, damping: Any, order: bool, block: int, rounding: Rounding
 ) -> tuple[jax.Array, Known]:
