@@ -356,3 +356,44 @@ def test_errors_name_what_is_wrong():
     _, tree = compressed(dynamic.Movement(sparsity=0.5))
     with pytest.raises(ValueError, match=r"w: found Magnitude.* for a Scored node"):
         dynamic.select(tree, jc.plan({"w": array()}, [("w", jc.prune.Magnitude(sparsity=0.5))]))
+
+
+def test_asap_cuts_alternatives_as_they_cool_and_leaves_the_best():
+    hurts = {"a": jnp.array([0.3, 0.1, 0.9, 0.5]), "b": jnp.array([[1.0, 2.0], [2.0, 1.0]])}
+    logits = jax.tree.map(jnp.zeros_like, hurts)
+    cooling, threshold = optax.exponential_decay(1.0, 10, 0.7), optax.linear_schedule(0.1, 0.4, 60)
+    tx = dynamic.asap(optax.adam(0.05), cooling, threshold, grace=20, every=2)
+    state = tx.init(logits)
+
+    @jax.jit
+    def step(logits, state):
+        def loss(x):
+            found = dynamic.gates(x, state, cooling)
+            return sum(jax.tree.leaves(jax.tree.map(lambda p, h: (p * h).sum(), found, hurts)))
+
+        updates, state = tx.update(jax.grad(loss)(logits), state, logits)
+        return optax.apply_updates(logits, updates), state
+
+    left = []
+    for i in range(120):
+        before, old = logits, state.masks
+        logits, state = step(logits, state)
+        found = dynamic.gates(logits, state, cooling)
+        for path, mask in state.masks.items():
+            gate = np.asarray(found[path])
+            assert not bool((mask & ~old[path]).any())  # for good
+            assert bool(mask.any(-1).all())
+            np.testing.assert_array_equal(gate == 0, ~np.asarray(mask))
+            np.testing.assert_allclose(gate.sum(-1), 1, rtol=1e-6)
+            np.testing.assert_array_equal(np.asarray(logits[path])[~old[path]], np.asarray(before[path])[~old[path]])
+        left.append(sum(int(mask.sum()) for mask in state.masks.values()))
+        if i < 20 or i % 2 == 0:
+            assert left[-1] == (8 if i < 20 else left[-2])
+    assert left[-1] == 3
+    assert int(jnp.argmax(state.masks["a"])) == 1
+    assert state.masks["b"].tolist() == [[True, False], [False, True]]
+    assert dynamic.masks((optax.EmptyState(), state)).keys() == state.masks.keys()
+    with pytest.raises(ValueError, match="every=0"):
+        dynamic.asap(optax.sgd(0.1), 1.0, 0.1, every=0)
+    with pytest.raises(ValueError, match="needs the logits"):
+        tx.update(logits, state)

@@ -170,3 +170,42 @@ def test_wrong_hyperparameters_are_refused():
         search.genetic(lambda mask: mask.sum(), KEY, 4, selection="best")
     with pytest.raises(ValueError, match=r"genetic: elites=9 must be in 0 .* population=8"):
         search.genetic(lambda mask: mask.sum(), KEY, 4, population=8, elites=9)
+
+
+def test_amc_finds_more_than_random_policies_and_never_exceeds_its_budget():
+    rng = np.random.default_rng(0)
+    hurts, costs = jnp.asarray(10 ** rng.uniform(-2, 0, 8), jnp.float32), rng.uniform(1, 5, 8)
+    budget, least = 0.5 * costs.sum(), 0.1
+
+    def fitness(keep):
+        spent = keep @ jnp.asarray(costs, jnp.float32)
+        # A policy over budget, were one tried, would be the best.
+        return jnp.where(spent > budget * (1 + 1e-6), 1e3, -hurts @ (1 - keep) ** 2)
+
+    def run(key, **options):
+        return search.amc(fitness, key, costs, budget, least=least, **options)
+
+    keys = jax.random.split(KEY, 4)
+    learned, random = (jax.jit(jax.vmap(lambda key: run(key, **o)))(keys) for o in ({}, {"warmup": 400}))  # noqa: B023
+    # The optimum, by the multiplier of the budget, which makes all slopes equal inside the bounds.
+    low, high = 0.0, 1e3
+    for _ in range(200):
+        price = (low + high) / 2
+        keep = np.clip(1 - price * costs / (2 * np.asarray(hurts)), least, 1)
+        low, high = (price, high) if keep @ costs > budget else (low, price)
+    best = -float(np.asarray(hurts) @ (1 - keep) ** 2)
+    uniform = float(fitness(jnp.full(8, 0.5)))
+    assert float(learned.fitness.max()) <= best + 1e-5
+    assert float(random.fitness.max()) <= best + 1e-5
+    assert bool((jnp.diff(learned.history) >= 0).all())
+    assert bool(((learned.best >= least) & (learned.best <= 1)).all())
+    assert float(learned.fitness.mean()) > float(random.fitness.mean()) > uniform
+    # Of what uniform fractions lose, most is won back.
+    assert best - float(learned.fitness.mean()) < 0.2 * (best - uniform)
+
+
+def test_amc_names_what_is_wrong():
+    with pytest.raises(ValueError, match="lower least"):
+        search.amc(lambda keep: keep.sum(), KEY, [1.0, 1.0], 0.1)
+    with pytest.raises(ValueError, match=r"warmup=9 must be in 0 .. episodes=5"):
+        search.amc(lambda keep: keep.sum(), KEY, [1.0], 1.0, episodes=5, warmup=9)

@@ -1,5 +1,6 @@
 """Masks that move while the network trains: sparse training, learned masks, lottery tickets."""
 
+from jcompress.prune.dynamic.annealing import AnnealedState, asap, gates
 from jcompress.prune.dynamic.exchange import SET, RigL, Static
 from jcompress.prune.dynamic.growth import NeST
 from jcompress.prune.dynamic.held import lay, masks
@@ -16,6 +17,7 @@ __all__ = [
     "DSR",
     "SET",
     "STR",
+    "AnnealedState",
     "EarlyBird",
     "EdgePopup",
     "LatentState",
@@ -33,8 +35,10 @@ __all__ = [
     "Ticket",
     "TopKAST",
     "View",
+    "asap",
     "deep_rewiring",
     "early_bird",
+    "gates",
     "latent",
     "lay",
     "lottery_ticket",

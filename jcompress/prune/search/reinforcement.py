@@ -1,0 +1,214 @@
+"""Search by a learned policy: how much of each layer to keep under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jcompress.core import PyTree
+from jcompress.prune.search.evolution import Found
+
+Score = Callable[[jax.Array], jax.Array]
+_Layers = list[tuple[jax.Array, jax.Array]]
+
+
+class Experience(NamedTuple):
+    """What an agent has met: (size, ...) states, actions, rewards, the states that followed, and whether any did."""
+
+    state: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    after: jax.Array
+    goes_on: jax.Array
+
+
+class Agent(NamedTuple):
+    """Actor, critic, the slow copies of both, and what their optimizers remember."""
+
+    actor: _Layers
+    critic: _Layers
+    slow: tuple[_Layers, _Layers]
+    memory: tuple[PyTree, PyTree]
+
+
+def amc(
+    fitness: Score,
+    key: jax.Array,
+    costs: Sequence[float] | jax.Array,
+    budget: float,
+    *,
+    features: jax.Array | None = None,
+    least: float = 0.1,
+    episodes: int = 400,
+    warmup: int = 100,
+    noise: float = 0.5,
+    decay: float = 0.99,
+    width: int = 64,
+    batch: int = 64,
+    memory: int = 2000,
+    rates: tuple[float, float] = (1e-3, 1e-3),
+    follow: float = 0.01,
+) -> Found:
+    """AMC: an agent chooses the kept fraction of one layer after the other (He et al. 2018, arXiv:1802.03494).
+
+    A deterministic policy gradient with a replay buffer. The state of a layer is which it is, its share of the cost,
+    what was spent before it, what the layers after it cost, the fraction that the layer before it kept, and
+    ``features``. An action can never spend what the layers after it need at their least, so every policy that is tried
+    meets the budget. All layers of an episode share its reward, less the running mean of rewards and over their
+    deviation. Actions of the first episodes are uniform; then they are the actor's, with normal noise, truncated to
+    the range, that decays.
+
+    Args:
+      fitness: of the kept fractions, float32 (layers,), higher is better; traceable, as for the other searches. It
+        prunes by them, magnitude within a layer for one, and gives the accuracy on validation data.
+      key: a PRNG key.
+      costs: of each layer where all of it is kept: parameters, multiply-adds, or measured seconds.
+      budget: of the whole, in the unit of ``costs``; that of a layer is taken to be its kept fraction times its cost.
+      features: more of each layer, (layers, n), scaled to about 1: kernel size, stride, outputs.
+      least: the smallest kept fraction.
+      episodes: how often the fitness is asked.
+      warmup: the episodes of random actions among these. With ``warmup=episodes`` the search is a random one.
+      noise: standard deviation at first.
+      decay: of the noise in an episode.
+      width: of both hidden layers of actor and critic.
+      batch: transitions in an update; there is one update for each layer of an episode.
+      memory: transitions that are kept.
+      rates: of actor and critic.
+      follow: how far the slow copies move towards the learned ones in an update.
+
+    Returns:
+      The best kept fractions, their fitness, and the best fitness up to each episode.
+
+    Raises:
+      ValueError: for a budget that no fractions of at least ``least`` meet, or ``warmup`` beyond ``episodes``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import search
+      >>> hurts = jnp.array([0.1, 4.0])  # what it costs in accuracy to prune the one layer, and the other
+      >>> found = search.amc(lambda keep: -hurts @ (1 - keep), jax.random.key(0), [100.0, 100.0], 120.0, episodes=150)
+      >>> keep = found.best
+      >>> bool(keep.sum() <= 1.2), bool(keep[1] > 0.9)
+      (True, True)
+    """
+    price = np.asarray(costs, np.float64)
+    if not 0 < least <= 1 or least * price.sum() > budget:
+        raise ValueError(
+            f"amc: budget={budget} is less than least={least} of all costs, {least * price.sum():g}; lower least or "
+            "raise the budget"
+        )
+    if not 0 <= warmup <= episodes:
+        raise ValueError(f"amc: warmup={warmup} must be in 0 .. episodes={episodes}")
+    layers, share = len(price), jnp.asarray(price / price.sum(), jnp.float32)
+    later = jnp.asarray([price[i + 1 :].sum() / price.sum() for i in range(layers)], jnp.float32)
+    # A little less than the budget: sums are rounded.
+    room = float(budget / price.sum()) * (1 - 1e-6)
+    place = jnp.eye(layers)
+    known = place if features is None else jnp.concatenate([place, jnp.asarray(features, jnp.float32)], 1)
+    optimizers = tuple(optax.adam(rate) for rate in rates)
+
+    def seen(i: jax.Array, spent: jax.Array, last: jax.Array) -> jax.Array:
+        now = jnp.stack([share[i], spent, later[i], last])
+        return jnp.concatenate([now, known[i]])
+
+    def episode(agent: Agent, deviation: jax.Array, random: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Kept fractions, and the states that they were chosen in, that after the last one too."""
+
+        def one(state: tuple, now: tuple) -> tuple:
+            spent, last = state
+            i, key = now
+            first, second = jax.random.split(key)
+            met = seen(i, spent, last)
+            mean = _act(agent.actor, met, least)
+            ends = (least - mean) / deviation, (1 - mean) / deviation
+            noisy = mean + deviation * jax.random.truncated_normal(first, *ends)
+            keep = jnp.where(random, jax.random.uniform(second, (), jnp.float32, least, 1), noisy)
+            most = (room - spent - least * later[i]) / share[i]
+            keep = jnp.clip(keep, least, jnp.clip(most, least, 1))
+            return (spent + keep * share[i], keep), (keep, met)
+
+        start = jnp.float32(0), jnp.float32(1)
+        steps = jnp.arange(layers), jax.random.split(key, layers)
+        found: tuple = jax.lax.scan(one, start, steps)
+        (spent, last), (keep, states) = found
+        return keep, jnp.concatenate([states, seen(jnp.int32(layers - 1), spent, last)[None]])
+
+    def learn(agent: Agent, some: Experience) -> Agent:
+        target = some.reward + some.goes_on * _value(agent.slow[1], some.after, _act(agent.slow[0], some.after, least))
+        wrong = jax.grad(lambda c: jnp.mean((_value(c, some.state, some.action) - target) ** 2))(agent.critic)
+        change, second = optimizers[1].update(wrong, agent.memory[1])
+        critic = optax.apply_updates(agent.critic, change)
+        worth = jax.grad(lambda a: -jnp.mean(_value(critic, some.state, _act(a, some.state, least))))(agent.actor)
+        change, first = optimizers[0].update(worth, agent.memory[0])
+        actor = optax.apply_updates(agent.actor, change)
+        slow = jax.tree.map(lambda x, y: x + follow * (y - x), agent.slow, (actor, critic))
+        return Agent(actor, critic, slow, (first, second))
+
+    def step(state: tuple, now: tuple) -> tuple:
+        agent, met, mean, best, top = state
+        number, key = now
+        first, second = jax.random.split(key)
+        random = number < warmup
+        deviation = noise * decay ** jnp.maximum(number - warmup, 0).astype(jnp.float32)
+        keep, states = episode(agent, jnp.maximum(deviation, 1e-3), random, first)
+        score = jnp.asarray(fitness(keep), jnp.float32)
+        moments = jnp.stack([score, score**2])
+        mean = jnp.where(number == 0, moments, 0.95 * mean + 0.05 * moments)
+        spread = jnp.sqrt(jnp.maximum(mean[1] - mean[0] ** 2, 1e-12))
+        new = Experience(
+            states[:-1], keep, jnp.full(layers, (score - mean[0]) / spread / layers), states[1:],
+            (jnp.arange(layers) < layers - 1).astype(jnp.float32),
+        )  # fmt: skip
+        at = (number * layers + jnp.arange(layers)) % memory
+        met = jax.tree.map(lambda x, y: x.at[at].set(y), met, new)
+        full = jnp.minimum((number + 1) * layers, memory)
+
+        def update(agent: Agent, key: jax.Array) -> tuple[Agent, None]:
+            chosen = jax.random.randint(key, (batch,), 0, full)
+            return learn(agent, jax.tree.map(lambda x: x[chosen], met)), None
+
+        agent = jax.lax.cond(
+            random, lambda: agent, lambda: jax.lax.scan(update, agent, jax.random.split(second, layers))[0]
+        )
+        best, top = jnp.where(score > top, keep, best), jnp.maximum(score, top)
+        return (agent, met, mean, best, top), top
+
+    first, second, third = jax.random.split(key, 3)
+    size = 4 + known.shape[1]
+    nets = _network(first, (size, width, width, 1)), _network(second, (size + 1, width, width, 1))
+    agent = Agent(*nets, jax.tree.map(jnp.copy, nets), tuple(o.init(n) for o, n in zip(optimizers, nets, strict=True)))
+    one = jnp.zeros(memory)
+    met = Experience(jnp.zeros((memory, size)), one, one, jnp.zeros((memory, size)), one)
+    start: tuple[Any, ...] = agent, met, jnp.zeros(2), jnp.zeros(layers), jnp.float32(-jnp.inf)
+    numbers = jnp.arange(episodes), jax.random.split(third, episodes)
+    found: tuple = jax.lax.scan(step, start, numbers)
+    (*_, best, top), history = found
+    return Found(best, top, history)
+
+
+def _network(key: jax.Array, widths: Sequence[int]) -> _Layers:
+    keys = jax.random.split(key, len(widths) - 1)
+    sizes = zip(keys, widths[:-1], widths[1:], strict=True)
+    return [(jax.random.normal(k, (m, n)) * m**-0.5, jnp.zeros(n)) for k, m, n in sizes]
+
+
+def _forward(layers: _Layers, x: jax.Array) -> jax.Array:
+    for w, b in layers[:-1]:
+        x = jax.nn.relu(x @ w + b)
+    w, b = layers[-1]
+    return (x @ w + b)[..., 0]
+
+
+def _act(actor: _Layers, state: jax.Array, least: float) -> jax.Array:
+    """The actor's kept fraction."""
+    return least + (1 - least) * jax.nn.sigmoid(_forward(actor, state))
+
+
+def _value(critic: _Layers, state: jax.Array, action: jax.Array) -> jax.Array:
+    """The critic's value of an action in a state."""
+    return _forward(critic, jnp.concatenate([state, action[..., None]], -1))
