@@ -62,6 +62,7 @@ class Calibration:
         starts = range(0, len(short) - size + 1, size)
         self.batches: Batches = [minilm.pad(short[i : i + size], length) for i in starts]
         self._found: dict[tuple[str, ...], Any] = {}
+        self._shared: dict[str, Any] = {}
 
     def stats(self, needed: Sequence[str]) -> Any:
         """``{path: statistics}`` of the kernels, for methods that need these."""
@@ -71,15 +72,25 @@ class Calibration:
             self._found[names] = jc.calibrate(self.encoder, self.params, self.batches, kernels, statistics=names)
         return self._found.get(names)
 
-    def turned(self, batches: int) -> jc.budget.Measure:
-        """How far one compressed leaf turns the embeddings: one minus the mean cosine to those of the dense model."""
+    def strayed(self, batches: int) -> jc.budget.Measure:
+        """How far one compressed leaf changes which sentences are alike.
+
+        One minus the correlation between the similarities of all pairs of sentences of a batch and those that the
+        dense model gives.
+        """
         with jax.default_matmul_precision("highest"):
             few = [(*x, self.encoder(self.params, *x)) for x in self.batches[:batches]]
 
         def loss(params: PyTree, batches: Any) -> jax.Array:
-            return jnp.stack([1 - (self.encoder(params, x, mask) * z).sum(-1).mean() for x, mask, z in batches]).mean()
+            return jnp.stack([1 - _alike(self.encoder(params, x, mask), z) for x, mask, z in batches]).mean()
 
         return jc.budget.loss_change(loss, self.params, few)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once: for what several rows share."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        return self._shared[name]
 
     def compress(self, recipe: Recipe, key: jax.Array) -> PyTree:
         """The compressed tree, before any training."""
@@ -100,6 +111,12 @@ class Calibration:
         pairs = zip(nodes, jc.paths(found), strict=True)
         done = [x.project(y) if path.endswith("bias") and core.is_node(x) else y for (path, x), (_, y) in pairs]
         return jax.tree.unflatten(treedef, done)
+
+
+def _alike(x: jax.Array, z: jax.Array) -> jax.Array:
+    """The correlation of the similarities in two sets of embeddings, (sentences, width)."""
+    first, second = np.triu_indices(len(x), 1)
+    return jnp.corrcoef((x @ x.T)[first, second], (z @ z.T)[first, second])[0, 1]
 
 
 KERNELS = "layer_.*/kernel"

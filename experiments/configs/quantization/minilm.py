@@ -19,6 +19,7 @@ take 16 bits, and so do scales.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -70,28 +71,42 @@ def kmeans(bits: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """2, 3, 4 or 6 bits for each kernel and table, for the least sum of errors at the bytes of one width for all.
+    """A width and a method for each kernel and table, for the least sum of errors at the bytes of one width for all.
 
-    The options are what the rows of one width do, GPTQ for kernels. The error of one is how far the embeddings of
-    unlabelled sentences turn when it alone is compressed.
+    The options are 2, 3, 4 or 6 bits, kernels by GPTQ or, up to 4 bits, by GPTQ after a rotation. The error of one is
+    how far it alone changes which unlabelled sentences are alike.
+
+    Attributes:
+      kernels: the bytes are those of kernels of this width by GPTQ,
+      tables: and of tables of this one.
+      widths: of the options.
+      rotated: of the options with a rotation.
+      batches: of 64 sentences, by which errors are measured.
     """
 
-    width: int
+    kernels: int
+    tables: int
     widths: tuple[int, ...] = (2, 3, 4, 6)
+    rotated: tuple[int, ...] = (2, 3, 4)
     batches: int = 6
 
     def __call__(self, calibration: Calibration) -> jc.Plan:
+        plans, found = calibration.once(f"options {self.widths} {self.rotated}", lambda: self._options(calibration))
+        bits = ((path, self.tables if re.fullmatch(TABLES, path) else self.kernels) for path in found.costs)
+        return jc.budget.allocate(plans, found.errors, found.costs, sum(found.costs[path][str(n)] for path, n in bits))
+
+    def _options(self, calibration: Calibration) -> tuple[dict[str, jc.Plan], jc.budget.Options]:
         params, stats = calibration.params, calibration.stats(["stats.gram"])
-        plans = {str(n): jc.plan(params, recipe("", gptq(n), table(n)).rules) for n in self.widths}
-        turned = calibration.turned(self.batches)
+        rules = {str(n): recipe("", gptq(n), table(n)).rules for n in self.widths}
+        rules |= {f"{n}, rotated": recipe("", jc.quantize.Rotation(gptq(n)), table(n)).rules for n in self.rotated}
+        plans = {name: jc.plan(params, found) for name, found in rules.items()}
+        strayed = calibration.strayed(self.batches)
 
         def error(path: str, dense: Any, found: Any) -> float:
             # A small leaf, of one cost under all plans, need not be measured.
-            return float(turned(path, dense, found)) if dense.ndim > 1 else 0.0
+            return float(strayed(path, dense, found)) if dense.ndim > 1 else 0.0
 
-        found = jc.budget.options(params, plans, measure=error, stats=stats)
-        budget = sum(costs[str(self.width)] for costs in found.costs.values())
-        return jc.budget.allocate(plans, found.errors, found.costs, budget)
+        return plans, jc.budget.options(params, plans, measure=error, stats=stats)
 
 
 def recipes(params: Any) -> dict[str, Recipe]:
@@ -112,7 +127,9 @@ def recipes(params: Any) -> dict[str, Recipe]:
         found[f"kmeans{bits}"] = recipe("k-means", kmeans(bits), tables)
     found["nf4"] = recipe("levels", jc.quantize.NF4(group_size=64), jc.quantize.NF4(group_size=128, pad=True))
     found["mxfp4"] = recipe("levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
-    found |= {f"mixed{bits}": Recipe("mixed", Mixed(bits)) for bits in (3, 4)}
+    found |= {
+        f"mixed{kernels}": Recipe("mixed", Mixed(kernels, tables)) for kernels, tables in ((2, 3), (3, 3), (4, 4))
+    }
     found["gptq2_trained"] = recipe("trained", gptq(2), table(4), training=selfdistill.Training(steps=60))
     found["gptq2_corrected"] = recipe("GPTQ", gptq(2), table(4), corrected=True)
     found["gptq2_sequential"] = recipe("GPTQ", gptq(2), table(4), sequential=True)
