@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.threshold
 
 Reads are counted over distributions, dtypes and k from 1 to n; every answer is checked against a sort. Times are
-compared on the same values, and with one plain read of them, the sum of their magnitudes.
+compared on the same values, and with one plain read of them, the sum of their magnitudes. With ``--pairs 0`` reads are
+counted and nothing is timed.
 """
 
 from __future__ import annotations
@@ -144,9 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = reads([n for n in args.sizes if n <= args.reads])
     print("\n".join(summary(found)), flush=True)
-    rows = times(args.sizes, args.sort, args.pairs)
+    rows = times(args.sizes, args.sort, args.pairs) if args.pairs else []
     mean = {other: float(np.median([r.ratio for r in rows if f": {other} " in r.name])) for other in _others(rows)}
-    print("median ratio:", ", ".join(f"{other} {ratio:.1f}x" for other, ratio in mean.items()))
+    if rows:
+        print("median ratio:", ", ".join(f"{other} {ratio:.1f}x" for other, ratio in mean.items()))
     number = [r["reads"] for r in found]
     about = {"mean": float(np.mean(number)), "95th": float(np.percentile(number, 95)), "most": max(number)}
     timing.finish("threshold", rows, args.out, reads=about, reads_by_case=summary(found), median_ratios=mean)
