@@ -1,6 +1,8 @@
 """GPTQ against a column by column sweep in float64, brute force, and rounding."""
 
+import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from test_conformance import collectives
 
 import jcompress as jc
+from jcompress import core
 from jcompress.quantize import GPTQ, Int
 
 
@@ -217,3 +220,31 @@ def test_errors_name_the_parameter(rng):
         GPTQ(grid=jc.quantize.Float())(params["w"], context(correlated(rng, 6), "w"))
     with pytest.raises(ValueError, match="block_size=0 must be positive"):
         GPTQ(block_size=0)
+
+
+def test_a_compiled_method_is_traced_once_for_a_shape_and_its_errors_name_the_leaf():
+    traces = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Doubled:
+        factor: Any = 2.0
+
+        @core.compiled
+        def __call__(self, w, context=core.Context(), /):
+            traces.append(context.path)
+            if w.ndim == 1:
+                raise ValueError(f"{context.path}: found one axis")
+            return self.factor * w
+
+    w = jnp.ones((2, 2))
+    for path in ("a", "b"):
+        np.testing.assert_array_equal(Doubled()(w, core.Context(path=path)), 2 * w)
+    assert traces == ["a"]
+    np.testing.assert_array_equal(Doubled(3.0)(w, core.Context(path="c")), 3 * w)
+    for path in ("d", "e"):
+        with pytest.raises(ValueError, match=f"{path}: found one axis"):
+            Doubled()(w[0], core.Context(path=path))
+    # A hyperparameter without a hash: called as it is, each time, with its own path.
+    for path in ("f", "g"):
+        np.testing.assert_array_equal(Doubled(jnp.float32(4))(w, core.Context(path=path)), 4 * w)
+    assert traces == ["a", "c", "d", "e", "f", "g"]

@@ -209,3 +209,7 @@ def test_amc_names_what_is_wrong():
         search.amc(lambda keep: keep.sum(), KEY, [1.0, 1.0], 0.1)
     with pytest.raises(ValueError, match=r"warmup=9 must be in 0 .. episodes=5"):
         search.amc(lambda keep: keep.sum(), KEY, [1.0], 1.0, episodes=5, warmup=9)
+    with pytest.raises(ValueError, match="memory=1 must hold an episode, 2 transitions"):
+        search.amc(lambda keep: keep.sum(), KEY, [1.0, 1.0], 1.0, memory=1)
+    with pytest.raises(ValueError, match=r"features of shape \(3, 1\), expected \(2, n\)"):
+        search.amc(lambda keep: keep.sum(), KEY, [1.0, 1.0], 1.0, features=jnp.ones((3, 1)))

@@ -85,7 +85,8 @@ def amc(
       The best kept fractions, their fitness, and the best fitness up to each episode.
 
     Raises:
-      ValueError: for a budget that no fractions of at least ``least`` meet, or ``warmup`` beyond ``episodes``.
+      ValueError: for a budget that no fractions of at least ``least`` meet, ``warmup`` beyond ``episodes``, a memory
+        smaller than an episode, or features of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -104,13 +105,19 @@ def amc(
         )
     if not 0 <= warmup <= episodes:
         raise ValueError(f"amc: warmup={warmup} must be in 0 .. episodes={episodes}")
+    if memory < len(price):
+        raise ValueError(f"amc: memory={memory} must hold an episode, {len(price)} transitions")
+    if features is not None and (jnp.ndim(features) != 2 or len(features) != len(price)):
+        raise ValueError(
+            f"amc: features of shape {jnp.shape(features)}, expected ({len(price)}, n), a row for each layer"
+        )
     layers, share = len(price), jnp.asarray(price / price.sum(), jnp.float32)
     later = jnp.asarray([price[i + 1 :].sum() / price.sum() for i in range(layers)], jnp.float32)
     # A little less than the budget: sums are rounded.
     room = float(budget / price.sum()) * (1 - 1e-6)
     place = jnp.eye(layers)
     known = place if features is None else jnp.concatenate([place, jnp.asarray(features, jnp.float32)], 1)
-    optimizers = tuple(optax.adam(rate) for rate in rates)
+    optimizers = optax.adam(rates[0]), optax.adam(rates[1])
 
     def seen(i: jax.Array, spent: jax.Array, last: jax.Array) -> jax.Array:
         now = jnp.stack([share[i], spent, later[i], last])
@@ -138,17 +145,6 @@ def amc(
         (spent, last), (keep, states) = found
         return keep, jnp.concatenate([states, seen(jnp.int32(layers - 1), spent, last)[None]])
 
-    def learn(agent: Agent, some: Experience) -> Agent:
-        target = some.reward + some.goes_on * _value(agent.slow[1], some.after, _act(agent.slow[0], some.after, least))
-        wrong = jax.grad(lambda c: jnp.mean((_value(c, some.state, some.action) - target) ** 2))(agent.critic)
-        change, second = optimizers[1].update(wrong, agent.memory[1])
-        critic = optax.apply_updates(agent.critic, change)
-        worth = jax.grad(lambda a: -jnp.mean(_value(critic, some.state, _act(a, some.state, least))))(agent.actor)
-        change, first = optimizers[0].update(worth, agent.memory[0])
-        actor = optax.apply_updates(agent.actor, change)
-        slow = jax.tree.map(lambda x, y: x + follow * (y - x), agent.slow, (actor, critic))
-        return Agent(actor, critic, slow, (first, second))
-
     def step(state: tuple, now: tuple) -> tuple:
         agent, met, mean, best, top = state
         number, key = now
@@ -170,7 +166,7 @@ def amc(
 
         def update(agent: Agent, key: jax.Array) -> tuple[Agent, None]:
             chosen = jax.random.randint(key, (batch,), 0, full)
-            return learn(agent, jax.tree.map(lambda x: x[chosen], met)), None
+            return _learned(agent, jax.tree.map(lambda x: x[chosen], met), optimizers, least, follow), None
 
         agent = jax.lax.cond(
             random, lambda: agent, lambda: jax.lax.scan(update, agent, jax.random.split(second, layers))[0]
@@ -189,6 +185,21 @@ def amc(
     found: tuple = jax.lax.scan(step, start, numbers)
     (*_, best, top), history = found
     return Found(best, top, history)
+
+
+def _learned(
+    agent: Agent, some: Experience, optimizers: tuple[optax.GradientTransformation, ...], least: float, follow: float
+) -> Agent:
+    """The critic a step towards what the slow copies expect, then the actor towards what the critic likes."""
+    target = some.reward + some.goes_on * _value(agent.slow[1], some.after, _act(agent.slow[0], some.after, least))
+    wrong = jax.grad(lambda c: jnp.mean((_value(c, some.state, some.action) - target) ** 2))(agent.critic)
+    change, second = optimizers[1].update(wrong, agent.memory[1])
+    critic = optax.apply_updates(agent.critic, change)
+    worth = jax.grad(lambda a: -jnp.mean(_value(critic, some.state, _act(a, some.state, least))))(agent.actor)
+    change, first = optimizers[0].update(worth, agent.memory[0])
+    actor = optax.apply_updates(agent.actor, change)
+    slow = jax.tree.map(lambda x, y: x + follow * (y - x), agent.slow, (actor, critic))
+    return Agent(actor, critic, slow, (first, second))
 
 
 def _network(key: jax.Array, widths: Sequence[int]) -> _Layers:
