@@ -584,3 +584,16 @@ def test_leaves_that_do_not_fit_are_named():
         jc.plan(params, [(".*", training.BinaryConnect(axis=3))])
     with pytest.raises(ValueError, match="layer/kernel: QuantNoise needs 'key'"):
         jc.compress(params, jc.plan(params, [(".*", training.QuantNoise(jc.quantize.Int()))]))
+
+
+def test_the_slope_of_a_step_is_its_level_outside_the_grid_also_where_a_step_became_negative():
+    v = jnp.array([[0.3, -0.2], [5.0, -7.0], [-6.0, 4.0]])
+    g = jnp.array([[1.0, 2.0], [3.0, -4.0], [0.5, 0.25]])
+    for scale in (jnp.array([[0.5, 0.25]]), jnp.array([[-0.5, 0.25]])):
+        _, backward = jax.vjp(lambda s: fake_quantized.stepped(v, s, 3, (-2,)), scale)
+        u = np.asarray(v) / np.asarray(scale)
+        low, high = np.minimum(-4 * scale, 0), np.maximum(3 * scale, 0)
+        within = (np.asarray(v) > low) & (np.asarray(v) < high) & (np.asarray(scale) > 0)
+        slope = np.where(within, np.round(u) - u, np.clip(np.round(u), -4, 3))
+        want = (np.asarray(g) * slope).sum(0, keepdims=True) / np.sqrt(3 * 3)
+        np.testing.assert_allclose(backward(g)[0], want, rtol=1e-5)

@@ -150,7 +150,7 @@ def _stepped_backward(bits: int, axes: tuple[int, ...], group_size: int | None, 
         # By the reciprocal, a product for each value where a quotient would take most of the time: a value halfway
         # between two levels may count to the other one here, and only here.
         u = v * (1 / wide)
-        return g * jnp.where(within(v, wide), jnp.round(u) - u, jnp.where(v > 0, float(p), float(-n)))
+        return g * (jnp.clip(jnp.round(u), -n, p) - jnp.where(within(v, wide), u, 0.0))
 
     if group_size is None and axes == (-2,):
         total = _down(slope, v, g, scale)
