@@ -18,6 +18,7 @@ from jcompress.formats.quantized import Quantized, pool, spread
 
 Surrogate = Literal["identity", "soft", "tanh"]
 _SOFTNESS = 0.2
+_EDGE = 2.0**-21  # so near to an end of the grid, a value counts as outside: more than the rounding of a quotient
 
 
 @jax.tree_util.register_dataclass
@@ -141,25 +142,26 @@ def _stepped_forward(v: jax.Array, scale: jax.Array, *how: Any) -> tuple[jax.Arr
 def _stepped_backward(bits: int, axes: tuple[int, ...], group_size: int | None, saved: tuple, g: jax.Array) -> tuple:
     v, scale = saved
     n, p = ends(bits, signed=True)
-    wide = spread(scale, v, group_size)
+    low, high = -n * (1 - _EDGE), p * (1 - _EDGE)
+    inverse = 1 / scale  # a product for each value: a quotient would take most of the time
 
-    def within(v: jax.Array, wide: jax.Array) -> jax.Array:
-        return (v > -n * wide) & (v < p * wide)
+    def slope(v: jax.Array, g: jax.Array, inverse: jax.Array) -> jax.Array:
+        u = v * inverse
+        clipped = jnp.clip(u, low, high)
+        return g * (jnp.round(clipped) - jnp.where(u == clipped, u, 0.0))
 
-    def slope(v: jax.Array, g: jax.Array, wide: jax.Array) -> jax.Array:
-        # By the reciprocal, a product for each value where a quotient would take most of the time: a value halfway
-        # between two levels may count to the other one here, and only here.
-        u = v * (1 / wide)
-        return g * (jnp.clip(jnp.round(u), -n, p) - jnp.where(within(v, wide), u, 0.0))
-
+    u = v * spread(inverse, v, group_size)
     if group_size is None and axes == (-2,):
-        total = _down(slope, v, g, scale)
+        total = _down(slope, v, g, inverse)
     else:
-        total = pool(slope(v, g, wide), axes, group_size, jnp.add, 0.0)
-    return jnp.where(within(v, wide), g, 0.0), total * _gradient_factor(v, scale, p)
+        total = pool(slope(v, g, spread(inverse, v, group_size)), axes, group_size, jnp.add, 0.0)
+    # The zero of weights outside waits for the sums: all that reads the weights then comes before what a step writes
+    # in their place, and XLA need not copy them first.
+    outside = spread(jnp.minimum(jnp.abs(total), 0.0), v, group_size)
+    return jnp.where(u == jnp.clip(u, low, high), g, outside), total * _gradient_factor(v, scale, p)
 
 
-def _down(slope: Callable[..., jax.Array], v: jax.Array, g: jax.Array, scale: jax.Array) -> jax.Array:
+def _down(slope: Callable[..., jax.Array], v: jax.Array, g: jax.Array, inverse: jax.Array) -> jax.Array:
     """The sum of slopes along axis -2: rows a few at a time as they are computed, and a product for the rest.
 
     A reduction would do, but XLA's CPU fuses what is computed into it and then walks it column by column.
@@ -167,7 +169,7 @@ def _down(slope: Callable[..., jax.Array], v: jax.Array, g: jax.Array, scale: ja
     *lead, rows, columns = v.shape
     few = next(size for size in (8, 4, 2, 1) if rows % size == 0)
     vs, gs = (x.reshape(*lead, rows // few, few, columns) for x in (v, g))
-    x = functools.reduce(jnp.add, (slope(vs[..., i, :], gs[..., i, :], scale) for i in range(few)))
+    x = functools.reduce(jnp.add, (slope(vs[..., i, :], gs[..., i, :], inverse) for i in range(few)))
     several = jnp.ones((4, rows // few), x.dtype)  # a product with one row would be such a reduction again
     return jnp.matmul(several, x, precision=jax.lax.Precision.HIGHEST)[..., :1, :]
 
