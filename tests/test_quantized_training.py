@@ -607,3 +607,15 @@ def test_values_on_the_ends_of_the_grid_count_as_outside_whatever_the_step(rng):
     of_values, of_scale = backward(jnp.ones_like(v))
     np.testing.assert_array_equal(of_values, jnp.array([0.0, 0.0, 1.0, 1.0])[:, None] * jnp.ones((4, 200)))
     np.testing.assert_allclose(of_scale, np.full((1, 200), (-4 + 3 - 0.01 + 0.01) / np.sqrt(4 * 3)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [training.LSQ, training.DSQ, training.DoReFa])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_what_a_trained_grid_becomes_encodes_its_own_values_to_the_same_codes(rng, make, bits):
+    tree = {"w": make(bits=bits)(normal(rng, 64, 8, scale=3.0))}
+    node = jc.finalize(tree)["w"]
+    if make is training.LSQ and bits < 8:
+        assert node.codes.min() == -(2 ** (bits - 1))
+    again = node.encode(node.materialize())
+    np.testing.assert_array_equal(again.codes, node.codes)
+    np.testing.assert_array_equal(again.materialize(), node.materialize())

@@ -121,7 +121,7 @@ class FakeQuantized(Compressed):
             codes = ((levels + n) / 2).astype(jnp.uint8)
         return Quantized(
             codes, scale, bits=self.bits, table=table, axes=self.axes, group_size=self.group_size,
-            dtype=np.dtype(values.dtype),
+            dtype=np.dtype(values.dtype), full_range=table is None,
         )  # fmt: skip
 
 

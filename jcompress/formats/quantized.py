@@ -35,6 +35,8 @@ class Quantized(Compressed):
       axes: the axes along which a scale is shared, negative.
       group_size: rows of axis -2 that share a scale, or None.
       dtype: dtype of the dense array.
+      full_range: whether int8 codes go down to ``-2**(bits - 1)``, as those of learned steps; ``encode`` stops one above
+        it otherwise.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -51,6 +53,7 @@ class Quantized(Compressed):
     axes: tuple[int, ...] = dataclasses.field(default=(-2,), metadata={"static": True})
     group_size: int | None = dataclasses.field(default=None, metadata={"static": True})
     dtype: np.dtype = dataclasses.field(default=np.dtype("float32"), metadata={"static": True})
+    full_range: bool = dataclasses.field(default=False, metadata={"static": True})
     elementwise: ClassVar[tuple[str, ...]] = ("codes",)
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
@@ -62,7 +65,7 @@ class Quantized(Compressed):
         scale = _widened(core.dense(self.scale)).astype(jnp.float32)
         scale = spread(scale, self.codes, self.group_size)
         zero, dtype = self._offset(jnp.float32), jnp.dtype(self.codes.dtype)
-        codes = nearest(w.astype(jnp.float32), scale, zero, self.bits, self.table, dtype)
+        codes = nearest(w.astype(jnp.float32), scale, zero, self.bits, self.table, dtype, self.full_range)
         return dataclasses.replace(self, codes=codes)
 
     def levels(self, dtype: Any) -> jax.Array:
@@ -103,6 +106,7 @@ def nearest(
     bits: int,
     table: tuple[float, ...] | None,
     dtype: Any,
+    full_range: bool = False,
 ) -> jax.Array:
     """The codes of the levels nearest to ``w / scale``, ties to even; outside the grid, those of its ends.
 
@@ -113,6 +117,7 @@ def nearest(
       bits: bits a code.
       table: ascending levels, or None; a tie goes to the lower one.
       dtype: dtype of the codes.
+      full_range: whether signed codes go down to ``-2**(bits - 1)``.
     """
     if table is not None:
         return _nearest_in_table(w, jnp.asarray(scale), np.asarray(table, np.float32)).astype(dtype)
@@ -126,7 +131,7 @@ def nearest(
     if bits == 1:
         return jnp.where(scaled < 0, -1, 0).astype(dtype)
     most = 2 ** (bits - 1) - 1
-    return jnp.clip(jnp.round(scaled), -most, most).astype(dtype)
+    return jnp.clip(jnp.round(scaled), -most - full_range, most).astype(dtype)
 
 
 def _nearest_in_table(w: jax.Array, scale: jax.Array, levels: np.ndarray) -> jax.Array:
