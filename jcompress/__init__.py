@@ -1,12 +1,14 @@
 """Compression of neural networks as pure transformations on parameter pytrees."""
 
 from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, share, trace
-from jcompress.apply import ProjectState, compress, project, simulate, straight_through
+from jcompress.apply import compress, simulate
 from jcompress.combine import chain, residual, stacked
 from jcompress.core import Compressed, Context, Method, finalize, materialize, merge, nbits, split
 from jcompress.io import load, save
 from jcompress.measure import report
+from jcompress.projection import ProjectState, project
 from jcompress.rules import Plan, paths, plan
+from jcompress.surrogates import straight_through
 from jcompress.trace import accelerate, calibrate, shrink
 from jcompress.version import __version__
 

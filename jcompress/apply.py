@@ -1,20 +1,18 @@
-"""Putting a plan to work: once, on every forward pass, or after every optimizer step."""
+"""Putting a plan to work: once, or on every forward pass."""
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jcompress import core, rules
 from jcompress.core import Context, PyTree
 from jcompress.rules import Plan
+from jcompress.surrogates import straight_through
 
 
 def compress(
@@ -56,7 +54,7 @@ def compress(
       Masked(values=float32[4,2], mask=bool[4,2])
     """
     leaves = rules.paths(params)
-    nodes = _fit(leaves, plan, _contexts(params, leaves, step, key, stats, grads, previous))
+    nodes = fit(leaves, plan, contexts_of(params, leaves, step, key, stats, grads, previous))
     treedef = jax.tree.structure(params, is_leaf=core.is_node)
     return jax.tree.unflatten(treedef, [nodes[path] if path in nodes else _copy(x) for path, x in leaves])
 
@@ -65,17 +63,17 @@ def _copy(x: Any) -> Any:
     return jax.tree.map(jnp.copy, x) if core.is_node(x) else jnp.copy(x)
 
 
-def _fit(leaves: list[tuple[str, Any]], plan: Plan, contexts: dict[str, Context]) -> dict[str, Any]:
+def fit(leaves: list[tuple[str, Any]], plan: Plan, contexts: dict[str, Context]) -> dict[str, Any]:
     """The nodes of all leaves that the plan names."""
-    _check_paths(leaves, plan)
+    check_paths(leaves, plan)
     arrays = dict(leaves)
     nodes: dict[str, Any] = {}
-    for unit in _units(plan):
-        nodes |= _fit_unit(unit, plan, arrays, contexts)
+    for unit in units_of(plan):
+        nodes |= fit_unit(unit, plan, arrays, contexts)
     return nodes
 
 
-def _fit_unit(unit: list[str], plan: Plan, arrays: dict[str, Any], contexts: dict[str, Context]) -> dict[str, Any]:
+def fit_unit(unit: list[str], plan: Plan, arrays: dict[str, Any], contexts: dict[str, Context]) -> dict[str, Any]:
     """The nodes of leaves that are decided together."""
     for path in unit:
         _check_array(path, arrays[path])
@@ -84,7 +82,7 @@ def _fit_unit(unit: list[str], plan: Plan, arrays: dict[str, Any], contexts: dic
     return dict(zip(unit, core.fit(method, [arrays[p] for p in unit], [contexts[p] for p in unit]), strict=True))
 
 
-def _units(plan: Plan) -> list[list[str]]:
+def units_of(plan: Plan) -> list[list[str]]:
     """The paths that are decided together: all of a rule where its method decides for all at once, else each alone."""
     units: dict[Any, list[str]] = {}
     for path, method in plan.items():
@@ -93,7 +91,8 @@ def _units(plan: Plan) -> list[list[str]]:
     return list(units.values())
 
 
-def _check_paths(leaves: list[tuple[str, Any]], plan: Plan) -> None:
+def check_paths(leaves: list[tuple[str, Any]], plan: Plan) -> None:
+    """Raise unless the plan was made for these leaves."""
     found, planned = {path for path, _ in leaves}, set(plan)
     if found != planned:
         extra, missing = sorted(found - planned), sorted(planned - found)
@@ -122,9 +121,10 @@ def _like(treedef: Any, tree: PyTree) -> list[Any]:
     return treedef.flatten_up_to(tree)
 
 
-def _contexts(
+def contexts_of(
     params: PyTree, leaves: list[tuple[str, Any]], step: Any, key: Any, stats: Any, grads: PyTree, previous: PyTree
 ) -> dict[str, Context]:
+    """What each leaf's method is told, by path."""
     treedef = jax.tree.structure(params, is_leaf=core.is_node)
     none = [None] * len(leaves)
     grad_leaves = none if grads is None else _like(treedef, grads)
@@ -140,17 +140,6 @@ def _contexts(
         )
         for (path, _), grad, node in zip(leaves, grad_leaves, previous_leaves, strict=True)
     }
-
-
-@jax.custom_jvp
-def straight_through(w: jax.Array, value: jax.Array) -> jax.Array:
-    """``value`` forward, exactly; backward the identity in ``w`` (Bengio et al. 2013, arXiv:1308.3432)."""
-    return value
-
-
-@straight_through.defjvp
-def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple:
-    return straight_through(*primals), tangents[0]
 
 
 def simulate(
@@ -185,7 +174,7 @@ def simulate(
     """
     leaves, treedef = jax.tree.flatten(params, is_leaf=core.is_node)
     still = [(path, jax.lax.stop_gradient(x)) for path, x in rules.paths(params)]
-    nodes = _fit(still, plan, _contexts(params, still, step, key, stats, None, None))
+    nodes = fit(still, plan, contexts_of(params, still, step, key, stats, None, None))
     values = core.materialize(nodes, key=key)
     return jax.tree.unflatten(
         treedef,
@@ -194,236 +183,3 @@ def simulate(
             for (path, _), w in zip(still, leaves, strict=True)
         ],
     )
-
-
-class ProjectState(NamedTuple):
-    """State of :func:`project`: the steps taken, what the nodes hold fixed, and the key and inner state, if any."""
-
-    steps: jax.Array
-    held: PyTree
-    key: jax.Array | None = None
-    inner: PyTree = None
-
-
-def project(
-    plan: Plan,
-    every: int = 1,
-    *,
-    inner: optax.GradientTransformation | None = None,
-    key: jax.Array | None = None,
-    stats: Mapping[str, Any] | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """An optax transform, last in the chain, that keeps dense parameters on the compressed set.
-
-    After each step the parameters are moved to the nearest point of the set that the held leaves (masks, codes,
-    assignments) describe, and on steps 0, ``every``, ``2 * every``, ... the held leaves are fitted anew. A pruned
-    weight is exactly 0.0 after any optimizer, momentum and weight decay included; a kept weight moves exactly as
-    it would have moved. Formats whose projection does not cost linear time (low rank) are projected at refits only.
-
-    Args:
-      plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
-      every: steps between refits.
-      inner: the optimizer, to wrap it in place of being chained to it. Steps without a refit are a little cheaper then:
-        a chained transform must have the new values of a leaf written out for a refit that may be due, a wrapped
-        optimizer is asked again for its updates when one is. ``grads`` are then known without being passed.
-      key: for methods that draw random numbers. It is the same at every refit; a method that should draw anew folds
-        the step in.
-      stats: ``{path: statistics}`` from calibration.
-
-    Returns:
-      A ``GradientTransformationExtraArgs``. ``update`` must be given ``params``, and takes ``grads=``, the raw
-      gradients, for methods that grow by gradient.
-
-    Raises:
-      ValueError: if ``every`` is not positive, or ``update`` is called without ``params``.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, jcompress as jc
-      >>> params = {"w": jnp.array([[3.0, 0.1]])}
-      >>> plan = jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])
-      >>> tx = optax.chain(optax.sgd(0.5), jc.project(plan))
-      >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)["w"].tolist()
-      [[2.5, 0.0]]
-
-      The same, wrapped around the optimizer:
-
-      >>> tx = jc.project(plan, inner=optax.sgd(0.5))
-      >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)["w"].tolist()
-      [[2.5, 0.0]]
-    """
-    if every < 1:
-        raise ValueError(f"project: every={every} must be a positive number of steps")
-
-    optimizer = None if inner is None else optax.with_extra_args_support(inner)
-
-    def init(params: PyTree) -> ProjectState:
-        grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
-        leaves, steps = rules.paths(params), jnp.zeros((), jnp.int32)
-        nodes = _fit(leaves, plan, _contexts(params, leaves, steps, key, stats, grads, None))
-        started = None if optimizer is None else optimizer.init(params)
-        # A copy: a training step that donates its state must not delete the caller's key.
-        return ProjectState(steps, core.split(nodes)[1], None if key is None else jnp.copy(key), started)
-
-    def update(
-        updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, ProjectState]:
-        if params is None:
-            raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
-        leaves = rules.paths(params)
-        _check_paths(leaves, plan)
-        if optimizer is not None and grads is None:
-            grads = updates
-        contexts = _contexts(params, leaves, state.steps, state.key, stats, grads, None)
-        if optimizer is None:
-            change, held, after = *_chained(plan, every, state, params, updates, contexts), None
-        else:
-            change, held, after = _around(optimizer, plan, every, state, params, updates, contexts, extra)
-        updates = jax.tree.unflatten(jax.tree.structure(updates), list(change.values()))
-        return updates, ProjectState(optax.safe_increment(state.steps), held, state.key, after)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _by_path(leaves: list[tuple[str, Any]], tree: PyTree) -> dict[str, Any]:
-    return dict(zip([path for path, _ in leaves], jax.tree.leaves(tree), strict=True))
-
-
-def _needs(plan: Plan, name: str) -> bool:
-    return any(need.split(".")[0] == name for method in plan.values() for need in getattr(method, "needs", ()))
-
-
-def _is_linear(node: Any) -> bool:
-    if not core.is_node(node):
-        return True
-    fields = [getattr(node, f.name) for f in dataclasses.fields(node)]
-    return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
-
-
-def _chained(
-    plan: Plan, every: int, state: ProjectState, params: PyTree, updates: PyTree, contexts: dict[str, Context]
-) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """The updates onto the set, and what is held, given the updates of the optimizer."""
-    leaves = rules.paths(params)
-    arrays, change = dict(leaves), _by_path(leaves, updates)
-    held: dict[str, Any] = {}
-    due, nothing = state.steps % every == 0, _zero(state.steps)
-    # What a conditional reads must be written out first. One for each unit, each behind the one before, so that the
-    # new values of the whole model need not be in memory at once: of 5 million parameters these would be so large
-    # that on a CPU every step would fetch its memory anew.
-    for unit in _units(plan):
-        change |= {path: _tied(change[path], nothing) for path in unit}
-        new = {path: optax.apply_updates(arrays[path], change[path]) for path in unit}
-        now, values, nothing = _refitted([unit], plan, due, state, partial(_given, new), nothing, contexts)
-        held |= now
-        change |= _onto(now, values, arrays, change)
-    return change, held
-
-
-def _given(new: dict[str, jax.Array], nothing: jax.Array) -> dict[str, jax.Array]:
-    return new
-
-
-def _around(
-    optimizer: optax.GradientTransformationExtraArgs,
-    plan: Plan,
-    every: int,
-    state: ProjectState,
-    params: PyTree,
-    grads: PyTree,
-    contexts: dict[str, Context],
-    extra: dict[str, Any],
-) -> tuple[dict[str, jax.Array], dict[str, Any], PyTree]:
-    """As :func:`_chained`, given the optimizer; and the optimizer's new state."""
-    leaves = rules.paths(params)
-    arrays = dict(leaves)
-    held: dict[str, Any] = {}
-    values: dict[str, jax.Array] = {}
-    due, nothing = state.steps % every == 0, _zero(state.steps)
-
-    @jax.jit  # traced once, for all conditionals
-    def stepped(nothing: jax.Array) -> tuple[PyTree, PyTree]:
-        return optimizer.update(jax.tree.map(lambda g: _tied(g, nothing), grads), state.inner, params, **extra)
-
-    def moved(nothing: jax.Array) -> dict[str, jax.Array]:
-        change = _by_path(leaves, stepped(nothing)[0])
-        return {path: optax.apply_updates(x, change[path]) for path, x in leaves}
-
-    for units in _batches(_units(plan), arrays):
-        now, more, nothing = _refitted(units, plan, due, state, moved, nothing, contexts)
-        held, values = held | now, values | more
-    # Behind the conditionals, which read the state that the optimizer writes over: else it would be copied.
-    updates, after = stepped(nothing)
-    change = _by_path(leaves, updates)
-    return change | _onto(held, values, arrays, change), held, after
-
-
-def _batches(units: list[list[str]], arrays: dict[str, jax.Array]) -> list[list[list[str]]]:
-    """The units, those of a conditional together: an eighth of the parameters, or a single larger unit."""
-    sizes = [sum(arrays[path].size for path in unit) for unit in units]
-    found: list[list[list[str]]] = []
-    room = 0
-    for unit, size in zip(units, sizes, strict=True):
-        if size > room:
-            found.append([])
-            room = sum(sizes) // 8
-        found[-1].append(unit)
-        room -= size
-    return found
-
-
-def _zero(steps: jax.Array) -> jax.Array:
-    """A zero that the compiler cannot know to be one. From a conditional, it puts what is added to it behind that."""
-    return (steps < 0).astype(jnp.float32)
-
-
-def _tied(x: jax.Array, nothing: jax.Array) -> jax.Array:
-    return x + nothing.astype(x.dtype)
-
-
-def _refitted(
-    units: list[list[str]],
-    plan: Plan,
-    due: jax.Array,
-    state: ProjectState,
-    moved: Callable[[jax.Array], dict[str, jax.Array]],
-    nothing: jax.Array,
-    contexts: dict[str, Context],
-) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
-    """What units of leaves hold after a step, the values of those whose projection is not linear, and a zero."""
-    unit = [path for some in units for path in some]
-    held = {path: state.held[path] for path in unit}
-    linear = [path for path in unit if _is_linear(held[path])]
-
-    def fitted(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
-        new = moved(nothing)
-        previous = {path: held[path].project(new[path]) for path in linear}
-        known = {path: dataclasses.replace(contexts[path], previous=previous.get(path)) for path in unit}
-        nodes: dict[str, Any] = {}
-        for some in units:
-            nodes |= _fit_unit(some, plan, new, known)
-        values = {path: nodes[path].materialize() for path in unit if path not in linear}
-        return core.split(nodes)[1], values, _zero(state.steps)
-
-    def kept(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
-        rest = [path for path in unit if path not in linear]
-        new = moved(nothing) if rest else {}
-        return held, {path: new[path] for path in rest}, _zero(state.steps)
-
-    return jax.lax.cond(due, fitted, kept, nothing)
-
-
-def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, change: dict) -> dict[str, jax.Array]:
-    """The updates that lead onto the set."""
-    found = {}
-    for path in held:
-        new = optax.apply_updates(params[path], change[path])
-        value = values[path] if path in values else held[path].project(new).materialize()
-        found[path] = _towards(value, new, params[path], change[path])
-    return found
-
-
-def _towards(value: jax.Array, new: jax.Array, old: jax.Array, change: jax.Array) -> jax.Array:
-    """The update from ``old`` to ``value``; the old update wherever that leads there already."""
-    return jnp.where(value == new, change, (value - old).astype(change.dtype))

@@ -314,3 +314,26 @@ def test_a_wrapped_optimizer_hands_its_gradients_to_the_method():
     tx = jc.project(jc.plan(params, [("w", Grows())]), inner=optax.sgd(0.1))
     updates, _ = tx.update({"w": jnp.array([[5.0, 1.0]])}, tx.init(params), params)
     np.testing.assert_allclose(optax.apply_updates(params, updates)["w"], [[0.5, 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("method", [jc.prune.Magnitude(sparsity=0.5), jc.factorize.SVD(rank=2)])
+def test_a_step_can_be_differentiated_in_reverse_mode(wrapped, method):
+    params = parameters()
+    plan = jc.plan(params, [(".*kernel", method)])
+    sgd = optax.sgd(0.1)
+    tx = jc.project(plan, every=2, inner=sgd) if wrapped else optax.chain(sgd, jc.project(plan, every=2))
+    x = jax.random.normal(jax.random.key(5), (16, 32))
+
+    @jax.jit
+    def after(scale, params, state):
+        updates, state = tx.update(jax.grad(loss)(jax.tree.map(lambda w: w * scale, params), x), state, params)
+        new = optax.apply_updates(params, updates)
+        return loss(new, x), (new, state)
+
+    state = tx.init(params)
+    for _ in range(3):
+        slope, (now, later) = jax.grad(after, has_aux=True)(1.0, params, state)
+        low, high = (after(1.0 + change, params, state)[0] for change in (-3e-3, 3e-3))
+        np.testing.assert_allclose(slope, (high - low) / 6e-3, rtol=2e-2, atol=1e-6)
+        params, state = now, later

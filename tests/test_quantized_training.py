@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 import jcompress as jc
+from jcompress import surrogates
 from jcompress.formats import fake_quantized
 from jcompress.quantize import training
 from jcompress.quantize.training import dorefa
@@ -127,9 +128,9 @@ def test_soft_rounding_meets_the_levels_and_its_derivative_is_the_difference_quo
     k = np.log(2 / alpha - 1)
     np.testing.assert_allclose(1 / np.tanh(k / 2), 1 / (1 - alpha), rtol=1e-6)
     x = np.linspace(-2, 2, 401)[::4] + 0.003
-    soft = fake_quantized.soft_round(jnp.asarray(x, jnp.float32), jnp.asarray(k, jnp.float32))
+    soft = surrogates.soft_round(jnp.asarray(x, jnp.float32), jnp.asarray(k, jnp.float32))
     assert np.abs(soft - x).max() <= 0.5
-    ends = fake_quantized.soft_round(jnp.asarray([0.0, 1 - 1e-6]), jnp.asarray(k, jnp.float32))
+    ends = surrogates.soft_round(jnp.asarray([0.0, 1 - 1e-6]), jnp.asarray(k, jnp.float32))
     np.testing.assert_allclose(ends, [0, 1], atol=1e-4)
 
     def value(x, k):
@@ -151,7 +152,7 @@ def test_soft_rounding_meets_the_levels_and_its_derivative_is_the_difference_quo
 def test_as_the_softness_falls_soft_rounding_becomes_hard_and_at_one_straight_through(rng):
     x = normal(rng, 500, scale=2.0)
     x = x[jnp.abs(x - jnp.floor(x) - 0.5) > 0.05]
-    hard = fake_quantized.soft_round(x, jnp.log(2 / 1e-6 - 1) * 8)
+    hard = surrogates.soft_round(x, jnp.log(2 / 1e-6 - 1) * 8)
     np.testing.assert_allclose(hard, jnp.round(x), atol=1e-3)
     w, g = normal(rng, 50, 2), normal(rng, 50, 2)
     plain = training.LSQ(bits=3)(w)

@@ -15,6 +15,7 @@ from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats import gates
 from jcompress.formats.quantized import Quantized, pool, spread
+from jcompress.surrogates import clip_outside, round_through, round_with_soft_slope, scaled_gradient
 
 Surrogate = Literal["identity", "soft", "tanh"]
 _SOFTNESS = 0.2
@@ -86,7 +87,7 @@ class FakeQuantized(Compressed):
         if self.softness is None:
             return jnp.round(clipped), scale
         alpha = jnp.clip(core.dense(self.softness), 1e-3, 1 - 1e-3)
-        return _round_soft(clipped, self._spread(jnp.log(2 / alpha - 1), v)), scale
+        return round_with_soft_slope(clipped, self._spread(jnp.log(2 / alpha - 1), v)), scale
 
     def _ends(self) -> tuple[int, int]:
         return ends(self.bits, signed=True)
@@ -196,52 +197,3 @@ def squashed(v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     t = jnp.tanh(v)
     most = jnp.max(jnp.abs(t), axes, keepdims=True, initial=0.0)
     return t / jnp.where(most > 0, most, 1.0)
-
-
-@jax.custom_jvp
-def round_through(x: jax.Array) -> jax.Array:
-    """The nearest integer, ties to even; the derivative is one (Bengio et al. 2013, arXiv:1308.3432)."""
-    return jnp.round(x)
-
-
-@round_through.defjvp
-def _round_through_jvp(primals: tuple, tangents: tuple) -> tuple:
-    return round_through(*primals), tangents[0]
-
-
-@jax.custom_jvp
-def through(x: jax.Array, value: jax.Array) -> jax.Array:
-    """``value`` forward, exactly; backward the identity in ``x``."""
-    return value
-
-
-@through.defjvp
-def _through_jvp(primals: tuple, tangents: tuple) -> tuple:
-    return through(*primals), tangents[0]
-
-
-def clip_outside(x: jax.Array, low: float, high: float) -> jax.Array:
-    """``clip(x, low, high)`` with derivative one strictly between the ends, zero on and beyond them."""
-    return jnp.where((x > low) & (x < high), x, jax.lax.stop_gradient(jnp.clip(x, low, high)))
-
-
-def scaled_gradient(x: jax.Array, factor: float) -> jax.Array:
-    """``x`` forward; its gradient is multiplied by ``factor``."""
-    return through(x * factor, x)
-
-
-def soft_round(x: jax.Array, k: jax.Array) -> jax.Array:
-    """``floor(x) + (tanh(k * t) / tanh(k / 2) + 1) / 2`` with ``t = x - floor(x) - 1/2``."""
-    whole = jnp.floor(x)
-    return whole + (jnp.tanh(k * (x - whole - 0.5)) / jnp.tanh(k / 2) + 1) / 2
-
-
-@jax.custom_jvp
-def _round_soft(x: jax.Array, k: jax.Array) -> jax.Array:
-    """The nearest integer, with the derivatives of :func:`soft_round`."""
-    return jnp.round(x)
-
-
-@_round_soft.defjvp
-def _round_soft_jvp(primals: tuple, tangents: tuple) -> tuple:
-    return _round_soft(*primals), jax.jvp(soft_round, primals, tangents)[1]

@@ -35,8 +35,8 @@ class Quantized(Compressed):
       axes: the axes along which a scale is shared, negative.
       group_size: rows of axis -2 that share a scale, or None.
       dtype: dtype of the dense array.
-      full_range: whether int8 codes go down to ``-2**(bits - 1)``, as those of learned steps; ``encode`` stops one above
-        it otherwise.
+      full_range: whether int8 codes go down to ``-2**(bits - 1)``, as those of learned steps; else ``encode`` stops one
+        above it.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc

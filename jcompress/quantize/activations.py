@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from jcompress import core, rules
-from jcompress.apply import straight_through
 from jcompress.core import PyTree
+from jcompress.surrogates import straight_through
 from jcompress.trace import contraction, walk
 from jcompress.trace.contraction import Product
 from jcompress.trace.execute import Executed

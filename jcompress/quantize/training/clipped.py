@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jcompress.formats.fake_quantized import through
+from jcompress.surrogates import straight_through
 
 
 def pact(x: jax.Array, alpha: jax.Array, bits: int) -> jax.Array:
@@ -28,7 +28,7 @@ def pact(x: jax.Array, alpha: jax.Array, bits: int) -> jax.Array:
     """
     y = jnp.where(x >= alpha, alpha, jnp.where(x > 0, x, 0)).astype(x.dtype)
     step = jax.lax.stop_gradient(alpha) / (2**bits - 1)
-    return through(y, (jnp.round(y / step) * step).astype(x.dtype))
+    return straight_through(y, (jnp.round(y / step) * step).astype(x.dtype))
 
 
 def sign_ste(x: jax.Array) -> jax.Array:
@@ -44,7 +44,7 @@ def sign_ste(x: jax.Array) -> jax.Array:
       ([-1.0, -1.0, 1.0], [0.0, 1.0, 1.0])
     """
     inside = jnp.where(jnp.abs(x) <= 1, x, jax.lax.stop_gradient(x))
-    return through(inside, jnp.where(x >= 0, 1, -1).astype(x.dtype))
+    return straight_through(inside, jnp.where(x >= 0, 1, -1).astype(x.dtype))
 
 
 def scaled_sign(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import FakeQuantized
-from jcompress.formats.fake_quantized import clip_outside, round_through, squashed
+from jcompress.formats.fake_quantized import squashed
 from jcompress.quantize import grids
 from jcompress.quantize.training.steps import spanning
+from jcompress.surrogates import clip_outside, round_through
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import Context, PyTree
 from jcompress.formats import FakeQuantized
-from jcompress.formats.fake_quantized import through
 from jcompress.quantize import grids
 from jcompress.quantize.training.steps import spanning
+from jcompress.surrogates import straight_through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def temper(params: PyTree, simulated: PyTree, temperature: Any, key: jax.Array) 
 
     def one(i: int, w: jax.Array, q: Any) -> jax.Array:
         noise = jax.random.normal(jax.random.fold_in(key, i), w.shape, w.dtype)
-        return through(w, q + temperature * jnp.abs(w - q) * noise)
+        return straight_through(w, q + temperature * jnp.abs(w - q) * noise)
 
     noisy = [one(i, w, q) for i, (w, q) in enumerate(zip(leaves, others, strict=True))]
     return jax.tree.unflatten(jax.tree.structure(params), noisy)

@@ -1,0 +1,294 @@
+"""Keeping dense parameters on the compressed set, after every optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jcompress import core, rules
+from jcompress.apply import check_paths, contexts_of, fit, fit_unit, units_of
+from jcompress.core import Context, PyTree
+from jcompress.rules import Plan
+from jcompress.surrogates import straight_through
+
+
+class ProjectState(NamedTuple):
+    """State of :func:`project`: the steps taken, what the nodes hold fixed, and the key and inner state, if any."""
+
+    steps: jax.Array
+    held: PyTree
+    key: jax.Array | None = None
+    inner: PyTree = None
+
+
+def project(
+    plan: Plan,
+    every: int = 1,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    key: jax.Array | None = None,
+    stats: Mapping[str, Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transform, last in the chain, that keeps dense parameters on the compressed set.
+
+    After each step the parameters are moved to the nearest point of the set that the held leaves (masks, codes,
+    assignments) describe, and on steps 0, ``every``, ``2 * every``, ... the held leaves are fitted anew. A pruned
+    weight is exactly 0.0 after any optimizer, momentum and weight decay included; a kept weight moves exactly as
+    it would have moved. Formats whose projection does not cost linear time (low rank) are projected at refits only.
+
+    Args:
+      plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
+      every: steps between refits.
+      inner: the optimizer, to wrap it in place of being chained to it. Steps without a refit are a little cheaper then:
+        a chained transform must have the updates of a leaf written out for a refit that may be due, a wrapped
+        optimizer is asked again for its updates when one is. ``grads`` are then known without being passed.
+      key: for methods that draw random numbers. It is the same at every refit; a method that should draw anew folds
+        the step in.
+      stats: ``{path: statistics}`` from calibration.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``. ``update`` must be given ``params``, and takes ``grads=``, the raw
+      gradients, for methods that grow by gradient.
+
+    Raises:
+      ValueError: if ``every`` is not positive, or ``update`` is called without ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jcompress as jc
+      >>> params = {"w": jnp.array([[3.0, 0.1]])}
+      >>> plan = jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])
+      >>> tx = optax.chain(optax.sgd(0.5), jc.project(plan))
+      >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["w"].tolist()
+      [[2.5, 0.0]]
+
+      The same, wrapped around the optimizer:
+
+      >>> tx = jc.project(plan, inner=optax.sgd(0.5))
+      >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["w"].tolist()
+      [[2.5, 0.0]]
+    """
+    if every < 1:
+        raise ValueError(f"project: every={every} must be a positive number of steps")
+
+    optimizer = None if inner is None else optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> ProjectState:
+        grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
+        leaves, steps = rules.paths(params), jnp.zeros((), jnp.int32)
+        nodes = fit(leaves, plan, contexts_of(params, leaves, steps, key, stats, grads, None))
+        started = None if optimizer is None else optimizer.init(params)
+        # A copy: a training step that donates its state must not delete the caller's key.
+        return ProjectState(steps, core.split(nodes)[1], None if key is None else jnp.copy(key), started)
+
+    def update(
+        updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, ProjectState]:
+        if params is None:
+            raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
+        leaves = rules.paths(params)
+        check_paths(leaves, plan)
+        if optimizer is not None and grads is None:
+            grads = updates
+        contexts = contexts_of(params, leaves, state.steps, state.key, stats, grads, None)
+        if optimizer is None:
+            change, held, after = *_chained(plan, every, state, params, updates, contexts), None
+        else:
+            change, held, after = _around(optimizer, plan, every, state, params, updates, contexts, extra)
+        updates = jax.tree.unflatten(jax.tree.structure(updates), list(change.values()))
+        return updates, ProjectState(optax.safe_increment(state.steps), held, state.key, after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _by_path(leaves: list[tuple[str, Any]], tree: PyTree) -> dict[str, Any]:
+    return dict(zip([path for path, _ in leaves], jax.tree.leaves(tree), strict=True))
+
+
+def _needs(plan: Plan, name: str) -> bool:
+    return any(need.split(".")[0] == name for method in plan.values() for need in getattr(method, "needs", ()))
+
+
+def _is_linear(node: Any) -> bool:
+    if not core.is_node(node):
+        return True
+    fields = [getattr(node, f.name) for f in dataclasses.fields(node)]
+    return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
+
+
+def _chained(
+    plan: Plan, every: int, state: ProjectState, params: PyTree, updates: PyTree, contexts: dict[str, Context]
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The updates onto the set, and what is held, given the updates of the optimizer."""
+    leaves = rules.paths(params)
+    arrays, change = dict(leaves), _by_path(leaves, updates)
+    held: dict[str, Any] = {}
+    values: dict[str, jax.Array] = {}
+    due, nothing = state.steps % every == 0, _zero(state.steps)
+    # One unit behind the other, so that the updates of the whole model need not be in memory at once: of 5 million
+    # parameters these would be so large that on a CPU every step would fetch its memory anew.
+    for unit in units_of(plan):
+        change |= {path: _tied(change[path], nothing) for path in unit}
+        if all(_is_linear(state.held[path]) for path in unit):
+            now, moved, nothing = _looped(unit, plan, due, state, arrays, change, nothing, contexts)
+            change |= moved
+        else:
+            new = {path: optax.apply_updates(arrays[path], change[path]) for path in unit}
+            now, more, nothing = _refitted([unit], plan, due, state, partial(_given, new), nothing, contexts)
+            values |= more
+        held |= now
+        change |= _onto(now, values, arrays, change)
+    return change, held
+
+
+def _given(new: dict[str, jax.Array], nothing: jax.Array) -> dict[str, jax.Array]:
+    return new
+
+
+def _looped(
+    unit: list[str],
+    plan: Plan,
+    due: jax.Array,
+    state: ProjectState,
+    arrays: dict[str, jax.Array],
+    change: dict[str, jax.Array],
+    nothing: jax.Array,
+    contexts: dict[str, Context],
+) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
+    """What leaves of linear projections hold after a step, their updates, and a zero, by a loop of no turn or one.
+
+    The result of a loop stands where its operand stood: on steps without a turn the updates are written and read once.
+    A conditional would have the new values written out beside them.
+    """
+    # What is held has no derivative, and a loop none in reverse mode: only the updates pass theirs by.
+    arrays, contexts, held, operand = jax.lax.stop_gradient(
+        ({path: arrays[path] for path in unit}, {path: contexts[path] for path in unit},
+         {path: state.held[path] for path in unit}, {path: change[path] for path in unit})
+    )  # fmt: skip
+
+    def turn(carry: tuple) -> tuple:
+        _, held, moved, _ = carry
+        new = {path: optax.apply_updates(arrays[path], moved[path]) for path in unit}
+        nodes, zero = _anew([unit], plan, held, new, contexts), _zero(state.steps)
+        # Touched, or XLA would take the updates from before the loop, and compute them again after it.
+        return jnp.zeros_like(due), core.split(nodes)[1], {path: _tied(x, zero) for path, x in moved.items()}, zero
+
+    _, held, moved, zero = jax.lax.while_loop(lambda carry: carry[0], turn, (due, held, operand, nothing))
+    return held, {path: straight_through(change[path], moved[path]) for path in unit}, zero
+
+
+def _around(
+    optimizer: optax.GradientTransformationExtraArgs,
+    plan: Plan,
+    every: int,
+    state: ProjectState,
+    params: PyTree,
+    grads: PyTree,
+    contexts: dict[str, Context],
+    extra: dict[str, Any],
+) -> tuple[dict[str, jax.Array], dict[str, Any], PyTree]:
+    """As :func:`_chained`, given the optimizer; and the optimizer's new state."""
+    leaves = rules.paths(params)
+    arrays = dict(leaves)
+    held: dict[str, Any] = {}
+    values: dict[str, jax.Array] = {}
+    due, nothing = state.steps % every == 0, _zero(state.steps)
+
+    @jax.jit  # traced once, for all conditionals
+    def stepped(nothing: jax.Array) -> tuple[PyTree, PyTree]:
+        return optimizer.update(jax.tree.map(lambda g: _tied(g, nothing), grads), state.inner, params, **extra)
+
+    def moved(nothing: jax.Array) -> dict[str, jax.Array]:
+        change = _by_path(leaves, stepped(nothing)[0])
+        return {path: optax.apply_updates(x, change[path]) for path, x in leaves}
+
+    for units in _batches(units_of(plan), arrays):
+        now, more, nothing = _refitted(units, plan, due, state, moved, nothing, contexts)
+        held, values = held | now, values | more
+    # Behind the conditionals, which read the state that the optimizer writes over: else it would be copied.
+    updates, after = stepped(nothing)
+    change = _by_path(leaves, updates)
+    return change | _onto(held, values, arrays, change), held, after
+
+
+def _batches(units: list[list[str]], arrays: dict[str, jax.Array]) -> list[list[list[str]]]:
+    """The units, those of a conditional together: an eighth of the parameters, or a single larger unit."""
+    sizes = [sum(arrays[path].size for path in unit) for unit in units]
+    found: list[list[list[str]]] = []
+    room = 0
+    for unit, size in zip(units, sizes, strict=True):
+        if size > room:
+            found.append([])
+            room = sum(sizes) // 8
+        found[-1].append(unit)
+        room -= size
+    return found
+
+
+def _zero(steps: jax.Array) -> jax.Array:
+    """A zero that the compiler cannot know to be one. From a conditional, it puts what is added to it behind that."""
+    return (steps < 0).astype(jnp.float32)
+
+
+def _tied(x: jax.Array, nothing: jax.Array) -> jax.Array:
+    return x + nothing.astype(x.dtype)
+
+
+def _refitted(
+    units: list[list[str]],
+    plan: Plan,
+    due: jax.Array,
+    state: ProjectState,
+    moved: Callable[[jax.Array], dict[str, jax.Array]],
+    nothing: jax.Array,
+    contexts: dict[str, Context],
+) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
+    """What units of leaves hold after a step, the values of those whose projection is not linear, and a zero."""
+    unit = [path for some in units for path in some]
+    held = {path: state.held[path] for path in unit}
+    rest = [path for path in unit if not _is_linear(held[path])]
+
+    def fitted(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
+        nodes = _anew(units, plan, held, moved(nothing), contexts)
+        values = {path: nodes[path].materialize() for path in rest}
+        return core.split(nodes)[1], values, _zero(state.steps)
+
+    def kept(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
+        new = moved(nothing) if rest else {}
+        return held, {path: new[path] for path in rest}, _zero(state.steps)
+
+    return jax.lax.cond(due, fitted, kept, nothing)
+
+
+def _anew(
+    units: list[list[str]], plan: Plan, held: dict[str, Any], new: dict[str, jax.Array], contexts: dict[str, Context]
+) -> dict[str, Any]:
+    """The nodes of units of leaves, fitted to new values."""
+    previous = {path: node.project(new[path]) for path, node in held.items() if _is_linear(node)}
+    known = {path: dataclasses.replace(contexts[path], previous=previous.get(path)) for path in held}
+    nodes: dict[str, Any] = {}
+    for unit in units:
+        nodes |= fit_unit(unit, plan, new, known)
+    return nodes
+
+
+def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, change: dict) -> dict[str, jax.Array]:
+    """The updates that lead onto the set."""
+    found = {}
+    for path in held:
+        new = optax.apply_updates(params[path], change[path])
+        value = values[path] if path in values else held[path].project(new).materialize()
+        found[path] = _towards(value, new, params[path], change[path])
+    return found
+
+
+def _towards(value: jax.Array, new: jax.Array, old: jax.Array, change: jax.Array) -> jax.Array:
+    """The update from ``old`` to ``value``; the old update wherever that leads there already."""
+    return jnp.where(value == new, change, (value - old).astype(change.dtype))
