@@ -339,9 +339,9 @@ def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
     first, second = jax.random.bits(key, (2,), jnp.uint32)
 
     def rank(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-        none = jnp.zeros_like(mask, jnp.uint32)
-        mixed = _mixed(_mixed(_falling_rank(mask.shape, first)) + second) + none  # sharded as the mask is
-        return jnp.where(mask, jnp.clip(mixed, jnp.uint32(1), jnp.uint32(_LAST)), none)
+        like = jax.typeof(mask).sharding if is_explicit(mask) else None
+        mixed = _mixed(_mixed(_falling_rank(mask.shape, first, like)) + second)
+        return jnp.where(mask, jnp.clip(mixed, jnp.uint32(1), jnp.uint32(_LAST)), jnp.uint32(0))
 
     values = [_Values(rank, (among, first, second), among.shape, among)]
     start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_LAST))
@@ -410,10 +410,11 @@ def _cut(x: _Values, level: jax.Array, arrays: tuple[jax.Array, ...], count: Cou
     return jnp.where(none, jnp.uint32(_LAST + 1), cut.low), count.left_after(wanted)
 
 
-def _falling_rank(shape: tuple[int, ...], first: jax.Array) -> jax.Array:
-    """``first`` at the first entry, one less at each next in C order."""
-    rank, stride = jnp.broadcast_to(first, shape), 1
+def _falling_rank(shape: tuple[int, ...], first: jax.Array, sharding: Any = None) -> jax.Array:
+    """``first`` at the first entry, one less at each next in C order; of a type that is sharded so, if it is to be."""
+    rank, stride = first, 1
     for axis in reversed(range(len(shape))):
-        rank = rank - lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        place = lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
+        rank = rank - place * jnp.uint32(stride)
         stride *= shape[axis]
     return rank
