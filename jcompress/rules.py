@@ -22,7 +22,8 @@ def _key_name(key: Any) -> str:
 
 def _is_variable(x: Any) -> bool:
     """A Flax NNX variable: a box around one array, which paths should not show."""
-    return hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
+    # The one is told by every version of Flax, of the others some have this and some have that.
+    return hasattr(type(x), "get_metadata") and (hasattr(type(x), "get_value") or hasattr(type(x), "raw_value"))
 
 
 def paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
