@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -112,10 +113,15 @@ def _narrowed(tree: PyTree, dtypes: PyTree) -> PyTree:
 
 
 def describe(x: Any, steps: int) -> Any:
-    """A stage, rule or method as plain JSON values; a schedule by its values at five points of its stage."""
+    """A stage, rule or method as plain JSON values; a schedule by its values at five points of its stage.
+
+    What is called with more than the step, such as a score, is told by its name.
+    """
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         fields = {f.name: describe(getattr(x, f.name), steps) for f in dataclasses.fields(x)}
         return {"name": type(x).__name__, **fields}
+    if callable(x) and len(inspect.signature(x).parameters) > 1:
+        return getattr(x, "__name__", repr(x))
     if callable(x):
         return {"schedule": [round(float(x(steps * i // 4)), 6) for i in range(5)]}
     if isinstance(x, (list, tuple)):

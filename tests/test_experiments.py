@@ -358,3 +358,12 @@ class TestText:
         found = data.Data("text", "text", 256, split, split, split)
         job = jobs.Job("transformer", config, found, config.plans)
         assert set(job.programs) == {"dense", "baseline", *(f.__name__ for f in config.plans)}
+
+
+def test_every_plan_of_a_config_can_be_written_down():
+    params = {"layer": {"kernel": np.zeros((64, 32), np.float32)}, "head": {"kernel": np.zeros((32, 10), np.float32)}}
+    for plan in (*digits.get_config().plans, *text.get_config().plans):
+        told = json.loads(json.dumps(stages.describe(plan(params, 100), 100)))
+        assert told[0]["name"] == "Stage"
+        if plan.__name__ == "random":
+            assert told[0]["rules"][0][1]["score"] == "random"
