@@ -233,7 +233,7 @@ def _batches(units: list[list[str]], arrays: dict[str, jax.Array]) -> list[list[
 
 
 def _zero(steps: jax.Array) -> jax.Array:
-    """A zero that the compiler cannot know to be one. From a conditional, it puts what is added to it behind that."""
+    """A zero that the compiler cannot know to be one: what it is added to comes behind the loop that gave it."""
     return (steps < 0).astype(jnp.float32)
 
 

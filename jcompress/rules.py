@@ -22,7 +22,7 @@ def _key_name(key: Any) -> str:
 
 def _is_variable(x: Any) -> bool:
     """A Flax NNX variable: a box around one array, which paths should not show."""
-    # The one is told by every version of Flax, of the others some have this and some have that.
+    # Every version of Flax has the first; newer ones have `get_value`, older ones `raw_value`.
     return hasattr(type(x), "get_metadata") and (hasattr(type(x), "get_value") or hasattr(type(x), "raw_value"))
 
 

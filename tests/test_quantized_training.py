@@ -612,11 +612,13 @@ def test_values_on_the_ends_of_the_grid_count_as_outside_whatever_the_step(rng):
 
 @pytest.mark.parametrize("make", [training.LSQ, training.DSQ, training.DoReFa])
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_what_a_trained_grid_becomes_encodes_its_own_values_to_the_same_codes(rng, make, bits):
+def test_what_a_trained_grid_becomes_encodes_its_own_values_to_the_same_codes(rng, tmp_path, make, bits):
     tree = {"w": make(bits=bits)(normal(rng, 64, 8, scale=3.0))}
     node = jc.finalize(tree)["w"]
     if make is training.LSQ and bits < 8:
         assert node.codes.min() == -(2 ** (bits - 1))
+    jc.save(tmp_path / "node", {"w": node})
+    node = jc.load(tmp_path / "node")["w"]
     again = node.encode(node.materialize())
     np.testing.assert_array_equal(again.codes, node.codes)
     np.testing.assert_array_equal(again.materialize(), node.materialize())
