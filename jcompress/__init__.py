@@ -1,14 +1,15 @@
 """Compression of neural networks as pure transformations on parameter pytrees."""
 
-from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, share, trace
+from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, rewrite, share, trace
 from jcompress.apply import compress, simulate
 from jcompress.combine import chain, residual, stacked
 from jcompress.core import Compressed, Context, Method, finalize, materialize, merge, nbits, split
 from jcompress.io import load, save
 from jcompress.measure import report
+from jcompress.numeric.surrogates import straight_through
 from jcompress.projection import ProjectState, project
 from jcompress.rules import Plan, paths, plan
-from jcompress.surrogates import straight_through
+from jcompress.sequential import compress_sequentially
 from jcompress.trace import accelerate, calibrate, shrink
 from jcompress.version import __version__
 
@@ -24,6 +25,7 @@ __all__ = [
     "calibrate",
     "chain",
     "compress",
+    "compress_sequentially",
     "distill",
     "factorize",
     "finalize",
@@ -41,6 +43,7 @@ __all__ = [
     "quantize",
     "report",
     "residual",
+    "rewrite",
     "save",
     "share",
     "shrink",

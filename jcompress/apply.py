@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jcompress import core, rules
 from jcompress.core import Context, PyTree
+from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
-from jcompress.surrogates import straight_through
 
 
 def compress(

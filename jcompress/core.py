@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import packing
+from jcompress.numeric import packing
 
 PyTree = Any
 Schedule = Callable[[Any], Any]

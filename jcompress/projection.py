@@ -14,8 +14,8 @@ import optax
 from jcompress import core, rules
 from jcompress.apply import check_paths, contexts_of, fit, fit_unit, units_of
 from jcompress.core import Context, PyTree
+from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
-from jcompress.surrogates import straight_through
 
 
 class ProjectState(NamedTuple):

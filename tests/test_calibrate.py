@@ -729,7 +729,7 @@ class TestSequential:
                 return jc.formats.Masked(w / 2, jnp.ones(w.shape, bool))
 
         plan = jc.plan(self.params, [("[a-d]", Halve())])
-        tree = jc.trace.compress_sequentially(self.fn, self.params, Batches([x]), plan)
+        tree = jc.compress_sequentially(self.fn, self.params, Batches([x]), plan)
         halved = {n: w / 2 if n != "bias" else w for n, w in self.params.items()}
         h = jnp.tanh(x @ halved["a"])
         for name, want in {"a": x, "b": h, "c": h, "d": (h @ halved["b"]) * (h @ halved["c"])}.items():
@@ -744,7 +744,7 @@ class TestSequential:
             self.params, [("[ab]", jc.prune.Magnitude(0.5, scope="global")), (".*", jc.quantize.Int(bits=8))]
         )
         both = [
-            jc.trace.compress_sequentially(self.fn, self.params, [normal(5, 7, 5)], plan, key=jax.random.key(0)),
+            jc.compress_sequentially(self.fn, self.params, [normal(5, 7, 5)], plan, key=jax.random.key(0)),
             jc.compress(self.params, plan, key=jax.random.key(0)),
         ]
         jax.tree.map(np.testing.assert_array_equal, *both)
@@ -752,7 +752,7 @@ class TestSequential:
     def test_a_generator_is_refused(self):
         with pytest.raises(ValueError, match="found a generator, expected a list"):
             plan = jc.plan(self.params, [("a", jc.quantize.Int(bits=8))])
-            jc.trace.compress_sequentially(self.fn, self.params, iter([]), plan)
+            jc.compress_sequentially(self.fn, self.params, iter([]), plan)
 
 
 class TestErrors:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jcompress as jc
-from jcompress import packing
+from jcompress.numeric import packing
 from jcompress.prune import dynamic
 
 KEY = jax.random.key(3)

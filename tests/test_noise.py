@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import jcompress as jc
-from jcompress.prune import curvature, noise
+from jcompress.prune.penalties import curvature, noise
 
 KEY = jax.random.key(11)
 

@@ -9,7 +9,9 @@ from sklearn.isotonic import IsotonicRegression
 from test_conformance import collectives
 
 import jcompress as jc
-from jcompress.prune import proximal, shrinkage, structured
+from jcompress.numeric import shrinkage
+from jcompress.prune import structured
+from jcompress.prune.penalties import proximal
 
 PENALTIES = {
     "l1": proximal.L1(0.7),

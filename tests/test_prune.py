@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import jcompress as jc
+from jcompress.numeric.counting import Count, magnitude_bits, mean_where, reduce_together
+from jcompress.numeric.threshold import keep_random, kth_largest
 from jcompress.prune import keep_largest
-from jcompress.prune.counting import Count, magnitude_bits, mean_where, reduce_together
-from jcompress.prune.threshold import keep_random, kth_largest
 
 
 def kept_by_sort(values, count):

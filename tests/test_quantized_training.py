@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 import jcompress as jc
-from jcompress import surrogates
 from jcompress.formats import fake_quantized
+from jcompress.numeric import surrogates
 from jcompress.quantize import training
 from jcompress.quantize.training import dorefa
 

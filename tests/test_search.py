@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jcompress.prune import pareto, search
+from jcompress import measure
+from jcompress.prune import search
 
 KEY = jax.random.key(5)
 
@@ -128,14 +129,14 @@ def ranks_by_force(scores):
 @pytest.mark.parametrize("objectives", [1, 2, 3])
 def test_ranks_are_those_of_comparing_all_pairs(objectives, rng):
     scores = rng.integers(0, 6, size=(40, objectives)).astype(np.float32)
-    np.testing.assert_array_equal(jax.jit(pareto.ranks)(jnp.asarray(scores)), ranks_by_force(scores))
+    np.testing.assert_array_equal(jax.jit(measure.ranks)(jnp.asarray(scores)), ranks_by_force(scores))
 
 
 def test_crowding_is_the_sum_of_gaps_within_a_front():
     scores = jnp.array([[0.0, 8.0], [1.0, 5.0], [4.0, 4.0], [8.0, 0.0], [0.5, 3.0]])
-    rank = pareto.ranks(scores)
+    rank = measure.ranks(scores)
     assert rank.tolist() == [0, 0, 0, 0, 1]
-    found = pareto.crowding(scores, rank)
+    found = measure.crowding(scores, rank)
     np.testing.assert_allclose(found, [np.inf, 4 / 8 + 4 / 8, 7 / 8 + 5 / 8, np.inf, np.inf])
 
 
@@ -144,8 +145,8 @@ def test_the_hypervolume_is_the_part_of_the_box_that_is_beaten(objectives, rng):
     scores = rng.integers(1, 6, size=(7, objectives))
     cells = np.array(list(itertools.product(range(6), repeat=objectives)))
     beaten = (scores[:, None] >= cells[None] + 1).all(-1).any(0).sum()
-    assert pareto.hypervolume(scores, np.zeros(objectives)) == beaten
-    assert pareto.hypervolume(scores, np.full(objectives, 9)) == 0
+    assert measure.hypervolume(scores, np.zeros(objectives)) == beaten
+    assert measure.hypervolume(scores, np.full(objectives, 9)) == 0
 
 
 def test_the_front_of_a_knapsack_is_that_of_all_masks():
@@ -159,8 +160,8 @@ def test_the_front_of_a_knapsack_is_that_of_all_masks():
     everything = np.array(list(itertools.product([False, True], repeat=10)))
     scores = np.asarray(jax.vmap(objectives)(jnp.asarray(everything)))
     floor = np.array([-1.0, float(-sizes.sum()) - 1])
-    best = pareto.hypervolume(scores, floor)
-    assert pareto.hypervolume(front.scores, floor) > 0.995 * best
+    best = measure.hypervolume(scores, floor)
+    assert measure.hypervolume(front.scores, floor) > 0.995 * best
     np.testing.assert_allclose(front.scores, jax.vmap(objectives)(front.masks))
     np.testing.assert_array_equal(front.rank, ranks_by_force(np.asarray(front.scores)))
 

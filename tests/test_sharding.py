@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from test_conformance import collectives
 
 import jcompress as jc
-from jcompress.prune.threshold import keep_largest, keep_random
+from jcompress.numeric.threshold import keep_largest, keep_random
 
 SPECS = [P("data", None), P(None, "model"), P("data", "model"), P(("data", "model"), None)]
 

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from test_conformance import collectives
 
 import jcompress as jc
-from jcompress.prune import NM, OBS, Magnitude, SparseGPT, Wanda, obs
+from jcompress.prune import NM, OBS, Magnitude, SparseGPT, Wanda
+from jcompress.prune.masks import obs
 
 
 def correlated(rng, k, n=None):

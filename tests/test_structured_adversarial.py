@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import jcompress as jc
-from jcompress.prune import proximal, structured
+from jcompress.prune import structured
+from jcompress.prune.penalties import proximal
 
 
 def normal(rng, *shape):

@@ -9,7 +9,7 @@ import pytest
 
 import jcompress as jc
 from jcompress.prune import scores
-from jcompress.prune.scored import ByScore
+from jcompress.prune.masks.scored import ByScore
 
 
 def test_scores_equal_their_formulas(rng):

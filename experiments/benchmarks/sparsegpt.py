@@ -17,7 +17,7 @@ from jax import lax
 
 import jcompress as jc
 from experiments.benchmarks import timing
-from jcompress.sweep import HIGHEST, damped, inverse_factor
+from jcompress.numeric.sweep import HIGHEST, damped, inverse_factor
 
 
 @jax.jit

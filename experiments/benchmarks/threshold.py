@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing
-from jcompress.prune import threshold
-from jcompress.prune.counting import Count, magnitude_bits
+from jcompress.numeric import threshold
+from jcompress.numeric.counting import Count, magnitude_bits
 
 PARTS = (
     0.0,

@@ -97,7 +97,7 @@ class Calibration:
         rules = recipe.rules
         plan = rules(self) if callable(rules) else jc.plan(self.params, rules)
         if recipe.sequential:
-            return jc.trace.compress_sequentially(self.encoder, self.params, self.batches, plan, key=key)
+            return jc.compress_sequentially(self.encoder, self.params, self.batches, plan, key=key)
         tree = jc.compress(self.params, plan, key=key, stats=self.stats(core.needs(*filter(None, plan.values()))))
         return self._corrected(tree) if recipe.corrected else tree
 

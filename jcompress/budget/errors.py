@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, layout, rules
+from jcompress import core, rules
 from jcompress.core import Context, PyTree
+from jcompress.layers import matrices
 
 Measure = Callable[[str, jax.Array, jax.Array], Any]
 """``measure(path, dense, compressed)``, an error of one leaf that adds up over leaves."""
@@ -39,11 +40,11 @@ def output_error(stats: Mapping[str, Any], *, relative: bool = False) -> Measure
     """
 
     def measure(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
-        layer, gram = layout.of(w, Context(stats=stats.get(path), path=path), "gram")
-        moved = layout.moved(layer.of(value.astype(jnp.float32) - w.astype(jnp.float32)).matrix(), gram).sum()
+        layer, gram = matrices.of(w, Context(stats=stats.get(path), path=path), "gram")
+        moved = matrices.moved(layer.of(value.astype(jnp.float32) - w.astype(jnp.float32)).matrix(), gram).sum()
         if not relative:
             return moved
-        return moved / jnp.maximum(layout.moved(layer.matrix(), gram).sum(), jnp.finfo(jnp.float32).tiny)
+        return moved / jnp.maximum(matrices.moved(layer.matrix(), gram).sum(), jnp.finfo(jnp.float32).tiny)
 
     return measure
 

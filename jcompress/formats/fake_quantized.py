@@ -15,7 +15,7 @@ from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats import gates
 from jcompress.formats.quantized import Quantized, pool, spread
-from jcompress.surrogates import clip_outside, round_through, round_with_soft_slope, scaled_gradient
+from jcompress.numeric.surrogates import clip_outside, round_through, round_with_soft_slope, scaled_gradient
 
 Surrogate = Literal["identity", "soft", "tanh"]
 _SOFTNESS = 0.2

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core, formats, packing, rules
+from jcompress import core, formats, rules
 from jcompress.core import Compressed, Part
+from jcompress.numeric import packing
 
 Formats = Mapping[str, type[Compressed]]
 Reader = Callable[[Part], np.ndarray]

@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jcompress import packing
 from jcompress.core import Part, PyTree
 from jcompress.io import manifest
 from jcompress.io.manifest import Formats, StorageError
 from jcompress.io.restore import fill
+from jcompress.numeric import packing
 from jcompress.version import __version__
 
 FORMAT_VERSION = 1

@@ -1,12 +1,13 @@
 """What compression did: the report, simple ratios, latency, and the picture of accuracy against bytes."""
 
-from jcompress.measure.front import Point, non_dominated
+from jcompress.measure.fronts import Point, non_dominated
 from jcompress.measure.picture import pareto
 from jcompress.measure.ratios import compression_ratio, space_saving, sparsity
 from jcompress.measure.rows import Row
 from jcompress.measure.similarity import gaussian_wasserstein, linear_cka
 from jcompress.measure.table import Report, report
 from jcompress.measure.timing import Latency, latency
+from jcompress.numeric.dominance import crowding, hypervolume, ranks
 
 __all__ = [
     "Latency",
@@ -14,11 +15,14 @@ __all__ = [
     "Report",
     "Row",
     "compression_ratio",
+    "crowding",
     "gaussian_wasserstein",
+    "hypervolume",
     "latency",
     "linear_cka",
     "non_dominated",
     "pareto",
+    "ranks",
     "report",
     "space_saving",
     "sparsity",

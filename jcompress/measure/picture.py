@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jcompress.measure.front import Point, non_dominated
+from jcompress.measure.fronts import Point, non_dominated
 from jcompress.measure.labels import Box, place
 from jcompress.measure.units import in_bytes
 

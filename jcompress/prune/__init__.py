@@ -1,6 +1,7 @@
 """Methods that choose masks. A mask's True means keep; ``sparsity`` is the fraction of zeros."""
 
-from jcompress.prune import bayesian, curvature, dynamic, noise, pareto, proximal, scores, search, structured
+from jcompress.numeric.threshold import keep_largest
+from jcompress.prune import bayesian, dynamic, penalties, scores, search, structured
 from jcompress.prune.bayesian import (
     AnnealedChannels,
     BayesianCompression,
@@ -9,19 +10,19 @@ from jcompress.prune.bayesian import (
     NormalJeffreys,
     VariationalDropout,
 )
-from jcompress.prune.history import AccumulatedScores, accumulate, karnin, weight_elimination
-from jcompress.prune.magnitude import Magnitude
-from jcompress.prune.network_scores import fourier_variance, grasp, unit_fisher, variance_nullity
-from jcompress.prune.obs import OBS, inverse_hessian, obs_saliency, obs_step
-from jcompress.prune.patterns import NM, Block, Shared
-from jcompress.prune.random import Random
-from jcompress.prune.saliency import OBD, SNIP, Fisher, Taylor
-from jcompress.prune.sampling import Sampled, sampled
-from jcompress.prune.scored import ByScore
-from jcompress.prune.sparsegpt import SparseGPT
-from jcompress.prune.synaptic import synflow, synflow_scores
-from jcompress.prune.threshold import keep_largest
-from jcompress.prune.wanda import Wanda
+from jcompress.prune.masks.magnitude import Magnitude
+from jcompress.prune.masks.obs import OBS, inverse_hessian, obs_saliency, obs_step
+from jcompress.prune.masks.patterns import NM, Block, Shared
+from jcompress.prune.masks.random import Random
+from jcompress.prune.masks.saliency import OBD, SNIP, Fisher, Taylor
+from jcompress.prune.masks.sampling import Sampled, sampled
+from jcompress.prune.masks.scored import ByScore
+from jcompress.prune.masks.sparsegpt import SparseGPT
+from jcompress.prune.masks.wanda import Wanda
+from jcompress.prune.penalties import curvature, noise, proximal
+from jcompress.prune.scores.history import AccumulatedScores, accumulate, karnin, weight_elimination
+from jcompress.prune.scores.network import fourier_variance, grasp, unit_fisher, variance_nullity
+from jcompress.prune.scores.synaptic import synflow, synflow_scores
 
 __all__ = [
     "NM",
@@ -57,7 +58,7 @@ __all__ = [
     "noise",
     "obs_saliency",
     "obs_step",
-    "pareto",
+    "penalties",
     "proximal",
     "sampled",
     "scores",

@@ -4,10 +4,8 @@ from jcompress.quantize import ranges, training
 from jcompress.quantize.activations import activations
 from jcompress.quantize.adaround import AdaRound
 from jcompress.quantize.awq import AWQ
-from jcompress.quantize.correction import Pair, correct_biases, equalize
 from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
-from jcompress.quantize.folding import fold_norms, fold_rotations, fold_scales
 from jcompress.quantize.gpfq import GPFQ
 from jcompress.quantize.gptq import GPTQ
 from jcompress.quantize.hqq import HQQ
@@ -17,12 +15,14 @@ from jcompress.quantize.lab import LAB
 from jcompress.quantize.lqer import LQER
 from jcompress.quantize.microscaling import NVFP4, Microscaling
 from jcompress.quantize.rotation import Rotation
-from jcompress.quantize.smoothing import smooth
 from jcompress.quantize.squeezed import S2FP8
 from jcompress.quantize.stochastic import Stochastic
 from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Table
 from jcompress.quantize.ternary import ABCNet, Ternary
 from jcompress.quantize.training.optimizer import gradients, moments
+from jcompress.rewrite.correction import Pair, correct_biases, equalize
+from jcompress.rewrite.folding import fold_norms, fold_rotations, fold_scales
+from jcompress.rewrite.smoothing import smooth
 
 __all__ = [
     "AWQ",

@@ -13,7 +13,7 @@ from jax import lax
 
 from jcompress import core, rules
 from jcompress.core import PyTree
-from jcompress.surrogates import straight_through
+from jcompress.numeric.surrogates import straight_through
 from jcompress.trace import contraction, walk
 from jcompress.trace.contraction import Product
 from jcompress.trace.execute import Executed

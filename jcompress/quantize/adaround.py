@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core, layout
+from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Quantized
+from jcompress.layers import matrices
+from jcompress.layers.rounding import filled, rounding
 from jcompress.quantize.integer import Int
-from jcompress.rounding import filled, rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,9 @@ class AdaRound:
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
-        layer, gram = layout.of(w, context, "gram")
+        layer, gram = matrices.of(w, context, "gram")
         found, node, known = rounding(self._grid(), layer, context, early=True)
-        matrix = jnp.where(layout.visible(layer, context), layer.matrix(), 0)
+        matrix = jnp.where(matrices.visible(layer, context), layer.matrix(), 0)
         values = _learned(self, matrix, gram, known["scale"], known.get("zero", jnp.uint8(0)))
         return filled(node, layer, values, known, found)
 
@@ -97,7 +98,7 @@ def _learned(method: AdaRound, w: jax.Array, gram: jax.Array, scale: jax.Array, 
         return jnp.clip(1.2 * jax.nn.sigmoid(v) - 0.1, 0, 1)
 
     nearest = at(jnp.round(w / scale) - below)
-    rounded = layout.moved(nearest - w, gram)
+    rounded = matrices.moved(nearest - w, gram)
     unit = jnp.maximum(rounded.sum() / max(w.size, 1), 1e-30)
 
     def loss(v: jax.Array, progress: jax.Array) -> jax.Array:
@@ -105,7 +106,7 @@ def _learned(method: AdaRound, w: jax.Array, gram: jax.Array, scale: jax.Array, 
         # Away from 0, where the power's gradient may be NaN.
         firm = jnp.abs(2 * soft(v) - 1) + 1e-6
         away = jnp.sum(1 - firm**exponent)
-        return layout.moved(at(soft(v)) - w, gram).sum() / unit + jnp.where(progress > 0, method.penalty, 0) * away
+        return matrices.moved(at(soft(v)) - w, gram).sum() / unit + jnp.where(progress > 0, method.penalty, 0) * away
 
     adam = optax.adam(method.learning_rate)
 
@@ -119,4 +120,4 @@ def _learned(method: AdaRound, w: jax.Array, gram: jax.Array, scale: jax.Array, 
     v = jnp.log(start / (1 - start))
     v, _ = jax.lax.fori_loop(0, method.steps, step, (v, adam.init(v)))
     learned = at((soft(v) >= 0.5).astype(jnp.float32))
-    return jnp.where((layout.moved(learned - w, gram) < rounded)[:, None], learned, nearest)
+    return jnp.where((matrices.moved(learned - w, gram) < rounded)[:, None], learned, nearest)

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, layout
+from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Frozen, Rescaled
+from jcompress.layers import matrices
 from jcompress.quantize.integer import Int
 
 
@@ -69,13 +70,13 @@ class AWQ:
 
 @partial(jax.jit, static_argnames="method")
 def _scaled(method: AWQ, w: jax.Array, context: Context) -> Rescaled:
-    layer, gram = layout.of(w, context, "gram")
+    layer, gram = matrices.of(w, context, "gram")
     logs = logarithms(gram)
 
     def fitted(power: jax.Array) -> tuple[Rescaled, jax.Array]:
         scale = jnp.exp(-power * logs).astype(jnp.bfloat16)
         values, error = tried(method.grid, layer, gram, context, scale.astype(jnp.float32))
-        return Rescaled(values, Frozen.of(layout.spread(layer, scale))), error
+        return Rescaled(values, Frozen.of(matrices.spread(layer, scale))), error
 
     return fitted(best(method.points, lambda power: fitted(power)[1]))[0]
 
@@ -88,14 +89,14 @@ def logarithms(gram: jax.Array) -> jax.Array:
 
 
 def tried(
-    grid: Method, layer: layout.Contraction, gram: jax.Array, context: Context, scale: jax.Array
+    grid: Method, layer: matrices.Contraction, gram: jax.Array, context: Context, scale: jax.Array
 ) -> tuple[Any, jax.Array]:
     """What the grid makes of a kernel divided by ``scale``, (layers, k), and by how much it moves the outputs."""
-    held = layout.spread(layer, scale)
-    inner = layout.with_gram(context, scale[:, :, None] * gram * scale[:, None, :])
+    held = matrices.spread(layer, scale)
+    inner = matrices.with_gram(context, scale[:, :, None] * gram * scale[:, None, :])
     values = grid((layer.w / held).astype(layer.w.dtype), inner)
     change = layer.of(core.dense(values) * held.astype(layer.w.dtype) - layer.w).matrix()
-    return values, layout.moved(jnp.where(layout.visible(layer, context), change, 0), gram).sum()
+    return values, matrices.moved(jnp.where(matrices.visible(layer, context), change, 0), gram).sum()
 
 
 def best(points: int, error: Callable[[jax.Array], jax.Array]) -> jax.Array:

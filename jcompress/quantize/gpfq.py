@@ -8,12 +8,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, layout
+from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Quantized
+from jcompress.layers import matrices
+from jcompress.layers.rounding import Rounding, filled, rounding
+from jcompress.numeric.sweep import Known, sweep
 from jcompress.quantize.integer import Int
-from jcompress.rounding import Rounding, filled, rounding
-from jcompress.sweep import Known, sweep
 
 _BLOCK = 128
 
@@ -84,10 +85,10 @@ class GPFQ:
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
-        layer, gram = layout.of(w, context, "gram")
+        layer, gram = matrices.of(w, context, "gram")
         found, node, known = rounding(self._grid(), layer, context, early=True)
         matrix = layer.matrix()
-        known = {**known, "shown": layout.visible(layer, context), "dense": matrix}
+        known = {**known, "shown": matrices.visible(layer, context), "dense": matrix}
         known["shrink"] = self.threshold * known["scale"]
         if self.stochastic:
             known["noise"] = jax.random.uniform(context.key, matrix.shape) - 0.5

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, layout
+from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Quantized
+from jcompress.layers import matrices
+from jcompress.layers.rounding import Rounding, filled, rounding
+from jcompress.numeric.sweep import Known, damped, inverse_factor, sweep
 from jcompress.quantize.integer import Int
-from jcompress.rounding import Rounding, filled, rounding
-from jcompress.sweep import Known, damped, inverse_factor, sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +97,11 @@ class GPTQ:
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
-        layer, gram = layout.of(w, context, "gram")
+        layer, gram = matrices.of(w, context, "gram")
         found, node, known = rounding(self._method, layer, context, early=self.order)
         group = found.group_size or 1
         block = group * max(1, self.block_size // group)
-        known = {**known, "shown": layout.visible(layer, context)}
+        known = {**known, "shown": matrices.visible(layer, context)}
         if not w.size:
             return self._method(w, context)
         values, known = _solve(layer.matrix(), gram, known, self.damping, order=self.order, block=block, rounding=found)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, layout
+from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import LowRank, Sum
 from jcompress.formats.lowrank import truncated_svd
+from jcompress.layers import matrices
+from jcompress.numeric.sweep import damped
 from jcompress.quantize.integer import Int
-from jcompress.sweep import damped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class LQER:
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
         """The node for one array."""
-        layer, gram = layout.of(w, context, "gram")
+        layer, gram = matrices.of(w, context, "gram")
         if layer.split > 1 or layer.axes != tuple(range(layer.lead, w.ndim - 1)):
             raise ValueError(
                 f"{context.path}: LQER needs a kernel that contracts all but its last axis, found shape {w.shape} "

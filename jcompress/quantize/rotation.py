@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, layout
+from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Rotated
+from jcompress.layers import matrices
 from jcompress.quantize.integer import Int
 
 
@@ -63,12 +64,12 @@ class Rotation:
         shown = w if context.where is None else jnp.where(context.where, w, jnp.zeros_like(w))
         inner = dataclasses.replace(context, where=None)
         if getattr(context.stats, "gram", None) is not None:
-            inner = layout.with_gram(inner, self._rotated(w, context, empty))
+            inner = matrices.with_gram(inner, self._rotated(w, context, empty))
         return dataclasses.replace(empty, values=self.grid(empty.rotate(shown).astype(w.dtype), inner))
 
     def _rotated(self, w: jax.Array, context: Context, node: Rotated) -> jax.Array:
         """The Gram matrix of the rotated inputs, (layers, k, k)."""
-        layer, gram = layout.of(w, context, "gram")
+        layer, gram = matrices.of(w, context, "gram")
         if layer.axes[-1] != w.ndim - 2:
             raise ValueError(
                 f"{context.path}: Rotation acts along axis -2 of shape {w.shape}, and the contracted axes are "

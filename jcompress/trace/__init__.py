@@ -7,7 +7,6 @@ from jcompress.trace.execute import Executed, ProductRow, Products
 from jcompress.trace.groups import Group, Groups, coupling, mask
 from jcompress.trace.observation import observe
 from jcompress.trace.resize import Shrunk, shrink
-from jcompress.trace.sequential import compress_sequentially
 from jcompress.trace.statistics import Calibration, Outputs, Stats
 from jcompress.trace.tables import Cost, CostRow, node_products
 
@@ -25,7 +24,6 @@ __all__ = [
     "Stats",
     "accelerate",
     "calibrate",
-    "compress_sequentially",
     "cost",
     "coupling",
     "mask",

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from jcompress.prune.counting import count_true
-from jcompress.prune.threshold import keep_largest, keep_random
+from jcompress.numeric.counting import count_true
+from jcompress.numeric.threshold import keep_largest, keep_random
 
 
 class Leaf(NamedTuple):

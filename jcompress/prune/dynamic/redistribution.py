@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.prune.counting import count_true, mean_where
+from jcompress.numeric.counting import count_true, mean_where
 from jcompress.prune.dynamic import leaves
 from jcompress.prune.dynamic.leaves import Leaf
 

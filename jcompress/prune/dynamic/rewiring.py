@@ -10,11 +10,11 @@ import optax
 
 from jcompress import core, rules
 from jcompress.core import PyTree
-from jcompress.prune.counting import count_true
+from jcompress.numeric.counting import count_true
+from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic import leaves, moments
 from jcompress.prune.dynamic.held import Masks, initial, lay, moved
-from jcompress.prune.select import Scope
-from jcompress.prune.threshold import keep_largest
+from jcompress.prune.masks.select import Scope
 from jcompress.rules import Plan
 
 

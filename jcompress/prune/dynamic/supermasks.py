@@ -14,8 +14,8 @@ from jcompress import core, rules
 from jcompress.core import Context, PyTree
 from jcompress.formats import Frozen, Scored
 from jcompress.formats.scored import mean_magnitude
-from jcompress.prune import select as selection
-from jcompress.prune.threshold import keep_largest
+from jcompress.numeric.threshold import keep_largest
+from jcompress.prune.masks import select as selection
 from jcompress.rules import Plan
 
 Scope = Literal["leaf", "global"]

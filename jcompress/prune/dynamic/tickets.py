@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from jcompress import rules
 from jcompress.core import PyTree
+from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic.held import Masks, lay
-from jcompress.prune.select import Scope, kept
-from jcompress.prune.threshold import keep_largest
+from jcompress.prune.masks.select import Scope, kept
 
 Train = Callable[[PyTree, dict[str, jax.Array]], PyTree]
 

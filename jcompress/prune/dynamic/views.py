@@ -12,9 +12,9 @@ import optax
 
 from jcompress import core, rules
 from jcompress.core import PyTree
-from jcompress.prune import select
+from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic.held import lay, moved
-from jcompress.prune.threshold import keep_largest
+from jcompress.prune.masks import select
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jcompress.prune import pareto
+from jcompress.numeric import dominance
 
 Fitness = Callable[[jax.Array], jax.Array]
 
@@ -152,8 +152,8 @@ def genetic_front(
     measure, rate = jax.vmap(objectives), 1 / length if mutation is None else mutation
 
     def ordered(masks: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rank = pareto.ranks(scores)
-        best = jnp.lexsort((-pareto.crowding(scores, rank), rank))[:population]
+        rank = dominance.ranks(scores)
+        best = jnp.lexsort((-dominance.crowding(scores, rank), rank))[:population]
         return masks[best], scores[best]
 
     def step(state: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -168,4 +168,4 @@ def genetic_front(
     masks = jax.random.bernoulli(start, density, (population, length))
     first = ordered(masks, measure(masks))
     (masks, scores), _ = jax.lax.scan(step, first, jax.random.split(key, generations))
-    return Front(masks, scores, pareto.ranks(scores))
+    return Front(masks, scores, dominance.ranks(scores))

@@ -5,17 +5,22 @@ let ``jc.trace.mask`` set the others to zero or ``jc.shrink`` cut them out; betw
 refit what reads them. ``groups`` come from ``jc.trace.coupling``; in scores the larger value stays.
 """
 
+from jcompress.layers.consumers import beside
+from jcompress.layers.units import Group, ManualGroup, within
 from jcompress.prune.structured.adversarial import discriminator_loss, generator_loss, scaled
-from jcompress.prune.structured.batch_norm import NormPaths, fold_batch_norm, fold_batch_norms, reestimate
 from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
 from jcompress.prune.structured.clustering import p_pruning
-from jcompress.prune.structured.contraction import beside
-from jcompress.prune.structured.correction import correct_biases
 from jcompress.prune.structured.diffusion import diffusion, weighted_penalty
 from jcompress.prune.structured.eigenvalues import spectral
-from jcompress.prune.structured.layers import block_influence, cosine, fuse_layers, layer_similarity, remove_layers
-from jcompress.prune.structured.linearization import (
+from jcompress.prune.structured.propagation import apoz, nisp
+from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
+from jcompress.prune.structured.redundancy import geometric_median, merge_neurons
+from jcompress.prune.structured.training import add_l1, group_lasso, group_lasso_proximal, l1_proximal, soft_filter
+from jcompress.rewrite.batch_norm import NormPaths, fold_batch_norm, fold_batch_norms, reestimate
+from jcompress.rewrite.biases import correct_biases
+from jcompress.rewrite.depth import block_influence, cosine, fuse_layers, layer_similarity, remove_layers
+from jcompress.rewrite.linearization import (
     Join,
     average_path_length,
     linearity_penalty,
@@ -23,12 +28,7 @@ from jcompress.prune.structured.linearization import (
     merge_dense,
     prelu,
 )
-from jcompress.prune.structured.propagation import apoz, nisp
-from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
-from jcompress.prune.structured.reconstruction import fold_constants, liar, reconstruct
-from jcompress.prune.structured.redundancy import geometric_median, merge_neurons
-from jcompress.prune.structured.training import add_l1, group_lasso, group_lasso_proximal, l1_proximal, soft_filter
-from jcompress.prune.structured.units import Group, ManualGroup, within
+from jcompress.rewrite.reconstruction import fold_constants, liar, reconstruct
 
 __all__ = [
     "Group",

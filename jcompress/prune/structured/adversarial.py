@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import PyTree
-from jcompress.prune.structured import units
-from jcompress.prune.structured.units import Groups
+from jcompress.layers import units
+from jcompress.layers.units import Groups
 
 
 def scaled(params: PyTree, groups: Groups, masks: Mapping[str, jax.Array]) -> PyTree:
@@ -108,7 +108,8 @@ def generator_loss(student: jax.Array, teacher: jax.Array, judged: jax.Array, ad
       A step of the network, with its masks beside its weights, where ``judge`` is any discriminator:
 
       >>> import jax, jax.numpy as jnp, optax
-      >>> from jcompress.prune import proximal, structured
+      >>> from jcompress.prune.penalties import proximal
+      >>> from jcompress.prune import structured
       >>> weights = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}
       >>> groups = {"hidden": structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))}
       >>> params = {"weights": weights, "masks": {"hidden": jnp.array([1.0, 0.04])}}

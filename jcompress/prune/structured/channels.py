@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress.core import PyTree
-from jcompress.prune.structured import contraction, units
-from jcompress.prune.structured.units import Group, Groups
+from jcompress.layers import consumers, units
+from jcompress.layers.units import Group, Groups
 
 
 def lasso(
@@ -84,7 +84,7 @@ def thinet(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str
 def _products(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[str, Any]) -> jax.Array:
     """The inner products of what each two units add to the next layers' outputs: (size, size)."""
     total = jnp.zeros((group.size, group.size))
-    for layer, axis in contraction.consumers(name, group, found, stats, "gram"):
+    for layer, axis in consumers.consumers(name, group, found, stats, "gram"):
         unit = layer.unit(axis, group.maps[layer.path, axis])
         target = np.where(unit < 0, group.size, unit)
         w = layer.matrix()

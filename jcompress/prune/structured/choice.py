@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.prune import select
-from jcompress.prune.structured import units
-from jcompress.prune.structured.units import Groups
-from jcompress.prune.threshold import keep_largest
+from jcompress.layers import units
+from jcompress.layers.units import Groups
+from jcompress.numeric.threshold import keep_largest
+from jcompress.prune.masks import select
 
 Scope = Literal["group", "global"]
 Normalize = Literal["mean", "max", "norm"]

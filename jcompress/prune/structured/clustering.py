@@ -11,9 +11,9 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import PyTree
-from jcompress.prune import select
-from jcompress.prune.structured import contraction, units
-from jcompress.prune.structured.units import Group, Groups
+from jcompress.layers import consumers, units
+from jcompress.layers.units import Group, Groups
+from jcompress.prune.masks import select
 
 
 def p_pruning(
@@ -86,7 +86,7 @@ def p_pruning(
 def _output_products(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[str, Any]) -> jax.Array:
     """The inner products of what each two units put out, over all kernels that read them: (size, size)."""
     total = jnp.zeros((group.size, group.size))
-    for layer, axis in contraction.consumers(name, group, found, stats, "gram"):
+    for layer, axis in consumers.consumers(name, group, found, stats, "gram"):
         table = units.positions(layer.unit(axis, group.maps[layer.path, axis]), group.size)
         gram = jnp.reshape(layer.stat.gram, (-1, *layer.stat.gram.shape[-2:])).sum(axis=0)
         for occurrence in table.T:

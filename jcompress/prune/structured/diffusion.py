@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.core import PyTree
-from jcompress.prune.structured import units
-from jcompress.prune.structured.units import Group, Groups, Members
+from jcompress.layers import units
+from jcompress.layers.units import Group, Groups, Members
 
 Edges = list[tuple[str, str, jax.Array]]
 

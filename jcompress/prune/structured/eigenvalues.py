@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jcompress.core import PyTree
 from jcompress.formats import Spectral
-from jcompress.prune.structured import units
-from jcompress.prune.structured.units import Groups
+from jcompress.layers import units
+from jcompress.layers.units import Groups
 
 
 def spectral(params: PyTree, groups: Groups) -> dict[str, jax.Array]:

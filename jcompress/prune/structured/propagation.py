@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress.core import PyTree
-from jcompress.prune.structured import contraction, units
-from jcompress.prune.structured.units import Group, Groups
+from jcompress.layers import consumers, units
+from jcompress.layers.units import Group, Groups
 
 
 def apoz(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -46,7 +46,7 @@ def apoz(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str, 
 def _zeros(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[str, Any]) -> jax.Array:
     """The share of zeros of each unit, the mean over the kernels that read it."""
     shares = []
-    for layer, axis in contraction.consumers(name, group, found, stats, "zeros"):
+    for layer, axis in consumers.consumers(name, group, found, stats, "zeros"):
         stat, index = layer.stat, group.maps[layer.path, axis]
         count = jnp.maximum(jnp.reshape(stat.count, (-1, 1)), 1).astype(jnp.float32)
         share = jnp.mean(jnp.reshape(stat.zeros, (-1, math.prod(layer.shape))) / count, axis=0)

@@ -12,9 +12,9 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Context, PyTree
+from jcompress.layers import units
+from jcompress.layers.units import Groups, Members
 from jcompress.prune import scores
-from jcompress.prune.structured import units
-from jcompress.prune.structured.units import Groups, Members
 
 Reduce = Literal["sum", "mean", "max", "norm", "signed"]
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import PyTree
-from jcompress.prune import select
-from jcompress.prune.structured import units
-from jcompress.prune.structured.units import Group, Groups, Members
+from jcompress.layers import units
+from jcompress.layers.units import Group, Groups, Members
+from jcompress.prune.masks import select
 
 
 def geometric_median(

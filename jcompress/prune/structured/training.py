@@ -12,9 +12,10 @@ import optax
 
 from jcompress import core, rules
 from jcompress.core import PyTree
-from jcompress.prune import shrinkage
-from jcompress.prune.structured import choice, units
-from jcompress.prune.structured.units import Group, Groups, Members
+from jcompress.layers import units
+from jcompress.layers.units import Group, Groups, Members
+from jcompress.numeric import shrinkage
+from jcompress.prune.structured import choice
 
 
 class StepState(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jcompress.surrogates import straight_through
+from jcompress.numeric.surrogates import straight_through
 
 
 def pact(x: jax.Array, alpha: jax.Array, bits: int) -> jax.Array:

@@ -13,9 +13,9 @@ from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import FakeQuantized
 from jcompress.formats.fake_quantized import squashed
+from jcompress.numeric.surrogates import clip_outside, round_through
 from jcompress.quantize import grids
 from jcompress.quantize.training.steps import spanning
-from jcompress.surrogates import clip_outside, round_through
 
 
 @dataclasses.dataclass(frozen=True)

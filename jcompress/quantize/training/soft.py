@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import Context, PyTree
 from jcompress.formats import FakeQuantized
+from jcompress.numeric.surrogates import straight_through
 from jcompress.quantize import grids
 from jcompress.quantize.training.steps import spanning
-from jcompress.surrogates import straight_through
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import FakeQuantized
 from jcompress.formats.fake_quantized import Surrogate, ends
+from jcompress.numeric.surrogates import clip_outside, round_through, scaled_gradient
 from jcompress.quantize import grids
-from jcompress.surrogates import clip_outside, round_through, scaled_gradient
 
 
 @dataclasses.dataclass(frozen=True)

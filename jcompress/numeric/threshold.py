@@ -1,0 +1,420 @@
+"""The exact k-th largest of many values, without sorting and without moving them.
+
+Floats are ordered like their bit patterns, so the threshold is an integer that can be searched for. Every
+step of the search counts how many values reach each of five probes in a single read, and a count is a sum:
+under sharding only scalars cross devices. Probes are interpolated where that makes progress and divide the
+bit pattern evenly where it does not, so the search always ends, and ends exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jcompress.numeric.counting import (
+    Count,
+    count_true,
+    is_explicit,
+    magnitude_bits,
+    ordered_bits,
+    pick,
+    reduce_together,
+)
+
+
+class _Search(NamedTuple):
+    """``low`` reaches the wanted count, ``high`` does not; the answer is the last integer that does."""
+
+    low: jax.Array
+    low_count: Count
+    high: jax.Array
+    high_count: Count
+    margin: jax.Array
+    stalled: jax.Array
+    reads: jax.Array
+
+
+def _increasing(low: jax.Array, high: jax.Array, offsets: Sequence[jax.Array]) -> list[jax.Array]:
+    """``low`` plus the offsets, as strictly increasing integers inside ``(low, high)`` where there is room."""
+    unsigned, probes, last = low.dtype, [], low
+    limit = float(jnp.iinfo(unsigned).max) * 0.999
+    for i, offset in enumerate(offsets):
+        # Where later probes find no room they fall on the last integer, and count it again.
+        after = jnp.minimum(jnp.asarray(len(offsets) - i, unsigned), high - low - 1)
+        probe = low + jnp.clip(jnp.floor(offset), 0.0, limit).astype(unsigned)
+        last = jnp.minimum(jnp.maximum(jnp.minimum(probe, high - after), last + 1), high - 1)
+        probes.append(last)
+    return probes
+
+
+def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array]) -> list[jax.Array]:
+    """Five probes: two close about the place where the count should be met, two farther out, and the place itself.
+
+    The place is where ``curve`` of the count, taken as straight between the ends of the bracket, meets the wanted one;
+    among few values the counts themselves.
+    """
+    width = (s.high - s.low).astype(jnp.float32)
+    inside = jnp.maximum(s.low_count.minus(s.high_count), 1.0)
+    part = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
+    low, place, high = curve(s.low_count), curve(wanted), curve(s.high_count)
+    curved = jnp.clip((low - place) / jnp.maximum(low - high, 1e-9), 0.0, 1.0)
+    centre = jnp.where(inside > _FEW, curved, part)
+    noise = jnp.sqrt(part * (1 - part) / inside) + 0.5 / inside
+    wide = jnp.maximum(s.margin, 2 * noise)
+    even = s.stalled | (inside <= _PROBES + 1) | (s.margin > 0.3)
+    offsets = []
+    for i, side in enumerate((-wide, -noise, jnp.zeros_like(noise), noise, wide)):
+        near = jnp.clip(centre + side, 0.0, 1.0)
+        offsets.append(jnp.where(even, (i + 1) / (_PROBES + 1), near) * width)
+    return _increasing(s.low, s.high, offsets)
+
+
+_PROBES, _FEW = 5, 2_000
+
+
+def _narrow(s: _Search, probes: list[jax.Array], counts: list[Count], wanted: Count) -> _Search:
+    low, low_count, high, high_count = s.low, s.low_count, s.high, s.high_count
+    for probe, count in zip(probes, counts, strict=True):
+        reaches = count.reaches(wanted)
+        low, low_count = jnp.where(reaches, probe, low), pick(reaches, count, low_count)
+    for probe, count in zip(probes[::-1], counts[::-1], strict=True):
+        reaches = count.reaches(wanted)
+        high, high_count = jnp.where(reaches, high, probe), pick(reaches, high_count, count)
+    within = (low >= probes[0]) & (high <= probes[-1])
+    shrunk = (high - low) <= (s.high - s.low) // 4
+    margin = jnp.where(within, jnp.maximum(0.4 * s.margin, 0.02), jnp.minimum(1.5 * s.margin, 0.5))
+    return _Search(low, low_count, high, high_count, margin, ~(within | shrunk), s.reads + 1)
+
+
+def _search(
+    count: Callable[[list[jax.Array]], list[Count]],
+    start: _Search,
+    wanted: Count,
+    curve: Callable[[Count], jax.Array],
+) -> _Search:
+    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count."""
+
+    def is_open(s: _Search) -> jax.Array:
+        return (s.high - s.low > 1) & ~s.low_count.equals(wanted)
+
+    def narrow(s: _Search) -> _Search:
+        probes = _interpolated(s, wanted, curve)
+        return _narrow(s, probes, count(probes), wanted)
+
+    return lax.while_loop(is_open, narrow, start)
+
+
+class _Values(NamedTuple):
+    """Values of one leaf that are not in memory: ``rank(*arrays)`` are unsigned integers, the wanted ones largest.
+
+    Values that are not among those to choose from rank 0, which no other does. ``among`` says which they are.
+    """
+
+    rank: Callable[..., jax.Array]
+    arrays: tuple[jax.Array, ...]
+    shape: tuple[int, ...]
+    among: jax.Array | None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def bits(self, *later_than: jax.Array) -> jax.Array:
+        """The ranks, computed anew and not before ``later_than`` are known: shared, they would be written out."""
+        arrays = lax.optimization_barrier((*self.arrays, *later_than))[: len(self.arrays)]
+        return self.rank(*arrays)
+
+
+def _count_reaching(values: Sequence[_Values], probes: list[jax.Array]) -> list[Count]:
+    """How many ranks reach each probe. The barrier keeps XLA from hoisting the ranks into a copy."""
+    counts = []
+    for x in values:
+        number = len(x.arrays)
+        held = lax.optimization_barrier((*x.arrays, *probes))
+        bits = x.rank(*held[:number])
+        flags = [(bits >= probe).astype(jnp.uint32) for probe in held[number:]]
+        counts.append(reduce_together(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
+    return [Count.total(column) for column in zip(*counts, strict=True)]
+
+
+def _common_float(scores: Sequence[jax.Array]) -> list[jax.Array]:
+    """The scores in one dtype that holds them all, so that their bits compare."""
+    dtype = jnp.result_type(*(x.dtype for x in scores))
+    return [x.astype(dtype) for x in scores]
+
+
+def _ordering(by: Callable[[jax.Array], jax.Array] | None) -> Callable[[jax.Array], jax.Array]:
+    """The integers that order floats, or ``by`` of them."""
+    if by is jnp.abs:
+        return magnitude_bits
+    return lambda x: ordered_bits(x if by is None else by(x))
+
+
+def _floats(
+    scores: Sequence[jax.Array], among: Sequence[jax.Array] | None, bits: Callable[[jax.Array], jax.Array]
+) -> list[_Values]:
+    """What ranks floats, of ``among`` where that is given, as their bits do."""
+
+    def bits_among(x: jax.Array, mask: jax.Array) -> jax.Array:
+        found = bits(x)
+        return jnp.where(mask, found, jnp.zeros_like(found))
+
+    scores = _common_float(scores)
+    if among is None:
+        return [_Values(bits, (x,), x.shape, None) for x in scores]
+    return [_Values(bits_among, (x, mask), x.shape, mask) for x, mask in zip(scores, among, strict=True)]
+
+
+def _start(
+    values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any
+) -> tuple[_Search, jax.Array, jax.Array]:
+    """One read: the bracket from the smallest to the largest, and mean and deviation of the bits between.
+
+    Mean and deviation are those of the exponents of some 30,000 values, drawn by a hash of their index. They only
+    place the first probes, and their sums are of integers: a sum of floats has an order, which makes a read slow.
+    """
+    mantissa = jnp.finfo(dtype).nmant
+    top, lowest = (1 << 8 * dtype.itemsize) - 1, (one >> mantissa).astype(jnp.int32) - _OCTAVES // 2
+    start = [jnp.uint32(0), jnp.uint32(0), jnp.uint32(0), jnp.zeros_like(one), jnp.full_like(one, top)]
+    combine = [lax.add, lax.add, lax.add, lax.max, lax.min]
+    rare = max(sum(x.size for x in values) // _SAMPLE, 1).bit_length() - 1
+    rows = []
+    for x in values:
+        bits = least = x.bits()
+        drawn = _drawn(x.shape, rare) & (bits >= jnp.zeros_like(bits))  # always; but sharded as the bits are
+        if x.among is not None:
+            drawn, least = drawn & x.among, jnp.where(x.among, bits, jnp.full_like(bits, top))
+        octave = jnp.clip((bits >> mantissa).astype(jnp.int32) - lowest, 0, _OCTAVES).astype(jnp.uint32)
+        octave, counted = (jnp.where(drawn, y, jnp.zeros_like(y)) for y in (octave, jnp.ones_like(octave)))
+        rows.append(reduce_together([counted, octave, octave * octave, bits, least], start, combine))
+    count, octaves, squares, largest, smallest = (jnp.stack(column) for column in zip(*rows, strict=True))
+    n = jnp.maximum(jnp.sum(count), 1).astype(jnp.float32)
+    # The middle of an octave, from which its values are a twelfth of a squared octave away.
+    mean = jnp.sum(octaves).astype(jnp.float32) / n + 0.5
+    deviation = jnp.sqrt(jnp.maximum(jnp.sum(squares).astype(jnp.float32) / n - (mean - 0.5) ** 2, 0.0) + 1 / 12)
+    search = _bracket(values, wanted, jnp.min(smallest), jnp.max(largest))
+    # In bits above the low end; that of bits of 16 is far below 2**24, that of 32 is known to a few octaves anyway.
+    centre = (mean + lowest) * float(1 << mantissa) - search.low.astype(jnp.float32)
+    return search, centre, deviation * float(1 << mantissa)
+
+
+_OCTAVES, _SAMPLE = 255, 1 << 15
+
+
+def _drawn(shape: tuple[int, ...], rare: int) -> jax.Array:
+    """True for about one entry in ``2**rare``, spread evenly over the indices (multiplicative hashing)."""
+    if rare == 0:
+        return jnp.ones(shape, jnp.bool_)
+    return (_falling_rank(shape, jnp.uint32(0)) * jnp.uint32(0x9E3779B1)) >> (32 - rare) == 0
+
+
+def _total(values: Sequence[_Values]) -> Count:
+    """How many there are to choose from."""
+    return Count.total([jnp.uint32(x.size) if x.among is None else count_true(x.among) for x in values])
+
+
+def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, largest: jax.Array) -> _Search:
+    """From the smallest to the largest of those to choose from, or all that rank 0 where those are too few."""
+    total = _total(values)
+    enough = total.reaches(wanted) & total.reaches(Count.of(1))
+    none, everything = Count.of(0), Count.of(sum(x.size for x in values))
+    return _Search(
+        low=jnp.where(enough, smallest, 0), low_count=pick(enough, total, everything),
+        high=jnp.where(enough, largest, 0) + 1, high_count=pick(enough, none, total),
+        margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(1),
+    )  # fmt: skip
+
+
+def kth_largest(
+    scores: Sequence[jax.Array],
+    wanted: Count,
+    *,
+    among: Sequence[jax.Array] | None = None,
+    by: Callable[[jax.Array], jax.Array] | None = None,
+) -> _Search:
+    """Search for the ``wanted``-th largest of all ``scores`` together; ``.low`` is its ordered bits.
+
+    The first probes lie where the threshold would be if the ordered bits were normally distributed: the bits
+    are close to a logarithm, and the logarithm of a weight's magnitude nearly is.
+    """
+    return _ranked(scores, wanted, among, by)[1]
+
+
+def _ranked(
+    scores: Sequence[jax.Array],
+    wanted: Count,
+    among: Sequence[jax.Array] | None,
+    by: Callable[[jax.Array], jax.Array] | None,
+) -> tuple[list[_Values], _Search]:
+    bits, dtype = _ordering(by), jnp.result_type(*(x.dtype for x in scores))
+    values = _floats(scores, among, bits)
+    start, centre, deviation = _start(values, wanted, bits(jnp.ones((), dtype)), dtype)
+    total = start.low_count
+
+    def normal(count: Count) -> jax.Array:
+        """Deviations from the mean that so many of a normal distribution reach, the more the fewer; negated."""
+        n, none = jnp.maximum(total.minus(Count.of(0)), 1.0), 0.5
+        reach, rest = (jnp.maximum(x, none) / n for x in (count.minus(Count.of(0)), total.minus(count)))
+        return jnp.where(reach < rest, jax.scipy.special.ndtri(reach), -jax.scipy.special.ndtri(rest))
+
+    z = -normal(wanted)
+    guess = _increasing(start.low, start.high, [centre + (z + side) * deviation for side in (-1, -0.25, 0, 0.25, 1)])
+    first = _narrow(start, guess, _count_reaching(values, guess), wanted)
+    return values, _search(lambda probes: _count_reaching(values, probes), first, wanted, normal)
+
+
+def keep_largest(
+    scores: Sequence[jax.Array],
+    count: int | jax.Array,
+    *,
+    among: Sequence[jax.Array] | None = None,
+    by: Callable[[jax.Array], jax.Array] | None = None,
+) -> list[jax.Array]:
+    """Masks that keep exactly ``count`` of all ``scores`` together, the largest; ties go to the lower index.
+
+    Args:
+      scores: float arrays of any shapes and float dtypes, compared with one another. NaN counts as largest.
+      count: how many to keep, from 0 to the number of scores. May be traced.
+      among: boolean arrays in the shapes of ``scores``: others are kept only where these are too few.
+      by: what to compare instead of the scores, entry by entry and in their dtype, such as ``jnp.abs``. It is computed
+        whenever a score is read, and never written out.
+
+    Returns:
+      Boolean masks in the shapes of ``scores``; the order of indices is that of the list, then C order.
+
+    Memory beyond the masks is constant, time is a few reads of the scores, and under sharding only scalars cross
+    devices.
+    """
+    _check_sizes(scores)
+    if not sum(x.size for x in scores):
+        return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
+    return _keep(list(scores), None if among is None else list(among), Count.of(count), by)
+
+
+def _check_sizes(scores: Sequence[jax.Array]) -> None:
+    for x in scores:
+        if x.size >= _LAST:
+            raise ValueError(
+                f"an array of {x.size} scores is too large to count in 32 bits; treat its layers apart with jc.stacked"
+            )
+
+
+def keep_random(among: jax.Array, count: int | jax.Array, key: jax.Array) -> jax.Array:
+    """A mask of exactly ``count`` entries, drawn from those where ``among`` is True.
+
+    Every entry gets a random rank when it is read, a function of its index and the key that is one to one but for the
+    two ends of the range, so nothing but the mask is written out. Good to draw with, not a cryptographic shuffle.
+
+    Args:
+      among: booleans of any shape; others are drawn only where these are too few, the first by index.
+      count: how many to draw. May be traced.
+      key: a PRNG key.
+
+    Returns:
+      A boolean mask in the shape of ``among``.
+    """
+    _check_sizes([among])
+    return _draw(among, Count.of(count), key) if among.size else jnp.zeros(among.shape, jnp.bool_)
+
+
+@functools.partial(jax.jit, static_argnames="by")
+def _keep(
+    scores: list[jax.Array],
+    among: list[jax.Array] | None,
+    wanted: Count,
+    by: Callable[[jax.Array], jax.Array] | None,
+) -> list[jax.Array]:
+    """Compiled once for each set of shapes, also where it is called outside ``jit``."""
+    return _masks(*_ranked(scores, wanted, among, by), wanted)
+
+
+@jax.jit
+def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+
+    def rank(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+        like = jax.typeof(mask).sharding if is_explicit(mask) else None
+        mixed = _mixed(_mixed(_falling_rank(mask.shape, first, like)) + second)
+        return jnp.where(mask, jnp.clip(mixed, jnp.uint32(1), jnp.uint32(_LAST)), jnp.uint32(0))
+
+    values = [_Values(rank, (among, first, second), among.shape, among)]
+    start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_LAST))
+    start = start._replace(margin=jnp.float32(0.0))
+    found = _search(
+        lambda probes: _count_reaching(values, probes), start, wanted, lambda count: count.minus(Count.of(0))
+    )
+    return _masks(values, found, wanted)[0]
+
+
+_LAST = (1 << 32) - 2
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A bijection of 32-bit integers in which every bit of the input moves half of those of the output."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def _masks(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
+    """What reaches the threshold. That itself is kept whole where the count came out exactly, else in part."""
+    exact = found.low_count.equals(wanted)
+    left = wanted.left_after(pick(exact, Count.of(0), found.high_count))
+    masks = []
+    for x in values:
+        if not x.size:
+            masks.append(jnp.zeros(x.shape, jnp.bool_))
+            continue
+        if any(is_explicit(y) for y in x.arrays):  # which a conditional under vmap refuses
+            cut, left = _cut(x, found.low, x.arrays, left)
+        else:
+            search = functools.partial(_cut, x, found.low)
+            cut, left = lax.cond(exact, lambda arrays, left: (jnp.uint32(0), left), search, x.arrays, left)
+        # One pass, from the arrays: shared with a comparison above, the ranks would be written out.
+        bits, level, size = x.bits(found.low, jnp.uint32(x.size), cut), found.low, jnp.uint32(x.size)
+        masks.append((bits > level) | ((bits == level) & (_falling_rank(x.shape, size) >= cut)))
+    return masks
+
+
+def _cut(x: _Values, level: jax.Array, arrays: tuple[jax.Array, ...], count: Count) -> tuple[jax.Array, Count]:
+    """The falling rank down to which the first ``count`` values at ``level`` lie, and how many are left over."""
+
+    def ties(*later_than: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which values are tied, and the falling rank of all, computed anew at each read."""
+        held = lax.optimization_barrier((*arrays, level, size, *later_than))
+        return x.rank(*held[: len(arrays)]) == held[len(arrays)], _falling_rank(x.shape, held[len(arrays) + 1])
+
+    def reaching(probes: list[jax.Array]) -> list[Count]:
+        flags, rank = ties(*probes)
+        reached = [(flags & (rank >= probe)).astype(jnp.uint32) for probe in probes]
+        return [Count.of(c) for c in reduce_together(reached, [zero] * _PROBES, [lax.add] * _PROBES)]
+
+    size, zero = jnp.uint32(x.size), jnp.uint32(0)
+    flags, rank = ties()
+    ends = [flags.astype(jnp.uint32), jnp.where(flags, rank, zero), jnp.where(flags, rank, size)]
+    total, first, last = reduce_together(ends, [zero, zero, size], [lax.add, lax.max, lax.min])
+    found = Count.of(total)
+    wanted = pick(found.reaches(count), count, found)
+    none = wanted.equals(Count.of(0))
+    start = _Search(
+        low=jnp.where(none, first, last), low_count=pick(none, wanted, found), high=first + 1, high_count=Count.of(0),
+        margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(0),
+    )  # fmt: skip
+    cut = _search(reaching, start, wanted, lambda count: count.minus(Count.of(0)))
+    return jnp.where(none, jnp.uint32(_LAST + 1), cut.low), count.left_after(wanted)
+
+
+def _falling_rank(shape: tuple[int, ...], first: jax.Array, sharding: Any = None) -> jax.Array:
+    """``first`` at the first entry, one less at each next in C order; of a type that is sharded so, if it is to be."""
+    rank, stride = first, 1
+    for axis in reversed(range(len(shape))):
+        place = lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
+        rank = rank - place * jnp.uint32(stride)
+        stride *= shape[axis]
+    return rank

@@ -1,0 +1,1 @@
+"""Methods that choose masks, the patterns a mask must follow, and how many entries stay."""

@@ -1,0 +1,1 @@
+"""Changes that keep the function: scales, rotations and norms folded into neighbours, biases and kernels refitted."""

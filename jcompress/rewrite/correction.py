@@ -1,0 +1,206 @@
+"""What can be mended around a quantized kernel without training: its bias, and the ranges before it is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core, rules
+from jcompress.core import Context, PyTree
+from jcompress.layers import matrices
+from jcompress.trace import Group
+
+
+def correct_biases(
+    before: PyTree, after: PyTree, stats: Mapping[str, Any], biases: Mapping[str, str] | None = None
+) -> PyTree:
+    """Take out of the biases by how much compression shifts the mean outputs (Nagel et al. 2019, arXiv:1906.04721).
+
+    ``b <- b - (W' - W)^T mean(x)``: on the calibration data each output of a corrected layer then has the mean that it
+    had. Where layers follow one another the inputs of later ones shift too; the statistics are those of the dense
+    model.
+
+    Args:
+      before: the dense parameters.
+      after: what ``jc.compress`` made of them; biases must be arrays. Its arrays may differ from those of ``before``.
+      stats: from ``jc.calibrate(fn, before, batches, statistics=("sum", "count"))``.
+      biases: for each kernel's path its bias's. By default a sibling: ``.../kernel`` has ``.../bias``. A kernel without
+        a bias, or without statistics, is left as it is.
+
+    Returns:
+      ``after`` with other biases.
+
+    Raises:
+      ValueError: if the statistics lack the sum, if no kernel has a bias, or if a bias is not of its outputs' shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"kernel": jnp.array([[1.0], [0.4]]), "bias": jnp.zeros(1)}
+      >>> after = jc.compress(params, jc.plan(params, [("kernel", jc.quantize.Int(bits=2))]))
+      >>> fn = lambda p, x: x @ p["kernel"] + p["bias"]
+      >>> stats = jc.calibrate(fn, params, [jnp.array([[1.0, 5.0], [3.0, 5.0]])], statistics=("sum", "count"))
+      >>> jc.quantize.correct_biases(params, after, stats)["bias"].tolist()
+      [2.0]
+    """
+    dense, found = dict(rules.paths(before)), rules.paths(after)
+    leaves = dict(found)
+    pairs = {path: _sibling(path) for path in leaves} if biases is None else dict(biases)
+    chosen = {k: b for k, b in pairs.items() if core.is_node(leaves.get(k)) and b in leaves and k in stats}
+    if not chosen:
+        raise ValueError(
+            f"no compressed kernel has both statistics and a bias, among {', '.join(leaves) or 'no leaves'}; "
+            "pass biases={kernel path: bias path}"
+        )
+    for kernel, bias in chosen.items():
+        shift = _mean_output(kernel, leaves[kernel].materialize() - dense[kernel], stats[kernel])
+        if core.is_node(leaves[bias]) or shift.size != leaves[bias].size:
+            raise ValueError(f"{bias}: expected an array of the {shift.size} outputs of {kernel}; pass biases=")
+        old = leaves[bias]
+        leaves[bias] = (old.astype(jnp.float32) - shift.reshape(old.shape)).astype(old.dtype)
+    treedef = jax.tree.structure(after, is_leaf=core.is_node)
+    return jax.tree.unflatten(treedef, [leaves[path] for path, _ in found])
+
+
+def _sibling(path: str) -> str | None:
+    head, _, name = path.rpartition("kernel")
+    return head + "bias" if not name else None
+
+
+def _mean_output(path: str, w: jax.Array, stat: Any) -> jax.Array:
+    """The mean of ``W^T x`` in the shape of the outputs."""
+    layer, total = matrices.of(w, Context(stats=stat, path=path), "sum")
+    mean = total / jnp.maximum(stat.count.astype(jnp.float32).reshape(-1, 1), 1)
+    return jnp.einsum("lk,lkn->ln", mean, layer.matrix(), precision="highest").reshape(layer.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two kernels, the outputs of one the inputs of the other, with a positively homogeneous function between.
+
+    Attributes:
+      first: path of the kernel whose last axis are the outputs.
+      second: path of the kernel whose axis -2 are the inputs.
+      bias: path of the first one's bias, or None.
+    """
+
+    first: str
+    second: str
+    bias: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """An axis of a parameter, and the channel at each place along it, or -1."""
+
+    path: str
+    axis: int
+    channels: jax.Array
+
+    def factor(self, scale: jax.Array, w: jax.Array) -> jax.Array:
+        """One number for each place, in a shape that broadcasts to the parameter's."""
+        along = jnp.where(self.channels >= 0, scale[self.channels], 1.0)
+        return jnp.expand_dims(along, [i for i in range(w.ndim) if i != self.axis % w.ndim])
+
+    def largest(self, w: jax.Array, size: int) -> jax.Array:
+        """The largest magnitude that each channel holds."""
+        along = jnp.abs(w).max([i for i in range(w.ndim) if i != self.axis % w.ndim])
+        known = jnp.where(self.channels >= 0, along, 0)
+        return jnp.zeros(size, w.dtype).at[self.channels].max(known)
+
+
+def equalize(params: PyTree, between: Iterable[Pair | Group], rounds: int = 20) -> PyTree:
+    """Move scale between layers until their channels have equal ranges (Nagel et al. 2019, arXiv:1906.04721).
+
+    With ``r_i`` the largest magnitude by which channel ``i`` is made and ``q_i`` that by which it is used, what makes
+    it is divided by ``s_i = sqrt(r_i / q_i)`` and what uses it multiplied, so that both become ``sqrt(r_i q_i)``. The
+    function stays the same where all that lies between satisfies ``f(s x) = s f(x)`` for positive ``s``: ReLU, leaky
+    ReLU, pooling, but not GELU, and no normalization: fold it first. One scale for an array then wastes fewer levels.
+    Channels that are all zero, on either side, stay as they are.
+
+    Args:
+      params: dense parameters.
+      between: pairs of kernels, or groups of ``jc.trace.coupling``; a group may be made by several kernels and used by
+        several others.
+      rounds: sweeps over all of them; layers in a row come to agree as they are repeated.
+
+    Returns:
+      The parameters, scaled.
+
+    Raises:
+      ValueError: if a path is missing, two kernels of a pair do not fit, or a group holds more vectors than a bias for
+        each of its kernels.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"up": jnp.array([[8.0, 1.0]]), "down": jnp.array([[2.0], [4.0]])}
+      >>> params = jc.quantize.equalize(params, [jc.quantize.Pair("up", "down")])
+      >>> params["up"].tolist(), params["down"].tolist()
+      ([[4.0, 2.0]], [[4.0], [2.0]])
+    """
+    found = rules.paths(params)
+    leaves = dict(found)
+    ties = [_tie(x, leaves) for x in between]
+    touched = {m.path for tie in ties for part in tie[1:] for m in part}
+
+    def sweep(_: Any, current: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        for size, producers, consumers in ties:
+            current = _balanced(current, size, producers, consumers)
+        return current
+
+    wide = {path: leaves[path].astype(jnp.float32) for path in touched}
+    scaled = jax.lax.fori_loop(0, rounds, sweep, wide)
+    leaves |= {path: x.astype(leaves[path].dtype) for path, x in scaled.items()}
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=core.is_node), [leaves[path] for path, _ in found])
+
+
+_Tie = tuple[int, list[_Member], list[_Member]]
+
+
+def _balanced(
+    leaves: dict[str, jax.Array], size: int, producers: list[_Member], consumers: list[_Member]
+) -> dict[str, jax.Array]:
+    made, used = (
+        jnp.stack([m.largest(leaves[m.path], size) for m in members if leaves[m.path].ndim > 1]).max(0)
+        for members in (producers, consumers)
+    )
+    scale = jnp.where((made > 0) & (used > 0), jnp.sqrt(made / jnp.where(used > 0, used, 1)), 1)
+    leaves = dict(leaves)
+    for m in producers:
+        leaves[m.path] = leaves[m.path] / m.factor(scale, leaves[m.path])
+    for m in consumers:
+        leaves[m.path] = leaves[m.path] * m.factor(scale, leaves[m.path])
+    return leaves
+
+
+def _tie(between: Pair | Group, leaves: Mapping[str, Any]) -> _Tie:
+    """The size of a dimension, and the members that make it and use it."""
+    if isinstance(between, Pair):
+        return _tie_of_pair(between, leaves)
+    producers, consumers = (
+        [_Member(path, axis, jnp.asarray(between.maps[path, axis])) for path, axis in members]
+        for members in (between.producers, between.consumers)
+    )
+    kernels = [m for m in producers if jnp.ndim(leaves[m.path]) > 1]
+    if not kernels or not consumers or len(producers) > 2 * len(kernels):
+        told = ", ".join(m.path for m in producers)
+        raise ValueError(
+            f"{between.name}: made by {told or 'nothing'} and used by {len(consumers)} parameters; equalize needs "
+            "kernels on both sides and no vectors but their biases: fold normalization into the kernels first"
+        )
+    return between.size, producers, consumers
+
+
+def _tie_of_pair(pair: Pair, leaves: Mapping[str, Any]) -> _Tie:
+    for path in (pair.first, pair.second, pair.bias):
+        if path is not None and path not in leaves:
+            raise ValueError(f"{path}: there is no such parameter; the paths are {', '.join(leaves)}")
+    size, inputs = leaves[pair.first].shape[-1], leaves[pair.second].shape[-2]
+    if size != inputs:
+        raise ValueError(f"{pair.second}: axis -2 is {inputs} long, {pair.first} has {size} outputs; they must agree")
+    channels = jnp.arange(size)
+    biases = [] if pair.bias is None else [_Member(pair.bias, -1, channels)]
+    return size, [_Member(pair.first, -1, channels), *biases], [_Member(pair.second, -2, channels)]
