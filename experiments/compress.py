@@ -32,7 +32,7 @@ def config_of_data(argv: Sequence[str]) -> str:
 
 _CONFIG = config_flags.DEFINE_config_file("config", config_of_data(sys.argv), "What to train and compress.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with the files of the data, where it is not embedded.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; results/<name of the config> by default.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; runs/<name of the config> by default.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete what an earlier run wrote to the workdir.")
 
 

@@ -1,7 +1,7 @@
 """Evaluate a saved compressed model on the test split of the data it was trained on.
 
 Example:
-  python -m experiments.evaluate --model=results/digits/models/lenet_300_100-seed0-int8.jc
+  python -m experiments.evaluate --model=runs/digits/models/lenet_300_100-seed0-int8.jc
 
 The file says which data, model and split it belongs to; ``--data_dir`` says where files of that data are.
 """

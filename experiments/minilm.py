@@ -25,7 +25,7 @@ _FILE = Path(__file__).parent / "configs" / "quantization" / "minilm.py"
 _CONFIG = config_flags.DEFINE_config_file("config", str(_FILE), "How to compress.")
 _MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder with the weights of all-MiniLM-L6-v2.", required=True)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with the pairs of sentences.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; results/<name of the config> by default.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; runs/<name of the config> by default.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete what an earlier run wrote to the workdir.")
 
 

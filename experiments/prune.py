@@ -38,7 +38,7 @@ def config_of_data(argv: Sequence[str]) -> str:
 
 _CONFIG = config_flags.DEFINE_config_file("config", config_of_data(sys.argv), "What to train and prune.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with the files of the data, where it is not embedded.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; results/pruning/<name of the config> by default.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; runs/pruning/<name of the config> by default.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete what an earlier run wrote to the workdir.")
 _NOT_RESULTS = ("name", "ways", "sparsities", "seeds", "models")
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {argv[1]!r} is no flag; see --help", file=sys.stderr)
         return 2
     config = _CONFIG.value
-    workdir = Path(_WORKDIR.value or f"results/pruning/{config.name}")
+    workdir = Path(_WORKDIR.value or f"runs/pruning/{config.name}")
     with Signals() as signals:
         try:
             print(run(config, _DATA_DIR.value, workdir, _OVERWRITE.value, signals))

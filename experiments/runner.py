@@ -73,7 +73,7 @@ class Run:
         self.order = [DENSE, BASELINE, *self.plans]
         self.data = self.load(0)
         self.jobs = [Job(name, config, self.data, config.plans) for name in config.models]
-        self.workdir = Path(workdir or f"results/{config.name}")
+        self.workdir = Path(workdir or f"runs/{config.name}")
         self.record = Record(self.workdir, self.setting(), overwrite)
         self.results = Results(self.workdir / "results.jsonl")
         self.checkpoint = Checkpoint(self.workdir / "checkpoint" / "state.jc", signals, config.checkpoint_seconds)

@@ -138,7 +138,7 @@ def finish(name: str, rows: Sequence[Row], out: str | None, **settings: Any) -> 
 
 def write(name: str, rows: Sequence[Row], out: str | None, **settings: Any) -> Path:
     """Write the JSON, and say where."""
-    path = Path(out or f"results/benchmarks/{name}.json")
+    path = Path(out or f"runs/benchmarks/{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, "settings": settings, "environment": environment()}
     record["rows"] = [dataclasses.asdict(r) for r in rows]

@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--random", type=int, default=None, help="splits that also get the random mask; all by default")
     parser.add_argument("--validate", action="store_true", help="see above")
     parser.add_argument("--epochs", type=float, default=1.0, help="scale of all epochs, to try things out")
-    parser.add_argument("--out", default="results/claims", help="folder; a run that was interrupted continues there")
+    parser.add_argument("--out", default="runs/claims", help="folder; a run that was interrupted continues there")
     args = parser.parse_args(argv)
     if (args.data, args.model) not in CLAIMS:
         parser.error(f"there is no claim for {args.model} on {args.data}; there are {list(CLAIMS)}")

@@ -1,6 +1,6 @@
 """Whether two compressed sentence encoders differ in agreement with human judgement by more than the choice of pairs.
 
-    python -m experiments.quantization.difference --model_dir=M --data_dir=D --workdir=results/minilm mixed3 gptq3
+    python -m experiments.quantization.difference --model_dir=M --data_dir=D --workdir=runs/minilm mixed3 gptq3
 
 The pairs of each set are drawn anew with replacement, the same for both encoders, and the difference of their mean
 Spearman correlations is printed with its 90% interval. ``--workdir`` is that of ``python -m experiments.minilm``.
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("rows", nargs=2, help="two rows of the table")
     parser.add_argument("--model_dir", required=True)
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--workdir", default="results/minilm")
+    parser.add_argument("--workdir", default="runs/minilm")
     args = parser.parse_args(argv)
     encoder, _ = minilm.load(args.model_dir)
     sets = {name: sts.read(Path(args.data_dir) / f"sts2015_{name}.tsv", encoder) for name in ("images", "headlines")}

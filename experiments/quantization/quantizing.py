@@ -52,7 +52,7 @@ class Run:
         self.tokens = [*fit.first, *fit.second]
         self.recipes: dict[str, recipes.Recipe] = config.recipes(self.params)
         self.names = self._chosen()
-        self.workdir = Path(workdir or f"results/{config.name}")
+        self.workdir = Path(workdir or f"runs/{config.name}")
         self.record = Record(self.workdir, self._setting(), overwrite)
         self.results = Results(self.workdir / "results.jsonl")
         self.layers = Results(self.workdir / "layers.jsonl")

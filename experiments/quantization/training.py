@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=None, help="all, or those without files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="ways whose name has this in it")
-    parser.add_argument("--out", default="results/quantization/training", help="path of the files, without an ending")
+    parser.add_argument("--out", default="runs/quantization/training", help="path of the files, without an ending")
     args = parser.parse_args(argv)
     tasks = args.tasks or (list(TASKS) if args.data_dir else ["digits"])
     out = Path(args.out)

@@ -6,9 +6,9 @@ Expect, mean Spearman of two sets of SemEval 2015 against size on disk: dense 0.
 4 bits 0.8835 at 7.6x, with clipped ranges 0.886; to 3 bits 0.8745 at 10x, clipped and affine 0.881, by GPTQ 0.884 at
 9.9x; kernels of 2 bits with tables of 4, affine 0.853, by GPTQ 0.873, rotated 0.876, trained for 60 steps 0.877,
 at 9.7x.
-``results/minilm.md`` has all rows, of one machine with two cores. Mixed widths and methods, against GPTQ at the same
-bytes: 0.8853 to 0.8842 at 4 bits, level at 3 (0.8834 to 0.8839), 0.8835 to 0.8728 at kernels of 2 and tables of 3. They
-lead in cosine at all three.
+``results/quantization/minilm.md`` has all rows, of one machine with two cores. Mixed widths and methods, against GPTQ
+at the same bytes: 0.8853 to 0.8842 at 4 bits, level at 3 (0.8834 to 0.8839), 0.8835 to 0.8728 at kernels of 2 and
+tables of 3. They lead in cosine at all three.
 
 Tables have groups along the vocabulary (axis -2), so that the few features whose values are large have scales of their
 own: at 3 bits with one scale a row instead, embeddings are three times as far from the dense ones. Biases and norms
