@@ -21,7 +21,9 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Of a test with many cases the short run takes one in so many, beginning elsewhere for each test: on the conformance
 # list every row still meets some checks, and every check some rows. Of what belongs to single methods it takes one
 # test in three.
-ONE_IN = {"test_conformance": 12, "test_notebooks": 1, "test_packing": 1, "test_project_files": 1, "test_rules": 1}
+ONE_IN = {"test_conformance": 12} | dict.fromkeys(
+    ("test_notebooks", "test_packing", "test_project_files", "test_public_names", "test_rules"), 1
+)
 ONE_IN_OTHERS = 4
 OF_METHODS = (
     "test_bayesian",

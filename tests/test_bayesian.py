@@ -30,7 +30,7 @@ def with_fields(node, **fields):
 
 def test_the_probability_of_a_gate_is_the_fraction_of_samples_that_are_not_zero():
     logits = np.array([-4.0, -1.0, 0.0, 2.0, 5.0])
-    node = jc.formats.HardConcrete(values=jnp.ones(5), log_alpha=jnp.asarray(logits, jnp.float32))
+    node = jc.formats.Gated(values=jnp.ones(5), log_alpha=jnp.asarray(logits, jnp.float32))
     drawn = samples(node, 40_000)
     assert drawn.min() == 0
     assert drawn.max() == 1
@@ -40,7 +40,7 @@ def test_the_probability_of_a_gate_is_the_fraction_of_samples_that_are_not_zero(
 
 def test_the_gate_of_test_time_is_the_clipped_and_stretched_sigmoid():
     logits = np.array([-9.0, -2.0, 0.3, 9.0])
-    node = jc.formats.HardConcrete(values=jnp.ones(4), log_alpha=jnp.asarray(logits, jnp.float32))
+    node = jc.formats.Gated(values=jnp.ones(4), log_alpha=jnp.asarray(logits, jnp.float32))
     np.testing.assert_allclose(node.materialize(), np.clip(1.2 / (1 + np.exp(-logits)) - 0.1, 0, 1), atol=1e-6)
     assert jc.finalize(node).mask.tolist() == [False, True, True, True]
 

@@ -99,7 +99,7 @@ def test_global_and_lamp_give_the_masks_of_one_threshold(params):
     total = sum(x.size for x in params.values())
     for plan, score in (
         (global_(planned(params), jax.tree.map(jnp.abs, params), 0.9), scores.magnitude),
-        (lamp(planned(params), params, 0.9), scores.lamp),
+        (lamp(planned(params), params, 0.9), scores.layer_adaptive),
     ):
         by_plan = jc.compress(params, plan)
         at_once = jc.compress(params, planned(params, ByScore(0.9, "global", score=score)))

@@ -95,14 +95,14 @@ class TestMainJob:
             path = workdir / row["file"]
             assert row["bytes"] == path.stat().st_size
             assert row["ratio"] == (workdir / rows_of(workdir)[0]["file"]).stat().st_size / row["bytes"]
-            assert 0 <= row["bytes"] - jc.nbits(jc.io.load(path)) / 8 < 2000
+            assert 0 <= row["bytes"] - jc.nbits(jc.load(path)) / 8 < 2000
 
     def test_learns(self, finished):
         dense = rows_of(finished[0])[0]
         assert dense["accuracy"] == dense["correct"] / dense["total"] > 0.8
 
     def test_deep_compression_is_what_it_says(self, finished):
-        tree = jc.io.load(finished[0] / rows_of(finished[0])[3]["file"])
+        tree = jc.load(finished[0] / rows_of(finished[0])[3]["file"])
         kernels = [node for path, node in jc.paths(tree) if path.endswith("kernel")]
         kept = sum(int(node.mask.sum()) for node in kernels)
         size = sum(node.mask.size for node in kernels)
@@ -274,7 +274,7 @@ class TestBadInput:
         assert ran.returncode == 2 and ran.stderr.startswith("error: data 'mnist' needs its files")
 
     def test_evaluate_needs_a_file_of_an_experiment(self, tmp_path):
-        jc.io.save(tmp_path / "x.jc", {"w": np.ones(2)}, metadata={"data": "digits"})
+        jc.save(tmp_path / "x.jc", {"w": np.ones(2)}, metadata={"data": "digits"})
         with pytest.raises(ValueError, match="says nothing of its model, seed"):
             evaluate.evaluate(tmp_path / "x.jc")
 

@@ -353,11 +353,11 @@ def test_lamp_follows_its_definition_and_never_empties_a_leaf(rng):
     w = normal(rng, 4, 5)
     squares = np.asarray(w, np.float64).ravel() ** 2
     want = [s / squares[squares >= s].sum() for s in squares]
-    np.testing.assert_allclose(scores.lamp(w).ravel(), want, rtol=1e-5)
+    np.testing.assert_allclose(scores.layer_adaptive(w).ravel(), want, rtol=1e-5)
     params = {"small": 1e-3 * w, "large": 1e3 * normal(rng, 30, 5)}
-    small = jc.compress(params, jc.plan(params, [(".*", ByScore(168 / 170, "global", score=scores.lamp))]))
+    small = jc.compress(params, jc.plan(params, [(".*", ByScore(168 / 170, "global", score=scores.layer_adaptive))]))
     assert [int(node.mask.sum()) for node in small.values()] == [1, 1]
-    assert (scores.lamp(jnp.zeros((2, 2))) == 0).all()
+    assert (scores.layer_adaptive(jnp.zeros((2, 2))) == 0).all()
 
 
 def test_a_table_of_scores_must_fit():

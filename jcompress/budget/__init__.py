@@ -11,7 +11,7 @@ from jcompress.budget.errors import (
     weight_error,
 )
 from jcompress.budget.greedy import Adapted, Round, netadapt
-from jcompress.budget.sparsity import by_sensitivity, erdos_renyi, erk, global_, lamp, scan, uniform
+from jcompress.budget.levels import by_sensitivity, erdos_renyi, erk, global_, lamp, scan, uniform
 
 __all__ = [
     "Adapted",

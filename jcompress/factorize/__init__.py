@@ -1,6 +1,6 @@
 """Matrix and tensor factorizations."""
 
-from jcompress.factorize.spectral import Spectrum
+from jcompress.factorize.spectrum import Spectrum
 from jcompress.factorize.svd import SVD
 
 __all__ = ["SVD", "Spectrum"]

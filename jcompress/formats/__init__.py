@@ -7,8 +7,8 @@ from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
 from jcompress.formats.fake_quantized import FakeQuantized
 from jcompress.formats.frozen import Frozen
+from jcompress.formats.gated import Gated
 from jcompress.formats.gaussian import Gaussian
-from jcompress.formats.hard_concrete import HardConcrete
 from jcompress.formats.horseshoe import Horseshoe
 from jcompress.formats.jeffreys import Jeffreys
 from jcompress.formats.lowrank import LowRank
@@ -31,8 +31,8 @@ __all__ = [
     "Codebook",
     "FakeQuantized",
     "Frozen",
+    "Gated",
     "Gaussian",
-    "HardConcrete",
     "Horseshoe",
     "Jeffreys",
     "LowRank",

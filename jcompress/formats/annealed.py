@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.masked import Masked
 
 
@@ -66,7 +66,7 @@ class Annealed(Compressed):
         if not 0 < self.kept < channels:
             return jnp.full(logits.shape, float(self.kept > 0))
         deviation = jnp.std(logits, self.axis, keepdims=True)
-        standard = (logits - jnp.mean(logits, self.axis, keepdims=True)) / (deviation + gates.TINY)
+        standard = (logits - jnp.mean(logits, self.axis, keepdims=True)) / (deviation + gating.TINY)
         cut = jnp.quantile(jax.lax.stop_gradient(standard), 1 - self.kept / channels, self.axis, keepdims=True)
         return jax.nn.sigmoid((standard - cut) / self.temperature())
 
@@ -77,7 +77,7 @@ class Annealed(Compressed):
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         values = core.dense(self.values)
-        return gates.kept_or_zero(self.mask(), values, values) if key is None else self._soft(values)
+        return gating.kept_or_zero(self.mask(), values, values) if key is None else self._soft(values)
 
     def _soft(self, values: jax.Array) -> jax.Array:
         return (values * self.gate()).astype(values.dtype)
@@ -87,7 +87,7 @@ class Annealed(Compressed):
         others = tuple(i for i in range(-self.ndim, 0) if i != self.axis)
         norms = jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32)), others, keepdims=True))
         return dataclasses.replace(
-            self, values=gates.refitted(self.values, w), logits=gates.refitted(self.logits, norms)
+            self, values=gating.refitted(self.values, w), logits=gating.refitted(self.logits, norms)
         )
 
     def finalize(self) -> Masked:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.quantized import Quantized
 
 
@@ -61,7 +61,7 @@ class Binarized(Compressed):
         else:
             refitted = scale
         values = jnp.clip(w / jnp.where(scale > 0, scale, 1.0), -1, 1).astype(w.dtype)
-        return dataclasses.replace(self, values=gates.refitted(self.values, values), scale=refitted)
+        return dataclasses.replace(self, values=gating.refitted(self.values, values), scale=refitted)
 
     def finalize(self) -> Quantized:
         values = core.dense(self.values)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.masked import Masked
 
 
@@ -47,7 +47,7 @@ class Bottleneck(Compressed):
 
     def log_alpha(self) -> jax.Array:
         """The log of each gate's noise-to-signal ratio, ``variance / mean**2``."""
-        return gates.log_alpha(core.dense(self.mean), core.dense(self.log_variance))
+        return gating.log_alpha(core.dense(self.mean), core.dense(self.log_variance))
 
     def penalty(self) -> jax.Array:
         """``sum log(1 + mean**2 / variance) / 2``: the divergence from the nearest Gaussian about zero.
@@ -60,18 +60,18 @@ class Bottleneck(Compressed):
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         values, mean = core.dense(self.values), core.dense(self.mean)
         if key is None:
-            return gates.kept_or_zero(self.log_alpha() < self.threshold, values * mean, values)
+            return gating.kept_or_zero(self.log_alpha() < self.threshold, values * mean, values)
         noise = jax.random.normal(key, mean.shape, jnp.float32)
         return (values * (mean + jnp.exp(0.5 * core.dense(self.log_variance)) * noise)).astype(values.dtype)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Bottleneck:
         """The values become ``w``, and the gates what they were at the start, of mean 1."""
-        mean = jnp.ones(gates.shared_shape(w.shape, self.axes), jnp.float32)
+        mean = jnp.ones(gating.shared_shape(w.shape, self.axes), jnp.float32)
         return dataclasses.replace(
             self,
-            values=gates.refitted(self.values, w),
-            mean=gates.refitted(self.mean, mean),
-            log_variance=gates.refitted(self.log_variance, jnp.full_like(mean, self.start)),
+            values=gating.refitted(self.values, w),
+            mean=gating.refitted(self.mean, mean),
+            log_variance=gating.refitted(self.log_variance, jnp.full_like(mean, self.start)),
         )
 
     def finalize(self) -> Masked:

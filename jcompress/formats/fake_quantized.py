@@ -13,7 +13,7 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.quantized import Quantized, pool, spread
 from jcompress.numeric.surrogates import clip_outside, round_through, round_with_soft_slope, scaled_gradient
 
@@ -104,13 +104,13 @@ class FakeQuantized(Compressed):
             top = jnp.minimum(jnp.tanh(most), 0.99)
             values = jnp.arctanh(x / jnp.where(most > 0, most, 1.0) * top).astype(w.dtype)
             scale = most * (1 / (2**self.bits - 1))
-            return dataclasses.replace(self, values=gates.refitted(self.values, values), scale=scale)
+            return dataclasses.replace(self, values=gating.refitted(self.values, values), scale=scale)
         n, p = self._ends()
         high = pool(x, self.axes, self.group_size, jnp.maximum, 0.0)
         low = pool(x, self.axes, self.group_size, jnp.minimum, 0.0)
         scale = positive(jnp.maximum(high * (1 / p), low * (-1 / n)))
         softness = jnp.full_like(scale, _SOFTNESS) if self.surrogate == "soft" else None
-        return dataclasses.replace(self, values=gates.refitted(self.values, w), scale=scale, softness=softness)
+        return dataclasses.replace(self, values=gating.refitted(self.values, w), scale=scale, softness=softness)
 
     def finalize(self) -> Quantized:
         values = core.dense(self.values)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.masked import Masked
 
 
@@ -43,7 +43,7 @@ class Gaussian(Compressed):
 
     def log_alpha(self) -> jax.Array:
         """The log of each weight's dropout rate."""
-        return gates.log_alpha(core.dense(self.mean), core.dense(self.log_variance))
+        return gating.log_alpha(core.dense(self.mean), core.dense(self.log_variance))
 
     def moments(self) -> tuple[jax.Array, jax.Array]:
         """Mean and variance of each weight, in float32."""
@@ -56,15 +56,15 @@ class Gaussian(Compressed):
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         mean = core.dense(self.mean)
         if key is None:
-            return gates.kept_or_zero(self.log_alpha() < self.threshold, mean, mean)
+            return gating.kept_or_zero(self.log_alpha() < self.threshold, mean, mean)
         centre, variance = self.moments()
         return (centre + jnp.sqrt(variance) * jax.random.normal(key, mean.shape, jnp.float32)).astype(mean.dtype)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Gaussian:
         """The mean becomes ``w``, and every dropout rate what it was at the start."""
-        log_variance = self.start - gates.log_alpha(w, jnp.zeros(()))
+        log_variance = self.start - gating.log_alpha(w, jnp.zeros(()))
         return dataclasses.replace(
-            self, mean=gates.refitted(self.mean, w), log_variance=gates.refitted(self.log_variance, log_variance)
+            self, mean=gating.refitted(self.mean, w), log_variance=gating.refitted(self.log_variance, log_variance)
         )
 
     def finalize(self) -> Masked:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.masked import Masked
 
 
@@ -89,7 +89,7 @@ class Horseshoe(Compressed):
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         like = core.dense(self.mean)
         if key is None:
-            return gates.kept_or_zero(-self.log_mode() < self.threshold, self.moments()[0], like)
+            return gating.kept_or_zero(-self.log_mode() < self.threshold, self.moments()[0], like)
         ours, theirs = jax.random.split(key)
         deviation = jnp.exp(0.5 * core.dense(self.log_variance))
         return (self._scales(ours) * (like + deviation * jax.random.normal(theirs, like.shape))).astype(like.dtype)
@@ -114,12 +114,12 @@ class Horseshoe(Compressed):
         fields = {
             "mean": mean.astype(w.dtype),
             "log_variance": jnp.full(w.shape, self.start, jnp.float32),
-            "group_mean": jnp.zeros((*gates.shared_shape(w.shape, self.axes), 2)),
-            "array_mean": jnp.zeros((*gates.shared_shape(w.shape, every), 2)),
+            "group_mean": jnp.zeros((*gating.shared_shape(w.shape, self.axes), 2)),
+            "array_mean": jnp.zeros((*gating.shared_shape(w.shape, every), 2)),
         }
         for name in ("group", "array"):
             fields[f"{name}_log_variance"] = jnp.full_like(fields[f"{name}_mean"], self.start)
-        return dataclasses.replace(self, **{n: gates.refitted(getattr(self, n), x) for n, x in fields.items()})
+        return dataclasses.replace(self, **{n: gating.refitted(getattr(self, n), x) for n, x in fields.items()})
 
     def finalize(self) -> Masked:
         return Masked(self.materialize(), -self.log_mode() < self.threshold)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.gaussian import log_uniform_divergence
 from jcompress.formats.masked import Masked
 
@@ -51,7 +51,7 @@ class Jeffreys(Compressed):
 
     def log_alpha(self) -> jax.Array:
         """The log of each scale's dropout rate, ``variance / mean**2``."""
-        return gates.log_alpha(core.dense(self.group_mean), core.dense(self.group_log_variance))
+        return gating.log_alpha(core.dense(self.group_mean), core.dense(self.group_log_variance))
 
     def moments(self) -> tuple[jax.Array, jax.Array]:
         """Mean and variance of each weight, in float32, the scales integrated out."""
@@ -68,7 +68,7 @@ class Jeffreys(Compressed):
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         like = core.dense(self.mean)
         if key is None:
-            return gates.kept_or_zero(self.log_alpha() < self.threshold, self.moments()[0], like)
+            return gating.kept_or_zero(self.log_alpha() < self.threshold, self.moments()[0], like)
         scale, ours, theirs = core.dense(self.group_mean), *jax.random.split(key)
         scale += jnp.exp(0.5 * core.dense(self.group_log_variance)) * jax.random.normal(ours, scale.shape, jnp.float32)
         deviation = jnp.exp(0.5 * core.dense(self.log_variance))
@@ -76,14 +76,14 @@ class Jeffreys(Compressed):
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Jeffreys:
         """The means become ``w``; scales and variances what they were at the start."""
-        ones = jnp.ones(gates.shared_shape(w.shape, self.axes), jnp.float32)
+        ones = jnp.ones(gating.shared_shape(w.shape, self.axes), jnp.float32)
         fields = {
             "mean": w,
             "log_variance": jnp.full(w.shape, self.start, jnp.float32),
             "group_mean": ones,
             "group_log_variance": self.start * ones,
         }
-        return dataclasses.replace(self, **{n: gates.refitted(getattr(self, n), x) for n, x in fields.items()})
+        return dataclasses.replace(self, **{n: gating.refitted(getattr(self, n), x) for n, x in fields.items()})
 
     def finalize(self) -> Masked:
         return Masked(self.materialize(), self.log_alpha() < self.threshold)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.codebook import Codebook
 
 
@@ -68,9 +68,9 @@ class Ternarized(Compressed):
 
         return dataclasses.replace(
             self,
-            values=gates.refitted(self.values, w),
-            positive=gates.refitted(self.positive, level(1)),
-            negative=gates.refitted(self.negative, level(-1)),
+            values=gating.refitted(self.values, w),
+            positive=gating.refitted(self.positive, level(1)),
+            negative=gating.refitted(self.negative, level(-1)),
         )
 
     def finalize(self) -> Codebook:

@@ -2,6 +2,8 @@
 
 from jcompress.io.checkpoint import Checkpoints
 from jcompress.io.manifest import StorageError
-from jcompress.io.storage import inspect, load, save
+from jcompress.io.storage import inspect
+from jcompress.io.storage import load as load
+from jcompress.io.storage import save as save
 
-__all__ = ["Checkpoints", "StorageError", "inspect", "load", "save"]
+__all__ = ["Checkpoints", "StorageError", "inspect"]

@@ -5,7 +5,8 @@ from jcompress.measure.picture import pareto
 from jcompress.measure.ratios import compression_ratio, space_saving, sparsity
 from jcompress.measure.rows import Row
 from jcompress.measure.similarity import gaussian_wasserstein, linear_cka
-from jcompress.measure.table import Report, report
+from jcompress.measure.table import Report
+from jcompress.measure.table import report as report
 from jcompress.measure.timing import Latency, latency
 from jcompress.numeric.dominance import crowding, hypervolume, ranks
 
@@ -23,7 +24,6 @@ __all__ = [
     "non_dominated",
     "pareto",
     "ranks",
-    "report",
     "space_saving",
     "sparsity",
 ]

@@ -1,19 +1,18 @@
 """Methods that choose masks. A mask's True means keep; ``sparsity`` is the fraction of zeros."""
 
 from jcompress.numeric.threshold import keep_largest
-from jcompress.prune import bayesian, dynamic, penalties, scores, search, structured
-from jcompress.prune.bayesian import (
+from jcompress.prune import bayesian, dynamic, scores, search, structured
+from jcompress.prune.bayesian.compression import BayesianCompression, NormalJeffreys
+from jcompress.prune.bayesian.methods import (
     AnnealedChannels,
-    BayesianCompression,
     HardConcrete,
     InformationBottleneck,
-    NormalJeffreys,
     VariationalDropout,
 )
-from jcompress.prune.masks.magnitude import Magnitude
+from jcompress.prune.masks.chance import Random
+from jcompress.prune.masks.largest import Magnitude
 from jcompress.prune.masks.obs import OBS, inverse_hessian, obs_saliency, obs_step
 from jcompress.prune.masks.patterns import NM, Block, Shared
-from jcompress.prune.masks.random import Random
 from jcompress.prune.masks.saliency import OBD, SNIP, Fisher, Taylor
 from jcompress.prune.masks.sampling import Sampled, sampled
 from jcompress.prune.masks.scored import ByScore
@@ -58,7 +57,6 @@ __all__ = [
     "noise",
     "obs_saliency",
     "obs_step",
-    "penalties",
     "proximal",
     "sampled",
     "scores",

@@ -81,10 +81,10 @@ class HardConcrete:
         """Raise for axes that the array does not have."""
         check_axes(self, path, shape)
 
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> formats.HardConcrete:
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> formats.Gated:
         """The node for one array."""
         self.check(context.path, w.shape, w.dtype)
-        node = formats.HardConcrete(None, None, tuple(self.axes), self.keep, self.temperature, self.stretch)
+        node = formats.Gated(None, None, tuple(self.axes), self.keep, self.temperature, self.stretch)
         return node.project(w)
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from jcompress.core import PyTree
 
+__all__ = ["hessian_square_norm"]
+
 
 def hessian_square_norm(
     loss: Callable[[PyTree], jax.Array], params: PyTree, key: jax.Array, samples: int = 1

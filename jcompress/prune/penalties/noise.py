@@ -11,6 +11,8 @@ import optax
 from jcompress import core
 from jcompress.core import PyTree
 
+__all__ = ["NoiseState", "add_stable_noise", "stable"]
+
 
 def stable(key: jax.Array, alpha: Any, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
     """Samples of the symmetric alpha-stable distribution, ``E exp(i t x) = exp(-|t|**alpha)``.

@@ -20,6 +20,8 @@ from jcompress.core import PyTree
 from jcompress.numeric import shrinkage
 from jcompress.prune.structured.training import matching, moving
 
+__all__ = ["L1", "AcceleratedState", "ElasticNet", "GrOWL", "GroupLasso", "Penalty", "accelerated", "transform"]
+
 
 class Penalty(Protocol):
     """A penalty on one array."""

@@ -148,7 +148,7 @@ def movement(w: jax.Array, context: Context) -> jax.Array:
     return -context.grad * w
 
 
-def lamp(w: jax.Array, context: Context = Context()) -> jax.Array:
+def layer_adaptive(w: jax.Array, context: Context = Context()) -> jax.Array:
     """``w**2`` over the sum of ``v**2`` of all weights ``v`` of the leaf that are no smaller (Lee et al. 2021).
 
     Layer-adaptive magnitude, arXiv:2010.07611: with ``scope="global"`` each leaf gets its own sparsity, and no leaf is
@@ -158,7 +158,7 @@ def lamp(w: jax.Array, context: Context = Context()) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import scores
-      >>> scores.lamp(jnp.array([0.0, -2.0, 2.0])).tolist()
+      >>> scores.layer_adaptive(jnp.array([0.0, -2.0, 2.0])).tolist()
       [0.0, 0.5, 1.0]
     """
     squares = jnp.square(w.astype(jnp.float32)).ravel()

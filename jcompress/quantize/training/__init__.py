@@ -17,7 +17,6 @@ from jcompress.quantize.training.dorefa import DoReFa
 from jcompress.quantize.training.loss_error import elq
 from jcompress.quantize.training.loss_scale import loss_scaled
 from jcompress.quantize.training.noise import QuantNoise
-from jcompress.quantize.training.optimizer import gradients, moments
 from jcompress.quantize.training.proximal import Relaxed
 from jcompress.quantize.training.soft import DSQ, assignment_entropy, soft_assign, temper
 from jcompress.quantize.training.steps import LSQ, lsq, lsq_plus
@@ -36,11 +35,9 @@ __all__ = [
     "concave_penalty",
     "dorefa",
     "elq",
-    "gradients",
     "loss_scaled",
     "lsq",
     "lsq_plus",
-    "moments",
     "pact",
     "scaled_sign",
     "sign_ste",

@@ -17,6 +17,8 @@ from jcompress.numeric.surrogates import clip_outside, round_through
 from jcompress.quantize import grids
 from jcompress.quantize.training.steps import spanning
 
+__all__ = ["activation", "gradient", "weight"]
+
 
 @dataclasses.dataclass(frozen=True)
 class DoReFa:

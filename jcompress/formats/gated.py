@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gates
+from jcompress.formats import gating
 from jcompress.formats.masked import Masked
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class HardConcrete(Compressed):
+class Gated(Compressed):
     """Values times gates ``z = clip(s (zeta - gamma) + gamma, 0, 1)`` (Louizos et al. 2018, arXiv:1712.01312).
 
     With a key, ``s = sigmoid((log u - log(1 - u) + log_alpha) / temperature)`` for a uniform u, drawn anew for each
@@ -33,7 +33,7 @@ class HardConcrete(Compressed):
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
-      >>> node = jc.formats.HardConcrete(values=jnp.array([3.0, 4.0]), log_alpha=jnp.array([9.0, -9.0]))
+      >>> node = jc.formats.Gated(values=jnp.array([3.0, 4.0]), log_alpha=jnp.array([9.0, -9.0]))
       >>> node.materialize().tolist(), jc.finalize(node)
       ([3.0, 0.0], Masked(values=float32[2], mask=bool[2]))
     """
@@ -66,14 +66,14 @@ class HardConcrete(Compressed):
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         values, gate = core.dense(self.values), self.gate(key)
-        return gates.kept_or_zero(gate > 0, values * gate, values)
+        return gating.kept_or_zero(gate > 0, values * gate, values)
 
-    def project(self, w: jax.Array, where: jax.Array | None = None) -> HardConcrete:
+    def project(self, w: jax.Array, where: jax.Array | None = None) -> Gated:
         """Gates as at the start, and the values that give ``w`` behind them."""
-        logits = jnp.full(gates.shared_shape(w.shape, self.axes), math.log(self.keep / (1 - self.keep)), jnp.float32)
-        start = dataclasses.replace(self, log_alpha=gates.refitted(self.log_alpha, logits))
+        logits = jnp.full(gating.shared_shape(w.shape, self.axes), math.log(self.keep / (1 - self.keep)), jnp.float32)
+        start = dataclasses.replace(self, log_alpha=gating.refitted(self.log_alpha, logits))
         values = (w / start.gate()).astype(w.dtype)
-        return dataclasses.replace(start, values=gates.refitted(self.values, values))
+        return dataclasses.replace(start, values=gating.refitted(self.values, values))
 
     def finalize(self) -> Masked:
         return Masked(self.materialize(), self.gate() > 0)
