@@ -231,6 +231,39 @@ def test_optimizer_state_is_cut_and_training_goes_on_bit_for_bit():
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, cut)
 
 
+def test_from_shapes_alone():
+    keep = {"up[1]": np.arange(8) % 3 > 0}
+    small, cut = jc.shrink(mlp, PARAMS, keep, X)
+    again, shapes = jc.shrink(mlp, jax.eval_shape(lambda: PARAMS), keep, X)
+    assert shapes == jax.eval_shape(lambda: cut)
+    np.testing.assert_array_equal(again(cut, X), small(cut, X))
+    for keep in (None, jax.eval_shape(lambda: PARAMS)):
+        with pytest.raises(ValueError, match="bias: found a shape, expected values"):
+            jc.shrink(mlp, jax.eval_shape(lambda: PARAMS), keep, X)
+    with pytest.raises(ValueError, match=r"\w+: found a shape, expected values"):
+        jc.shrink(mlp, jax.eval_shape(lambda: PARAMS), {"up[1]": np.arange(8) < 3}, X, multiple_of=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_kept_gives_the_function_again(name):
+    built, groups = coupled(name)
+    args = built.args(2, jax.random.key(0))
+    small, cut = jc.shrink(built.fn, built.params, some(groups), *args, free_outputs=built.free_outputs)
+    again, same = jc.shrink(built.fn, cut, small.kept, *args, free_outputs=built.free_outputs)
+    assert {n: k.tolist() for n, k in again.keep.items()} == {n: k.tolist() for n, k in small.keep.items()}
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, same, cut))
+    _, cut_again = jc.shrink(built.fn, built.params, small.kept, *args, free_outputs=built.free_outputs)
+    jax.tree.map(np.testing.assert_array_equal, cut_again, cut)
+
+
+def test_what_was_kept_of_other_parameters_is_refused():
+    small, cut = jc.shrink(mlp, PARAMS, {"up[1]": np.arange(8) < 3}, X)
+    with pytest.raises(ValueError, match=r"up: found shape .*, expected length 8 or 3 on axis 1"):
+        jc.shrink(mlp, {**cut, "up": cut["up"][:, :2]}, small.kept, X)
+    with pytest.raises(ValueError, match="more: cut, but not among the parameters"):
+        jc.shrink(mlp, cut, {**small.kept, "more": {0: np.ones(3, bool)}}, X)
+
+
 def test_nodes_are_refused():
     small = jc.compress(PARAMS, jc.plan(PARAMS, [("up", jc.quantize.Int(bits=8))]))
     with pytest.raises(ValueError, match="up: found a Quantized node"):

@@ -12,6 +12,7 @@ import numpy as np
 from jcompress import rules
 from jcompress.core import PyTree
 from jcompress.trace import dims as terms
+from jcompress.trace import kept as record
 from jcompress.trace import walk
 from jcompress.trace.frames import NOWHERE, Cut, Value, run
 from jcompress.trace.groups import Coupled, Groups, read
@@ -48,6 +49,18 @@ class Shrunk:
     def indices(self) -> dict[str, dict[int, np.ndarray]]:
         """``{path: {axis: positions that stay}}`` of every parameter that got smaller."""
         return {path: dict(axes) for path, axes in self._axes.items()}
+
+    @property
+    def kept(self) -> dict[str, dict[int, np.ndarray]]:
+        """``{path: {axis: bool (length before,)}}``: saved beside the small parameters, it gives this function again.
+
+        See :func:`jcompress.shrink`, which takes it for ``keep``.
+        """
+        shapes = {path: x.shape for path, x in rules.paths(self._shapes)}
+        return {
+            path: {axis: np.isin(np.arange(shapes[path][axis]), index) for axis, index in axes.items()}
+            for path, axes in self._axes.items()
+        }
 
     def cut(self, tree: PyTree) -> PyTree:
         """Slice whatever is shaped like the parameters: optimizer states, gradients, moving averages, masks.
@@ -136,6 +149,8 @@ def _axes(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[str, dict[in
 
 
 def _sliced(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda y: _sliced(y, axes), x)
     for axis, index in axes.items():
         x = walk.take(x, index, axis)
     return x
@@ -162,7 +177,7 @@ def from_mask(params: PyTree, groups: Groups, *, strict: bool = False) -> dict[s
       ValueError: if a group is cut unevenly: an index is zero in all that writes it, or, if strict, in any member, but
         not in the rest.
     """
-    arrays = {path: np.asarray(x) for path, x in rules.paths(params)}
+    arrays = {path: _values(path, x) for path, x in rules.paths(params)}
     found = {}
     for name, group in groups.prunable.items():
         alive = {}
@@ -188,6 +203,14 @@ def from_mask(params: PyTree, groups: Groups, *, strict: bool = False) -> dict[s
     return found
 
 
+def _values(path: str, x: Any) -> np.ndarray:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{path}: found a shape, expected values, which say what stays; pass arrays, or keep= by groups"
+        )
+    return np.asarray(x)
+
+
 def _rounded(params: PyTree, groups: Groups, keep: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
     """Keep more, the largest first, until the sizes are multiples."""
     found, arrays = {}, dict(rules.paths(params))
@@ -196,7 +219,7 @@ def _rounded(params: PyTree, groups: Groups, keep: Mapping[str, np.ndarray], mul
         wanted = min(-(-int(kept.sum()) // multiple) * multiple, group.size)
         score = np.zeros(group.size)
         for (path, axis), index in group.maps.items():
-            x = np.asarray(arrays[path], np.float64)
+            x = _values(path, arrays[path]).astype(np.float64)
             energy = (x**2).sum(axis=tuple(i for i in range(x.ndim) if i != axis))
             np.add.at(score, index[index >= 0], energy[index >= 0])
         order = np.lexsort((-score, ~kept))
@@ -247,11 +270,12 @@ def shrink(
 
     Args:
       fn: ``fn(params, *args)``, any JAX function.
-      params: a pytree of arrays.
+      params: a pytree of arrays, or of their shapes where ``keep`` says what stays; the small ones are shapes then.
       keep: ``{name: bool (size,)}`` with the names of :func:`jcompress.trace.coupling`; True keeps. Or
         ``{name: float (size,)}``, scores of which the largest stay. Or a tree of masks like ``params``, which
         must cut all members of a group alike. Or None, which
-        reads it off ``params``: what is zero in every member of a group goes.
+        reads it off ``params``: what is zero in every member of a group goes. Or the ``kept`` of a function that was
+        shrunk before; then ``params`` may be the small ones.
       *args: example arguments, or their shapes.
       sparsity: with scores, the fraction of each group that goes.
       multiple_of: sizes are rounded up to a multiple, such as 8 or 128, by keeping more indices, those of the
@@ -274,12 +298,30 @@ def shrink(
       >>> small, cut = jc.shrink(mlp, params, {"up[1]": jnp.arange(8) < 5}, jnp.ones((4, 3)))
       >>> cut["down"].shape, small.widths, small(cut, jnp.ones((1, 3))).tolist()
       ((5, 2), {'up[1]': 5}, [[20.0, 20.0]])
+
+      A file with what was kept is all that another process needs beside ``mlp``:
+
+      >>> import os, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = os.path.join(folder, "small.jc")
+      ...     size = jc.save(path, {"params": cut, "kept": small.kept})
+      ...     saved = jc.load(path)
+      >>> small, cut = jc.shrink(mlp, saved["params"], saved["kept"], jnp.ones((4, 3)))
+      >>> cut["down"].shape, small(cut, jnp.ones((1, 3))).tolist()
+      ((5, 2), [[20.0, 20.0]])
     """
-    coupled = read(fn, params, *args, free_outputs=free_outputs)
-    wanted = _wanted(params, coupled.groups, keep, sparsity)
+    again = record.is_kept(keep, params)
+    full = record.full_shapes(params, keep) if again else params
+    coupled = read(fn, full, *args, free_outputs=free_outputs)
+    wanted = coupled.groups.checked(record.by_group(coupled.groups, keep)) if again else None
+    if wanted is None:
+        wanted = _wanted(params, coupled.groups, keep, sparsity)
     if multiple_of > 1:
         wanted = _rounded(params, coupled.groups, wanted, multiple_of)
     wanted = {name: kept for name, kept in wanted.items() if not kept.all()}
-    small = Shrunk(fn, walk.shapes(params), coupled, wanted, free_outputs)
-    leaves = [_sliced(x, small.indices.get(path, {})) for path, x in rules.paths(params)]
+    small = Shrunk(fn, walk.shapes(full), coupled, wanted, free_outputs)
+    leaves = [
+        _sliced(x, small.indices.get(path, {}) if jnp.shape(x) == jnp.shape(before) else {})
+        for (path, x), (_, before) in zip(rules.paths(params), rules.paths(full), strict=True)
+    ]
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)
