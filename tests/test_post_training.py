@@ -9,7 +9,8 @@ import pytest
 
 import jcompress as jc
 from jcompress.formats import rotated
-from jcompress.quantize import AWQ, GPFQ, GPTQ, INQ, LAB, LQER, AdaRound, Int, PowersOfTwo, Rotation, smooth
+from jcompress.quantize import AWQ, GPFQ, GPTQ, INQ, LAB, LQER, AdaRound, Int, PowersOfTwo, Rotation
+from jcompress.rewrite import smooth
 
 
 def correlated(rng, k, n=None):

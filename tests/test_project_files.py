@@ -23,12 +23,12 @@ LAYERS = {
     "io": {"core", "formats", "numeric", "rules", "version"},
     "measure": {"core", "formats", "numeric", "rules"},
     "trace": {"apply", "core", "formats", "numeric", "rules"},
-    "prune": {"apply", "core", "formats", "layers", "numeric", "projection", "rewrite", "rules"},
-    "quantize": {"apply", "core", "formats", "layers", "numeric", "rewrite", "rules", "trace"},
+    "prune": {"apply", "core", "formats", "layers", "numeric", "projection", "rules"},
+    "quantize": {"apply", "core", "formats", "layers", "numeric", "rules", "trace"},
     "factorize": {"core", "formats", "layers", "numeric"},
     "share": {"core", "formats", "layers", "numeric"},
     "sequential": {"apply", "core", "formats", "rules", "trace"},
-    "rewrite": {"core", "formats", "layers", "numeric", "prune", "quantize", "rules", "trace"},
+    "rewrite": {"core", "formats", "layers", "measure", "numeric", "prune", "quantize", "rules", "trace"},
     "budget": {"apply", "core", "formats", "layers", "prune", "rules", "trace"},
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jcompress as jc
+from jcompress import rewrite
 
 Q = jc.quantize
 WIDTH, HEADS, SIZE, HIDDEN, WORDS, LAYERS = 32, 4, 8, 48, 40, 2
@@ -78,7 +79,7 @@ HEADS_OF_VALUES = of_layers({("v", "v_bias"): ["o"]})
 
 def without_scales(params):
     """Norm scales in the kernels; the last one stays, since the table that reads it makes the stream as well."""
-    return Q.fold_norms(params | {"last": jnp.ones(WIDTH)}, NORMS)
+    return rewrite.fold_norms(params | {"last": jnp.ones(WIDTH)}, NORMS)
 
 
 def error(params, tokens, want, method, names="q|k|v|o|gate|up|down"):
@@ -90,7 +91,7 @@ def error(params, tokens, want, method, names="q|k|v|o|gate|up|down"):
 
 def test_folded_norms_keep_the_function(rng, tokens):
     params = parameters(rng)
-    folded = jax.jit(lambda p: Q.fold_norms(p, NORMS))(params)
+    folded = jax.jit(lambda p: rewrite.fold_norms(p, NORMS))(params)
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(folded, tokens), want, atol=2e-5 * float(jnp.abs(want).max()))
     for i in range(LAYERS):
@@ -115,16 +116,16 @@ def test_the_bias_of_a_norm_goes_into_the_bias_of_its_readers(rng):
         return jax.lax.scan(layer, None, p)[1]
 
     pairs = {("norm/scale", "norm/bias"): [("a/kernel", 1), "b/kernel"]}
-    folded = Q.fold_norms(stack, pairs, biases={"b/kernel": "b/shift"})
+    folded = rewrite.fold_norms(stack, pairs, biases={"b/kernel": "b/shift"})
     assert (folded["norm"]["scale"] == 1).all() and not folded["norm"]["bias"].any()
     for a, b in zip(fn(folded, x), fn(stack, x), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     with pytest.raises(ValueError, match="b/bias: there is no such parameter"):
-        Q.fold_norms(stack, pairs)
+        rewrite.fold_norms(stack, pairs)
     with pytest.raises(ValueError, match=r"a/bias: found shape \(3, 2, 4\), expected \(3, 5\) as outputs of b/kernel"):
-        Q.fold_norms(stack, pairs, biases={"b/kernel": "a/bias"})
+        rewrite.fold_norms(stack, pairs, biases={"b/kernel": "a/bias"})
     with pytest.raises(ValueError, match=r"a/kernel: axis -2 of shape \(3, 8, 2, 4\) does not fit norm/scale"):
-        Q.fold_norms(stack, {"norm/scale": ["a/kernel"]})
+        rewrite.fold_norms(stack, {"norm/scale": ["a/kernel"]})
 
 
 def test_a_folded_rotation_keeps_the_function_and_hides_outliers(rng, tokens):
@@ -135,7 +136,7 @@ def test_a_folded_rotation_keeps_the_function_and_hides_outliers(rng, tokens):
         layer |= {name: layer[name].at[..., 5].divide(20.0) for name in ("o", "o_bias", "down")}
         layer |= {name: layer[name].at[5].mul(20.0) for name in ("gate", "up", "v", "q", "k")}
     plain = without_scales(params)
-    turned = jax.jit(lambda p: Q.fold_rotations(p, STREAM))(plain)
+    turned = jax.jit(lambda p: rewrite.fold_rotations(p, STREAM))(plain)
     want = transformer(plain, tokens)
     np.testing.assert_allclose(transformer(turned, tokens), want, atol=5e-5 * float(jnp.abs(want).max()))
     for path in ("gate", "up", "v"):
@@ -152,20 +153,20 @@ def test_heads_are_rotated_alike_where_they_share_values(rng, tokens):
         layer = params[f"layer{i}"]  # channels of values that are large, and read by little
         layer["v"] = layer["v"].at[:, jnp.array([2, 10])].mul(8.0)
         layer["o"] = layer["o"].reshape(4, SIZE, WIDTH).at[:, 2].divide(8.0).reshape(-1, WIDTH)
-    turned = Q.fold_rotations(params, HEADS_OF_VALUES, block_size=SIZE)
+    turned = rewrite.fold_rotations(params, HEADS_OF_VALUES, block_size=SIZE)
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(turned, tokens), want, atol=5e-5 * float(jnp.abs(want).max()))
     errors = [error(p, tokens, want, Q.Int(4, axis=None), "v|o") for p in (turned, params)]
     assert errors[0] < 0.75 * errors[1]
-    whole = Q.fold_rotations(params, {("layer0/gate", "layer0/up"): ["layer0/down"]})
+    whole = rewrite.fold_rotations(params, {("layer0/gate", "layer0/up"): ["layer0/down"]})
     assert float(jnp.abs(transformer(whole, tokens) - want).max()) > 0.1  # an activation lies between
 
 
 def test_rotating_twice_by_other_signs_is_still_the_function(rng, tokens):
     params = without_scales(parameters(rng))
-    first, second = (Q.fold_rotations(params, STREAM, seed=seed) for seed in (0, 1))
+    first, second = (rewrite.fold_rotations(params, STREAM, seed=seed) for seed in (0, 1))
     assert bool((first["embed"] != second["embed"]).any())
-    both = Q.fold_rotations(first, STREAM, seed=1)
+    both = rewrite.fold_rotations(first, STREAM, seed=1)
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(both, tokens), want, atol=5e-5 * float(jnp.abs(want).max()))
 
@@ -177,7 +178,7 @@ def test_folded_scales_keep_the_function_and_serve_the_channels_that_matter(rng,
     params = parameters(rng, spread=2.0)
     stats = jc.calibrate(transformer, params, [tokens], statistics=["gram"])
     method = Q.AWQ(Q.Int(3), points=10)
-    folded = jax.jit(lambda p: Q.fold_scales(p, stats, SCALED, method))(params)
+    folded = jax.jit(lambda p: rewrite.fold_scales(p, stats, SCALED, method))(params)
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(folded, tokens), want, atol=2e-5 * float(jnp.abs(want).max()))
     assert error(folded, tokens, want, method.grid) < 0.7 * error(params, tokens, want, method.grid)
@@ -194,7 +195,7 @@ def test_folded_scales_give_the_codes_of_nodes_that_keep_them(rng):
     stats = jc.calibrate(fn, params, [x], statistics=["gram"])
     method = Q.AWQ(Q.Int(3), points=8)
     node = jc.compress(params, jc.plan(params, [("b", method)]), stats=stats)["b"]
-    folded = Q.fold_scales(params, stats, {("a", "bias"): ["b"]}, method)
+    folded = rewrite.fold_scales(params, stats, {("a", "bias"): ["b"]}, method)
     codes = Q.Int(3)(folded["b"]).codes
     assert float((codes == node.values.codes).mean()) > 0.98  # scales of nodes are rounded to bfloat16
     scale = 1 / node.scale.materialize().astype(jnp.float32)[:, 0]
@@ -205,7 +206,7 @@ def test_folded_scales_give_the_codes_of_nodes_that_keep_them(rng):
 def test_smoothing_may_end_in_a_kernel_too(rng, tokens):
     params = parameters(rng)
     stats = jc.calibrate(transformer, params, [tokens], statistics=["absmax"])
-    moved = Q.smooth(params, stats, of_layers({("up",): ["down"]}))
+    moved = rewrite.smooth(params, stats, of_layers({("up",): ["down"]}))
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(moved, tokens), want, atol=2e-5 * float(jnp.abs(want).max()))
     assert bool((moved["layer0"]["up"] != params["layer0"]["up"]).any())
@@ -224,8 +225,8 @@ def test_layers_stacked_for_scan_and_heads(rng):
 
     want = fn(params, x)
     stats = jc.calibrate(fn, params, [x], statistics=["gram"])
-    scaled = Q.fold_scales(params, stats, {"v": ["o"]}, Q.AWQ(jc.stacked(Q.Int(3)), points=5))
-    turned = Q.fold_rotations(params, {"v": ["o"]})
+    scaled = rewrite.fold_scales(params, stats, {"v": ["o"]}, Q.AWQ(jc.stacked(Q.Int(3)), points=5))
+    turned = rewrite.fold_rotations(params, {"v": ["o"]})
     for other in (scaled, turned):
         assert bool((other["v"] != params["v"]).any())
         np.testing.assert_allclose(fn(other, x), want, atol=1e-5)
@@ -233,7 +234,7 @@ def test_layers_stacked_for_scan_and_heads(rng):
 
 def test_bfloat16_parameters_stay_so(rng):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"a": normal(rng, 16, 16), "b": normal(rng, 16, 16)})
-    turned = Q.fold_rotations(params, {"a": ["b"]})
+    turned = rewrite.fold_rotations(params, {"a": ["b"]})
     assert turned["a"].dtype == turned["b"].dtype == jnp.bfloat16
     product = [jnp.matmul(p["a"], p["b"], preferred_element_type=jnp.float32) for p in (params, turned)]
     np.testing.assert_allclose(product[1], product[0], atol=0.05)
@@ -245,26 +246,28 @@ def test_errors_name_the_path_and_the_fix(rng, tokens):
     node = Q.Int(4)(params["layer0"]["up"])
     compressed = params | {"layer0": params["layer0"] | {"up": node}}
     for message, fold in {
-        "layer0/w: there is no such parameter": lambda: Q.fold_rotations(params, {"layer0/w": ["layer0/o"]}),
-        "layer0/up: found a Quantized node, expected an array; fold first": lambda: Q.fold_norms(
+        "layer0/w: there is no such parameter": lambda: rewrite.fold_rotations(params, {"layer0/w": ["layer0/o"]}),
+        "layer0/up: found a Quantized node, expected an array; fold first": lambda: rewrite.fold_norms(
             compressed, {"layer0/after": ["layer0/up"]}
         ),
-        "last: found no kernel that reads": lambda: Q.fold_norms(params, {"last": []}),
+        "last: found no kernel that reads": lambda: rewrite.fold_norms(params, {"last": []}),
         r"layer0/q: found shape \(32, 4, 8\), expected axis -2 to be 32, as the last axis of embed is; name the axis": (
-            lambda: Q.fold_rotations(params, {"embed": ["layer0/q"]})
+            lambda: rewrite.fold_rotations(params, {"embed": ["layer0/q"]})
         ),
-        r"layer0/o: found shape \(32, 32\), expected axis -2 to be blocks of 7": lambda: Q.fold_rotations(
+        r"layer0/o: found shape \(32, 32\), expected axis -2 to be blocks of 7": lambda: rewrite.fold_rotations(
             {"v": jnp.ones((2, 14))} | params, {"v": ["layer0/o"]}, block_size=7
         ),
-        r"embed: found shape \(40, 32\), expected axis 2": lambda: Q.fold_rotations(params, {"last": [("embed", 2)]}),
-        "block_size=0 must be positive": lambda: Q.fold_rotations(params, {"embed": ["layer0/up"]}, block_size=0),
+        r"embed: found shape \(40, 32\), expected axis 2": lambda: rewrite.fold_rotations(
+            params, {"last": [("embed", 2)]}
+        ),
+        "block_size=0 must be positive": lambda: rewrite.fold_rotations(params, {"embed": ["layer0/up"]}, block_size=0),
         r"layer0/v: found shape \(32, 16\), expected \('...', 32\): its last axes make the 32 inputs of layer0/o": (
-            lambda: Q.fold_scales(params, stats, {"layer0/v": ["layer0/o"]}, Q.AWQ(Q.Int(4)))
+            lambda: rewrite.fold_scales(params, stats, {"layer0/v": ["layer0/o"]}, Q.AWQ(Q.Int(4)))
         ),
         r"layer0/down: found a Gram matrix of shape \(1, 48, 48\), expected \(1, 32, 32\) as that of layer0/up": (
-            lambda: Q.fold_scales(params, stats, {"layer0/after": ["layer0/up", "layer0/down"]}, Q.AWQ(Q.Int(4)))
+            lambda: rewrite.fold_scales(params, stats, {"layer0/after": ["layer0/up", "layer0/down"]}, Q.AWQ(Q.Int(4)))
         ),
-        "layer0/up: needs 'gram'": lambda: Q.fold_scales(params, {}, {"layer0/after": ["layer0/up"]}),
+        "layer0/up: needs 'gram'": lambda: rewrite.fold_scales(params, {}, {"layer0/after": ["layer0/up"]}),
     }.items():
         with pytest.raises(ValueError, match=message):
             fold()

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import jcompress as jc
-from jcompress.prune import structured
-from jcompress.prune.structured import NormPaths
+from jcompress.rewrite import NormPaths
 
 
 def statistics(rng, n):
@@ -39,7 +38,7 @@ def test_folding_is_exact(rng, name):
     params["bias"] = jnp.asarray(rng.normal(size=6), jnp.float32)
     s = statistics(rng, 6)
     expected = normalized(layer.apply({"params": params}, x), s, 1e-3)
-    kernel, bias = structured.fold_batch_norm(params["kernel"], params["bias"], **s, epsilon=1e-3, axis=axis)
+    kernel, bias = jc.rewrite.fold_batch_norm(params["kernel"], params["bias"], **s, epsilon=1e-3, axis=axis)
     found = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
@@ -72,7 +71,7 @@ def paths(layer, norm, bias):
 def test_folded_variables_run_in_the_same_model(net):
     variables, x = net
     norms = [paths("Conv_0", 0, None), paths("Dense_0", 1, "params/Dense_0/bias")]
-    folded = structured.fold_batch_norms(variables, norms)
+    folded = jc.rewrite.fold_batch_norms(variables, norms)
     np.testing.assert_allclose(Net().apply(folded, x), Net().apply(variables, x), rtol=1e-4, atol=1e-5)
     assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, variables)
     np.testing.assert_array_equal(folded["params"]["BatchNorm_1"]["bias"], 0)
@@ -95,14 +94,14 @@ def test_statistics_of_the_first_norm_are_those_of_all_data(net, momentum):
     out = nn.Conv(5, (3, 3), use_bias=False).apply({"params": variables["params"]["Conv_0"]}, x)
     for split in ([12], [6, 6], [1, 2, 9]):
         batches = [x[sum(split[:i]) :][:n] for i, n in enumerate(split)]
-        new = structured.reestimate(updates(variables), old, batches, momentum=momentum)["BatchNorm_0"]
+        new = jc.rewrite.reestimate(updates(variables), old, batches, momentum=momentum)["BatchNorm_0"]
         np.testing.assert_allclose(new["mean"], out.mean((0, 1, 2)), rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(new["var"], out.var((0, 1, 2)), rtol=1e-4)
 
 
 def test_one_batch_gives_evaluation_what_training_sees(net):
     variables, x = net
-    new = structured.reestimate(updates(variables), variables["batch_stats"], [(x,)])
+    new = jc.rewrite.reestimate(updates(variables), variables["batch_stats"], [(x,)])
     trained, _ = Net().apply(variables, x, train=True, mutable=["batch_stats"])
     found = Net().apply(variables | {"batch_stats": new}, x)
     np.testing.assert_allclose(found, trained, rtol=1e-3, atol=1e-4)
@@ -112,11 +111,11 @@ def test_reestimation_mends_a_pruned_network(net, rng):
     variables, x = net
     kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 5)), jnp.float32)
     variables["params"]["Conv_0"]["kernel"] = kernel
-    variables["batch_stats"] = structured.reestimate(updates(variables), variables["batch_stats"], [x])
+    variables["batch_stats"] = jc.rewrite.reestimate(updates(variables), variables["batch_stats"], [x])
     pruned = jc.prune.Magnitude(sparsity=0.5)(kernel).materialize()
     params = variables["params"] | {"Conv_0": {"kernel": pruned}}
     stale = {"params": params, "batch_stats": variables["batch_stats"]}
-    fresh = {"params": params, "batch_stats": structured.reestimate(updates(stale), stale["batch_stats"], [x])}
+    fresh = {"params": params, "batch_stats": jc.rewrite.reestimate(updates(stale), stale["batch_stats"], [x])}
     for variables_, expected in ((stale, False), (fresh, True)):
         y = Net().apply(variables_, x)
         offset, scale = params["BatchNorm_1"]["bias"], params["BatchNorm_1"]["scale"]
@@ -127,18 +126,18 @@ def test_reestimation_mends_a_pruned_network(net, rng):
 def test_errors_name_what_is_wrong(net):
     variables, x = net
     with pytest.raises(ValueError, match=r"shape \(3,\), expected \(4,\)"):
-        structured.fold_batch_norm(jnp.ones((2, 4)), 0, 1, 0, jnp.ones(3), jnp.ones(3))
+        jc.rewrite.fold_batch_norm(jnp.ones((2, 4)), 0, 1, 0, jnp.ones(3), jnp.ones(3))
     with pytest.raises(ValueError, match=r"params/Conv_7/kernel: there is no such variable"):
-        structured.fold_batch_norms(variables, [paths("Conv_7", 0, None)])
+        jc.rewrite.fold_batch_norms(variables, [paths("Conv_7", 0, None)])
     bare = NormPaths("params/Conv_0/kernel", "batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var")
     with pytest.raises(ValueError, match="params/Conv_0/kernel: neither the layer nor its norm has a bias"):
-        structured.fold_batch_norms(variables, [bare])
+        jc.rewrite.fold_batch_norms(variables, [bare])
     with pytest.raises(ValueError, match="no batches"):
-        structured.reestimate(updates(variables), variables["batch_stats"], [])
+        jc.rewrite.reestimate(updates(variables), variables["batch_stats"], [])
     with pytest.raises(ValueError, match="mean: the statistic does not move"):
-        structured.reestimate(lambda s, x: s, {"mean": jnp.ones(2)}, [x])
+        jc.rewrite.reestimate(lambda s, x: s, {"mean": jnp.ones(2)}, [x])
     with pytest.raises(ValueError, match="found a variance without a/mean"):
-        structured.reestimate(lambda s, x: s, {"a": {"var": jnp.ones(2)}}, [x])
+        jc.rewrite.reestimate(lambda s, x: s, {"a": {"var": jnp.ones(2)}}, [x])
 
 
 def mlp(p, x):
@@ -161,7 +160,7 @@ def test_corrected_biases_keep_the_mean_outputs(perceptron, method):
     params, x = perceptron
     stats = jc.calibrate(mlp, params, [(x[:20],), (x[20:],)], progress=False)
     small = jc.compress(params, jc.plan(params, [("two/kernel", method)]))
-    fixed = structured.correct_biases(params, small, stats)
+    fixed = jc.rewrite.correct_biases(params, small, stats)
     assert isinstance(fixed["two"]["kernel"], type(small["two"]["kernel"]))
     means = [mlp(jc.materialize(p), x).mean(0) for p in (params, small, fixed)]
     np.testing.assert_allclose(means[2], means[0], atol=1e-5)
@@ -182,7 +181,7 @@ def test_convolutions_are_corrected_too(rng):
     x = jnp.asarray(rng.normal(size=(3, 5, 5, 2)) + 1, jnp.float32)
     stats = jc.calibrate(conv, params, [(x,)], progress=False)
     small = params | {"kernel": jc.prune.Magnitude(sparsity=0.5)(params["kernel"]).materialize()}
-    fixed = structured.correct_biases(params, small, stats)
+    fixed = jc.rewrite.correct_biases(params, small, stats)
     np.testing.assert_allclose(conv(fixed, x).mean((0, 1, 2)), conv(params, x).mean((0, 1, 2)), atol=1e-5)
 
 
@@ -191,4 +190,4 @@ def test_a_compressed_bias_cannot_be_corrected(perceptron):
     stats = jc.calibrate(mlp, params, [(x,)], progress=False)
     small = jc.compress(params, jc.plan(params, [("two/.*", jc.prune.Magnitude(sparsity=0.5))]))
     with pytest.raises(ValueError, match="two/bias: found no dense bias for two/kernel"):
-        structured.correct_biases(params, small, stats)
+        jc.rewrite.correct_biases(params, small, stats)

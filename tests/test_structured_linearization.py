@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+import jcompress as jc
 from jcompress.prune import structured
-from jcompress.prune.structured import Join
 
 
 def test_the_penalty_has_its_gradient_and_none_where_a_channel_is_linear():
@@ -35,33 +35,33 @@ def test_the_prior_makes_the_channels_linear_that_may_be(rng):
         updates, state = tx.update(gradient(slope), state)
         slope = optax.apply_updates(slope, updates)
     np.testing.assert_allclose(slope, [1, 1, 0, 0], atol=0.1)
-    assert float(structured.average_path_length(slope, tolerance=0.1)) == 0.5
+    assert float(jc.measure.average_path_length(slope, tolerance=0.1)) == 0.5
 
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_stacks_count_their_nonlinear_channels(rng, depth):
     slopes = [jnp.asarray(rng.integers(0, 2, size=8), jnp.float32) for _ in range(depth)]
     expected = sum(float((s != 1).mean()) for s in slopes)
-    assert float(structured.average_path_length(slopes)) == pytest.approx(expected)
-    assert float(structured.average_path_length([0.0] * depth)) == depth
-    assert float(structured.average_path_length([1.0] * depth)) == 0
-    assert float(jax.jit(structured.average_path_length)(slopes)) == pytest.approx(expected)
+    assert float(jc.measure.average_path_length(slopes)) == pytest.approx(expected)
+    assert float(jc.measure.average_path_length([0.0] * depth)) == depth
+    assert float(jc.measure.average_path_length([1.0] * depth)) == 0
+    assert float(jax.jit(jc.measure.average_path_length)(slopes)) == pytest.approx(expected)
 
 
 def test_a_residual_join_gives_each_branch_one_half():
     # Four layers of width 4 beside a skip: 256 paths and 1, of which the skip counts as much as all others together.
-    assert float(structured.average_path_length(Join(([0.0] * 4, [])))) == 2
+    assert float(jc.measure.average_path_length([([0.0] * 4, [])])) == 2
     unnormalized = np.mean([4] * 4**4 + [0])
-    assert float(structured.average_path_length(Join(([0.0] * 4, [])))) < unnormalized
+    assert float(jc.measure.average_path_length([([0.0] * 4, [])])) < unnormalized
 
 
 def test_joins_in_series_average_over_all_ways(rng):
     slopes = [jnp.asarray(rng.integers(0, 2, size=10), jnp.float32) for _ in range(7)]
     p = [float((s != 1).mean()) for s in slopes]
-    blocks = [Join((slopes[0:2], [])), Join((slopes[2:3], slopes[3:6], [])), Join(([slopes[6], Join((0.0, []))], []))]
+    blocks = [(slopes[0:2], []), (slopes[2:3], slopes[3:6], []), ([slopes[6], (0.0, [])], [])]
     ways = itertools.product([p[0] + p[1], 0], [p[2], sum(p[3:6]), 0], [p[6] + 1, p[6], 0, 0])
     expected = np.mean([sum(way) for way in ways])
-    assert float(structured.average_path_length(blocks)) == pytest.approx(expected, rel=1e-5)
+    assert float(jc.measure.average_path_length(blocks)) == pytest.approx(expected, rel=1e-5)
 
 
 def drawn(rng, *shape):
@@ -72,7 +72,7 @@ def drawn(rng, *shape):
 def test_merged_dense_layers_are_the_two_in_turn(rng, biases):
     w1, w2, x = drawn(rng, 5, 7), drawn(rng, 7, 3), drawn(rng, 4, 5)
     b1, b2 = (drawn(rng, n) if there else None for n, there in zip((7, 3), biases, strict=True))
-    w, b = structured.merge_dense((w1, b1), (w2, b2))
+    w, b = jc.rewrite.merge_dense((w1, b1), (w2, b2))
     expected = (x @ w1 + (0 if b1 is None else b1)) @ w2 + (0 if b2 is None else b2)
     np.testing.assert_allclose(x @ w + (0 if b is None else b), expected, rtol=1e-4, atol=1e-4)
     assert (b is None) == (not any(biases))
@@ -104,7 +104,7 @@ def test_merged_convolutions_are_the_two_in_turn(rng, case):
     k1, k2, b1, b2 = drawn(rng, *one, 3, 5), drawn(rng, *two, 5, 4), drawn(rng, 5), drawn(rng, 4)
     x = drawn(rng, 2, *[11 - len(one)] * len(one), 3)
     expected = convolve(convolve(x, k1, b1, first, pad1), k2, b2, second, pad2)
-    kernel, bias = structured.merge_convolutions((k1, b1), (k2, b2), first)
+    kernel, bias = jc.rewrite.merge_convolutions((k1, b1), (k2, b2), first)
     strides = tuple(a * b for a, b in zip(first, second, strict=True))
     found = convolve(x, kernel, bias, strides, pad1)
     assert found.shape == expected.shape
@@ -113,7 +113,7 @@ def test_merged_convolutions_are_the_two_in_turn(rng, case):
 
 def test_a_pointwise_layer_without_bias_merges_under_padding(rng):
     k1, k2, x = drawn(rng, 1, 1, 3, 5), drawn(rng, 3, 3, 5, 4), drawn(rng, 2, 6, 6, 3)
-    kernel, bias = structured.merge_convolutions((k1, None), (k2, None))
+    kernel, bias = jc.rewrite.merge_convolutions((k1, None), (k2, None))
     assert bias is None
     expected = convolve(convolve(x, k1, 0), k2, 0, padding="SAME")
     np.testing.assert_allclose(convolve(x, kernel, 0, padding="SAME"), expected, atol=1e-4)
@@ -121,10 +121,10 @@ def test_a_pointwise_layer_without_bias_merges_under_padding(rng):
 
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"merge_dense: found kernels of shapes \(2, 3\) and \(4, 5\)"):
-        structured.merge_dense((jnp.ones((2, 3)), None), (jnp.ones((4, 5)), None))
+        jc.rewrite.merge_dense((jnp.ones((2, 3)), None), (jnp.ones((4, 5)), None))
     with pytest.raises(ValueError, match=r"strides \(1,\), expected as many window axes"):
-        structured.merge_convolutions((jnp.ones((3, 3, 1, 1)), None), (jnp.ones((3, 3, 1, 1)), None), (1,))
-    with pytest.raises(ValueError, match="Join of no branches"):
-        structured.average_path_length(Join(()))
+        jc.rewrite.merge_convolutions((jnp.ones((3, 3, 1, 1)), None), (jnp.ones((3, 3, 1, 1)), None), (1,))
+    with pytest.raises(ValueError, match="tuple of no branches"):
+        jc.measure.average_path_length(())
     with pytest.raises(ValueError, match="without slopes"):
-        structured.average_path_length(jnp.ones(0))
+        jc.measure.average_path_length(jnp.ones(0))

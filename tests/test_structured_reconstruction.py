@@ -69,7 +69,7 @@ def test_a_duplicated_channel_is_cut_without_loss(rng):
     groups, stats = known(mlp, params, x)
     keep = {hidden_of(groups): jnp.arange(10) != 7}
     assert error(mlp, params, params, groups, keep, x) > 0.05
-    assert error(mlp, params, structured.reconstruct(params, groups, keep, stats), groups, keep, x) < 1e-5
+    assert error(mlp, params, jc.rewrite.reconstruct(params, groups, keep, stats), groups, keep, x) < 1e-5
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
@@ -82,7 +82,7 @@ def test_least_squares_equals_numpy_and_leaves_a_residual_orthogonal_to_what_sta
     x = jnp.asarray(rng.normal(size=(60, 6)), jnp.float32)
     groups, stats = known(mlp, params, x)
     keep = {hidden_of(groups): jnp.asarray(rng.permutation(10) < 6)}
-    new = structured.reconstruct(params, groups, keep, stats)["down/kernel"]
+    new = jc.rewrite.reconstruct(params, groups, keep, stats)["down/kernel"]
     h = np.asarray(jax.nn.relu(x @ params["up/kernel"] + params["up/bias"]), np.float64)
     kept = np.asarray(keep[hidden_of(groups)])
     target = h @ np.asarray(params["down/kernel"], np.float64)
@@ -105,7 +105,7 @@ def test_convolutions_and_flattened_images_are_refitted(rng, path):
     name = hidden_of(groups, path, 3)
     keep = {name: jnp.arange(groups[name].size) != 3}
     assert error(cnn, params, params, groups, keep, x) > 0.05
-    assert error(cnn, params, structured.reconstruct(params, groups, keep, stats), groups, keep, x) < 1e-4
+    assert error(cnn, params, jc.rewrite.reconstruct(params, groups, keep, stats), groups, keep, x) < 1e-4
 
 
 def test_two_groups_read_by_one_kernel_are_refitted_together(rng):
@@ -121,10 +121,10 @@ def test_two_groups_read_by_one_kernel_are_refitted_together(rng):
     x = jnp.asarray(rng.normal(size=(40, 5)), jnp.float32)
     groups, stats = known(fn, params, x)
     keep = {hidden_of(groups, "a"): jnp.arange(4) != 3, hidden_of(groups, "b"): jnp.arange(6) != 2}
-    new = structured.reconstruct(params, groups, keep, stats)
+    new = jc.rewrite.reconstruct(params, groups, keep, stats)
     assert error(fn, params, new, groups, keep, x) < 1e-5
     # Only one group is cut: what belongs to the other stays.
-    new = structured.reconstruct(params, groups, {hidden_of(groups, "a"): keep[hidden_of(groups, "a")]}, stats)
+    new = jc.rewrite.reconstruct(params, groups, {hidden_of(groups, "a"): keep[hidden_of(groups, "a")]}, stats)
     assert not bool(jnp.any(jnp.all(new["c"][4:] == 0, axis=1)))
 
 
@@ -139,7 +139,7 @@ def test_scanned_layers_are_refitted_one_by_one(rng):
     groups, stats = known(fn, params, x)
     assert stats["b"].gram.shape == (3, 8, 8)
     keep = {hidden_of(groups, "a", 2): jnp.arange(8) != 5}
-    new = structured.reconstruct(params, groups, keep, stats)
+    new = jc.rewrite.reconstruct(params, groups, keep, stats)
     assert error(fn, params, new, groups, keep, x) < 1e-4
     np.testing.assert_allclose(new["b"][:, 0], params["b"][:, 0] + params["b"][:, 5], rtol=1e-3, atol=1e-3)
     assert bool(structured.keep(structured.thinet(params, groups, stats), groups, 0.5)[hidden_of(groups, "a", 2)].any())
@@ -163,7 +163,7 @@ def test_grouped_convolutions_are_refitted_group_by_group(rng):
     keep = {name: jnp.arange(4) != 3}
     assert error(fn, params, params, groups, keep, x) > 0.05
     for biases in ({}, {"two": "bias"}):
-        new = structured.reconstruct(params, groups, keep, stats, biases=biases)
+        new = jc.rewrite.reconstruct(params, groups, keep, stats, biases=biases)
         assert error(fn, params, new, groups, keep, x) < 1e-4
     assert structured.thinet(params, groups, stats)[name].shape == (4,)
     np.testing.assert_allclose(structured.apoz(params, groups, stats)[name], 1)
@@ -186,8 +186,8 @@ def test_any_14_columns_of_rank_12_activations_lose_nothing(rng):
         kept = np.random.default_rng(seed).permutation(24) < 14
         keep = {hidden_of(groups, "up"): jnp.asarray(kept)}
         assert error(fn, params, params, groups, keep, x) > 0.3
-        assert error(fn, params, structured.liar(params, groups, keep, stats, ridge=0.0), groups, keep, x) < 1e-4
-        assert error(fn, params, structured.liar(params, groups, keep, stats), groups, keep, x) < 3e-2
+        assert error(fn, params, jc.rewrite.liar(params, groups, keep, stats, ridge=0.0), groups, keep, x) < 1e-4
+        assert error(fn, params, jc.rewrite.liar(params, groups, keep, stats), groups, keep, x) < 3e-2
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-4, 1e-2, 1.0, 100.0])
@@ -198,8 +198,8 @@ def test_the_error_is_never_above_that_of_plain_pruning(rng, ridge):
     for seed in range(10):
         keep = {hidden_of(groups): jnp.asarray(np.random.default_rng(seed).permutation(10) < 1 + seed)}
         plain = error(mlp, params, params, groups, keep, x)
-        for new in (structured.reconstruct(params, groups, keep, stats, ridge),
-                    structured.liar(params, groups, keep, stats, ridge)):  # fmt: skip
+        for new in (jc.rewrite.reconstruct(params, groups, keep, stats, ridge),
+                    jc.rewrite.liar(params, groups, keep, stats, ridge)):  # fmt: skip
             assert error(mlp, params, new, groups, keep, x) <= plain * (1 + 1e-5) + 1e-6
 
 
@@ -209,7 +209,7 @@ def test_the_ridge_solution_is_the_closed_form(rng):
     groups, stats = known(mlp, params, x)
     kept = rng.permutation(10) < 6
     keep = {hidden_of(groups): jnp.asarray(kept)}
-    new = structured.reconstruct(params, groups, keep, stats, ridge=0.1)["down/kernel"]
+    new = jc.rewrite.reconstruct(params, groups, keep, stats, ridge=0.1)["down/kernel"]
     h = np.asarray(jax.nn.relu(x @ params["up/kernel"] + params["up/bias"]), np.float64)
     gram, w = h.T @ h, np.asarray(params["down/kernel"], np.float64)
     inverse = np.linalg.inv(gram[kept][:, kept] + 0.1 * np.diag(np.diag(gram)[kept]))
@@ -224,9 +224,9 @@ def test_biases_take_the_mean_and_constants_cost_nothing(rng):
     groups, stats = known(mlp, params, x)
     keep = {hidden_of(groups): jnp.arange(10) != 3}
     assert structured.beside(params, groups)["down/kernel"] == "down/bias"
-    assert error(mlp, params, structured.liar(params, groups, keep, stats, ridge=0.0), groups, keep, x) < 1e-5
+    assert error(mlp, params, jc.rewrite.liar(params, groups, keep, stats, ridge=0.0), groups, keep, x) < 1e-5
     keep = {hidden_of(groups): jnp.arange(10) < 5}
-    new = structured.liar(params, groups, keep, stats)
+    new = jc.rewrite.liar(params, groups, keep, stats)
     cut = jc.trace.mask(new, groups, keep)
     np.testing.assert_allclose(mlp(cut, x).mean(0), mlp(params, x).mean(0), rtol=1e-4, atol=1e-4)
 
@@ -239,7 +239,7 @@ def test_reconstruction_runs_under_jit_and_shrinks(rng):
 
     def cut(params, stats, s):
         keep = structured.keep(scores, groups, s)
-        return keep, structured.liar(params, groups, keep, stats)
+        return keep, jc.rewrite.liar(params, groups, keep, stats)
 
     keep, new = jax.jit(cut)(params, stats, 0.5)
     for path, value in cut(params, stats, 0.5)[1].items():
@@ -253,7 +253,7 @@ def test_half_precision_kernels_keep_their_dtype(rng):
     x = jnp.asarray(rng.normal(size=(40, 6)), jnp.bfloat16)
     groups, stats = known(mlp, params, x)
     keep = structured.keep(structured.l1(params, groups), groups, 0.5)
-    assert {w.dtype for w in structured.liar(params, groups, keep, stats).values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {w.dtype for w in jc.rewrite.liar(params, groups, keep, stats).values()} == {jnp.dtype(jnp.bfloat16)}
 
 
 # Lasso and ThiNet.
@@ -290,7 +290,7 @@ def test_lasso_and_refitting_cut_copies_and_dead_channels_first(rng):
     keep = structured.keep(scores, groups, sparsity=0.2)
     cut = set(np.flatnonzero(~np.asarray(keep[hidden_of(groups)])))
     assert cut in ({4, 7}, {4, 2})
-    assert error(mlp, params, structured.reconstruct(params, groups, keep, stats), groups, keep, x) < 1e-5
+    assert error(mlp, params, jc.rewrite.reconstruct(params, groups, keep, stats), groups, keep, x) < 1e-5
 
 
 def test_thinet_takes_the_greedy_order_of_a_loop(rng):
@@ -375,7 +375,7 @@ def test_a_channel_whose_norm_has_scale_zero_folds_into_the_next_bias(rng):
     name = hidden_of(groups, "one/kernel", 3)
     keep = {name: structured.slimming(params, {name: groups[name]}, "norm/scale")[name] > 0}
     assert keep[name].tolist() == [True, False, True, True, False, True]
-    folded = structured.fold_constants(params, groups, keep, {name: jax.nn.relu(params["norm/bias"])})
+    folded = jc.rewrite.fold_constants(params, groups, keep, {name: jax.nn.relu(params["norm/bias"])})
     assert error(fn, params, params, groups, keep, x) > 0.05
     assert error(fn, params, folded, groups, keep, x) < 1e-5
     small_fn, small = jc.shrink(fn, folded, keep, x)
@@ -395,12 +395,12 @@ def test_constants_fold_into_a_running_mean_too(rng):
     name = hidden_of(groups, "a")
     keep = {name: jnp.arange(4) != 1}
     values = {name: jax.nn.relu(params["c"])}
-    folded = structured.fold_constants(params, groups, keep, values, {"w": "-mean"})
+    folded = jc.rewrite.fold_constants(params, groups, keep, values, {"w": "-mean"})
     assert error(fn, params, folded, groups, keep, x) < 1e-6
     with pytest.raises(ValueError, match=r"w: it reads .* has no bias to take the constants"):
-        structured.fold_constants(params, groups, keep, values)
+        jc.rewrite.fold_constants(params, groups, keep, values)
     with pytest.raises(ValueError, match=r"c: found shape \(4,\), expected the last axes of \(2,\)"):
-        structured.fold_constants(params, groups, keep, values, {"w": "c"})
+        jc.rewrite.fold_constants(params, groups, keep, values, {"w": "c"})
 
 
 # What is missing.
@@ -411,7 +411,7 @@ def test_missing_or_unfitting_statistics_are_explained(rng):
     groups = {"g": structured.ManualGroup(size=4, producers=(("up", 1),), consumers=(("down", 0),))}
     keep = {"g": jnp.arange(4) < 2}
     with pytest.raises(ValueError, match=r"down: the group 'g' needs 'gram' .* pass stats=jc.calibrate"):
-        structured.reconstruct(params, groups, keep, {})
+        jc.rewrite.reconstruct(params, groups, keep, {})
     with pytest.raises(ValueError, match=r"down: the group 'g' needs 'zeros'"):
         structured.apoz(params, groups, {"down": types.SimpleNamespace(axes=(0,))})
     stat = types.SimpleNamespace(gram=jnp.eye(3), axes=(0,))
@@ -419,14 +419,14 @@ def test_missing_or_unfitting_statistics_are_explained(rng):
         structured.thinet(params, groups, {"down": stat})
     stat = types.SimpleNamespace(gram=jnp.eye(4), axes=(0,))
     with pytest.raises(ValueError, match=r"down: the bias is refitted from 'sum' and 'count'"):
-        structured.reconstruct(params, groups, keep, {"down": stat}, biases={"down": "bias"})
+        jc.rewrite.reconstruct(params, groups, keep, {"down": stat}, biases={"down": "bias"})
     stat = types.SimpleNamespace(gram=jnp.eye(4), axes=(0,), sum=jnp.ones(4), count=3)
     with pytest.raises(ValueError, match=r"up: found shape \(3, 4\), expected \(2,\), the outputs of down"):
-        structured.reconstruct(params, groups, keep, {"down": stat}, biases={"down": "up"})
+        jc.rewrite.reconstruct(params, groups, keep, {"down": stat}, biases={"down": "up"})
     with pytest.raises(ValueError, match=r"g: no kernel reads this group"):
         structured.lasso(params, {"g": structured.ManualGroup(size=4, producers=(("up", 1),))}, {})
     tied = types.SimpleNamespace(gram=jnp.eye(4), axes=(0,), others=(stat,))
     with pytest.raises(ValueError, match=r"down: found a kernel that is used in several ways"):
-        structured.reconstruct(params, groups, keep, {"down": tied})
+        jc.rewrite.reconstruct(params, groups, keep, {"down": tied})
     with pytest.raises(ValueError, match=r"h: there is no such group"):
-        structured.reconstruct(params, groups, {"h": keep["g"]}, {"down": stat})
+        jc.rewrite.reconstruct(params, groups, {"h": keep["g"]}, {"down": stat})

@@ -74,7 +74,7 @@ def test_identical_neurons_merge_exactly_and_no_data_is_needed(rng, jitted):
         params[name] = params[name].at[..., 4].set(params[name][..., 1]).at[..., 5].set(params[name][..., 1])
     x = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
     groups = jc.trace.coupling(mlp, params, x)
-    merge = jax.jit(lambda p, s: structured.merge_neurons(p, groups, s)) if jitted else structured.merge_neurons
+    merge = jax.jit(lambda p, s: jc.rewrite.merge_neurons(p, groups, s)) if jitted else jc.rewrite.merge_neurons
     keep, new = merge(params, 1 / 3) if jitted else merge(params, groups, 1 / 3)
     (kept,) = keep.values()
     assert int(kept[jnp.array([1, 4, 5])].sum()) == 1
@@ -92,7 +92,7 @@ def test_identical_filters_merge_through_convolutions_and_flattening(rng):
     x = jnp.asarray(rng.normal(size=(4, 3, 3, 2)), jnp.float32)
     groups = jc.trace.coupling(cnn, params, x)
     fractions = {hidden_of(groups, "one"): 0.2, hidden_of(groups, "two"): 0.25}
-    keep, new = structured.merge_neurons(params, groups, fractions)
+    keep, new = jc.rewrite.merge_neurons(params, groups, fractions)
     cut = {name: np.flatnonzero(~np.asarray(k)).tolist() for name, k in keep.items()}
     assert cut[hidden_of(groups, "one")] in ([0], [3])
     assert cut[hidden_of(groups, "two")] in ([1], [2])
@@ -104,7 +104,7 @@ def test_neurons_that_differ_in_bias_alone_are_not_identical(rng):
     params["a"] = params["a"].at[:, 4].set(params["a"][:, 1]).at[:, 3].set(params["a"][:, 2] + 1e-3)
     params["bias"] = params["bias"].at[1].set(5.0).at[4].set(-5.0).at[3].set(params["bias"][2])
     groups = jc.trace.coupling(mlp, params, jnp.ones((2, 5)))
-    (kept,) = structured.merge_neurons(params, groups, 1 / 6)[0].values()
+    (kept,) = jc.rewrite.merge_neurons(params, groups, 1 / 6)[0].values()
     assert int(kept[jnp.array([2, 3])].sum()) == 1
 
 
@@ -119,7 +119,7 @@ def test_merging_follows_the_least_saliency_of_a_loop(rng):
         )
         a[i], a[j] = a[i] + a[j], 0
         alive.remove(j)
-    keep, new = structured.merge_neurons(params, groups, 4 / 6)
+    keep, new = jc.rewrite.merge_neurons(params, groups, 4 / 6)
     assert np.flatnonzero(*keep.values()).tolist() == alive
     np.testing.assert_allclose(new["b"], a, rtol=1e-5, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_merging_follows_the_least_saliency_of_a_loop(rng):
 def test_one_neuron_always_stays(rng):
     params = random_params(rng, MLP)
     groups = jc.trace.coupling(mlp, params, jnp.ones((2, 5)))
-    (kept,) = structured.merge_neurons(params, groups, 1.0)[0].values()
+    (kept,) = jc.rewrite.merge_neurons(params, groups, 1.0)[0].values()
     assert int(kept.sum()) == 1
 
 
@@ -135,11 +135,11 @@ def test_what_cannot_merge_is_explained(rng):
     params = random_params(rng, MLP)
     groups = {"g": structured.ManualGroup(size=6, producers=(("a", 1),))}
     with pytest.raises(ValueError, match=r"g: none of its 1 members .* members='consumers'"):
-        structured.merge_neurons(params, groups, 0.5)
+        jc.rewrite.merge_neurons(params, groups, 0.5)
     with pytest.raises(ValueError, match=r"g: merge_neurons: sparsity=2 is outside"):
-        structured.merge_neurons(params, groups, 2)
+        jc.rewrite.merge_neurons(params, groups, 2)
     with pytest.raises(ValueError, match=r"x: there is no such group"):
-        structured.merge_neurons(params, groups, {"x": 0.5})
+        jc.rewrite.merge_neurons(params, groups, {"x": 0.5})
 
 
 # NISP.

@@ -107,7 +107,7 @@ class Calibration:
         loose = [core.dense(x) if path.endswith("bias") else x for path, x in nodes]
         treedef = jax.tree.structure(tree, is_leaf=core.is_node)
         stats = self.stats(["stats.sum", "stats.count"])
-        found = jc.quantize.correct_biases(self.params, jax.tree.unflatten(treedef, loose), stats)
+        found = jc.rewrite.correct_biases(self.params, jax.tree.unflatten(treedef, loose), stats)
         pairs = zip(nodes, jc.paths(found), strict=True)
         done = [x.project(y) if path.endswith("bias") and core.is_node(x) else y for (path, x), (_, y) in pairs]
         return jax.tree.unflatten(treedef, done)

@@ -1,6 +1,7 @@
 """What compression did: the report, simple ratios, latency, and the picture of accuracy against bytes."""
 
 from jcompress.measure.fronts import Point, non_dominated
+from jcompress.measure.layers import average_path_length, block_influence, cosine, layer_similarity
 from jcompress.measure.picture import pareto
 from jcompress.measure.ratios import compression_ratio, space_saving, sparsity
 from jcompress.measure.rows import Row
@@ -15,11 +16,15 @@ __all__ = [
     "Point",
     "Report",
     "Row",
+    "average_path_length",
+    "block_influence",
     "compression_ratio",
+    "cosine",
     "crowding",
     "gaussian_wasserstein",
     "hypervolume",
     "latency",
+    "layer_similarity",
     "linear_cka",
     "non_dominated",
     "pareto",

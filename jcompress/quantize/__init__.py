@@ -20,9 +20,6 @@ from jcompress.quantize.stochastic import Stochastic
 from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Table
 from jcompress.quantize.ternary import ABCNet, Ternary
 from jcompress.quantize.training.optimizer import gradients, moments
-from jcompress.rewrite.correction import Pair, correct_biases, equalize
-from jcompress.rewrite.folding import fold_norms, fold_rotations, fold_scales
-from jcompress.rewrite.smoothing import smooth
 
 __all__ = [
     "AWQ",
@@ -44,21 +41,14 @@ __all__ = [
     "Float8",
     "Int",
     "Microscaling",
-    "Pair",
     "PowersOfTwo",
     "Rotation",
     "Stochastic",
     "Table",
     "Ternary",
     "activations",
-    "correct_biases",
-    "equalize",
-    "fold_norms",
-    "fold_rotations",
-    "fold_scales",
     "gradients",
     "moments",
     "ranges",
-    "smooth",
     "training",
 ]

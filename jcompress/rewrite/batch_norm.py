@@ -48,8 +48,8 @@ def fold_batch_norm(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jcompress.prune import structured
-      >>> kernel, bias = structured.fold_batch_norm(
+      >>> from jcompress import rewrite
+      >>> kernel, bias = rewrite.fold_batch_norm(
       ...     jnp.ones((2, 1)), 0.0, 2.0, 1.0, mean=jnp.array([3.0]), var=jnp.array([0.25]), epsilon=0.0)
       >>> kernel.ravel().tolist(), bias.tolist()
       ([4.0, 4.0], [-11.0])
@@ -106,10 +106,10 @@ def fold_batch_norms(variables: PyTree, norms: Iterable[NormPaths]) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jcompress.prune import structured
+      >>> from jcompress import rewrite
       >>> tree = {"kernel": jnp.ones((2, 1)), "mean": jnp.array([3.0]), "var": jnp.array([0.25]), "bias": jnp.zeros(1)}
-      >>> norm = structured.NormPaths("kernel", "mean", "var", offset="bias", epsilon=0.0)
-      >>> structured.fold_batch_norms(tree, [norm])["bias"].tolist()
+      >>> norm = rewrite.NormPaths("kernel", "mean", "var", offset="bias", epsilon=0.0)
+      >>> rewrite.fold_batch_norms(tree, [norm])["bias"].tolist()
       [-6.0]
     """
     found = units.leaves(variables)
@@ -181,11 +181,11 @@ def reestimate(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jcompress.prune import structured
+      >>> from jcompress import rewrite
       >>> def update(s, x):
       ...     return {"mean": 0.9 * s["mean"] + 0.1 * x.mean(0), "var": 0.9 * s["var"] + 0.1 * x.var(0)}
       >>> old = {"mean": jnp.zeros(1), "var": jnp.ones(1)}
-      >>> new = structured.reestimate(update, old, [jnp.array([[0.0], [2.0]]), jnp.array([[4.0]])])
+      >>> new = rewrite.reestimate(update, old, [jnp.array([[0.0], [2.0]]), jnp.array([[4.0]])])
       >>> [round(float(x[0]), 4) for x in (new["mean"], new["var"])]
       [2.0, 2.6667]
     """

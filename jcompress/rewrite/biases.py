@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import PyTree
-from jcompress.layers import consumers, units
+from jcompress.layers import matrices, units
 
 
 def correct_biases(
-    dense: PyTree, compressed: PyTree, stats: Mapping[str, Any], biases: Mapping[str, str] | None = None
+    before: PyTree, after: PyTree, stats: Mapping[str, Any], biases: Mapping[str, str] | None = None
 ) -> PyTree:
     """Shift biases so that mean outputs stay what they were, ``b <- b + (W_dense - W_compressed)' mean(x)``.
 
@@ -23,48 +22,54 @@ def correct_biases(
     compressed model in between.
 
     Args:
-      dense: the parameters before.
-      compressed: those after; nodes stay nodes, and of kernels only the difference is read.
-      stats: ``{path: statistics}``; of these ``sum``, ``count`` and ``axes`` are read.
+      before: the dense parameters.
+      after: what became of them; nodes stay nodes, and of kernels only the difference is read.
+      stats: from ``jc.calibrate(fn, before, batches, statistics=("sum", "count"))``.
       biases: ``{path of a kernel: path of its bias}``; by default the leaf named ``bias`` or ``b`` beside each kernel
         that has statistics.
 
     Returns:
-      ``compressed`` with new biases.
+      ``after`` with other biases. A kernel without a bias, or without statistics, is left as it is.
 
     Raises:
-      ValueError: for statistics or a bias that do not fit, or a bias that is compressed itself.
+      ValueError: if no kernel has both statistics and a bias, if statistics lack the sum, or for a bias that is not of
+        its outputs' shape or is compressed itself.
 
     Example:
-      >>> import types, jax.numpy as jnp
-      >>> from jcompress.prune import structured
-      >>> before = {"kernel": jnp.array([[1.0], [2.0]]), "bias": jnp.zeros(1)}
-      >>> after = {"kernel": jnp.array([[0.0], [2.0]]), "bias": jnp.zeros(1)}
-      >>> stats = {"kernel": types.SimpleNamespace(sum=jnp.array([6.0, 1.0]), count=2, axes=(-2,))}
-      >>> structured.correct_biases(before, after, stats)["bias"].tolist()
-      [3.0]
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"kernel": jnp.array([[1.0], [0.4]]), "bias": jnp.zeros(1)}
+      >>> after = jc.compress(params, jc.plan(params, [("kernel", jc.quantize.Int(bits=2))]))
+      >>> fn = lambda p, x: x @ p["kernel"] + p["bias"]
+      >>> stats = jc.calibrate(fn, params, [jnp.array([[1.0, 5.0], [3.0, 5.0]])], statistics=("sum", "count"))
+      >>> jc.rewrite.correct_biases(params, after, stats)["bias"].tolist()
+      [2.0]
     """
-    old, new = units.leaves(dense), units.leaves(compressed)
+    old, new = units.leaves(before), units.leaves(after)
     biases = _beside(old, stats) if biases is None else biases
+    if not biases:
+        raise ValueError(
+            f"correct_biases: no kernel has both statistics and a bias, among {', '.join(old) or 'no leaves'}; pass "
+            "biases={kernel path: bias path}"
+        )
     for path, target in biases.items():
         if target not in new or core.is_node(new[target]):
             raise ValueError(f"{target}: found no dense bias for {path} in the compressed tree; keep it dense")
-        layer = consumers.contraction(path, stats[path].axes[0], path, old, stats, "sum")
-        change = dataclasses.replace(layer, w=layer.w - units.leaf(new, path, path)).matrix()
+        layer = matrices.contraction(path, units.leaf(old, path, path), stats[path], "sum")
+        change = layer.of(layer.w - units.leaf(new, path, path)).matrix()
         mean = jnp.reshape(layer.stat.sum, change.shape[:2]) / jnp.maximum(jnp.reshape(layer.stat.count, (-1, 1)), 1)
         moved = jnp.einsum("lk,lkn->ln", mean.astype(jnp.float32), change, precision="highest")
         if moved.size != new[target].size:
             raise ValueError(f"{target}: found shape {new[target].shape}, expected {layer.outputs}, that of {path}")
         new[target] = (new[target] + moved.reshape(new[target].shape)).astype(new[target].dtype)
-    return units.replace(compressed, new)
+    return units.replace(after, new)
 
 
 def _beside(found: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, str]:
     """The bias of each kernel that has statistics, where there is one."""
     biases = {}
-    for path in stats:
+    for path in found.keys() & stats.keys():
         for name in ("bias", "b"):
             other = "/".join([*path.split("/")[:-1], name])
-            if other in found and other != path and getattr(stats[path], "sum", None) is not None:
+            if other in found and other != path and stats[path].axes:
                 biases[path] = other
     return biases

@@ -1,8 +1,7 @@
-"""Whole layers of the same structure: how alike they are, fusing the most alike, removing the least needed."""
+"""Whole layers of the same structure: the most alike fused, the least needed removed."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,53 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
 from jcompress.core import PyTree
+from jcompress.measure.layers import Similarity, cosine, listed
 
-Similarity = Callable[[Any, Any], jax.Array]
 Fusion = Literal["average", "freeze", "mix"]
-
-
-def cosine(a: PyTree, b: PyTree) -> jax.Array:
-    """The cosine of the angle between all numbers of two trees, in [-1, 1]; 0 if one tree is zero.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jcompress.prune import structured
-      >>> float(structured.cosine({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([3.0, 4.0])})).__round__(4)
-      0.6
-    """
-    pairs = list(zip(*(map(_flat, jax.tree.leaves(t, is_leaf=core.is_node)) for t in (a, b)), strict=True))
-    product = sum(jnp.vdot(x, y, precision="highest") for x, y in pairs)
-    squares = [sum(jnp.vdot(x, x, precision="highest") for x in side) for side in zip(*pairs, strict=True)]
-    norm = jnp.sqrt(squares[0]) * jnp.sqrt(squares[1])
-    return jnp.where(norm > 0, product / jnp.where(norm > 0, norm, 1), 0)
-
-
-def _flat(x: Any) -> jax.Array:
-    return jnp.ravel(core.dense(x)).astype(jnp.float32)
-
-
-def layer_similarity(layers: PyTree, similarity: Similarity = cosine) -> jax.Array:
-    """How alike each two layers are: (layers, layers).
-
-    Args:
-      layers: a list, of the parameters of each layer or of its activations; or one tree whose leaves have the layers
-        on their first axis, as ``jax.lax.scan`` takes them.
-      similarity: ``similarity(a, b)`` of two layers: :func:`cosine`, ``jc.measure.linear_cka`` of activations, or
-        minus ``jc.measure.gaussian_wasserstein``, say.
-
-    Example:
-      >>> import jax.numpy as jnp, jcompress as jc
-      >>> from jcompress.prune import structured
-      >>> structured.layer_similarity({"w": jnp.array([[1.0, 0.0], [0.0, 2.0]])}).tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
-      >>> hidden = [jnp.eye(3), 2 * jnp.eye(3)[::-1]]
-      >>> structured.layer_similarity(hidden, jc.measure.linear_cka).round(3).tolist()
-      [[1.0, 1.0], [1.0, 1.0]]
-    """
-    parts = _listed(layers)
-    return jnp.stack([jnp.stack([similarity(a, b) for b in parts]) for a in parts])
 
 
 def fuse_layers(
@@ -91,13 +47,13 @@ def fuse_layers(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jcompress.prune import structured
+      >>> from jcompress import rewrite
       >>> layers = {"w": jnp.array([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0]])}
-      >>> shorter, sources = structured.fuse_layers(layers, 1)
+      >>> shorter, sources = rewrite.fuse_layers(layers, 1)
       >>> shorter["w"].tolist(), sources
       ([[1.0, 0.10000000149011612], [0.0, 1.0]], [(0, 1), (2,)])
     """
-    parts = _listed(layers)
+    parts = listed(layers)
     _check(parts, count, mode, key)
     sources: list[tuple[int, ...]] = [(i,) for i in range(len(parts))]
     alike = _pairwise(similarity, len(parts))
@@ -161,29 +117,6 @@ def _fused(a: PyTree, b: PyTree, share: float, mode: Fusion, key: jax.Array | No
     return jax.tree.map(lambda x, y, k: jnp.where(jax.random.bernoulli(k, 0.5, x.shape), x, y), a, b, keys)
 
 
-def block_influence(hidden: Sequence[jax.Array] | jax.Array) -> jax.Array:
-    """How much each layer of a residual stream turns it: ``1 - mean cosine(input, output)`` (Men et al. 2024).
-
-    The mean is over all positions. 0 for a layer that leaves the stream as it is; those of the least influence are
-    removed first (ShortGPT, arXiv:2403.03853). Works under ``jit``.
-
-    Args:
-      hidden: the stream before the first layer and after each: layers + 1 arrays (..., features).
-
-    Returns:
-      (layers,), in [0, 2].
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jcompress.prune import structured
-      >>> stream = jnp.array([[[1.0, 0.0]], [[2.0, 0.0]], [[0.0, 3.0]]])
-      >>> structured.block_influence(stream).tolist()
-      [0.0, 1.0]
-    """
-    rows = [jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1]) for x in hidden]
-    return jnp.stack([1 - jnp.mean(jax.vmap(cosine)(a, b)) for a, b in itertools.pairwise(rows)])
-
-
 def remove_layers(layers: PyTree, scores: jax.Array | Sequence[float], count: int) -> tuple[PyTree, list[int]]:
     """Leave out the layers of the lowest scores; of equal ones the later go first.
 
@@ -202,29 +135,16 @@ def remove_layers(layers: PyTree, scores: jax.Array | Sequence[float], count: in
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jcompress.prune import structured
-      >>> structured.remove_layers(["a", "b", "c"], [0.5, 0.1, 0.9], 1)
+      >>> from jcompress import rewrite
+      >>> rewrite.remove_layers(["a", "b", "c"], [0.5, 0.1, 0.9], 1)
       (['a', 'c'], [0, 2])
     """
-    parts, order = _listed(layers), np.asarray(scores, np.float64)
+    parts, order = listed(layers), np.asarray(scores, np.float64)
     _check_count("remove_layers", parts, count)
     if order.shape != (len(parts),):
         raise ValueError(f"remove_layers: found scores of shape {order.shape}, expected ({len(parts)},)")
     kept = sorted(np.argsort(-order, kind="stable")[: len(parts) - count].tolist())
     return _like(layers, [parts[i] for i in kept]), kept
-
-
-def _listed(layers: PyTree) -> list[PyTree]:
-    """The layers one by one."""
-    if isinstance(layers, (list, tuple)):
-        return list(layers)
-    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(layers)}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            f"layers: found first axes {sorted(sizes)} among the leaves, expected one number of layers; pass a list of "
-            "layers if they are not stacked"
-        )
-    return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(next(iter(sizes))[0])]
 
 
 def _like(layers: PyTree, parts: list[PyTree]) -> PyTree:

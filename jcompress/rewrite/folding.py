@@ -51,7 +51,7 @@ def fold_scales(
       >>> params = {"scale": jnp.ones(2), "w": jnp.array([[0.4, 0.3], [1.0, -1.0]])}
       >>> stats = jc.calibrate(fn, params, [jnp.array([[10.0, 0.0], [0.0, 1.0]])], statistics=["gram"])
       >>> method = jc.quantize.AWQ(jc.quantize.Int(bits=2))
-      >>> folded = jc.quantize.fold_scales(params, stats, {"scale": ["w"]}, method)
+      >>> folded = jc.rewrite.fold_scales(params, stats, {"scale": ["w"]}, method)
       >>> [round(float(x), 2) for x in folded["scale"]]
       [0.55, 1.83]
     """
@@ -109,7 +109,7 @@ def fold_norms(
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> params = {"scale": jnp.array([2.0, 3.0]), "kernel": jnp.ones((2, 1))}
-      >>> folded = jc.quantize.fold_norms(params, {"scale": ["kernel"]})
+      >>> folded = jc.rewrite.fold_norms(params, {"scale": ["kernel"]})
       >>> folded["scale"].tolist(), folded["kernel"].ravel().tolist()
       ([1.0, 1.0], [2.0, 3.0])
     """
@@ -168,7 +168,7 @@ def fold_rotations(
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> params = {"up": jnp.array([[8.0, 0.0, 0.0, 0.0]]), "down": jnp.ones((4, 1))}
-      >>> turned = jc.quantize.fold_rotations(params, {"up": ["down"]})
+      >>> turned = jc.rewrite.fold_rotations(params, {"up": ["down"]})
       >>> float(abs(turned["up"]).max()), float((turned["up"] @ turned["down"])[0, 0])
       (4.0, 8.0)
     """

@@ -54,13 +54,14 @@ def reconstruct(
 
     Example:
       >>> import types, jax.numpy as jnp
+      >>> from jcompress import rewrite
       >>> from jcompress.prune import structured
       >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0], [-1.0, -1.0]])
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[3.0], [4.0]])}
       >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))
       >>> stats = {"b": types.SimpleNamespace(gram=x.T @ x, axes=(0,))}
       >>> keep = {"hidden": jnp.array([True, False])}
-      >>> structured.reconstruct(params, {"hidden": hidden}, keep, stats)["b"].round(4).tolist()
+      >>> rewrite.reconstruct(params, {"hidden": hidden}, keep, stats)["b"].round(4).tolist()
       [[7.0], [0.0]]
     """
     found, changes = units.leaves(params), {}
@@ -138,11 +139,12 @@ def fold_constants(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from jcompress import rewrite
       >>> from jcompress.prune import structured
       >>> params = {"next": {"kernel": jnp.array([[1.0], [5.0]]), "bias": jnp.zeros(1)}}
       >>> hidden = structured.ManualGroup(size=2, consumers=(("next/kernel", 0),))
       >>> keep, value = {"hidden": jnp.array([True, False])}, {"hidden": jnp.array([9.0, 2.0])}
-      >>> structured.fold_constants(params, {"hidden": hidden}, keep, value)["next"]["bias"].tolist()
+      >>> rewrite.fold_constants(params, {"hidden": hidden}, keep, value)["next"]["bias"].tolist()
       [10.0]
     """
     biases = consumers.beside(params, groups) if biases is None else biases

@@ -41,7 +41,7 @@ def smooth(
       >>> fn = lambda p, x: (x * p["scale"]) @ p["w"]
       >>> params = {"scale": jnp.ones(2), "w": jnp.array([[1.0], [4.0]])}
       >>> stats = jc.calibrate(fn, params, [jnp.array([[16.0, 1.0]])], statistics=["absmax"])
-      >>> moved = jc.quantize.smooth(params, stats, {"scale": ["w"]})
+      >>> moved = jc.rewrite.smooth(params, stats, {"scale": ["w"]})
       >>> moved["scale"].tolist(), moved["w"][:, 0].tolist()
       ([0.25, 2.0], [4.0, 2.0])
     """

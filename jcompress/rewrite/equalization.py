@@ -1,4 +1,4 @@
-"""What can be mended around a quantized kernel without training: its bias, and the ranges before it is quantized."""
+"""Ranges of channels made equal between the layers that make them and those that read them."""
 
 from __future__ import annotations
 
@@ -10,71 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core, rules
-from jcompress.core import Context, PyTree
-from jcompress.layers import matrices
+from jcompress.core import PyTree
 from jcompress.trace import Group
-
-
-def correct_biases(
-    before: PyTree, after: PyTree, stats: Mapping[str, Any], biases: Mapping[str, str] | None = None
-) -> PyTree:
-    """Take out of the biases by how much compression shifts the mean outputs (Nagel et al. 2019, arXiv:1906.04721).
-
-    ``b <- b - (W' - W)^T mean(x)``: on the calibration data each output of a corrected layer then has the mean that it
-    had. Where layers follow one another the inputs of later ones shift too; the statistics are those of the dense
-    model.
-
-    Args:
-      before: the dense parameters.
-      after: what ``jc.compress`` made of them; biases must be arrays. Its arrays may differ from those of ``before``.
-      stats: from ``jc.calibrate(fn, before, batches, statistics=("sum", "count"))``.
-      biases: for each kernel's path its bias's. By default a sibling: ``.../kernel`` has ``.../bias``. A kernel without
-        a bias, or without statistics, is left as it is.
-
-    Returns:
-      ``after`` with other biases.
-
-    Raises:
-      ValueError: if the statistics lack the sum, if no kernel has a bias, or if a bias is not of its outputs' shape.
-
-    Example:
-      >>> import jax.numpy as jnp, jcompress as jc
-      >>> params = {"kernel": jnp.array([[1.0], [0.4]]), "bias": jnp.zeros(1)}
-      >>> after = jc.compress(params, jc.plan(params, [("kernel", jc.quantize.Int(bits=2))]))
-      >>> fn = lambda p, x: x @ p["kernel"] + p["bias"]
-      >>> stats = jc.calibrate(fn, params, [jnp.array([[1.0, 5.0], [3.0, 5.0]])], statistics=("sum", "count"))
-      >>> jc.quantize.correct_biases(params, after, stats)["bias"].tolist()
-      [2.0]
-    """
-    dense, found = dict(rules.paths(before)), rules.paths(after)
-    leaves = dict(found)
-    pairs = {path: _sibling(path) for path in leaves} if biases is None else dict(biases)
-    chosen = {k: b for k, b in pairs.items() if core.is_node(leaves.get(k)) and b in leaves and k in stats}
-    if not chosen:
-        raise ValueError(
-            f"no compressed kernel has both statistics and a bias, among {', '.join(leaves) or 'no leaves'}; "
-            "pass biases={kernel path: bias path}"
-        )
-    for kernel, bias in chosen.items():
-        shift = _mean_output(kernel, leaves[kernel].materialize() - dense[kernel], stats[kernel])
-        if core.is_node(leaves[bias]) or shift.size != leaves[bias].size:
-            raise ValueError(f"{bias}: expected an array of the {shift.size} outputs of {kernel}; pass biases=")
-        old = leaves[bias]
-        leaves[bias] = (old.astype(jnp.float32) - shift.reshape(old.shape)).astype(old.dtype)
-    treedef = jax.tree.structure(after, is_leaf=core.is_node)
-    return jax.tree.unflatten(treedef, [leaves[path] for path, _ in found])
-
-
-def _sibling(path: str) -> str | None:
-    head, _, name = path.rpartition("kernel")
-    return head + "bias" if not name else None
-
-
-def _mean_output(path: str, w: jax.Array, stat: Any) -> jax.Array:
-    """The mean of ``W^T x`` in the shape of the outputs."""
-    layer, total = matrices.of(w, Context(stats=stat, path=path), "sum")
-    mean = total / jnp.maximum(stat.count.astype(jnp.float32).reshape(-1, 1), 1)
-    return jnp.einsum("lk,lkn->ln", mean, layer.matrix(), precision="highest").reshape(layer.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +74,7 @@ def equalize(params: PyTree, between: Iterable[Pair | Group], rounds: int = 20) 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> params = {"up": jnp.array([[8.0, 1.0]]), "down": jnp.array([[2.0], [4.0]])}
-      >>> params = jc.quantize.equalize(params, [jc.quantize.Pair("up", "down")])
+      >>> params = jc.rewrite.equalize(params, [jc.rewrite.Pair("up", "down")])
       >>> params["up"].tolist(), params["down"].tolist()
       ([[4.0, 2.0]], [[4.0], [2.0]])
     """

@@ -57,13 +57,12 @@ def p_pruning(
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
-      >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, 5.0, 1.0]]), "b": jnp.array([[1.0], [2.0], [3.0]])}
       >>> def fn(p, x):
       ...     return (x @ p["a"]) @ p["b"]
       >>> x = jnp.array([[1.0], [2.0]])
       >>> groups, stats = jc.trace.coupling(fn, params, x), jc.calibrate(fn, params, [(x,)], progress=False)
-      >>> keep, new = structured.p_pruning(params, groups, 1 / 3, stats)
+      >>> keep, new = jc.rewrite.p_pruning(params, groups, 1 / 3, stats)
       >>> keep["a[1]"].tolist(), new["b"].ravel().tolist()
       ([True, True, False], [4.0, 2.0, 0.0])
     """
