@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcompress import core, rules
 from jcompress.core import Context, PyTree
@@ -18,7 +18,7 @@ from jcompress.rules import Plan
 def compress(
     params: PyTree,
     plan: Plan,
-    step: Any = 0,
+    step: Any = None,
     key: jax.Array | None = None,
     stats: Mapping[str, Any] | None = None,
     *,
@@ -32,7 +32,7 @@ def compress(
     Args:
       params: a pytree of arrays.
       plan: from :func:`jcompress.plan`, made for the same structure.
-      step: the step at which hyperparameters that are schedules are read.
+      step: the step at which hyperparameters that are schedules are read; needed where there are any.
       key: for methods that draw random numbers; each leaf gets its own, which depends on its path only.
       stats: ``{path: statistics}`` from calibration.
       grads: gradients, of the structure of ``params``.
@@ -53,47 +53,55 @@ def compress(
       >>> jc.compress(params, plan)["kernel"]
       Masked(values=float32[4,2], mask=bool[4,2])
     """
-    leaves = rules.paths(params)
-    nodes = fit(leaves, plan, contexts_of(params, leaves, step, key, stats, grads, previous))
-    treedef = jax.tree.structure(params, is_leaf=core.is_node)
-    return jax.tree.unflatten(treedef, [nodes[path] if path in nodes else _copy(x) for path, x in leaves])
+    check_plan("compress", plan)
+    leaves = rules.leaves(params)
+    nodes = fit(leaves, plan, contexts_of(params, step, key, stats, grads, previous))
+    return rebuilt(params, nodes)
+
+
+def rebuilt(params: PyTree, nodes: Mapping[str, Any]) -> PyTree:
+    """The tree with nodes in their places and copies of all else."""
+    return rules.rebuild(
+        params, {path: nodes[path] if path in nodes else _copy(x) for path, x in rules.leaves(params).items()}
+    )
 
 
 def _copy(x: Any) -> Any:
-    return jax.tree.map(jnp.copy, x) if core.is_node(x) else jnp.copy(x)
+    """A copy that outlives the donation of the original: of arrays; what NumPy and Python hold stays what it is."""
+    if core.is_node(x):
+        return jax.tree.map(_copy, x)
+    if isinstance(x, jax.Array):
+        return jnp.copy(x)
+    return x.copy() if isinstance(x, np.ndarray) else x
 
 
-def fit(leaves: list[tuple[str, Any]], plan: Plan, contexts: dict[str, Context]) -> dict[str, Any]:
+def check_plan(name: str, plan: Any) -> None:
+    """Raise for what is no plan."""
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"{name}: found {plan!r} of type {type(plan).__name__}, expected a plan; make it with "
+            "jc.plan(params, [('.*/kernel', method)])"
+        )
+
+
+def fit(leaves: Mapping[str, Any], plan: Plan, contexts: Mapping[str, Context]) -> dict[str, Any]:
     """The nodes of all leaves that the plan names."""
     check_paths(leaves, plan)
-    arrays = dict(leaves)
     nodes: dict[str, Any] = {}
-    for unit in units_of(plan):
-        nodes |= fit_unit(unit, plan, arrays, contexts)
+    for unit in plan.units():
+        nodes |= fit_unit(unit, plan, leaves, contexts)
     return nodes
 
 
-def fit_unit(unit: list[str], plan: Plan, arrays: dict[str, Any], contexts: dict[str, Context]) -> dict[str, Any]:
+def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: Mapping[str, Context]) -> dict[str, Any]:
     """The nodes of leaves that are decided together."""
-    for path in unit:
-        _check_array(path, arrays[path])
-    method = plan[unit[0]]
-    assert method is not None
-    return dict(zip(unit, core.fit(method, [arrays[p] for p in unit], [contexts[p] for p in unit]), strict=True))
+    found = [_array(path, arrays[path]) for path in unit]
+    return dict(zip(unit, core.fit(plan[unit[0]], found, [contexts[p] for p in unit]), strict=True))
 
 
-def units_of(plan: Plan) -> list[list[str]]:
-    """The paths that are decided together: all of a rule where its method decides for all at once, else each alone."""
-    units: dict[Any, list[str]] = {}
-    for path, method in plan.items():
-        if method is not None:
-            units.setdefault((plan.groups[path], id(method)) if core.is_joint(method) else path, []).append(path)
-    return list(units.values())
-
-
-def check_paths(leaves: list[tuple[str, Any]], plan: Plan) -> None:
+def check_paths(leaves: Iterable[str], plan: Plan) -> None:
     """Raise unless the plan was made for these leaves."""
-    found, planned = {path for path, _ in leaves}, set(plan)
+    found, planned = set(leaves), set(plan)
     if found != planned:
         extra, missing = sorted(found - planned), sorted(planned - found)
         raise ValueError(
@@ -102,50 +110,52 @@ def check_paths(leaves: list[tuple[str, Any]], plan: Plan) -> None:
         )
 
 
-def _check_array(path: str, x: Any) -> None:
+def _array(path: str, x: Any) -> jax.Array:
+    """A leaf as an array of JAX, whatever byte order it has in NumPy, all of it finite as far as can be seen."""
     if core.is_node(x):
         raise ValueError(
             f"{path}: found a {type(x).__name__} node where an array was expected; materialize it first, or compose "
             "methods with jc.chain"
         )
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{path}: found the shape of an array, expected its values; for shapes and sizes alone use "
+            "jax.eval_shape(lambda params: jc.compress(params, plan), params)"
+        )
+    x = jnp.asarray(x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) else x)
     finite = jnp.isfinite(x).sum()
     if core.is_concrete(finite) and int(finite) != jnp.size(x):
         bad = jnp.size(x) - int(finite)
         raise ValueError(
             f"{path}: found {bad} NaN or infinite values, expected finite ones; mend them, or keep the leaf dense"
         )
-
-
-def _like(treedef: Any, tree: PyTree) -> list[Any]:
-    """The subtrees of ``tree`` that stand where ``treedef`` has leaves."""
-    return treedef.flatten_up_to(tree)
+    return x
 
 
 def contexts_of(
-    params: PyTree, leaves: list[tuple[str, Any]], step: Any, key: Any, stats: Any, grads: PyTree, previous: PyTree
+    params: PyTree, step: Any = None, key: Any = None, stats: Any = None, grads: PyTree = None, previous: PyTree = None
 ) -> dict[str, Context]:
     """What each leaf's method is told, by path."""
-    treedef = jax.tree.structure(params, is_leaf=core.is_node)
-    none = [None] * len(leaves)
-    grad_leaves = none if grads is None else _like(treedef, grads)
-    previous_leaves = none if previous is None else _like(treedef, previous)
+    found = rules.leaves(params)
+    grad = {} if grads is None else rules.beside(params, grads)
+    node = {} if previous is None else rules.beside(params, previous)
     return {
         path: Context(
             step=step,
-            key=None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF),
+            key=rules.key_of(key, path),
             stats=None if stats is None else stats.get(path),
-            grad=grad,
-            previous=node,
+            grad=grad.get(path),
+            previous=node.get(path),
             path=path,
         )
-        for (path, _), grad, node in zip(leaves, grad_leaves, previous_leaves, strict=True)
+        for path in found
     }
 
 
 def simulate(
     params: PyTree,
     plan: Plan,
-    step: Any = 0,
+    step: Any = None,
     key: jax.Array | None = None,
     stats: Mapping[str, Any] | None = None,
 ) -> PyTree:
@@ -172,14 +182,11 @@ def simulate(
       >>> jax.grad(lambda p: jc.simulate(p, plan)["w"].sum())(params)["w"].tolist()
       [[1.0, 1.0]]
     """
-    leaves, treedef = jax.tree.flatten(params, is_leaf=core.is_node)
-    still = [(path, jax.lax.stop_gradient(x)) for path, x in rules.paths(params)]
-    nodes = fit(still, plan, contexts_of(params, still, step, key, stats, None, None))
+    check_plan("simulate", plan)
+    leaves = rules.leaves(params)
+    still = {
+        path: jax.lax.stop_gradient(x) if path in plan and plan[path] is not None else x for path, x in leaves.items()
+    }
+    nodes = fit(still, plan, contexts_of(params, step, key, stats))
     values = core.materialize(nodes, key=key)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            straight_through(w, values[path]) if path in values else w
-            for (path, _), w in zip(still, leaves, strict=True)
-        ],
-    )
+    return rules.rebuild(params, {path: straight_through(leaves[path], value) for path, value in values.items()})

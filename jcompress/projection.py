@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jcompress import core, rules
-from jcompress.apply import check_paths, contexts_of, fit, fit_unit, units_of
+from jcompress.apply import check_paths, check_plan, contexts_of, fit, fit_unit
 from jcompress.core import Context, PyTree
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
@@ -75,6 +75,7 @@ def project(
       >>> optax.apply_updates(params, updates)["w"].tolist()
       [[2.5, 0.0]]
     """
+    check_plan("project", plan)
     if every < 1:
         raise ValueError(f"project: every={every} must be a positive number of steps")
 
@@ -82,8 +83,8 @@ def project(
 
     def init(params: PyTree) -> ProjectState:
         grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
-        leaves, steps = rules.paths(params), jnp.zeros((), jnp.int32)
-        nodes = fit(leaves, plan, contexts_of(params, leaves, steps, key, stats, grads, None))
+        leaves, steps = rules.leaves(params), jnp.zeros((), jnp.int32)
+        nodes = fit(leaves, plan, contexts_of(params, steps, key, stats, grads))
         started = None if optimizer is None else optimizer.init(params)
         # A copy: a training step that donates its state must not delete the caller's key.
         return ProjectState(steps, core.split(nodes)[1], None if key is None else jnp.copy(key), started)
@@ -93,11 +94,10 @@ def project(
     ) -> tuple[PyTree, ProjectState]:
         if params is None:
             raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
-        leaves = rules.paths(params)
-        check_paths(leaves, plan)
+        check_paths(rules.leaves(params), plan)
         if optimizer is not None and grads is None:
             grads = updates
-        contexts = contexts_of(params, leaves, state.steps, state.key, stats, grads, None)
+        contexts = contexts_of(params, state.steps, state.key, stats, grads)
         if optimizer is None:
             change, held, after = *_chained(plan, every, state, params, updates, contexts), None
         else:
@@ -113,7 +113,7 @@ def _by_path(leaves: list[tuple[str, Any]], tree: PyTree) -> dict[str, Any]:
 
 
 def _needs(plan: Plan, name: str) -> bool:
-    return any(need.split(".")[0] == name for method in plan.values() for need in getattr(method, "needs", ()))
+    return any(need.split(".")[0] == name for need in core.needs(*plan.values()))
 
 
 def _is_linear(node: Any) -> bool:
@@ -134,7 +134,7 @@ def _chained(
     due, nothing = state.steps % every == 0, _zero(state.steps)
     # One unit behind the other, so that the updates of the whole model need not be in memory at once: of 5 million
     # parameters these would be so large that on a CPU every step would fetch its memory anew.
-    for unit in units_of(plan):
+    for unit in plan.units():
         change |= {path: _tied(change[path], nothing) for path in unit}
         if all(_is_linear(state.held[path]) for path in unit):
             now, moved, nothing = _looped(unit, plan, due, state, arrays, change, nothing, contexts)
@@ -209,7 +209,7 @@ def _around(
         change = _by_path(leaves, stepped(nothing)[0])
         return {path: optax.apply_updates(x, change[path]) for path, x in leaves}
 
-    for units in _batches(units_of(plan), arrays):
+    for units in _batches(plan.units(), arrays):
         now, more, nothing = _refitted(units, plan, due, state, moved, nothing, contexts)
         held, values = held | now, values | more
     # Behind the conditionals, which read the state that the optimizer writes over: else it would be copied.

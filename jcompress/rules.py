@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcompress import core
 from jcompress.core import Method, PyTree
@@ -31,6 +33,21 @@ def paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tu
 
     Names are those of dictionary keys, sequence positions and fields. The ``value`` field of an NNX variable is
     left out, so the same rules serve linen dictionaries and NNX state.
+
+    Args:
+      tree: any pytree.
+      is_leaf: what else counts as a leaf, as for ``jax.tree.leaves``.
+
+    Returns:
+      Pairs of a path and a leaf, in the order of ``jax.tree.leaves``.
+
+    Raises:
+      ValueError: if two leaves have one path, as with keys that hold ``/``; the message names both.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> [path for path, _ in jc.paths({"block": [{"kernel": jnp.ones((2, 2))}, {"kernel": jnp.ones((2, 2))}]})]
+      ['block/0/kernel', 'block/1/kernel']
     """
     boxed = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0]
     boxes = {path for path, x in boxed if _is_variable(x)}
@@ -38,10 +55,61 @@ def paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tu
     def stop(x: Any) -> bool:
         return core.is_node(x) or (is_leaf is not None and is_leaf(x))
 
-    found = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
-        shown = path[:-1] if path[:-1] in boxes else path
-        found.append(("/".join(map(_key_name, shown)), leaf))
+    found, seen = [], dict[str, Any]()
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)[0]:
+        path = "/".join(map(_key_name, keys[:-1] if keys[:-1] in boxes else keys))
+        if path in seen:
+            both = " and ".join(map(jax.tree_util.keystr, (seen[path], keys)))
+            raise ValueError(f"{path}: found two leaves of this path, {both}; rename the key that holds '/'")
+        seen[path] = keys
+        found.append((path, leaf))
+    return found
+
+
+def leaves(tree: PyTree) -> dict[str, Any]:
+    """``{path: leaf}``, in the order of :func:`paths`; compressed nodes are leaves.
+
+    Raises:
+      ValueError: if two leaves have one path.
+    """
+    return dict(paths(tree))
+
+
+def rebuild(tree: PyTree, changes: Mapping[str, Any], like: PyTree = None) -> PyTree:
+    """The tree with other leaves at some paths.
+
+    Args:
+      tree: any pytree; nodes count as leaves.
+      changes: ``{path: leaf}``, or a node, or anything else that is to stand there.
+      like: a tree of the same structure whose paths count, where those of ``tree`` say nothing: the parameters for
+        the updates of an optimizer.
+    """
+    found, treedef = jax.tree.flatten(tree, is_leaf=core.is_node)
+    names = [path for path, _ in paths(tree if like is None else like)]
+    return jax.tree.unflatten(treedef, [changes.get(p, x) for p, x in zip(names, found, strict=True)])
+
+
+def beside(params: PyTree, tree: PyTree) -> dict[str, Any]:
+    """``{path: what stands there}`` in a tree of the structure of ``params``: gradients, updates, old nodes."""
+    treedef = jax.tree.structure(params, is_leaf=core.is_node)
+    return dict(zip([path for path, _ in paths(params)], treedef.flatten_up_to(tree), strict=True))
+
+
+def key_of(key: jax.Array | None, path: str) -> jax.Array | None:
+    """A key of this path's own, whatever else is in the tree; None without a key."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def matching(params: PyTree | Mapping[str, Any], match: str, name: str = "match") -> dict[str, Any]:
+    """``{path: leaf}`` of the leaves whose whole path a regular expression matches.
+
+    Raises:
+      ValueError: if it matches none; the message names paths that are close.
+    """
+    known = leaves(params)
+    found = {path: x for path, x in known.items() if _pattern(match).fullmatch(path)}
+    if not found:
+        raise ValueError(f"{name}: {match!r} matches no parameter; {_closest(match, known)}")
     return found
 
 
@@ -50,6 +118,11 @@ class Plan(Mapping):
 
     A plan is a value: print it, look a path up, or change entries with :meth:`replace`. Leaves with the same
     group number fell under the same rule, and a method with a global scope decides for them together.
+
+    Attributes:
+      groups: ``{path: number}``.
+      shapes: ``{path: shape}``, where known.
+      notes: what is worth telling about the rules.
     """
 
     def __init__(
@@ -60,7 +133,7 @@ class Plan(Mapping):
         notes: Sequence[str] = (),
     ) -> None:
         self._methods = dict(methods)
-        self.groups = dict(groups) if groups is not None else dict.fromkeys(self._methods, 0)
+        self.groups = dict(groups) if groups is not None else _numbered(self._methods)
         self.shapes = dict(shapes or {})
         self.notes = tuple(notes)
 
@@ -76,18 +149,29 @@ class Plan(Mapping):
     def replace(self, changes: Mapping[str, Method | None]) -> Plan:
         """A plan with other methods at some paths.
 
-        Leaves that get the same method object here form a group of their own.
+        Leaves that get equal methods in one call form a group of their own, as under a rule.
         """
-        for path in changes:
+        for path, method in changes.items():
             if path not in self._methods:
                 raise ValueError(f"{path}: not in the plan; {_closest(path, self._methods)}")
-        groups, fresh = dict(self.groups), max(self.groups.values(), default=0) + 1
-        numbers: dict[int, int] = {}
-        for path, method in changes.items():
+            _check_method(path, method)
             if method is not None and path in self.shapes:
                 core.check(method, path, self.shapes[path], jnp.float32)
-            groups[path] = numbers.setdefault(id(method), fresh + len(numbers))
+        groups = {**self.groups, **_numbered(changes, max(self.groups.values(), default=0) + 1)}
         return Plan({**self._methods, **changes}, groups, self.shapes, self.notes)
+
+    def units(self, among: Iterable[str] | None = None) -> list[list[str]]:
+        """The paths that are decided together: all of a rule whose method decides for all at once, else each alone.
+
+        Args:
+          among: some of the paths; all that are compressed by default.
+        """
+        found: dict[Any, list[str]] = {}
+        for path in self if among is None else among:
+            method = self._methods.get(path)
+            if method is not None or among is not None:
+                found.setdefault(self.groups[path] if core.is_joint(method) else path, []).append(path)
+        return list(found.values())
 
     def __repr__(self) -> str:
         named = sum(m is not None for m in self._methods.values())
@@ -101,6 +185,17 @@ class Plan(Mapping):
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
         return "\n".join([*lines, *self.notes])
+
+
+def _numbered(methods: Mapping[str, Method | None], first: int = 0) -> dict[str, int]:
+    """A number for each path; paths of equal methods have the same."""
+    kinds: list[Method | None] = []
+    numbers = {}
+    for path, method in methods.items():
+        number = next((i for i, kind in enumerate(kinds) if core.same(method, kind)), len(kinds))
+        kinds += [method] * (number == len(kinds))
+        numbers[path] = first + number
+    return numbers
 
 
 def plan(params: PyTree, rules: Iterable[Rule]) -> Plan:
@@ -126,28 +221,59 @@ def plan(params: PyTree, rules: Iterable[Rule]) -> Plan:
       dense/bias    4      dense
       dense/kernel  8x4    Int(bits=4)
     """
-    leaves = paths(params)
-    compiled = [(_pattern(p), method) for p, method in rules]
+    ordered = _checked(rules)
+    found = paths(params)
     methods: dict[str, Method | None] = {}
     groups: dict[str, int] = {}
-    matched, won = [0] * len(compiled), [0] * len(compiled)
-    for path, leaf in leaves:
-        hits = [i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(path)]
+    matched, won = [0] * len(ordered), [0] * len(ordered)
+    for path, leaf in found:
+        _check_leaf(path, leaf)
+        hits = [i for i, (pattern, _) in enumerate(ordered) if pattern.fullmatch(path)]
         for i in hits:
             matched[i] += 1
         methods[path], groups[path] = None, -1
         if hits:
             won[hits[0]] += 1
-            methods[path], groups[path] = compiled[hits[0]][1], hits[0]
-            _check_leaf(path, leaf, methods[path])
-    known = [path for path, _ in leaves]
-    for i, (pattern, _) in enumerate(compiled):
+            methods[path], groups[path] = ordered[hits[0]][1], hits[0]
+            _check_compressible(path, leaf, methods[path])
+    known = [path for path, _ in found]
+    for i, (pattern, _) in enumerate(ordered):
         if not matched[i]:
             raise ValueError(f"rule {i} {pattern.pattern!r} matches no parameter; {_closest(pattern.pattern, known)}")
     notes = [
-        f"rule {i} {compiled[i][0].pattern!r}: earlier rules took all of its leaves" for i, n in enumerate(won) if not n
+        f"rule {i} {p.pattern!r}: earlier rules took all of its leaves"
+        for i, (p, _) in enumerate(ordered)
+        if not won[i]
     ]
-    return Plan(methods, groups, {path: jnp.shape(x) for path, x in leaves if not core.is_node(x)}, notes)
+    return Plan(methods, groups, {path: jnp.shape(x) for path, x in found if not core.is_node(x)}, notes)
+
+
+def _checked(rules: Iterable[Rule]) -> list[tuple[re.Pattern, Method | None]]:
+    """The rules, each known to be a pair of a regular expression and a method."""
+    if isinstance(rules, (Mapping, str)) or not isinstance(rules, Iterable):
+        hint = "; write list(rules.items())" if isinstance(rules, Mapping) else ""
+        raise ValueError(f"found a {type(rules).__name__} for rules, expected ordered pairs [(pattern, method)]{hint}")
+    checked = []
+    for i, rule in enumerate(rules):
+        if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise ValueError(
+                f"rule {i}: found {rule!r}, expected a pair (pattern, method), such as ('.*/kernel', None)"
+            )
+        _check_method(f"rule {i} {rule[0]!r}", rule[1])
+        checked.append((_pattern(rule[0]), rule[1]))
+    return checked
+
+
+def _check_method(name: str, method: Any) -> None:
+    if isinstance(method, type):
+        raise ValueError(
+            f"{name}: found the class {method.__name__}, expected a method made of it; {method.__name__}(...)"
+        )
+    if method is not None and not callable(method):
+        raise ValueError(
+            f"{name}: found {method!r} of type {type(method).__name__}, expected a method, such as "
+            "jc.prune.Magnitude(sparsity=0.5), or None to keep leaves dense"
+        )
 
 
 def _pattern(pattern: str) -> re.Pattern:
@@ -158,12 +284,44 @@ def _pattern(pattern: str) -> re.Pattern:
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
+    """What to write in place of a pattern, or a path, that is not among those known."""
     known = list(known)
+    if not known:
+        return "there are no parameters"
+    for wider in (f".*/{name}", f"{name}/.*", f".*/{name}/.*", f".*{name}.*"):
+        try:
+            if any(re.fullmatch(wider, path) for path in known):
+                return f"patterns match whole paths: use {wider!r}, for {len(known)} paths such as {known[0]!r}"
+        except re.error:
+            continue
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
-    return f"there are {len(known)} paths, such as {', '.join(map(repr, near))}" if known else "there are no parameters"
+    return f"there are {len(known)} paths, such as {', '.join(map(repr, near))}"
 
 
-def _check_leaf(path: str, leaf: Any, method: Method | None) -> None:
+def _check_leaf(path: str, leaf: Any) -> None:
+    """Raise for what no verb can carry: text, objects, and floats wider than JAX knows."""
+    if core.is_node(leaf) or isinstance(leaf, (bool, int, float, complex)):
+        return
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or (
+        isinstance(dtype, np.dtype) and ((dtype.kind in "OSUVMm" and not _is_narrow(dtype)) or dtype.char in "gG")
+    ):
+        found = f"a {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
+        raise ValueError(
+            f"{path}: found {found}, expected an array of numbers; take it out of the parameters"
+            + ("" if dtype is None else ", or cast it")
+        )
+
+
+def _is_narrow(dtype: np.dtype) -> bool:
+    """Whether it is one of the small floats and integers that NumPy itself does not know."""
+    try:
+        return jnp.dtype(dtype).itemsize > 0 and jax.dtypes.issubdtype(dtype, np.number)
+    except TypeError:
+        return False
+
+
+def _check_compressible(path: str, leaf: Any, method: Method | None) -> None:
     if method is None:
         return
     if core.is_node(leaf):

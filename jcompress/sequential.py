@@ -19,7 +19,7 @@ def compress_sequentially(
     params: PyTree,
     batches: Iterable[Any],
     plan: Plan,
-    step: Any = 0,
+    step: Any = None,
     key: jax.Array | None = None,
     **options: Any,
 ) -> PyTree:
@@ -57,18 +57,18 @@ def compress_sequentially(
     """
     if iter(batches) is batches:
         raise ValueError("compress_sequentially reads the batches once a level; found a generator, expected a list")
-    dense, treedef = dict(rules.paths(params)), jax.tree.structure(params)
+    dense = rules.leaves(params)
     check_plan(dense, plan)
     nodes: dict[str, Any] = {}
     for paths in _by_level(_levels(fn, params, batches, plan), plan):
         part = Plan({p: plan[p] for p in paths}, {p: plan.groups[p] for p in paths})
         stats = None
-        if any(need.split(".")[0] == "stats" for method in part.values() if method for need in core.needs(method)):
+        if any(need.split(".")[0] == "stats" for need in core.needs(*part.values())):
             only = plan.replace({p: None for p in plan if p not in part})
-            stats = calibrate(fn, jax.tree.unflatten(treedef, list(dense.values())), batches, only, key=key, **options)
+            stats = calibrate(fn, rules.rebuild(params, dense), batches, only, key=key, **options)
         nodes |= apply.compress({p: dense[p] for p in paths}, part, step, key, stats)
         dense |= {p: nodes[p].materialize() for p in paths}
-    return jax.tree.unflatten(treedef, [nodes[p] if p in nodes else jax.numpy.copy(x) for p, x in dense.items()])
+    return apply.rebuilt(params, nodes)
 
 
 def _levels(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], plan: Plan) -> dict[str, int]:
@@ -84,12 +84,7 @@ def _levels(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], plan
 
 def _by_level(levels: dict[str, int], plan: Plan) -> list[list[str]]:
     """The paths to compress at each level; what is decided together goes with the last of them."""
-    units: dict[Any, list[str]] = {}
-    for path in levels:
-        method = plan[path]
-        joint = method is not None and core.is_joint(method)
-        units.setdefault((plan.groups[path], id(method)) if joint else path, []).append(path)
     found: dict[int, list[str]] = {}
-    for unit in units.values():
+    for unit in plan.units(levels):
         found.setdefault(max(levels[path] for path in unit), []).extend(unit)
     return [found[level] for level in sorted(found)]

@@ -89,7 +89,7 @@ def options(
     measure: str | Measure = "output",
     cost: Costs = bits,
     stats: Mapping[str, Any] | None = None,
-    step: Any = 0,
+    step: Any = None,
     key: jax.Array | None = None,
 ) -> Options:
     """Compress by each plan in turn, and note for each leaf what it costs and how far it moves.
@@ -195,7 +195,7 @@ def mixed(
     measure: str | Measure = "output",
     cost: Costs = bits,
     stats: Mapping[str, Any] | None = None,
-    step: Any = 0,
+    step: Any = None,
     key: jax.Array | None = None,
 ) -> Plan:
     """The best mixture of plans under a budget: :func:`options`, then :func:`allocate`.

@@ -229,7 +229,7 @@ class AnnealedChannels:
         self.check(context.path, w.shape, w.dtype)
         channels = w.shape[self.axis]
         kept = min(channels, max(self.at_least, channels - round(self.sparsity * channels)))
-        step = jnp.asarray(context.step, jnp.int32)
+        step = jnp.asarray(0 if context.step is None else context.step, jnp.int32)
         empty = formats.Annealed(
             None,
             None,

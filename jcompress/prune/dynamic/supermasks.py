@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -67,7 +67,7 @@ class EdgePopup:
         """Whether one threshold serves all leaves of the rule."""
         return self.scope == "global"
 
-    def masks(self, scores: Sequence[jax.Array], step: Any = 0) -> list[jax.Array]:
+    def masks(self, scores: Sequence[jax.Array], step: Any = None) -> list[jax.Array]:
         """What the scores of some leaves keep."""
         return _largest(self, scores, step)
 
@@ -134,7 +134,7 @@ class Movement:
         """Whether one threshold serves all leaves of the rule."""
         return self.scope == "global"
 
-    def masks(self, scores: Sequence[jax.Array], step: Any = 0) -> list[jax.Array]:
+    def masks(self, scores: Sequence[jax.Array], step: Any = None) -> list[jax.Array]:
         """What the scores of some leaves keep."""
         return _largest(self, scores, step) if self.threshold is None else [x > self.threshold for x in scores]
 
@@ -171,7 +171,7 @@ class Piggyback:
 
     __repr__ = core.method_repr
 
-    def masks(self, scores: Sequence[jax.Array], step: Any = 0) -> list[jax.Array]:
+    def masks(self, scores: Sequence[jax.Array], step: Any = None) -> list[jax.Array]:
         """What the scores of some leaves keep."""
         return [x >= self.threshold for x in scores]
 
@@ -181,7 +181,7 @@ class Piggyback:
         return Scored(Frozen.of(w), scores, *self.masks([scores]))
 
 
-def select(tree: PyTree, plan: Plan, step: Any = 0) -> PyTree:
+def select(tree: PyTree, plan: Plan, step: Any = None) -> PyTree:
     """Choose the masks of all :class:`jcompress.formats.Scored` nodes anew from their scores, those of a rule together.
 
     Call it on the merged tree inside the loss, for masks that follow the scores at every step, or outside now and
@@ -211,21 +211,11 @@ def select(tree: PyTree, plan: Plan, step: Any = 0) -> PyTree:
     found, treedef = rules.paths(tree), jax.tree.structure(tree, is_leaf=core.is_node)
     nodes = {path: x for path, x in found if isinstance(x, Scored)}
     chosen: dict[str, jax.Array] = {}
-    for unit in _units(plan, nodes):
+    for unit in plan.units(nodes):
         choose = _chooser(unit[0], plan.get(unit[0]), step)
         masks = choose([jax.lax.stop_gradient(nodes[path].scores) for path in unit])
         chosen |= dict(zip(unit, masks, strict=True))
     return jax.tree.unflatten(treedef, [x.choose(chosen[path]) if path in chosen else x for path, x in found])
-
-
-def _units(plan: Plan, found: Iterable[str]) -> list[list[str]]:
-    """The paths that are chosen together: those of one rule whose method has one threshold, else each alone."""
-    units: dict[Any, list[str]] = {}
-    for path in found:
-        method = plan.get(path)
-        alone = method is None or not core.is_joint(method)
-        units.setdefault(path if alone else (plan.groups[path], id(method)), []).append(path)
-    return list(units.values())
 
 
 def _chooser(path: str, method: Any, step: Any) -> Any:

@@ -7,9 +7,9 @@ or more are trainable; integers, booleans and 8- or 4-bit floats are held.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ import numpy as np
 from jcompress.numeric import packing
 
 PyTree = Any
-Schedule = Callable[[Any], Any]
 _Node = TypeVar("_Node", bound="Compressed")
 
 
@@ -64,6 +63,42 @@ class Compressed:
         """For a field stored in fewer bits an element than its dtype has: how many."""
         return {}
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self._dense.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the dense array."""
+        return self._dense.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the dense array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the dense array."""
+        return math.prod(self.shape)
+
+    @property
+    def _dense(self) -> jax.ShapeDtypeStruct:
+        """What the dense array is, from shapes alone."""
+        try:
+            return jax.eval_shape(type(self).materialize, self)
+        except Exception as error:  # half of a node, which misses leaves, has neither shape nor dtype
+            raise AttributeError(f"{self!r} stands for no array: {error}") from None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The dense values, for NumPy."""
+        return np.asarray(self.materialize(), dtype)
+
+    def __jax_array__(self) -> jax.Array:
+        """The dense values, for ``jnp.asarray`` and the other functions of ``jax.numpy``."""
+        return self.materialize()
+
     def nbits(self) -> int:
         """The exact number of bits stored. Reads the values of masks, so it works outside ``jit`` only."""
         return sum(part.nbits for part in parts(self))
@@ -84,137 +119,6 @@ def _short(x: Any) -> str:
     if isinstance(x, tuple):
         return f"({', '.join(map(_short, x))})"
     return str(x)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What may be known about a leaf when a method is fitted to it.
-
-    Attributes:
-      step: the training step, for hyperparameters that are schedules.
-      key: a PRNG key of this leaf's own.
-      stats: what ``calibrate`` gathered for this leaf.
-      grad: the gradient of this leaf.
-      previous: the node that was fitted last time.
-      where: entries of the array that matter, when a mask stands around it.
-      path: the path of the leaf, for error messages.
-    """
-
-    step: Any = 0
-    key: Any = None
-    stats: Any = None
-    grad: Any = None
-    previous: Any = None
-    where: Any = None
-    path: str = dataclasses.field(default="array", metadata={"static": True})
-
-
-@runtime_checkable
-class Method(Protocol):
-    """A frozen dataclass of hyperparameters, called with an array and its context, that gives a node.
-
-    Three things are optional. ``needs`` names what must be in the context (``"key"``, ``"grad"``,
-    ``"stats.gram"``). ``check(path, shape, dtype)`` raises for a leaf that the method cannot take, when the plan
-    is made. ``joint`` is True if the method decides for all leaves of a rule at once; then
-    ``fit(arrays, contexts)`` gives a list of nodes.
-    """
-
-    def __call__(self, w: jax.Array, context: Context = ..., /) -> Any:
-        """The node for one array."""
-        ...
-
-
-def fit(method: Method, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
-    """Apply a method to the leaves of one rule: together if it decides for all at once, else one by one."""
-    for context in contexts:
-        for need in getattr(method, "needs", ()):
-            _require(method, need, context)
-    if is_joint(method):
-        return method.fit(arrays, contexts)  # type: ignore[attr-defined]  # joint methods have it
-    return [method(w, context) for w, context in zip(arrays, contexts, strict=True)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Label:
-    """A path for error messages. All are equal, so leaves of one shape are traced once."""
-
-    path: str = dataclasses.field(compare=False)
-
-
-def compiled(call: Callable[[Any, jax.Array, Context], Any]) -> Callable[..., Any]:
-    """A method's ``__call__`` under ``jit``: compiled once for all leaves of one shape, the method a constant of it.
-
-    A method with a hyperparameter that has no hash, an array for one, is called as it is.
-    """
-
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def traced(method: Any, label: _Label, w: jax.Array, context: Context) -> Any:
-        return call(method, w, dataclasses.replace(context, path=label.path))
-
-    @functools.wraps(call)
-    def method_call(self: Any, w: jax.Array, context: Context = Context(), /) -> Any:
-        try:
-            hash(self)
-        except TypeError:
-            return call(self, w, context)
-        return traced(self, _Label(context.path), w, dataclasses.replace(context, path=""))
-
-    return method_call
-
-
-_HINTS = {
-    "key": "pass key=jax.random.key(...)",
-    "grad": "pass grads= to the optimizer's update",
-    "stats": "pass stats=jc.calibrate(fn, params, batches, plan=plan)",
-}
-
-
-def _require(method: Method, need: str, context: Context) -> None:
-    first, *rest = need.split(".")
-    found = getattr(context, first)
-    for name in rest:
-        found = None if found is None else getattr(found, name, None)
-    if found is None:
-        raise ValueError(f"{context.path}: {type(method).__name__} needs {need!r}, which is missing; {_HINTS[first]}")
-
-
-def method_repr(method: Any) -> str:
-    """The name of a method, its first hyperparameter, and the others that differ from the defaults."""
-    fields = [f for f in dataclasses.fields(method) if f.repr]
-    shown = [f for i, f in enumerate(fields) if _differs(getattr(method, f.name), None if i == 0 else f.default)]
-    return f"{type(method).__name__}({', '.join(f'{f.name}={_shown(getattr(method, f.name))}' for f in shown)})"
-
-
-def _differs(value: Any, default: Any) -> bool:
-    return value is not default and (not is_concrete(value) or np.ndim(value) > 0 or value != default)
-
-
-def _shown(hyperparameter: Any) -> str:
-    if callable(hyperparameter) and not dataclasses.is_dataclass(hyperparameter):
-        return "<schedule>"
-    return repr(hyperparameter)
-
-
-def is_joint(method: Method) -> bool:
-    """Whether ``method`` decides for all leaves of a rule at once."""
-    return bool(getattr(method, "joint", False))
-
-
-def needs(*methods: Method) -> tuple[str, ...]:
-    """All that the methods need in the context."""
-    return tuple(dict.fromkeys(need for method in methods for need in getattr(method, "needs", ())))
-
-
-def check(method: Method, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-    """Raise if ``method`` cannot take an array of this shape and dtype."""
-    if hasattr(method, "check"):
-        method.check(path, shape, dtype)
-
-
-def value_at(hyperparameter: Any, step: Any) -> Any:
-    """A hyperparameter's value: schedules are called with the step, everything else is returned."""
-    return hyperparameter(step) if callable(hyperparameter) else hyperparameter
 
 
 def is_concrete(x: Any) -> bool:
@@ -301,10 +205,16 @@ def merge(train: PyTree, held: PyTree) -> PyTree:
     Raises:
       ValueError: if the two trees are not halves of one.
     """
+
+    def either(path: Any, t: Any, h: Any) -> Any:
+        if t is not None and h is not None:
+            raise ValueError(f"{jax.tree_util.keystr(path, simple=True, separator='/')}: both halves hold a leaf")
+        return h if t is None else t
+
     try:
-        return jax.tree.map(lambda t, h: h if t is None else t, train, held, is_leaf=lambda x: x is None)
+        return jax.tree_util.tree_map_with_path(either, train, held, is_leaf=lambda x: x is None)
     except ValueError as error:
-        raise ValueError(f"merge needs the two halves that one split gave, and these differ: {error}") from None
+        raise ValueError(f"merge needs the two halves that one split gave, and found others: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

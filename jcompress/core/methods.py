@@ -1,0 +1,234 @@
+"""What a method is: hyperparameters, called with an array and what is known about it, that give a node."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from jcompress.core.nodes import is_concrete
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What may be known about a leaf when a method is fitted to it.
+
+    Attributes:
+      step: the training step, for hyperparameters that are schedules. None if nobody said.
+      key: a PRNG key of this leaf's own.
+      stats: what ``calibrate`` gathered for this leaf.
+      grad: the gradient of this leaf.
+      previous: the node that was fitted last time.
+      where: entries of the array that matter, when a mask stands around it.
+      path: the path of the leaf, for error messages.
+    """
+
+    step: Any = None
+    key: Any = None
+    stats: Any = None
+    grad: Any = None
+    previous: Any = None
+    where: Any = None
+    path: str = dataclasses.field(default="array", metadata={"static": True})
+
+
+class Method:
+    """A frozen dataclass of hyperparameters, called with an array and its context, that gives a node.
+
+    A subclass writes ``__call__``; all else has a default. Any callable with the same attributes will do as well.
+
+    A method that decides for all leaves of a rule at once sets ``joint`` and writes ``fit`` in place of ``__call__``. A
+    method made of others names the fields that hold them in ``wraps``: their needs, checks and decisions are then its
+    own. A sparsity and a scope, where a method has them, are fields of these names.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, jcompress as jc
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Above(jc.Method):
+      ...     threshold: float
+      ...
+      ...     def __call__(self, w, context=jc.Context(), /):
+      ...         return jc.formats.Masked(w, jnp.abs(w) > self.threshold)
+      >>> Above(1.0)(jnp.array([0.5, -2.0])).materialize().tolist()
+      [0.0, -2.0]
+      >>> Above(1.0)
+      Above(threshold=1.0)
+    """
+
+    wraps: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold a method, a tuple of them, or None."""
+
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # its own, or the decorator writes another one
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be in the context: ``"key"``, ``"grad"``, ``"stats.gram"``."""
+        return needs(*wrapped(self))
+
+    @property
+    def joint(self) -> bool:
+        """Whether it decides for all leaves of a rule at once, by ``fit``."""
+        return any(map(is_joint, wrapped(self)))
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise, when the plan is made, for a leaf that the method cannot take."""
+        for method in wrapped(self):
+            check(method, path, shape, dtype)
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """How many weights the sparsity of a leaf of this shape can change by, at least."""
+        return max((unit(method, shape) for method in wrapped(self)), default=1)
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
+        """One node for each array of a rule."""
+        return [self(w, context) for w, context in zip(arrays, contexts, strict=True)]
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Any:
+        """The node for one array."""
+        if type(self).fit is Method.fit:
+            raise TypeError(f"{type(self).__name__} is no method yet: write __call__(w, context), or fit")
+        return self.fit([w], [context])[0]
+
+    def __repr__(self) -> str:
+        return method_repr(self)
+
+
+def wrapped(method: Any) -> tuple[Any, ...]:
+    """The methods that a method is made of."""
+    found = [getattr(method, name) for name in getattr(method, "wraps", ())]
+    return tuple(y for x in found if x is not None for y in (x if isinstance(x, tuple) else (x,)))
+
+
+def needs(*methods: Any) -> tuple[str, ...]:
+    """All that the methods need in the context."""
+    return tuple(dict.fromkeys(need for method in methods for need in getattr(method, "needs", ())))
+
+
+def is_joint(method: Any) -> bool:
+    """Whether ``method`` decides for all leaves of a rule at once."""
+    return bool(getattr(method, "joint", False))
+
+
+def check(method: Any, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise if ``method`` cannot take an array of this shape and dtype."""
+    if hasattr(method, "check"):
+        method.check(path, shape, dtype)
+
+
+def unit(method: Any, shape: tuple[int, ...]) -> int:
+    """How many weights the sparsity of a leaf of this shape can change by, at least."""
+    return method.unit(shape) if hasattr(method, "unit") else 1
+
+
+def fit(method: Any, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
+    """Apply a method to the leaves of one rule: together if it decides for all at once, else one by one."""
+    for context in contexts:
+        for need in needs(method):
+            _require(method, need, context)
+    try:
+        if is_joint(method):
+            return method.fit(arrays, contexts)
+        return [method(w, context) for w, context in zip(arrays, contexts, strict=True)]
+    except StepMissingError as error:
+        raise ValueError(f"{contexts[0].path}: {method!r}: {error}") from None
+
+
+class StepMissingError(ValueError):
+    """A schedule was to be read and nobody said at which step."""
+
+
+def value_at(hyperparameter: Any, step: Any) -> Any:
+    """A hyperparameter's value: schedules are called with the step, everything else is returned.
+
+    Raises:
+      ValueError: for a schedule without a step.
+    """
+    if not callable(hyperparameter):
+        return hyperparameter
+    if step is None:
+        raise StepMissingError(
+            "a hyperparameter is a schedule and no step is given to read it at; pass step=, the steps trained"
+        )
+    return hyperparameter(step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Label:
+    """A path for error messages. All are equal, so leaves of one shape are traced once."""
+
+    path: str = dataclasses.field(compare=False)
+
+
+def compiled(call: Callable[[Any, jax.Array, Context], Any]) -> Callable[..., Any]:
+    """A method's ``__call__`` under ``jit``: compiled once for all leaves of one shape, the method a constant of it.
+
+    A method with a hyperparameter that has no hash, an array for one, is called as it is.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def traced(method: Any, label: _Label, w: jax.Array, context: Context) -> Any:
+        return call(method, w, dataclasses.replace(context, path=label.path))
+
+    @functools.wraps(call)
+    def method_call(self: Any, w: jax.Array, context: Context = Context(), /) -> Any:
+        try:
+            hash(self)
+        except TypeError:
+            return call(self, w, context)
+        return traced(self, _Label(context.path), w, dataclasses.replace(context, path=""))
+
+    return method_call
+
+
+_HINTS = {
+    "key": "pass key=jax.random.key(...)",
+    "grad": "pass grads= to the optimizer's update",
+    "stats": "pass stats=jc.calibrate(fn, params, batches, plan=plan)",
+}
+
+
+def _require(method: Any, need: str, context: Context) -> None:
+    first, *rest = need.split(".")
+    found = getattr(context, first)
+    for name in rest:
+        found = None if found is None else getattr(found, name, None)
+    if found is None:
+        raise ValueError(f"{context.path}: {type(method).__name__} needs {need!r}, which is missing; {_HINTS[first]}")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two methods are equal: of one class, with the same values for hyperparameters, arrays included."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if dataclasses.is_dataclass(a):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if hasattr(a, "shape"):
+        return is_concrete(a) and is_concrete(b) and np.array_equal(a, b)
+    return bool(a == b)
+
+
+def method_repr(method: Any) -> str:
+    """The name of a method, its first hyperparameter, and the others that differ from the defaults."""
+    fields = [f for f in dataclasses.fields(method) if f.repr]
+    shown = [f for i, f in enumerate(fields) if _differs(getattr(method, f.name), None if i == 0 else f.default)]
+    return f"{type(method).__name__}({', '.join(f'{f.name}={_shown(getattr(method, f.name))}' for f in shown)})"
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return value is not default and (not is_concrete(value) or np.ndim(value) > 0 or value != default)
+
+
+def _shown(hyperparameter: Any) -> str:
+    if callable(hyperparameter) and not dataclasses.is_dataclass(hyperparameter):
+        return "<schedule>"
+    return repr(hyperparameter)
