@@ -222,3 +222,32 @@ def test_a_long_gap_is_escaped():
     code = check(mask)
     assert code.scheme == "gaps"
     assert code.nbits < 100
+
+
+@pytest.mark.parametrize("dtype", ["i2", "u4", "i8", "f2", "f4", "f8"])
+@pytest.mark.parametrize("skip", [0, 3])
+def test_the_byte_order_of_an_array_does_not_matter(dtype, skip):
+    streams = []
+    for order in "<>":
+        writer = packing.BitWriter()
+        writer.write(np.zeros(skip, np.bool_), 1)
+        writer.write(np.arange(-3, 300).astype(dtype).astype(order + dtype), 8 * np.dtype(dtype).itemsize)
+        streams.append(writer.getvalue())
+    assert streams[0] == streams[1]
+
+
+def test_pieces_go_to_a_sink_in_order():
+    values, pieces = np.arange(3 * packing._CHUNK, dtype=np.uint32), []
+    whole, piecewise = packing.BitWriter(), packing.BitWriter(pieces.append)
+    for writer in (whole, piecewise):
+        writer.write(values, 32)
+        writer.write(values, 21)
+    piecewise.close()
+    assert b"".join(pieces) == whole.getvalue()
+    assert max(map(len, pieces)) <= 4 * packing._CHUNK
+
+
+def test_numbers_beyond_the_choices_are_refused():
+    code = packing.MaskCode("choice", (4, 1), 3, width=3, n=2, m=4)
+    with pytest.raises(ValueError, match="found a number beyond the 6 choices of 2 among 4"):
+        packing.decode_mask(np.array([6], np.uint32), code, (4, 1))

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
+_GROUP_SIZES = (2, 4, 8, 16, 32)
 
 
 def _unsigned(values: np.ndarray) -> np.ndarray:
-    """The bit patterns of an array of numbers as unsigned integers."""
+    """The bit patterns of an array of numbers, of any byte order, as unsigned integers."""
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
-    return np.ascontiguousarray(values).view(np.dtype(f"u{values.dtype.itemsize}"))
+    native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return np.ascontiguousarray(native).view(np.dtype(f"u{values.dtype.itemsize}"))
 
 
 def _to_bits(values: np.ndarray, width: int) -> np.ndarray:
@@ -30,30 +33,43 @@ def _to_bits(values: np.ndarray, width: int) -> np.ndarray:
 
 
 class BitWriter:
-    """Joins integers of any width into one stream of bits without padding between arrays."""
+    """Joins integers of any width into one stream of bits without padding between arrays.
 
-    def __init__(self) -> None:
+    Args:
+      sink: called with the bytes of the stream, piece by piece; without one, ``getvalue`` gives them all.
+    """
+
+    def __init__(self, sink: Callable[[bytes], Any] | None = None) -> None:
         self._pieces: list[bytes] = []
+        self._sink = sink or self._pieces.append
         self._rest = np.zeros(0, np.uint8)
         self.nbits = 0
 
     def write(self, values: np.ndarray, width: int) -> None:
         """Append the ``width`` lowest bits of every element, in C order."""
-        flat = _unsigned(np.asarray(values).reshape(-1))
+        flat = np.asarray(values).reshape(-1)
         if not 0 <= width <= 8 * flat.dtype.itemsize:
             raise ValueError(f"found width {width}, expected 0 to {8 * flat.dtype.itemsize} bits for {flat.dtype}")
         self.nbits += flat.size * width
-        if self._rest.size == 0 and width == 8 * flat.dtype.itemsize:
-            self._pieces.append(flat.astype(flat.dtype.newbyteorder("<"), copy=False).tobytes())
-            return
         for start in range(0, flat.size, _CHUNK):
-            bits = np.concatenate([self._rest, _to_bits(flat[start : start + _CHUNK], width)])
-            whole = bits.size // 8 * 8
-            self._pieces.append(np.packbits(bits[:whole], bitorder="little").tobytes())
-            self._rest = bits[whole:]
+            self._append(_unsigned(flat[start : start + _CHUNK]), width)
+
+    def _append(self, chunk: np.ndarray, width: int) -> None:
+        if self._rest.size == 0 and width == 8 * chunk.dtype.itemsize:
+            self._sink(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False).tobytes())
+            return
+        bits = np.concatenate([self._rest, _to_bits(chunk, width)])
+        whole = bits.size // 8 * 8
+        self._sink(np.packbits(bits[:whole], bitorder="little").tobytes())
+        self._rest = bits[whole:]
+
+    def close(self) -> None:
+        """End the stream; the last byte is filled up with zeros."""
+        self._sink(np.packbits(self._rest, bitorder="little").tobytes())
+        self._rest = self._rest[:0]
 
     def getvalue(self) -> bytes:
-        """The stream, the last byte filled up with zeros."""
+        """The stream so far, the last byte filled up with zeros."""
         return b"".join(self._pieces) + np.packbits(self._rest, bitorder="little").tobytes()
 
 
@@ -70,34 +86,36 @@ class BitReader:
         return self._at
 
     def read(self, count: int, width: int, dtype: np.dtype) -> np.ndarray:
-        """``count`` elements of ``width`` bits; narrow signed integers get their sign back."""
-        unsigned = np.dtype(f"u{dtype.itemsize}")
-        pieces = [self._integers(n, width, unsigned) for n in _chunks(count)]
-        flat = np.concatenate(pieces) if pieces else np.zeros(0, unsigned)
-        if np.issubdtype(dtype, np.signedinteger) and width < 8 * dtype.itemsize:
-            sign = unsigned.type(1 << (width - 1))
-            flat = (flat ^ sign) - sign
+        """``count`` elements of ``width`` bits; narrow signed integers get their sign back.
+
+        Raises:
+          ValueError: for a width that ``dtype`` has not, or more bits than there are.
+        """
+        unsigned, end = np.dtype(f"u{dtype.itemsize}"), self._at + count * width
+        if not 0 <= width <= 8 * dtype.itemsize:
+            raise ValueError(f"found width {width}, expected 0 to {8 * dtype.itemsize} bits for {dtype}")
+        if end > 8 * self._data.size:
+            raise ValueError(f"the stream ends at bit {8 * self._data.size}; bit {end} was wanted")
+        flat = np.zeros(count, unsigned)
+        for start in range(0, count if width else 0, _CHUNK):
+            chunk = self._integers(min(_CHUNK, count - start), width, unsigned)
+            if np.issubdtype(dtype, np.signedinteger) and width < 8 * dtype.itemsize:
+                sign = unsigned.type(1 << (width - 1))
+                chunk = (chunk ^ sign) - sign
+            flat[start : start + _CHUNK] = chunk
         return flat.astype(np.bool_) if dtype == np.bool_ else flat.view(dtype)
 
     def _integers(self, count: int, width: int, unsigned: np.dtype) -> np.ndarray:
         first, last = self._at // 8, -(-(self._at + count * width) // 8)
-        if last > self._data.size:
-            raise ValueError(f"the stream ends at bit {8 * self._data.size}; bit {self._at + count * width} was wanted")
         window, skip = self._data[first:last], self._at % 8
         self._at += count * width
         if skip == 0 and width == 8 * unsigned.itemsize:
-            return window.view(unsigned.newbyteorder("<")).astype(unsigned)
+            return window.view(unsigned.newbyteorder("<"))
         bits = np.unpackbits(window, bitorder="little")[skip : skip + count * width].reshape(count, width)
         wide = np.zeros((count, 8 * unsigned.itemsize), np.uint8)
         wide[:, :width] = bits
         packed = np.packbits(wide, axis=1, bitorder="little")
-        return packed.reshape(-1).view(unsigned.newbyteorder("<")).astype(unsigned)
-
-
-def _chunks(count: int) -> Iterator[int]:
-    while count > 0:
-        yield min(count, _CHUNK)
-        count -= _CHUNK
+        return packed.reshape(-1).view(unsigned.newbyteorder("<"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,23 +156,31 @@ def _drop_constant_axes(mask: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _gaps(mask: np.ndarray) -> np.ndarray:
-    """Zeros before each kept entry."""
-    return np.diff(np.flatnonzero(mask), prepend=-1) - 1
+def _gaps(mask: np.ndarray) -> Iterator[np.ndarray]:
+    """Zeros before each kept entry, a chunk of the mask at a time."""
+    flat, last = mask.reshape(-1), -1
+    for start in range(0, flat.size, _CHUNK):
+        places = np.flatnonzero(flat[start : start + _CHUNK]) + start
+        yield np.diff(places, prepend=last) - 1
+        last = int(places[-1]) if places.size else last
 
 
 def _gap_codes(mask: np.ndarray) -> Iterable[MaskCode]:
-    gaps = _gaps(mask)
-    for width in range(1, 17):
-        nbits = width * int(gaps.size + (gaps // ((1 << width) - 1)).sum())
-        yield MaskCode("gaps", mask.shape, nbits, width=width)
+    widths = range(1, 17)
+    numbers = dict.fromkeys(widths, 0)
+    for gaps in _gaps(mask):
+        longest = int(gaps.max(initial=0))
+        for width in widths:
+            top = (1 << width) - 1
+            numbers[width] += gaps.size + (int((gaps // top).sum()) if longest >= top else 0)
+    return [MaskCode("gaps", mask.shape, width * numbers[width], width=width) for width in widths]
 
 
 def _choice_codes(mask: np.ndarray) -> Iterable[MaskCode]:
     rows = mask.shape[-2] if mask.ndim > 1 else 0
-    for m in (2, 4, 8, 16, 32):
+    for m in _GROUP_SIZES:
         if rows and rows % m == 0 and mask.size:
-            counts = _groups(mask, m).sum(-1)
+            counts = _groups(mask, m).sum(-1, dtype=np.uint8)
             n = int(counts.flat[0])
             if (counts == n).all():
                 width = (math.comb(m, n) - 1).bit_length()
@@ -176,13 +202,22 @@ def encode_mask(mask: np.ndarray, code: MaskCode) -> np.ndarray:
     """The integers, ``code.width`` bits each (one bit for ``"bits"``), that stand for ``mask``."""
     core = mask[tuple(slice(0, n) for n in code.shape)]
     if code.scheme == "bits":
-        return core.reshape(-1).astype(np.uint8)
+        return core.reshape(-1)
     if code.scheme == "gaps":
-        return _escape(_gaps(core), (1 << code.width) - 1)
-    kept = np.nonzero(_groups(core, code.m).reshape(-1, code.m))[1].reshape(-1, code.n)
-    # The combinatorial number system: the subset {p_1 < ... < p_n} has the number sum of C(p_i, i).
-    table = np.array([[math.comb(p, i + 1) for i in range(code.n)] for p in range(code.m)], np.uint64)
-    return table.reshape(code.m, code.n)[kept, np.arange(code.n)].sum(-1, dtype=np.uint64)
+        return np.concatenate([np.zeros(0, np.uint32), *(_escape(gaps, (1 << code.width) - 1) for gaps in _gaps(core))])
+    groups = _groups(core, code.m).reshape(-1, code.m)
+    out = np.zeros(len(groups), np.uint32)
+    for start in range(0, len(groups), _CHUNK):
+        out[start : start + _CHUNK] = _numbers(groups[start : start + _CHUNK], code.n)
+    return out
+
+
+def _numbers(groups: np.ndarray, n: int) -> np.ndarray:
+    """The combinatorial number system: the subset {p_1 < ... < p_n} has the number sum of C(p_i, i)."""
+    m = groups.shape[-1]
+    kept = np.nonzero(groups)[1].reshape(-1, n)
+    table = np.array([[math.comb(p, i + 1) for i in range(n)] for p in range(m)], np.uint64)
+    return table.reshape(m, n)[kept, np.arange(n)].sum(-1, dtype=np.uint64)
 
 
 def decode_mask(values: np.ndarray, code: MaskCode, shape: tuple[int, ...]) -> np.ndarray:
@@ -194,7 +229,10 @@ def decode_mask(values: np.ndarray, code: MaskCode, shape: tuple[int, ...]) -> n
         core[_unescape(values, (1 << code.width) - 1)] = True
         core = core.reshape(code.shape)
     else:
-        core = _ungroup(_subsets(values, code.n, code.m).reshape(*_group_shape(code)), code.shape)
+        groups = np.zeros((values.size, code.m), np.bool_)
+        for start in range(0, values.size, _CHUNK):
+            groups[start : start + _CHUNK] = _subsets(values[start : start + _CHUNK], code.n, code.m)
+        core = _ungroup(groups.reshape(*_group_shape(code)), code.shape)
     return np.broadcast_to(core, shape).copy()
 
 
@@ -241,4 +279,6 @@ def _subsets(numbers: np.ndarray, n: int, m: int) -> np.ndarray:
         out[:, p] = take
         rest = np.where(take, rest - value, rest)
         left = left - take
+    if rest.any() or left.any():
+        raise ValueError(f"found a number beyond the {math.comb(m, n)} choices of {n} among {m}")
     return out
