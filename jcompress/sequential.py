@@ -10,8 +10,7 @@ import jax
 from jcompress import apply, core, rules
 from jcompress.core import PyTree
 from jcompress.rules import Plan
-from jcompress.trace.calibration import calibrate, check_plan
-from jcompress.trace.observation import observe
+from jcompress.trace import calibrate, observe
 
 
 def compress_sequentially(
@@ -58,7 +57,7 @@ def compress_sequentially(
     if iter(batches) is batches:
         raise ValueError("compress_sequentially reads the batches once a level; found a generator, expected a list")
     dense = rules.leaves(params)
-    check_plan(dense, plan)
+    apply.check_paths(dense, plan)
     nodes: dict[str, Any] = {}
     for paths in _by_level(_levels(fn, params, batches, plan), plan):
         part = Plan({p: plan[p] for p in paths}, {p: plan.groups[p] for p in paths})

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jcompress.trace import dims
+from jcompress.trace.coupled import dims
 
 
 def leaf(size):

@@ -1,7 +1,6 @@
 """Grids, ranges and rounding."""
 
 from jcompress.quantize import ranges, training
-from jcompress.quantize.activations import activations
 from jcompress.quantize.adaround import AdaRound
 from jcompress.quantize.awq import AWQ
 from jcompress.quantize.floating import Float
@@ -11,6 +10,7 @@ from jcompress.quantize.gptq import GPTQ
 from jcompress.quantize.hqq import HQQ
 from jcompress.quantize.inq import INQ
 from jcompress.quantize.integer import FixedPoint, Int
+from jcompress.quantize.integer_products import activations
 from jcompress.quantize.lab import LAB
 from jcompress.quantize.lqer import LQER
 from jcompress.quantize.microscaling import NVFP4, Microscaling

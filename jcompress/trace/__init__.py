@@ -3,16 +3,16 @@
 The verbs stand at the top: ``jc.calibrate``, ``jc.shrink``, ``jc.accelerate``.
 """
 
-from jcompress.trace.acceleration import accelerate as accelerate
-from jcompress.trace.calibration import calibrate as calibrate
-from jcompress.trace.counts import cost
-from jcompress.trace.execute import Executed, ProductRow, Products
-from jcompress.trace.groups import Group, Groups, coupling, mask
-from jcompress.trace.observation import observe
-from jcompress.trace.resize import Shrunk
-from jcompress.trace.resize import shrink as shrink
-from jcompress.trace.statistics import Calibration, Outputs, Stats
-from jcompress.trace.tables import Cost, CostRow, node_products
+from jcompress.trace.costs.counts import cost
+from jcompress.trace.costs.tables import Cost, CostRow, node_products
+from jcompress.trace.coupled.groups import Group, Groups, coupling, mask
+from jcompress.trace.coupled.resize import Shrunk
+from jcompress.trace.coupled.resize import shrink as shrink
+from jcompress.trace.execution.acceleration import accelerate as accelerate
+from jcompress.trace.execution.execute import Executed, ProductRow, Products
+from jcompress.trace.recording.calibration import calibrate as calibrate
+from jcompress.trace.recording.observation import observe
+from jcompress.trace.recording.statistics import Calibration, Outputs, Stats
 
 __all__ = [
     "Calibration",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jcompress.trace import walk
-from jcompress.trace.calls import Call, Remat, ShardMap
-from jcompress.trace.control import Cond, Scan, While
-from jcompress.trace.derivatives import CustomJVP, CustomVJP
-from jcompress.trace.frames import (
+from jcompress.trace.core import walk
+from jcompress.trace.coupled.frames import (
     Rule,
     Site,
 )
-from jcompress.trace.lookups import DynamicSlice, DynamicUpdateSlice, Gather, Scatter
-from jcompress.trace.moves import (
+from jcompress.trace.coupled.rules.calls import Call, Remat, ShardMap
+from jcompress.trace.coupled.rules.control import Cond, Scan, While
+from jcompress.trace.coupled.rules.derivatives import CustomJVP, CustomVJP
+from jcompress.trace.coupled.rules.lookups import DynamicSlice, DynamicUpdateSlice, Gather, Scatter
+from jcompress.trace.coupled.rules.moves import (
     FIXED,
     IDENTITY,
     NARY,
@@ -35,7 +35,7 @@ from jcompress.trace.moves import (
     Transpose,
     Window,
 )
-from jcompress.trace.sums import COMBINE, Convolution, Dot, Reduce
+from jcompress.trace.coupled.rules.sums import COMBINE, Convolution, Dot, Reduce
 
 
 def _params(*names: str) -> Callable[[Site], Sequence[int]]:

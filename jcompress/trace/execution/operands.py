@@ -12,11 +12,12 @@ from jax.extend import core as jax_core
 
 from jcompress import core
 from jcompress.formats import LowRank, Masked, Quantized, Sum
-from jcompress.trace import contraction, walk
-from jcompress.trace.contraction import Dot, Product
-from jcompress.trace.products import outputs_of
-from jcompress.trace.views import Kind, View
-from jcompress.trace.weights import Multiply, Range, Shared, Weight, static
+from jcompress.trace.core import walk
+from jcompress.trace.core.views import Kind, View
+from jcompress.trace.execution import contraction
+from jcompress.trace.execution.contraction import Dot, Product
+from jcompress.trace.execution.weights import Multiply, Range, Shared, Weight, static
+from jcompress.trace.recording.products import outputs_of
 
 
 @jax.tree_util.register_dataclass

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from jcompress.trace import dims as terms
-from jcompress.trace import walk
-from jcompress.trace.dims import Dim, Dims
+from jcompress.trace.core import walk
+from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.dims import Dim, Dims
 
 At = frozenset[Dim]
 NOWHERE: At = frozenset()

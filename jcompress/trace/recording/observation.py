@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.core import PyTree
-from jcompress.trace import record, tape, walk
-from jcompress.trace.products import Use
-from jcompress.trace.statistics import DEFAULT, FORWARD, OF_LOSS, Calibration, Outputs, Stats
-from jcompress.trace.views import Activation, whole
+from jcompress.trace.core import walk
+from jcompress.trace.core.views import Activation, whole
+from jcompress.trace.recording import record, tape
+from jcompress.trace.recording.products import Use
+from jcompress.trace.recording.statistics import DEFAULT, FORWARD, OF_LOSS, Calibration, Outputs, Stats
 
 
 def observe(

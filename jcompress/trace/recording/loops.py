@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
-from jcompress.trace import walk
-from jcompress.trace.products import Use
-from jcompress.trace.tape import LARGEST, Moments, Tape, merge
-from jcompress.trace.views import (
+from jcompress.trace.core import walk
+from jcompress.trace.core.views import (
     Activation,
     Derived,
     Joined,
@@ -29,6 +27,8 @@ from jcompress.trace.views import (
     shards,
     spec_axes,
 )
+from jcompress.trace.recording.products import Use
+from jcompress.trace.recording.tape import LARGEST, Moments, Tape, merge
 
 Evaluate = Callable[..., tuple[list[Any], list[Kind]]]
 """Runs the equations of a body: ``evaluate(jaxpr, consts, values, kinds, tape)``."""

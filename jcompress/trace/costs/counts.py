@@ -12,9 +12,8 @@ from jax.extend import core as jax_core
 
 from jcompress import core, rules
 from jcompress.core import PyTree
-from jcompress.trace import operations, walk
-from jcompress.trace.tables import Cost, CostRow, weight_bits
-from jcompress.trace.views import (
+from jcompress.trace.core import walk
+from jcompress.trace.core.views import (
     Activation,
     Derived,
     Joined,
@@ -28,6 +27,8 @@ from jcompress.trace.views import (
     peel,
     whole,
 )
+from jcompress.trace.costs import operations
+from jcompress.trace.costs.tables import Cost, CostRow, weight_bits
 
 
 def cost(fn: Callable[..., Any], params: PyTree, *args: Any) -> Cost:

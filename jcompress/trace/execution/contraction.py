@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jax_core
 
-from jcompress.trace import walk
+from jcompress.trace.core import walk
 
 Numbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 

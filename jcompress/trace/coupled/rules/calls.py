@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from jax.extend import core as jax_core
 
-from jcompress.trace import dims as terms
-from jcompress.trace import walk
-from jcompress.trace.dims import Dim, Dims
-from jcompress.trace.frames import (
+from jcompress.trace.core import walk
+from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.dims import Dim, Dims
+from jcompress.trace.coupled.frames import (
     NOWHERE,
     At,
     Build,

@@ -13,10 +13,8 @@ from jax.extend import core as jax_core
 
 from jcompress import core, rules
 from jcompress.core import PyTree
-from jcompress.trace import contraction, flow, walk
-from jcompress.trace.contraction import Product
-from jcompress.trace.operands import Operand, dense, is_operand, of_leaf
-from jcompress.trace.views import (
+from jcompress.trace.core import flow, walk
+from jcompress.trace.core.views import (
     Activation,
     Derived,
     Joined,
@@ -27,7 +25,10 @@ from jcompress.trace.views import (
     parameters,
     whole,
 )
-from jcompress.trace.weights import Policy, Range, Weight, side_by_side
+from jcompress.trace.execution import contraction
+from jcompress.trace.execution.contraction import Product
+from jcompress.trace.execution.operands import Operand, dense, is_operand, of_leaf
+from jcompress.trace.execution.weights import Policy, Range, Weight, side_by_side
 
 Ranges = Mapping[str, Mapping[tuple[int, ...], Range]]
 

@@ -10,10 +10,8 @@ from typing import Any
 from jax import lax
 from jax.extend import core as jax_core
 
-from jcompress.trace import loops, products, walk
-from jcompress.trace.products import UnreadError
-from jcompress.trace.tape import Tape
-from jcompress.trace.views import (
+from jcompress.trace.core import walk
+from jcompress.trace.core.views import (
     Activation,
     Derived,
     Joined,
@@ -27,6 +25,9 @@ from jcompress.trace.views import (
     parameters,
     shards,
 )
+from jcompress.trace.recording import loops, products
+from jcompress.trace.recording.products import UnreadError
+from jcompress.trace.recording.tape import Tape
 
 ELEMENTWISE = {
     "add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "nextafter", "select_n", "clamp",

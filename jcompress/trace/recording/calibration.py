@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, rules
+from jcompress import apply, core, rules
 from jcompress.core import PyTree
 from jcompress.rules import Plan
-from jcompress.trace import gradients
-from jcompress.trace.observation import observe
-from jcompress.trace.statistics import OF_LOSS, Calibration, Stats, wanted
+from jcompress.trace.recording import gradients
+from jcompress.trace.recording.observation import observe
+from jcompress.trace.recording.statistics import OF_LOSS, Calibration, Stats, wanted
 
 LARGEST_GRAM = 16_384
 
@@ -76,7 +76,8 @@ def calibrate(
       ([[8.0, 8.0], [8.0, 8.0]], 8)
     """
     paths = [path for path, _ in rules.paths(params)]
-    check_plan(paths, plan)
+    if plan is not None:
+        apply.check_paths(paths, plan)
     names = wanted(paths, plan, None if statistics is None else tuple(statistics))
     of_loss = {path: tuple(n for n in ns if n in OF_LOSS) for path, ns in names.items()}
     gradients.check(of_loss, loss, key)
@@ -144,16 +145,6 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     except ImportError as error:
         raise ImportError('progress=True needs tqdm; install it with pip install "jcompress[experiments]"') from error
     return tqdm(batches, desc="calibrate", unit="batch")
-
-
-def check_plan(paths: Iterable[str], plan: Plan | None) -> None:
-    """Raise unless the plan is for these paths."""
-    if plan is not None and set(paths) != set(plan):
-        extra, missing = sorted(set(paths) - set(plan)), sorted(set(plan) - set(paths))
-        raise ValueError(
-            f"the plan was made for other parameters: not in the plan {extra[:3]}, "
-            f"not in the parameters {missing[:3]}; make it anew with jc.plan(params, rules)"
-        )
 
 
 def _check_found(found: Calibration, names: Mapping[str, tuple[str, ...]], plan: Plan | None) -> None:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jax_core
 
-from jcompress.trace import walk
-from jcompress.trace.contraction import Product
-from jcompress.trace.views import Joined, Kind, View
+from jcompress.trace.core import walk
+from jcompress.trace.core.views import Joined, Kind, View
+from jcompress.trace.execution.contraction import Product
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:

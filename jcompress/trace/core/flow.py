@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from jax.extend import core as jax_core
 
-from jcompress.trace import walk
-from jcompress.trace.views import (
+from jcompress.trace.core import walk
+from jcompress.trace.core.views import (
     Activation,
     Derived,
     Joined,

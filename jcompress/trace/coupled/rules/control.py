@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 
-from jcompress.trace import dims as terms
-from jcompress.trace import walk
-from jcompress.trace.calls import demoted, run_arrays
-from jcompress.trace.dims import Dim, Dims
-from jcompress.trace.frames import (
+from jcompress.trace.core import walk
+from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.dims import Dim, Dims
+from jcompress.trace.coupled.frames import (
     NOWHERE,
     At,
     Build,
@@ -24,6 +23,7 @@ from jcompress.trace.frames import (
     joined,
     read_states,
 )  # fmt: skip
+from jcompress.trace.coupled.rules.calls import demoted, run_arrays
 
 
 def _fixpoint(read: Callable[[list[State]], Sequence[State]], carry: list[State], dims: Sequence[Dims]) -> list[State]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
-from jcompress.trace.views import Atom, Atoms, View, regroup
+from jcompress.trace.core.views import Atom, Atoms, View, regroup
 
 OCTAVES = (-24, 16)
 BINS_PER_OCTAVE = 8

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress.trace.contraction import Product
-from jcompress.trace.execute import Executed
-from jcompress.trace.weights import Weight
+from jcompress.trace.execution.contraction import Product
+from jcompress.trace.execution.execute import Executed
+from jcompress.trace.execution.weights import Weight
 
 
 def accelerate(fn: Callable[..., Any]) -> Executed:

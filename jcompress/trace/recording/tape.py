@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jax_core
 
-from jcompress.trace import products
-from jcompress.trace.products import UnreadError, Use
-from jcompress.trace.views import (
+from jcompress.trace.core.views import (
     Activation,
     Atoms,
     Kind,
@@ -21,6 +19,8 @@ from jcompress.trace.views import (
     depth,
     shards,
 )
+from jcompress.trace.recording import products
+from jcompress.trace.recording.products import UnreadError, Use
 
 Moments = dict[str, jax.Array]
 LARGEST = ("absmax", "output_absmax")

@@ -11,7 +11,7 @@ import numpy as np
 
 from jcompress import rules
 from jcompress.core import PyTree
-from jcompress.trace.groups import Groups
+from jcompress.trace.coupled.groups import Groups
 
 Kept = Mapping[str, Mapping[int, Any]]
 """``{path: {axis: bool (length before,)}}``."""

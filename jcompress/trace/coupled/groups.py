@@ -14,10 +14,10 @@ import numpy as np
 
 from jcompress import rules
 from jcompress.core import PyTree
-from jcompress.trace import dims as terms
-from jcompress.trace import walk
-from jcompress.trace.dims import Dim, Dims
-from jcompress.trace.frames import Build, Frame, Hold, Rule, all_hold, read_states
+from jcompress.trace.core import walk
+from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.dims import Dim, Dims
+from jcompress.trace.coupled.frames import Build, Frame, Hold, Rule, all_hold, read_states
 from jcompress.trace.primitives import RULES
 
 Member = tuple[str, int]

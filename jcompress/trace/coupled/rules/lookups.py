@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jcompress.trace import dims as terms
-from jcompress.trace import walk
-from jcompress.trace.dims import Dim, Dims
-from jcompress.trace.frames import (
+from jcompress.trace.core import walk
+from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.dims import Dim, Dims
+from jcompress.trace.coupled.frames import (
     At,
     Build,
     Cut,
@@ -20,7 +20,7 @@ from jcompress.trace.frames import (
     joined,
     site_bind,
 )
-from jcompress.trace.moves import Joins
+from jcompress.trace.coupled.rules.moves import Joins
 
 
 class Gather(Rule):

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from jcompress.trace import dims as terms
-from jcompress.trace import walk
-from jcompress.trace.calls import Wrapped, demoted, run_arrays
-from jcompress.trace.dims import Dim, Dims
-from jcompress.trace.frames import (
+from jcompress.trace.core import walk
+from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.dims import Dim, Dims
+from jcompress.trace.coupled.frames import (
     NOWHERE,
     At,
     Build,
@@ -29,6 +28,7 @@ from jcompress.trace.frames import (
     read_states,
     run,
 )  # fmt: skip
+from jcompress.trace.coupled.rules.calls import Wrapped, demoted, run_arrays
 
 
 def _is_float(aval: Any) -> bool:

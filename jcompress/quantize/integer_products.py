@@ -14,10 +14,11 @@ from jax import lax
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.numeric.surrogates import straight_through
-from jcompress.trace import contraction, walk
-from jcompress.trace.contraction import Product
-from jcompress.trace.execute import Executed
-from jcompress.trace.weights import Range, Shared, Weight
+from jcompress.trace.core import walk
+from jcompress.trace.execution import contraction
+from jcompress.trace.execution.contraction import Product
+from jcompress.trace.execution.execute import Executed
+from jcompress.trace.execution.weights import Range, Shared, Weight
 
 Bits = int | Mapping[str, int | None]
 

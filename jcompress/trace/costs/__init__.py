@@ -1,0 +1,1 @@
+"""Counts what a function costs, dense and compressed."""

@@ -1,0 +1,1 @@
+"""Which axes of which parameters are cut together, and the same function at the smaller shapes."""

@@ -1,0 +1,1 @@
+"""Runs data through a function and records what each parameter meets."""
