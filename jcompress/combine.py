@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -14,21 +14,13 @@ from jcompress.formats import Sum
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(Method):
     """See :func:`chain`."""
 
     first: Method
     then: Method
 
-    @property
-    def joint(self) -> bool:
-        """Whether either part decides for all leaves of a rule at once."""
-        return core.is_joint(self.first) or core.is_joint(self.then)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What either part needs in the context."""
-        return core.needs(self.first, self.then)
+    wraps: ClassVar[tuple[str, ...]] = ("first", "then")
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the first part cannot take the leaf; the second sees what the first made of it."""
@@ -43,10 +35,6 @@ class Chain:
             return nodes
         fitted = iter(core.fit(self.then, [x for x, _ in leaves], [c for _, c in leaves]))
         return [_with_trainable(node, fitted) for node in nodes]
-
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Any:
-        """The node for one array."""
-        return self.fit([w], [context])[0]
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, _flat(self)))})"
@@ -121,25 +109,12 @@ def _with_trainable(node: Any, leaves: Iterator[Any]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Residual:
+class Residual(Method):
     """See :func:`residual`."""
 
     methods: tuple[Method, ...]
 
-    @property
-    def joint(self) -> bool:
-        """Whether any part decides for all leaves of a rule at once."""
-        return any(map(core.is_joint, self.methods))
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What any part needs in the context."""
-        return core.needs(*self.methods)
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if any part cannot take the leaf."""
-        for method in self.methods:
-            core.check(method, path, shape, dtype)
+    wraps: ClassVar[tuple[str, ...]] = ("methods",)
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Sum]:
         """One node for each array of the rule."""
@@ -150,10 +125,6 @@ class Residual:
             rest = [w - core.dense(node) for w, node in zip(rest, nodes, strict=True)]
             terms.append(nodes)
         return [Sum(tuple(column)) for column in zip(*terms, strict=True)]
-
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
-        """The node for one array."""
-        return self.fit([w], [context])[0]
 
     def __repr__(self) -> str:
         return f"residual({', '.join(map(repr, self.methods))})"
@@ -184,26 +155,22 @@ def residual(*methods: Method) -> Method:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked:
+class Stacked(Method):
     """See :func:`stacked`."""
 
     method: Method
 
-    @property
-    def joint(self) -> bool:
-        """Whether the method decides for all leaves of a rule at once."""
-        return core.is_joint(self.method)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What the method needs in the context."""
-        return core.needs(self.method)
+    wraps: ClassVar[tuple[str, ...]] = ("method",)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the leaf has no leading axis or the method cannot take one layer."""
         if not shape:
             raise ValueError(f"{path}: stacked needs a leading axis of layers, found a scalar; keep it dense")
         core.check(self.method, path, shape[1:], dtype)
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """How many weights the sparsity of a leaf can change by: as many in each layer."""
+        return shape[0] * core.unit(self.method, shape[1:])
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
         """One node for each array of the rule, its leaves stacked like the layers."""
@@ -220,10 +187,6 @@ class Stacked:
             return core.fit(self.method, ws, inner)
 
         return jax.vmap(one)(list(arrays), mapped)
-
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Any:
-        """The node for one array."""
-        return self.fit([w], [context])[0]
 
     def __repr__(self) -> str:
         return f"stacked({self.method!r})"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jcompress import rules
+from jcompress import core, rules
 from jcompress.core import Method, PyTree
 from jcompress.rules import Plan
 
@@ -65,50 +65,45 @@ def check_sparsity(name: str, sparsity: float) -> None:
         raise ValueError(f"{name}: sparsity={sparsity} is outside [0, 1]; it is the fraction of zeros")
 
 
-def _inside(method: Any) -> str | None:
-    """The field that holds the method whose sparsity counts, in a method made of others."""
-    for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
-        if dataclasses.is_dataclass(value) and callable(value) and _has_sparsity(value):
-            return field.name
-    return None
-
-
-def _has_sparsity(method: Any) -> bool:
-    if not dataclasses.is_dataclass(method):
-        return False
-    return any(f.name == "sparsity" for f in dataclasses.fields(method)) or _inside(method) is not None
+def _sparse(method: Any) -> Any:
+    """The method whose sparsity counts: this one, or the first of those it is made of that has one; or None."""
+    if hasattr(method, "sparsity"):
+        return method
+    return next((x for x in map(_sparse, core.wrapped(method)) if x is not None), None)
 
 
 def _unit(name: str, path: str, method: Any, shape: tuple[int, ...]) -> int:
     """How many weights of a leaf the method decides together."""
-    if not _has_sparsity(method):
+    inner = _sparse(method)
+    if inner is None:
         raise ValueError(
             f"{path}: {name} sets a sparsity, and {method!r} has none; keep it out of the plan with ({path!r}, None)"
         )
-    if not hasattr(method, "sparsity"):
-        inner = getattr(method, _inside(method) or "")
-        stack = len(dataclasses.fields(method)) == 1
-        return shape[0] * _unit(name, path, inner, shape[1:]) if stack else _unit(name, path, inner, shape)
-    fixed = getattr(getattr(method, "pattern", None), "sparsity", None)
-    if fixed is not None:
+    if getattr(getattr(inner, "pattern", None), "sparsity", None) is not None:
         raise ValueError(
-            f"{path}: {method!r} has its sparsity fixed by the pattern; {name} cannot set it, keep it out of the plan"
+            f"{path}: {inner!r} has its sparsity fixed by the pattern; {name} cannot set it, keep it out of the plan"
         )
-    return method.unit(shape) if hasattr(method, "unit") else 1
+    return core.unit(method, shape)
 
 
 def with_sparsity(method: Any, sparsity: float) -> Method:
     """The method with this sparsity for one leaf alone."""
     if not hasattr(method, "sparsity"):
-        name = _inside(method) or ""
-        return dataclasses.replace(method, **{name: with_sparsity(getattr(method, name), sparsity)})
-    alone = {"scope": "leaf"} if getattr(method, "scope", None) == "global" and _takes(method, "scope") else {}
+        inner = _sparse(method)
+        return _replaced(method, inner, with_sparsity(inner, sparsity))
+    scoped = any(field.name == "scope" and field.init for field in dataclasses.fields(method))
+    alone = {"scope": "leaf"} if scoped and method.scope == "global" else {}
     return dataclasses.replace(method, sparsity=sparsity, **alone)
 
 
-def _takes(method: Any, name: str) -> bool:
-    return any(field.name == name and field.init for field in dataclasses.fields(method))
+def _replaced(method: Any, old: Any, new: Any) -> Any:
+    """The method with ``new`` where ``old`` stands in it."""
+    if method is old:
+        return new
+    if isinstance(method, tuple):
+        return tuple(_replaced(x, old, new) for x in method)
+    fields = {name: _replaced(getattr(method, name), old, new) for name in getattr(method, "wraps", ())}
+    return dataclasses.replace(method, **fields) if fields else method
 
 
 def spent(name: str, plan: Plan, leaves: list[Leaf], sparsity: float, share: Share) -> Plan:

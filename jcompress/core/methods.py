@@ -42,9 +42,10 @@ class Method:
 
     A subclass writes ``__call__``; all else has a default. Any callable with the same attributes will do as well.
 
-    A method that decides for all leaves of a rule at once sets ``joint`` and writes ``fit`` in place of ``__call__``. A
-    method made of others names the fields that hold them in ``wraps``: their needs, checks and decisions are then its
-    own. A sparsity and a scope, where a method has them, are fields of these names.
+    What it reads beside the array it names in ``reads``. A method that decides for all leaves of a rule at once sets
+    ``joint`` and writes ``fit`` in place of ``__call__``. A method made of others names the fields that hold them in
+    ``wraps``: their needs, checks and decisions are then its own. A sparsity, a scope and a pattern, where a method has
+    them, are fields of these names.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, jcompress as jc
@@ -60,6 +61,8 @@ class Method:
       Above(threshold=1.0)
     """
 
+    reads: ClassVar[tuple[str, ...]] = ()
+    """What it reads in the context itself: ``"key"``, ``"grad"``, ``"stats.gram"``."""
     wraps: ClassVar[tuple[str, ...]] = ()
     """Fields that hold a method, a tuple of them, or None."""
 
@@ -68,8 +71,8 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What must be in the context: ``"key"``, ``"grad"``, ``"stats.gram"``."""
-        return needs(*wrapped(self))
+        """What must be in the context: what the method reads, and the methods that it is made of."""
+        return tuple(dict.fromkeys((*self.reads, *needs(*wrapped(self)))))
 
     @property
     def joint(self) -> bool:

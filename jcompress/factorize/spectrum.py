@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Spectral
 
 
 @dataclasses.dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Method):
     """Write a kernel by the eigenvalues of its nodes and the eigenvectors between them, to train it in that form.
 
     ``w[j, i] = (inputs[j] - outputs[i]) * vectors[j, i]``, at first with ``inputs`` zero and ``outputs`` the norms of
@@ -34,8 +33,6 @@ class Spectrum:
       >>> node.outputs.tolist(), bool(jnp.allclose(node.materialize(), w))
       ([5.0, 2.0], True)
     """
-
-    __repr__ = core.method_repr
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the array is no matrix."""

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import LowRank
 from jcompress.formats.lowrank import truncated_svd
 
 
 @dataclasses.dataclass(frozen=True)
-class SVD:
+class SVD(Method):
     """The best approximation of a given rank in the Frobenius norm (Eckart & Young 1936).
 
     ``W ~ U_r S_r V_r^T``, the singular values shared evenly by both factors. A convolution kernel counts as the
@@ -42,8 +42,6 @@ class SVD:
     rank: int | None = None
     energy: float | None = None
     randomized: bool = False
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.layers import matrices
 from jcompress.layers.rounding import filled, rounding
@@ -18,7 +18,7 @@ from jcompress.quantize.integer import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaRound:
+class AdaRound(Method):
     """Learn for each weight whether it is rounded up or down (Nagel et al. 2020, arXiv:2004.10568).
 
     ``q = s clip(floor(w / s) + h(v))`` with the rectified sigmoid ``h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)``. Adam
@@ -59,9 +59,7 @@ class AdaRound:
     learning_rate: float = 0.01
     penalty: float = 4.0
 
-    needs = ("stats.gram",)
-
-    __repr__ = core.method_repr
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
 
     def __post_init__(self) -> None:
         if self.symmetric and self.bits == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jcompress.quantize.integer import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class AWQ:
+class AWQ(Method):
     """Activation-aware scales: weights of input ``i`` times ``s_i = a_i**power`` are quantized, and divided again.
 
     ``a_i`` is the root mean square of the input, divided by the geometric mean over inputs, and ``power`` the one of
@@ -48,20 +48,12 @@ class AWQ:
     grid: Method = Int(bits=4, group_size=128)
     points: int = 20
 
-    __repr__ = core.method_repr
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    wraps: ClassVar[tuple[str, ...]] = ("grid",)
 
     def __post_init__(self) -> None:
         if self.points < 2:
             raise ValueError(f"AWQ: points={self.points} must be at least 2: the powers 0 and 1")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What must be in the context."""
-        return ("stats.gram", *core.needs(self.grid))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if the grid cannot take an array of this shape and dtype."""
-        core.check(self.grid, path, shape, dtype)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Rescaled:
         """The node for one array."""

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Cast
 
 
 @dataclasses.dataclass(frozen=True)
-class Float:
+class Float(Method):
     """Keep an array in another float dtype, rounded to nearest.
 
     Attributes:
@@ -33,8 +32,6 @@ class Float:
     """
 
     dtype: Any = "bfloat16"
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.quantize import grids, ranges
 
@@ -19,7 +18,7 @@ DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "e2m1": jnp.float4
 
 
 @dataclasses.dataclass(frozen=True)
-class Float8:
+class Float8(Method):
     """Round to the nearest 8-bit float under a scale (Micikevicius et al. 2022, arXiv:2209.05433).
 
     ``w ~ s q`` with ``s = r / m``, ``m`` the largest finite value: 448 for e4m3, 57344 for e5m2. Ties go to even. A
@@ -48,7 +47,6 @@ class Float8:
     clip: ranges.Clip = "minmax"
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:
@@ -62,7 +60,7 @@ class Float8:
 
 
 @dataclasses.dataclass(frozen=True)
-class Float4:
+class Float4(Method):
     """Round to the nearest 4-bit float, e2m1, under a scale: 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with either sign.
 
     ``w ~ s q`` with ``s = r / 6``, ties to even (the FP4 of the OCP microscaling formats, v1.0, 2023).
@@ -87,7 +85,6 @@ class Float4:
     clip: ranges.Clip = "minmax"
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:

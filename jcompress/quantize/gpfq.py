@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.layers import matrices
 from jcompress.layers.rounding import Rounding, filled, rounding
@@ -20,7 +20,7 @@ _BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class GPFQ:
+class GPFQ(Method):
     """Round input after input, each to the level that cancels most of the error of outputs left by those before.
 
     With the error ``u = sum_{s<t} (w_s - q_s) x_s`` on the calibration data, ``q_t`` is the level nearest to
@@ -60,8 +60,6 @@ class GPFQ:
     clip: Literal["minmax", "mse"] = "minmax"
     stochastic: bool = False
     threshold: Any = 0.0
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if self.bits == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jcompress.quantize.integer import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Method):
     """Round the inputs of a layer one after the other; those not rounded yet make up for each error.
 
     The error of input ``j``, ``e = (w - q) / U_jj``, moves the weights of later inputs by ``-U_jl e``, where
@@ -72,7 +72,8 @@ class GPTQ:
     pad: bool = False
     grid: Method | None = None
 
-    __repr__ = core.method_repr
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    wraps: ClassVar[tuple[str, ...]] = ("_method",)
 
     def __post_init__(self) -> None:
         own = Int(self.bits, self.group_size, self.symmetric, clip=self.clip, pad=self.pad)
@@ -82,17 +83,8 @@ class GPTQ:
             raise ValueError(f"GPTQ: block_size={self.block_size} must be positive")
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """What must be in the context."""
-        return ("stats.gram", *core.needs(self._method))
-
-    @property
     def _method(self) -> Method:
         return self.grid or Int(self.bits, self.group_size, self.symmetric, clip=self.clip, pad=self.pad)
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if the grid cannot take an array of this shape and dtype."""
-        core.check(self._method, path, shape, dtype)
 
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:

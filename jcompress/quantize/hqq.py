@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Frozen, Quantized
 from jcompress.quantize import grids
 from jcompress.quantize.grids import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class HQQ:
+class HQQ(Method):
     """An affine grid whose zero points are fractions, chosen without data.
 
     With the scale ``s`` of the full range, and ``q = clip(round(w / s + z), 0, 2**bits - 1)``, the zero point ``z``
@@ -61,8 +61,6 @@ class HQQ:
     kappa: float = 1.01
     steps: int = 20
     pad: bool = False
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         grids.validate_bits(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jcompress.quantize.tables import PowersOfTwo
 
 
 @dataclasses.dataclass(frozen=True)
-class INQ:
+class INQ(Method):
     """Quantize the largest weights and freeze them, train the others, and so on until none is left.
 
     The node is a sum: codes where weights are frozen, and floats, which train, elsewhere. What was frozen the last time
@@ -38,17 +38,7 @@ class INQ:
     free: Method
     grid: Method = PowersOfTwo(bits=5)
 
-    __repr__ = core.method_repr
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What must be in the context."""
-        return core.needs(self.free, self.grid)
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if the mask or the grid cannot take an array of this shape and dtype."""
-        core.check(self.free, path, shape, dtype)
-        core.check(self.grid, path, shape, dtype)
+    wraps: ClassVar[tuple[str, ...]] = ("free", "grid")
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
         """The node for one array."""

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.quantize import grids, ranges
 
 
 @dataclasses.dataclass(frozen=True)
-class Int:
+class Int(Method):
     """Round to the nearest integer of a uniform grid (Jacob et al. 2018, arXiv:1712.05877).
 
     Symmetric: ``q = clip(round(w / s), -m, m)`` with ``m = 2**(bits - 1) - 1`` and ``s = r / m`` for the largest
@@ -60,7 +59,6 @@ class Int:
         if self.power_of_two and self.symmetric and self.bits == 1:
             raise ValueError("Int: one symmetric bit has no level 0 and a power of two is not 0; use bits=2")
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
@@ -79,7 +77,7 @@ class Int:
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(Method):
     """Round to multiples of ``2**-fraction``, saturating: the Q format of fixed-point hardware.
 
     ``q = clip(round(w * 2**fraction), -m, m)`` with ``m = 2**(bits - 1) - 1``, so the range is symmetric and two's
@@ -102,8 +100,6 @@ class FixedPoint:
 
     bits: int
     fraction: int
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         grids.validate_bits(self, least=2)

@@ -8,15 +8,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.formats.quantized import pool
 from jcompress.quantize.integer import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class LAB:
+class LAB(Method):
     """Loss-aware binarization: ``a sign(w)`` with ``a = sum(d |w|) / sum(d)`` (Hou et al. 2016, arXiv:1611.01600).
 
     It minimizes ``sum(d (w - a b)**2)`` over ``b`` in -1 and 1 and over ``a``, where ``d``, the root of the mean
@@ -38,9 +37,7 @@ class LAB:
     group_size: int | None = None
     axis: int | None = -1
 
-    needs: ClassVar[tuple[str, ...]] = ("stats.grad_square",)
-
-    __repr__ = core.method_repr
+    reads: ClassVar[tuple[str, ...]] = ("stats.grad_square",)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if groups or the channel axis do not fit the shape."""

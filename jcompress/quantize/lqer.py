@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jcompress.quantize.integer import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class LQER:
+class LQER(Method):
     """A quantized matrix plus one of low rank that takes back most of the error of outputs.
 
     For the error ``E = w - q(w)``, ``"gram"`` minimizes ``tr((E - u v)^T gram (E - u v))`` over all factors of that
@@ -53,22 +53,14 @@ class LQER:
     by: Literal["gram", "diagonal"] = "gram"
     damping: float = 1e-4
 
-    __repr__ = core.method_repr
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    wraps: ClassVar[tuple[str, ...]] = ("grid",)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"LQER: rank={self.rank} must be positive")
         if self.by not in ("gram", "diagonal"):
             raise ValueError(f"LQER: by={self.by!r} is unknown; use 'gram' or 'diagonal'")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What must be in the context."""
-        return ("stats.gram", *core.needs(self.grid))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if the grid cannot take an array of this shape and dtype."""
-        core.check(self.grid, path, shape, dtype)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
         """The node for one array."""

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.quantize import floats, grids, ranges
 
 
 @dataclasses.dataclass(frozen=True)
-class Microscaling:
+class Microscaling(Method):
     """Blocks of narrow numbers that share a power of two (OCP microscaling formats v1.0, 2023; arXiv:2310.10537).
 
     ``w ~ 2**x q`` with ``x = floor(log2(max |w|)) - e`` for each block along the contraction axis, ``e`` the exponent
@@ -46,7 +45,6 @@ class Microscaling:
 
     axis: ClassVar[None] = None
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:
@@ -66,7 +64,7 @@ class Microscaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class NVFP4:
+class NVFP4(Method):
     """Blocks of 4-bit floats under 8-bit float scales, and those under one float32 (arXiv:2509.25149).
 
     ``w ~ t s q`` with ``t = max |w| / (6 * 448)`` for the array, ``s`` the e4m3 float nearest to ``max |w| / (6 t)``
@@ -92,7 +90,6 @@ class NVFP4:
 
     axis: ClassVar[None] = None
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:

@@ -202,8 +202,6 @@ class MovingAverage:
     decay: Any = 0.99
     axis: int | None = None
 
-    __repr__ = core.method_repr
-
     def __post_init__(self) -> None:
         if core.is_concrete(self.decay) and not 0 <= self.decay < 1:
             raise ValueError(f"MovingAverage: decay={self.decay!r} is outside [0, 1)")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Rotated
 from jcompress.layers import matrices
@@ -16,7 +15,7 @@ from jcompress.quantize.integer import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotation:
+class Rotation(Method):
     """Quantize in a basis of inputs rotated by a randomized Hadamard matrix, where no weight stands out.
 
     ``w = R v`` and ``v`` is quantized. The error ``w - R q(v)`` is as long as that of ``v``, which has no outliers: the
@@ -42,18 +41,13 @@ class Rotation:
     grid: Method = Int(bits=4)
     seed: int = 0
 
-    __repr__ = core.method_repr
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What must be in the context."""
-        return core.needs(self.grid)
+    wraps: ClassVar[tuple[str, ...]] = ("grid",)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise for a vector, or if the grid cannot take an array of this shape and dtype."""
         if len(shape) < 2:
             raise ValueError(f"{path}: Rotation needs axis -2, found shape {shape}; keep it dense")
-        core.check(self.grid, path, shape, dtype)
+        super().check(path, shape, dtype)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Rotated:
         """The node for one array."""

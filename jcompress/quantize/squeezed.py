@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Frozen, Squeezed
 from jcompress.quantize import floats, grids
 
@@ -21,7 +20,7 @@ _LEAST = 2.0**-10
 
 
 @dataclasses.dataclass(frozen=True)
-class S2FP8:
+class S2FP8(Method):
     """8-bit floats of an array that was shifted and squeezed (Cambier et al. 2020, arXiv:2001.05674).
 
     ``|y| = 2**b |w|**a`` is rounded to the nearest e5m2, with ``a`` and ``b`` such that ``log2 |y|`` has the mean 0
@@ -53,7 +52,6 @@ class S2FP8:
     axis: int | None = None
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jcompress.formats.quantized import nearest, spread
 
 
 @dataclasses.dataclass(frozen=True)
-class Stochastic:
+class Stochastic(Method):
     """Round up or down at random, so that the expectation is the weight itself, on the grid of any quantizer.
 
     Between two neighbouring levels ``a <= w < b`` the result is ``b`` with probability ``(w - a) / (b - a)``, so it is
@@ -39,16 +39,8 @@ class Stochastic:
 
     method: Method
 
-    __repr__ = core.method_repr
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """A key, and what the method needs in the context."""
-        return ("key", *core.needs(self.method))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if the method cannot take the leaf."""
-        core.check(self.method, path, shape, dtype)
+    reads: ClassVar[tuple[str, ...]] = ("key",)
+    wraps: ClassVar[tuple[str, ...]] = ("method",)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""

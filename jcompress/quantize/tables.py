@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.quantize import grids, ranges
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(Method):
     """Round to the nearest of any levels under a scale: ``w ~ s levels[q]``, the largest magnitude at the range's end.
 
     A tie goes to the lower level. Zeros stay zero if 0 is among the levels.
@@ -46,7 +45,6 @@ class Table:
     clip: ranges.Clip = "minmax"
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:
@@ -63,7 +61,7 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class NF4:
+class NF4(Method):
     """4-bit NormalFloat: levels that normal weights use about equally often (Dettmers et al. 2023, arXiv:2305.14314).
 
     Eight levels are quantiles of the standard normal from one half (0, exact) up to ``1 - (1/30 + 1/32) / 2``, and
@@ -90,7 +88,6 @@ class NF4:
     clip: ranges.Clip = "minmax"
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:
@@ -102,7 +99,7 @@ class NF4:
 
 
 @dataclasses.dataclass(frozen=True)
-class PowersOfTwo:
+class PowersOfTwo(Method):
     """Round to the nearest of 0 and ``+-s 2**-k``, so that products are shifts (Zhou et al. 2017, arXiv:1702.03044).
 
     ``k`` runs from 0 to ``2**(bits - 1) - 2``. The scale ``s`` is itself the power of two nearest to the end of the
@@ -130,7 +127,6 @@ class PowersOfTwo:
     clip: ranges.Clip = "minmax"
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:
@@ -147,7 +143,7 @@ class PowersOfTwo:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdditivePowersOfTwo:
+class AdditivePowersOfTwo(Method):
     """Round to the nearest sum of a few powers of two under a scale (Li, Dong & Wang 2020, arXiv:1909.13144).
 
     A magnitude is a sum of ``n`` terms, each 0 or one of ``2**term_bits - 1`` powers of two, ``2**-i, 2**-(i + n),
@@ -178,7 +174,6 @@ class AdditivePowersOfTwo:
     clip: ranges.Clip = "minmax"
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Quantized, Sum
 from jcompress.quantize import grids
 from jcompress.quantize.grids import Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class Ternary:
+class Ternary(Method):
     """Weights of -1, 0 and 1 under a scale (Li, Zhang & Liu 2016, arXiv:1605.04711).
 
     ``q = sign(w)`` where ``|w| > t``, else 0, with the threshold ``t = 0.7 mean |w|``, near the optimum for normal
@@ -47,7 +47,6 @@ class Ternary:
     axis: int | None = -1
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:
@@ -101,7 +100,7 @@ def _optimal(problem: Problem) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class ABCNet:
+class ABCNet(Method):
     """A sum of several binary arrays, each under a scale (Lin, Zhao & Pan 2017, arXiv:1711.11294).
 
     ``w ~ sum_m a_m B_m`` with ``B_m = sign(w - mean(w) + u_m std(w))``, the shifts ``u_m`` spread evenly over
@@ -129,7 +128,6 @@ class ABCNet:
     axis: int | None = -1
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:

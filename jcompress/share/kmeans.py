@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Codebook
 from jcompress.formats.codebook import cluster_totals
 from jcompress.share.optimal import optimal_codebook
 
 
 @dataclasses.dataclass(frozen=True)
-class KMeans:
+class KMeans(Method):
     """Give every weight one of a few shared values (Han et al. 2016, arXiv:1510.00149).
 
     Minimizes ``sum (w - codebook[index])**2`` by Lloyd's algorithm from a linear start, or exactly: in one
@@ -49,8 +49,6 @@ class KMeans:
     scope: Literal["leaf", "global"] = "leaf"
     iterations: int = 100
     exact: bool = False
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if not isinstance(self.clusters, (int, np.integer)) or not 1 <= self.clusters <= 65_536:
@@ -87,10 +85,6 @@ class KMeans:
             )
             for w in arrays
         ]
-
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Codebook:
-        """The node for one array."""
-        return self.fit([w], [context])[0]
 
     @property
     def _index_dtype(self) -> Any:

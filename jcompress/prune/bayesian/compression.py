@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, formats
-from jcompress.core import Context
+from jcompress import formats
+from jcompress.core import Context, Method
 from jcompress.prune.bayesian.methods import check_axes
 
 
 @dataclasses.dataclass(frozen=True)
-class BayesianCompression:
+class BayesianCompression(Method):
     """Bayesian compression with a group horseshoe prior (Louizos et al. 2017, arXiv:1705.08665).
 
     Weights of a group share a log-normal scale under a horseshoe prior. Train on samples with
@@ -44,8 +44,6 @@ class BayesianCompression:
     start: float = -9.0
     threshold: float = 3.0
 
-    __repr__ = core.method_repr
-
     def __post_init__(self) -> None:
         if not self.tau > 0:
             raise ValueError(f"BayesianCompression: tau={self.tau} must be positive")
@@ -64,7 +62,7 @@ class BayesianCompression:
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalJeffreys:
+class NormalJeffreys(Method):
     """Bayesian compression with a group normal-Jeffreys prior (Louizos et al. 2017, arXiv:1705.08665).
 
     Weights of a group share a Gaussian scale ``z`` under the prior ``1 / |z|``, which has no hyperparameters. Train on
@@ -92,8 +90,6 @@ class NormalJeffreys:
     axes: tuple[int, ...] = (-1,)
     start: float = -9.0
     threshold: float = 3.0
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if not self.start < self.threshold:

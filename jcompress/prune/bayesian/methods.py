@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, formats
-from jcompress.core import Context
+from jcompress import formats
+from jcompress.core import Context, Method
 
 
 class Sharing(Protocol):
@@ -31,7 +31,7 @@ def check_axes(method: Sharing, path: str, shape: tuple[int, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class HardConcrete:
+class HardConcrete(Method):
     """Gates for l0 regularization (Louizos et al. 2018, arXiv:1712.01312).
 
     The values stand behind hard concrete gates, which are zero with positive probability. Train on samples,
@@ -62,8 +62,6 @@ class HardConcrete:
     temperature: float = 2 / 3
     stretch: tuple[float, float] = (-0.1, 1.1)
 
-    __repr__ = core.method_repr
-
     def __post_init__(self) -> None:
         low, high = self.stretch
         if not (low < 0 and high > 1 and 0 < self.temperature <= 1):
@@ -89,7 +87,7 @@ class HardConcrete:
 
 
 @dataclasses.dataclass(frozen=True)
-class VariationalDropout:
+class VariationalDropout(Method):
     """Sparse variational dropout: a Gaussian posterior for every weight (Molchanov et al. 2017, arXiv:1701.05369).
 
     ``w ~ N(mean, variance)``, under a log-uniform prior. Train on samples with
@@ -112,8 +110,6 @@ class VariationalDropout:
     start: float = -6.0
     threshold: float = 3.0
 
-    __repr__ = core.method_repr
-
     def __post_init__(self) -> None:
         if not self.start < self.threshold:
             raise ValueError(
@@ -127,7 +123,7 @@ class VariationalDropout:
 
 
 @dataclasses.dataclass(frozen=True)
-class InformationBottleneck:
+class InformationBottleneck(Method):
     """Variational information bottleneck: noisy gates for channels (VIBNet; Dai et al. 2018, arXiv:1802.10399).
 
     The channels of an array are multiplied by ``z ~ N(mean, variance)``. Train on samples with
@@ -154,8 +150,6 @@ class InformationBottleneck:
     start: float = -9.0
     threshold: float = 0.0
 
-    __repr__ = core.method_repr
-
     def __post_init__(self) -> None:
         if not self.start < self.threshold:
             raise ValueError(
@@ -174,7 +168,7 @@ class InformationBottleneck:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnnealedChannels:
+class AnnealedChannels(Method):
     """Channel gates that harden as training goes on (ACoSP; Ditschuneit & Otterbach 2022, arXiv:2201.11103).
 
     A channel is multiplied by ``sigmoid((logit - quantile) / temperature)``, with standardised logits and a temperature
@@ -205,8 +199,6 @@ class AnnealedChannels:
     axis: int = -1
     at_least: int = 8
     temperatures: tuple[float, float] = (1.0, 1e-3)
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if not (0 <= self.sparsity <= 1 and self.steps > 0 and min(self.temperatures) > 0):

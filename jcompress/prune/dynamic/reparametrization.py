@@ -7,13 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import SoftThreshold
 
 
 @dataclasses.dataclass(frozen=True)
-class STR:
+class STR(Method):
     """Soft-threshold reparametrization: every leaf learns its own threshold (Kusupati et al. 2020, arXiv:2002.03231).
 
     The network sees ``sign(w) * max(|w| - sigmoid(s), 0)``; ``w`` and ``s`` both train, under the same weight decay,
@@ -30,8 +29,6 @@ class STR:
     """
 
     initial: float = -10.0
-
-    __repr__ = core.method_repr
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> SoftThreshold:
         """The node for one array."""

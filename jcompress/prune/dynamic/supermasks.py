@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jcompress import core, rules
-from jcompress.core import Context, PyTree
+from jcompress.core import Context, Method, PyTree
 from jcompress.formats import Frozen, Scored
 from jcompress.formats.scored import mean_magnitude
 from jcompress.numeric.threshold import keep_largest
@@ -22,7 +22,7 @@ Scope = Literal["leaf", "global"]
 
 
 @dataclasses.dataclass(frozen=True)
-class EdgePopup:
+class EdgePopup(Method):
     """Edge-popup: weights stay as they were drawn, only scores learn (Ramanujan et al. 2020, arXiv:1911.13299).
 
     The mask keeps the weights of largest score; a score moves by the gradient of the dense array times the weight,
@@ -55,9 +55,7 @@ class EdgePopup:
     sparsity: Any
     signs: bool = False
     scope: Scope = "leaf"
-    needs = ("key",)
-
-    __repr__ = core.method_repr
+    reads: ClassVar[tuple[str, ...]] = ("key",)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -81,10 +79,6 @@ class EdgePopup:
         scale = Frozen.of(mean_magnitude(w, mask, tuple(range(-w.ndim, 0)))) if self.signs else None
         return Scored(Frozen.of(w), scores, mask, scale)
 
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Scored:
-        """The node for one array."""
-        return self.fit([w], [context])[0]
-
 
 def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
     bound = (math.prod(w.shape[:-1]) or 1) ** -0.5
@@ -92,7 +86,7 @@ def _uniform(w: jax.Array, key: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Movement:
+class Movement(Method):
     """Movement pruning: weights and scores learn together (Sanh et al. 2020, arXiv:2005.07683).
 
     A score moves by the gradient of the dense array times the weight, so under plain descent at rate eta it is
@@ -119,8 +113,6 @@ class Movement:
     threshold: float | None = None
     scope: Scope = "leaf"
 
-    __repr__ = core.method_repr
-
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.threshold is None):
             raise ValueError(
@@ -144,13 +136,9 @@ class Movement:
         masks = self.masks(scores, contexts[0].step)
         return [Scored(jnp.copy(w), *each) for w, *each in zip(arrays, scores, masks, strict=True)]
 
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Scored:
-        """The node for one array."""
-        return self.fit([w], [context])[0]
-
 
 @dataclasses.dataclass(frozen=True)
-class Piggyback:
+class Piggyback(Method):
     """Piggyback: one mask a task over weights that stay as they are (Mallya et al. 2018, arXiv:1801.06519).
 
     The mask keeps scores of at least the threshold; backward it counts as the identity. Scores start at ``initial``
@@ -168,8 +156,6 @@ class Piggyback:
 
     threshold: float = 5e-3
     initial: float = 1e-2
-
-    __repr__ = core.method_repr
 
     def masks(self, scores: Sequence[jax.Array], step: Any = None) -> list[jax.Array]:
         """What the scores of some leaves keep."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from jcompress import core
 from jcompress.prune import scores
 from jcompress.prune.masks.scored import ByScore, fixed
 
@@ -33,5 +32,3 @@ class Random(ByScore):
     """
 
     score: scores.Score = fixed(scores.random)
-
-    __repr__ = core.method_repr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from jcompress import core
 from jcompress.prune import scores
 from jcompress.prune.masks.scored import ByScore, fixed
 
@@ -35,5 +34,3 @@ class Magnitude(ByScore):
     """
 
     score: scores.Score = fixed(scores.magnitude)
-
-    __repr__ = core.method_repr

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.layers import matrices
 from jcompress.numeric.sweep import damped, inverse_factor
@@ -113,7 +113,7 @@ def _surgeon(
 
 
 @dataclasses.dataclass(frozen=True)
-class OBS:
+class OBS(Method):
     """Layer-wise optimal brain surgeon: remove the weight of least saliency, move the others, and so on.
 
     For each output, with ``H`` the Gram matrix of the inputs: the weight of least ``w_q**2 / (2 [H^-1]_qq)`` is
@@ -149,10 +149,8 @@ class OBS:
     pattern: NM | None = None
     damping: Any = 1e-4
 
-    needs: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
     scope: ClassVar[select.Scope] = "output"
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         check_pattern(self)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from jcompress import core
 from jcompress.prune import scores
 from jcompress.prune.masks import select
 from jcompress.prune.masks.scored import ByScore, fixed
@@ -32,8 +31,6 @@ class Taylor(ByScore):
 
     score: scores.Score = fixed(scores.taylor)
 
-    __repr__ = core.method_repr
-
 
 @dataclasses.dataclass(frozen=True)
 class SNIP(ByScore):
@@ -59,8 +56,6 @@ class SNIP(ByScore):
 
     scope: select.Scope = "global"
     score: scores.Score = fixed(scores.taylor)
-
-    __repr__ = core.method_repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +84,6 @@ class Fisher(ByScore):
 
     score: scores.Score = fixed(scores.fisher)
 
-    __repr__ = core.method_repr
-
 
 @dataclasses.dataclass(frozen=True)
 class OBD(ByScore):
@@ -117,5 +110,3 @@ class OBD(ByScore):
     """
 
     score: scores.Score = fixed(scores.hessian)
-
-    __repr__ = core.method_repr

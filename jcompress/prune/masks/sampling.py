@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Masked
 from jcompress.prune import scores
@@ -66,8 +65,6 @@ class Sampled(ByScore):
     """
 
     reweight: bool = False
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         super().__post_init__()

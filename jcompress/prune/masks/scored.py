@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.prune import scores
 from jcompress.prune.masks import select
@@ -19,7 +18,7 @@ from jcompress.prune.masks.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True)
-class ByScore:
+class ByScore(Method):
     """Keep the weights of the highest score, whatever the score is.
 
     The number of weights kept is exact, ``n - round(sparsity * n)``, and ties go to the lower index.
@@ -50,8 +49,6 @@ class ByScore:
     pattern: Pattern | None = None
     score: scores.Score = dataclasses.field(default=scores.magnitude, repr=False)
 
-    __repr__ = core.method_repr
-
     def __post_init__(self) -> None:
         select.validate(self)
 
@@ -77,10 +74,6 @@ class ByScore:
         """One node for each array of the rule."""
         by = jnp.abs if self.score is scores.magnitude else None
         return select.fit(self, partial(scores.evaluate, self.score), arrays, contexts, by)
-
-    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:
-        """The node for one array."""
-        return self.fit([w], [context])[0]
 
 
 def fixed(score: scores.Score) -> Any:

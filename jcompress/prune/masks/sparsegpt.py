@@ -22,7 +22,7 @@ from jcompress.prune.masks.patterns import NM
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseGPT:
+class SparseGPT(Method):
     """Prune a layer and adjust what stays so that its outputs on calibration data change least.
 
     The inputs of the layer are swept once. At input ``j`` the pruned weights' errors ``e = (w - q) / U_jj`` move the
@@ -66,14 +66,10 @@ class SparseGPT:
     damping: Any = 0.01
     quantizer: Method | None = None
 
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    wraps: ClassVar[tuple[str, ...]] = ("quantizer",)
+
     scope: ClassVar[select.Scope] = "leaf"
-
-    __repr__ = core.method_repr
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What must be in the context."""
-        return ("stats.gram", *(() if self.quantizer is None else core.needs(self.quantizer)))
 
     def __post_init__(self) -> None:
         obs.check_pattern(self)

@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
 from jcompress.core import Context
 from jcompress.layers import matrices
 from jcompress.prune import scores
@@ -52,5 +51,3 @@ class Wanda(ByScore):
 
     scope: select.Scope = "output"
     score: scores.Score = fixed(wanda)
-
-    __repr__ = core.method_repr

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from jcompress import core
-from jcompress.core import Context, PyTree
+from jcompress.core import Context, Method, PyTree
 from jcompress.formats import Binarized, Frozen
 from jcompress.quantize import grids
 
 
 @dataclasses.dataclass(frozen=True)
-class BinaryConnect:
+class BinaryConnect(Method):
     """Signs times a scale, with the gradient of the signs (Courbariaux et al. 2015, arXiv:1511.00363).
 
     The scale is the mean magnitude of the weights that it is given, which is optimal for their signs (Rastegari et al.
@@ -40,7 +40,6 @@ class BinaryConnect:
     stochastic: bool = False
     group_size = None
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Binarized:

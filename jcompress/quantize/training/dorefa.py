@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import FakeQuantized
 from jcompress.formats.fake_quantized import squashed
 from jcompress.numeric.surrogates import clip_outside, round_through
@@ -21,7 +20,7 @@ __all__ = ["activation", "gradient", "weight"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DoReFa:
+class DoReFa(Method):
     """Weights through tanh on a grid from -1 to 1, times a learned scale (Zhou et al. 2016, arXiv:1606.06160).
 
     ``s * (2 * Q(tanh(w) / (2 * max |tanh(w)|) + 1/2) - 1)`` with ``Q(r) = round((2**bits - 1) * r) / (2**bits - 1)``.
@@ -42,8 +41,6 @@ class DoReFa:
 
     bits: int = 4
     group_size = axis = None
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         grids.validate_bits(self, least=2)

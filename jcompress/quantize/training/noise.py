@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jcompress.formats import Masked, Sum
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantNoise:
+class QuantNoise(Method):
     """Compress random blocks, and leave the others as they are (Quant-Noise; Fan et al. 2020, arXiv:2004.07320).
 
     For training with ``jc.simulate``, with another key at each step: the blocks drawn meet their compressed value and
@@ -43,22 +43,14 @@ class QuantNoise:
     rate: Any = 0.5
     block_size: int = 1
 
-    __repr__ = core.method_repr
+    reads: ClassVar[tuple[str, ...]] = ("key",)
+    wraps: ClassVar[tuple[str, ...]] = ("method",)
 
     def __post_init__(self) -> None:
         if core.is_concrete(self.rate) and not callable(self.rate) and not 0 <= self.rate <= 1:
             raise ValueError(f"QuantNoise: rate={self.rate} is outside [0, 1]; 1 compresses every block")
         if self.block_size < 1:
             raise ValueError(f"QuantNoise: block_size={self.block_size} must be positive; 1 draws each weight")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """A key, and what the inner method needs."""
-        return ("key", *core.needs(self.method))
-
-    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Raise if the inner method cannot take the leaf."""
-        core.check(self.method, path, shape, dtype)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
         """The node for one array."""

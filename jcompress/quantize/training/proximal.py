@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Frozen, Sum
 from jcompress.formats.quantized import spread
 from jcompress.quantize import grids
@@ -17,7 +17,7 @@ from jcompress.quantize.integer import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Relaxed:
+class Relaxed(Method):
     """A grid that weights are drawn to, ever more strongly: ``q + f(w - q)`` for the nearest level q.
 
     ``"affine"``: between two levels a and b with the middle m, ``clip(m + (w - m) / slack, a, b)``: levels hold what is
@@ -54,7 +54,6 @@ class Relaxed:
     axis: int | None = -1
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
-from jcompress.core import Context, PyTree
+from jcompress.core import Context, Method, PyTree
 from jcompress.formats import FakeQuantized
 from jcompress.numeric.surrogates import straight_through
 from jcompress.quantize import grids
@@ -17,7 +16,7 @@ from jcompress.quantize.training.steps import spanning
 
 
 @dataclasses.dataclass(frozen=True)
-class DSQ:
+class DSQ(Method):
     """Differentiable soft quantization: rounds hard, with the gradient of tanh in each step (Gong et al. 2019).
 
     With ``s = 1 / (1 - a) = 1 / tanh(k / 2)`` for the softness a, ``k = log(2 / a - 1)`` and t within (-1/2, 1/2) the
@@ -45,7 +44,6 @@ class DSQ:
     axis: int | None = -1
     pad: bool = False
 
-    __repr__ = core.method_repr
     check = grids.check
 
     def __post_init__(self) -> None:

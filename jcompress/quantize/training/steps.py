@@ -8,8 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import FakeQuantized
 from jcompress.formats.fake_quantized import Surrogate, ends
 from jcompress.numeric.surrogates import clip_outside, round_through, scaled_gradient
@@ -17,7 +16,7 @@ from jcompress.quantize import grids
 
 
 @dataclasses.dataclass(frozen=True)
-class LSQ:
+class LSQ(Method):
     """Weights on a uniform grid whose step is learned by gradient (Esser et al. 2020, arXiv:1902.08153).
 
     ``v = s * round(clip(w / s, -2**(bits - 1), 2**(bits - 1) - 1))``; weights and steps both train, see
@@ -50,8 +49,6 @@ class LSQ:
     axis: int | None = -1
     start: Literal["magnitude", "deviation", "range"] = "magnitude"
     pad: bool = False
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if self.start not in ("magnitude", "deviation", "range"):

@@ -7,13 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
-from jcompress.core import Context
+from jcompress.core import Context, Method
 from jcompress.formats import Ternarized
 
 
 @dataclasses.dataclass(frozen=True)
-class TTQ:
+class TTQ(Method):
     """Trained ternary quantization: ``-b``, 0 or ``a``, both levels learned (Zhu et al. 2017, arXiv:1612.01064).
 
     Weights above ``t * max |w|`` are a, those below minus that are ``-b``. The levels start as the mean magnitudes of
@@ -32,8 +31,6 @@ class TTQ:
     """
 
     threshold: float = 0.05
-
-    __repr__ = core.method_repr
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
