@@ -91,7 +91,7 @@ def rebuild(tree: PyTree, changes: Mapping[str, Any], like: PyTree = None) -> Py
 
 def beside(params: PyTree, tree: PyTree) -> dict[str, Any]:
     """``{path: what stands there}`` in a tree of the structure of ``params``: gradients, updates, old nodes."""
-    treedef = jax.tree.structure(params, is_leaf=core.is_node)
+    treedef: Any = jax.tree.structure(params, is_leaf=core.is_node)
     return dict(zip([path for path, _ in paths(params)], treedef.flatten_up_to(tree), strict=True))
 
 
