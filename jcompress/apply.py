@@ -122,7 +122,7 @@ def _array(path: str, x: Any) -> jax.Array:
             f"{path}: found the shape of an array, expected its values; for shapes and sizes alone use "
             "jax.eval_shape(lambda params: jc.compress(params, plan), params)"
         )
-    x = jnp.asarray(x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) else x)
+    x = jnp.asarray(core.native(x))
     finite = jnp.isfinite(x).sum()
     if core.is_concrete(finite) and int(finite) != jnp.size(x):
         bad = jnp.size(x) - int(finite)
@@ -183,10 +183,8 @@ def simulate(
       [[1.0, 1.0]]
     """
     check_plan("simulate", plan)
-    leaves = rules.leaves(params)
-    still = {
-        path: jax.lax.stop_gradient(x) if path in plan and plan[path] is not None else x for path, x in leaves.items()
-    }
+    leaves = {path: core.native(x) for path, x in rules.paths(params)}
+    still = {path: jax.lax.stop_gradient(x) if plan.get(path) is not None else x for path, x in leaves.items()}
     nodes = fit(still, plan, contexts_of(params, step, key, stats))
     values = core.materialize(nodes, key=key)
     return rules.rebuild(params, {path: straight_through(leaves[path], value) for path, value in values.items()})

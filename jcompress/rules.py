@@ -329,7 +329,7 @@ def _check_compressible(path: str, leaf: Any, method: Method | None) -> None:
             f"{path}: found a {type(leaf).__name__} node where an array was expected; materialize it first, or compose "
             "methods with jc.chain"
         )
-    dtype = jnp.result_type(leaf)
+    dtype = jnp.result_type(core.native(leaf))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{path}: found dtype {dtype}, expected a float array; keep it dense with a rule ({path!r}, None) before"

@@ -116,7 +116,7 @@ def options(
     """
     _check(params, plans)
     measured = measures.measure_of(measure, stats) if isinstance(measure, str) else measure
-    leaves = dict(rules.paths(params))
+    leaves = rules.leaves(params)
     found = Options({path: {} for path in leaves}, {path: {} for path in leaves})
     for name, plan in plans.items():
         tree = compress(params, plan, step=step, key=key, stats=stats)
@@ -128,7 +128,7 @@ def options(
 
 
 def _check(params: PyTree, plans: Mapping[str, Plan]) -> None:
-    paths = {path for path, _ in rules.paths(params)}
+    paths = set(rules.leaves(params))
     if not plans:
         raise ValueError("options: found no plan, expected {name: plan}")
     for name, plan in plans.items():

@@ -73,15 +73,12 @@ def loss_change(loss: Callable[..., Any], params: PyTree, *batch: Any) -> Measur
       params: the dense parameters.
       *batch: data.
     """
-    leaves, treedef = rules.paths(params), jax.tree.structure(params)
-    places = {path: i for i, (path, _) in enumerate(leaves)}
-    dense = [x for _, x in leaves]
-    run = jax.jit(lambda arrays, batch: loss(jax.tree.unflatten(treedef, arrays), *batch))
+    dense = rules.leaves(params)
+    run = jax.jit(lambda arrays, batch: loss(rules.rebuild(params, arrays), *batch))
     base = run(dense, batch)
 
     def measure(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
-        i = places[path]
-        return run([*dense[:i], value.astype(dense[i].dtype), *dense[i + 1 :]], batch) - base
+        return run({**dense, path: value.astype(dense[path].dtype)}, batch) - base
 
     return measure
 
@@ -131,14 +128,14 @@ def top_eigenvalues(
     """
     if steps < 1:
         raise ValueError(f"top_eigenvalues: steps={steps} must be positive")
-    leaves, treedef = rules.paths(params), jax.tree.structure(params)
+    leaves = rules.leaves(params)
 
-    def one(i: int, key: jax.Array) -> jax.Array:
-        def of_leaf(w: jax.Array, arrays: list[jax.Array], batch: tuple) -> jax.Array:
-            return loss(jax.tree.unflatten(treedef, [*arrays[:i], w, *arrays[i + 1 :]]), *batch)
+    def one(path: str, key: jax.Array) -> jax.Array:
+        def of_leaf(w: jax.Array, arrays: dict[str, jax.Array], batch: tuple) -> jax.Array:
+            return loss(rules.rebuild(params, {**arrays, path: w}), *batch)
 
-        def iterated(arrays: list[jax.Array], batch: tuple) -> jax.Array:
-            w = arrays[i]
+        def iterated(arrays: dict[str, jax.Array], batch: tuple) -> jax.Array:
+            w = arrays[path]
 
             def product(v: jax.Array) -> jax.Array:
                 return jax.jvp(lambda w: jax.grad(of_leaf)(w, arrays, batch), (w,), (v.astype(w.dtype),))[1]
@@ -151,7 +148,7 @@ def top_eigenvalues(
             start = jax.random.normal(key, w.shape, jnp.float32)
             return jax.lax.fori_loop(0, steps, step, (start, jnp.zeros(())))[1]
 
-        return jax.jit(iterated)([x for _, x in leaves], batch)
+        return jax.jit(iterated)(leaves, batch)
 
-    keys = jax.random.split(key, len(leaves))
-    return {path: float(one(i, keys[i])) for i, (path, x) in enumerate(leaves) if core.is_trainable(x)}
+    keys = dict(zip(leaves, jax.random.split(key, len(leaves)), strict=True))
+    return {path: float(one(path, keys[path])) for path, x in leaves.items() if core.is_trainable(x)}

@@ -159,7 +159,7 @@ def rounded(wanted: Counts, leaves: list[Leaf], kept: int) -> dict[str, int]:
 
 def values(name: str, leaves: list[Leaf], tree: PyTree) -> dict[str, np.ndarray]:
     """Arrays by path on the host, once they are known to fit."""
-    given = dict(rules.paths(tree))
+    given = rules.leaves(tree)
     found = {}
     for leaf in leaves:
         x = given.get(leaf.path)

@@ -172,9 +172,14 @@ def _has_node(x: Any) -> bool:
     return any(is_node(y) for y in jax.tree.leaves(x, is_leaf=is_node))
 
 
+def native(x: Any) -> Any:
+    """An array as JAX can read it: NumPy's in this machine's byte order, all else as it is."""
+    return x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) and not x.dtype.isnative else x
+
+
 def is_trainable(x: Any) -> bool:
     """The one rule: floats of 16 bits or more train; integers, booleans, keys and 8- or 4-bit floats are held."""
-    dtype = jnp.result_type(x)
+    dtype = jnp.result_type(native(x))
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize >= 2
 
 
@@ -246,6 +251,7 @@ class Part:
 def dtype_bits(dtype: Any) -> int:
     """Bits that a number of this dtype takes where it is stored: 4 for int4, though memory spends 8."""
     dtype = jnp.dtype(dtype)
+    dtype = dtype if dtype.isnative else dtype.newbyteorder("=")
     if dtype == jnp.bool_:
         return 1
     if jnp.issubdtype(dtype, jnp.floating):

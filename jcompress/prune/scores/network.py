@@ -18,12 +18,11 @@ Loss = Callable[..., jax.Array]
 
 def of_paths(fn: Callable[..., Any], params: PyTree) -> tuple[Callable[..., Any], Scores]:
     """The function of the trainable leaves alone, by their paths, and these leaves."""
-    leaves, treedef = rules.paths(params), jax.tree.structure(params)
 
     def of(part: Scores, *args: Any) -> Any:
-        return fn(jax.tree.unflatten(treedef, [part.get(path, x) for path, x in leaves]), *args)
+        return fn(rules.rebuild(params, part), *args)
 
-    return of, {path: x for path, x in leaves if core.is_trainable(x)}
+    return of, {path: x for path, x in rules.paths(params) if core.is_trainable(x)}
 
 
 def grasp(loss: Loss, params: PyTree, *batch: Any) -> Scores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
+from jcompress import core, rules
 from jcompress.core import Context, PyTree
 from jcompress.layers import units
 from jcompress.layers.units import Groups, Members
@@ -86,7 +85,7 @@ def _contexts(found: Mapping[str, Any], grads: PyTree, stats: Any, key: Any) -> 
     for path in found:
         stat = None if stats is None else stats.get(path)
         grad = known.get(path, getattr(stat, "grad", None))
-        own = None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+        own = rules.key_of(key, path)
         grad = None if grad is None else core.dense(grad).astype(jnp.float32)
         contexts[path] = Context(key=own, stats=stat, grad=grad, path=path)
     return contexts
@@ -113,7 +112,7 @@ def random(groups: Groups, key: jax.Array) -> dict[str, jax.Array]:
     Each group's scores depend on the key and the group's name only.
     """
     return {
-        name: jax.random.uniform(jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF), (group.size,))
+        name: jax.random.uniform(rules.key_of(key, name), (group.size,))
         for name, group in units.prunable(groups).items()
     }
 

@@ -28,10 +28,10 @@ def gather(
     loss: Callable[..., Any], params: PyTree, batch: tuple, names: Names, per_example: bool, probes: int, key: Any
 ) -> Sums:
     """Sums of ``{name: {path: array}}`` for one batch, with the number of terms under ``"terms"``."""
-    leaves, treedef = rules.paths(params), jax.tree.structure(params)
+    leaves = rules.paths(params)
 
     def of(part: dict[str, jax.Array], *batch: Any) -> Any:
-        return loss(jax.tree.unflatten(treedef, [part.get(path, x) for path, x in leaves]), *batch)
+        return loss(rules.rebuild(params, part), *batch)
 
     def chosen(name: str) -> dict[str, jax.Array]:
         return {path: x for path, x in leaves if name in names.get(path, ()) and core.is_trainable(x)}
