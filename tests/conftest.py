@@ -1,5 +1,7 @@
 """Eight simulated devices, and a compilation cache that outlives the run."""
 
+import collections
+import itertools
 import os
 import pathlib
 import tempfile
@@ -51,7 +53,12 @@ OF_METHODS = (
 LONG = ("test_benchmarks", "benchmark_writes", "test_integer_benchmark", "test_quantized_training_experiment")
 
 
+CASES, METHODS, BENCHMARKS = "cases of long lists", "tests of single methods", "benchmarks"
+LEFT_OUT = pytest.StashKey()
+
+
 def _left_out(items):
+    """``(test, why)`` for all that the short run leaves out."""
     tests, cases, seen = {}, {}, 0
     for item in items:
         part = ONE_IN.get(item.path.stem, ONE_IN_OTHERS)
@@ -59,27 +66,77 @@ def _left_out(items):
             test = tests.setdefault(f"{item.path}::{item.originalname}", len(tests))
             cases[test] = cases.get(test, -1) + 1
             if (test + cases[test]) % part:
-                yield item
+                yield item, CASES
                 continue
         elif any(x in item.nodeid for x in LONG):
-            yield item
+            yield item, BENCHMARKS
             continue
         if any(x in item.nodeid for x in OF_METHODS):
             seen += 1
             if seen % 3:
-                yield item
+                yield item, METHODS
+
+
+def _in_shard(items, shard):
+    """One part of ``n`` of the list: a row of the conformance list, or else a file, is run as a whole."""
+    part, of = map(int, shard.split("/"))
+    groups = {}
+    for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        groups.setdefault((item.path, getattr(row, "name", "")), []).append(item)
+    sizes, chosen = [0] * of, set()
+    for group in sorted(groups.values(), key=len, reverse=True):
+        lightest = sizes.index(min(sizes))
+        sizes[lightest] += len(group)
+        if lightest == part - 1:
+            chosen.update(group)
+    return chosen
 
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also what the short run leaves out")
+    parser.addoption("--shard", help="i/n: the i-th of n parts of the list, counted from 1")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--all", False):
-        return
-    rest = set(_left_out(items))
+    rest = {} if config.getoption("--all") else dict(_left_out(items))
+    config.stash[LEFT_OUT] = collections.Counter(rest.values())
+    if config.getoption("--shard"):
+        shard = _in_shard(items, config.getoption("--shard"))
+        rest |= dict.fromkeys((item for item in items if item not in shard), "other shards")
     config.hook.pytest_deselected(items=[item for item in items if item in rest])
     items[:] = [item for item in items if item not in rest]
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(LEFT_OUT, {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = config.stash.get(LEFT_OUT, {})
+    if left_out:
+        rows = ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
+        terminalreporter.write_line(f"The short run left out {sum(left_out.values())} tests: {rows}. --all runs them.")
+
+
+# Linux gives a process 65,530 memory maps, and a compiled program takes several: after some 2,800 tests none is left.
+MAPS = pathlib.Path("/proc/self/maps")
+MANY_MAPS = 20_000
+_TURNS = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Drops compiled programs when there are many; they come back from the compilation cache."""
+    yield
+    if next(_TURNS) % 25 == 0 and MAPS.exists() and MAPS.read_text().count("\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 # Most tests run what they compile once or twice. These compare to the last bit, or read what users would compile.
