@@ -13,7 +13,7 @@ from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
 from jcompress.layers.units import Group, Groups
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 
 
 def p_pruning(
@@ -71,10 +71,10 @@ def p_pruning(
     for name, fraction in fractions.items():
         group = units.find(groups, name)
         if core.is_concrete(fraction):
-            select.check_sparsity(f"{name}: p_pruning", fraction)
+            selection.check_sparsity(f"{name}: p_pruning", fraction)
         products = _output_products(name, group, found, stats)
         score = None if scores is None else jnp.asarray(scores[name], jnp.float32)
-        count = jnp.maximum(jnp.asarray(select.kept(group.size, fraction), jnp.int32), 1)
+        count = jnp.maximum(jnp.asarray(selection.kept(group.size, fraction), jnp.int32), 1)
         survivor = _survivors(products, count, score)
         keep[name] = survivor == jnp.arange(group.size)
         if absorb:

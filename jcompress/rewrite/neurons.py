@@ -13,7 +13,7 @@ from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import units
 from jcompress.layers.units import Group, Groups
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 
 
 def merge_neurons(
@@ -56,7 +56,7 @@ def merge_neurons(
     for name, fraction in fractions.items():
         group = units.find(groups, name)
         if core.is_concrete(fraction):
-            select.check_sparsity(f"{name}: merge_neurons", fraction)
+            selection.check_sparsity(f"{name}: merge_neurons", fraction)
         mixing, keep[name] = _merged(name, group, fraction, match, found)
         for path, axis in group.consumers:
             index = group.maps[path, axis]
@@ -84,7 +84,7 @@ def _merged(
         products = products.at[:, i].add(products[:, j]).at[:, j].set(0)
         return mixing, products, keep.at[j].set(False)
 
-    cut = jnp.minimum(group.size - jnp.asarray(select.kept(group.size, fraction), jnp.int32), group.size - 1)
+    cut = jnp.minimum(group.size - jnp.asarray(selection.kept(group.size, fraction), jnp.int32), group.size - 1)
     start = (jnp.eye(group.size), products, jnp.ones(group.size, bool))
     mixing, _, keep = jax.lax.fori_loop(0, cut, merge, start)
     return mixing, keep

@@ -14,7 +14,7 @@ from jcompress.numeric.counting import count_true
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic import leaves, moments
 from jcompress.prune.dynamic.held import Masks, initial, lay, moved
-from jcompress.prune.masks.select import Scope
+from jcompress.prune.masks.selection import Scope
 from jcompress.rules import Plan
 
 

@@ -15,7 +15,7 @@ from jcompress.core import Context, Method, PyTree
 from jcompress.formats import Frozen, Scored
 from jcompress.formats.scored import mean_magnitude
 from jcompress.numeric.threshold import keep_largest
-from jcompress.prune.masks import select as selection
+from jcompress.prune.masks import selection
 from jcompress.rules import Plan
 
 Scope = Literal["leaf", "global"]

@@ -13,7 +13,7 @@ from jcompress import rules
 from jcompress.core import PyTree
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic.held import Masks, lay
-from jcompress.prune.masks.select import Scope, kept
+from jcompress.prune.masks.selection import Scope, kept
 
 Train = Callable[[PyTree, dict[str, jax.Array]], PyTree]
 

@@ -14,7 +14,7 @@ from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic.held import lay, moved
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ class TopKAST:
     def __post_init__(self) -> None:
         known = [x for x in (self.backward, self.forward) if not callable(x) and core.is_concrete(x)]
         for x in known:
-            select.check_sparsity("TopKAST", x)
+            selection.check_sparsity("TopKAST", x)
         if len(known) == 2 and float(known[0]) > float(known[1]):
             raise ValueError(
                 f"TopKAST: found backward={self.backward} above forward={self.forward}; at least the weights that are "
@@ -100,7 +100,7 @@ class TopKAST:
         """The masks of what is seen and of what learns."""
         size = jnp.abs(w)
         sparsities = [core.value_at(x, step) for x in (self.forward, self.backward)]
-        seen, learning = (keep_largest([size], select.kept(w.size, x))[0] for x in sparsities)
+        seen, learning = (keep_largest([size], selection.kept(w.size, x))[0] for x in sparsities)
         return seen, learning
 
     def pull(self, w: jax.Array, seen: jax.Array, learning: jax.Array | None, /) -> jax.Array:

@@ -15,7 +15,7 @@ from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.layers import matrices
 from jcompress.numeric.sweep import damped, inverse_factor
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 from jcompress.prune.masks.patterns import NM
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -150,20 +150,20 @@ class OBS(Method):
     damping: Any = 1e-4
 
     reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
-    scope: ClassVar[select.Scope] = "output"
+    scope: ClassVar[selection.Scope] = "output"
 
     def __post_init__(self) -> None:
         check_pattern(self)
-        select.validate(self)
+        selection.validate(self)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the pattern does not fit the shape."""
         if len(shape) == 2:
-            select.check(self, path, shape)
+            selection.check(self, path, shape)
 
     def unit(self, shape: tuple[int, ...]) -> int:
         """How many weights the sparsity of a leaf of this shape can change by, at least."""
-        return select.unit(self, shape)
+        return selection.unit(self, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:
         """The node for one array."""
@@ -173,8 +173,8 @@ class OBS(Method):
         check_groups(self, context.path, k)
         sparsity = self.pattern.sparsity if self.pattern is not None else core.value_at(self.sparsity, context.step)
         if core.is_concrete(sparsity):
-            select.check_sparsity(f"{context.path}: OBS", sparsity)
-        steps = k - jnp.asarray(select.kept(k, sparsity), jnp.int32)
+            selection.check_sparsity(f"{context.path}: OBS", sparsity)
+        steps = k - jnp.asarray(selection.kept(k, sparsity), jnp.int32)
 
         def layer_of(args: tuple) -> tuple:
             matrix, shown, gram = args

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jcompress.prune import scores
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 from jcompress.prune.masks.scored import ByScore, fixed
 
 
@@ -54,7 +54,7 @@ class SNIP(ByScore):
       ([False, False], [True, True])
     """
 
-    scope: select.Scope = "global"
+    scope: selection.Scope = "global"
     score: scores.Score = fixed(scores.taylor)
 
 

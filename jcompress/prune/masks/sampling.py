@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jcompress.core import Context
 from jcompress.formats import Masked
 from jcompress.prune import scores
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 from jcompress.prune.masks.scored import ByScore
 
 
@@ -81,7 +81,7 @@ class Sampled(ByScore):
         """One node for each array of the rule."""
         keys = [scores.evaluate(sampled(self.score), w, c) for w, c in zip(arrays, contexts, strict=True)]
         keys = [k if c.where is None else jnp.where(c.where, k, 0) for k, c in zip(keys, contexts, strict=True)]
-        masks = select.masks_of(self, keys, contexts)
+        masks = selection.masks_of(self, keys, contexts)
         values = list(arrays)
         if self.reweight:
             cut = [jnp.max(jnp.where(mask, 0, k), initial=0) for mask, k in zip(masks, keys, strict=True)]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.prune import scores
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 from jcompress.prune.masks.patterns import Pattern
 
 
@@ -45,12 +45,12 @@ class ByScore(Method):
     """
 
     sparsity: Any = None
-    scope: select.Scope = "leaf"
+    scope: selection.Scope = "leaf"
     pattern: Pattern | None = None
     score: scores.Score = dataclasses.field(default=scores.magnitude, repr=False)
 
     def __post_init__(self) -> None:
-        select.validate(self)
+        selection.validate(self)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -60,20 +60,20 @@ class ByScore(Method):
     @property
     def joint(self) -> bool:
         """Whether one threshold, or one mask, serves all leaves of the rule."""
-        return select.is_joint(self)
+        return selection.is_joint(self)
 
     def unit(self, shape: tuple[int, ...]) -> int:
         """How many weights the sparsity of a leaf of this shape can change by, at least."""
-        return select.unit(self, shape)
+        return selection.unit(self, shape)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the pattern does not fit the shape."""
-        select.check(self, path, shape)
+        selection.check(self, path, shape)
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Masked]:
         """One node for each array of the rule."""
         by = jnp.abs if self.score is scores.magnitude else None
-        return select.fit(self, partial(scores.evaluate, self.score), arrays, contexts, by)
+        return selection.fit(self, partial(scores.evaluate, self.score), arrays, contexts, by)
 
 
 def fixed(score: scores.Score) -> Any:

@@ -17,7 +17,7 @@ from jcompress.layers import matrices
 from jcompress.layers.rounding import Rounding, filled, rounding
 from jcompress.numeric.sweep import Decision, Known, damped, inverse_factor, sweep
 from jcompress.numeric.threshold import keep_largest
-from jcompress.prune.masks import obs, select
+from jcompress.prune.masks import obs, selection
 from jcompress.prune.masks.patterns import NM
 
 
@@ -69,11 +69,11 @@ class SparseGPT(Method):
     reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
     wraps: ClassVar[tuple[str, ...]] = ("quantizer",)
 
-    scope: ClassVar[select.Scope] = "leaf"
+    scope: ClassVar[selection.Scope] = "leaf"
 
     def __post_init__(self) -> None:
         obs.check_pattern(self)
-        select.validate(self)
+        selection.validate(self)
         if self.block_size < 1 or (self.pattern is not None and self.block_size % self.pattern.m):
             multiple = "" if self.pattern is None else f" and a multiple of {self.pattern.m}"
             raise ValueError(f"SparseGPT: block_size={self.block_size} must be positive{multiple}")
@@ -81,7 +81,7 @@ class SparseGPT(Method):
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the pattern does not fit the shape."""
         if len(shape) == 2:
-            select.check(self, path, shape)
+            selection.check(self, path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:
         """The node for one array."""
@@ -90,7 +90,7 @@ class SparseGPT(Method):
         obs.check_groups(self, context.path, matrix.shape[1])
         sparsity = self.pattern.sparsity if self.pattern is not None else core.value_at(self.sparsity, context.step)
         if core.is_concrete(sparsity):
-            select.check_sparsity(f"{context.path}: SparseGPT", sparsity)
+            selection.check_sparsity(f"{context.path}: SparseGPT", sparsity)
         if not w.size:
             return Masked(w, jnp.zeros(w.shape, jnp.bool_))
         found: Rounding | None = None
@@ -109,7 +109,7 @@ class SparseGPT(Method):
         """How many weights of each block stay."""
         _, k, n = shape
         edges = [min(i * self.block_size, k) * n for i in range(-(-k // self.block_size) + 1)]
-        kept = [select.kept(edge, sparsity) for edge in edges]
+        kept = [selection.kept(edge, sparsity) for edge in edges]
         return jnp.stack([jnp.asarray(b - a, jnp.uint32) for a, b in itertools.pairwise(kept)])
 
 

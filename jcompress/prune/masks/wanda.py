@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jcompress.core import Context
 from jcompress.layers import matrices
 from jcompress.prune import scores
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 from jcompress.prune.masks.scored import ByScore, fixed
 
 
@@ -49,5 +49,5 @@ class Wanda(ByScore):
       [[1.0, 2.0], [0.0, 0.0]]
     """
 
-    scope: select.Scope = "output"
+    scope: selection.Scope = "output"
     score: scores.Score = fixed(wanda)

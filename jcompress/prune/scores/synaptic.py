@@ -13,7 +13,7 @@ from jax import lax
 from jcompress import core
 from jcompress.core import PyTree
 from jcompress.numeric.threshold import keep_largest
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 from jcompress.prune.scores import network
 from jcompress.prune.scores.network import Scores
 
@@ -140,7 +140,7 @@ def synflow(
     if rounds < 1:
         raise ValueError(f"synflow: rounds={rounds} must be positive")
     if core.is_concrete(sparsity):
-        select.check_sparsity("synflow", sparsity)
+        selection.check_sparsity("synflow", sparsity)
     flow, magnitudes = _flow(fn, params, args)
     weights = {
         path: w for path, w in magnitudes.items() if (w.ndim > 1 if match is None else re.fullmatch(match, path))
@@ -161,7 +161,7 @@ def _counts(size: int, sparsity: Any, rounds: int) -> jax.Array:
     density = 1 - jnp.asarray(sparsity, jnp.float32)
     levels = density ** (jnp.arange(1, rounds + 1) / rounds)
     counts = jnp.round(levels * size).astype(jnp.uint32)
-    return jnp.maximum(counts, select.kept(size, sparsity)).at[-1].set(select.kept(size, sparsity))
+    return jnp.maximum(counts, selection.kept(size, sparsity)).at[-1].set(selection.kept(size, sparsity))
 
 
 def _rounds(flow: Callable[..., jax.Array], weights: Scores, counts: jax.Array) -> tuple[Scores, jax.Array]:

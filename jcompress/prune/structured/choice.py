@@ -12,7 +12,7 @@ from jcompress import core
 from jcompress.layers import units
 from jcompress.layers.units import Groups
 from jcompress.numeric.threshold import keep_largest
-from jcompress.prune.masks import select
+from jcompress.prune.masks import selection
 
 Scope = Literal["group", "global"]
 Normalize = Literal["mean", "max", "norm"]
@@ -61,7 +61,7 @@ def keep(
     normal = {name: _normalized(_checked(name, x, groups), normalize) for name, x in scores.items()}
     counts: Mapping[str, Any]
     if scope == "group":
-        counts = {name: select.kept(x.size, fractions[name]) for name, x in normal.items()}
+        counts = {name: selection.kept(x.size, fractions[name]) for name, x in normal.items()}
     else:
         counts = _global_counts(normal, sparsity, at_least)
     return {
@@ -90,7 +90,7 @@ def _fractions(scores: Mapping[str, jax.Array], sparsity: Any, scope: str) -> di
     fractions = dict(sparsity) if isinstance(sparsity, Mapping) else dict.fromkeys(scores, sparsity)
     for name, fraction in fractions.items():
         if core.is_concrete(fraction):
-            select.check_sparsity(f"{name}: keep", fraction)
+            selection.check_sparsity(f"{name}: keep", fraction)
     return fractions
 
 
@@ -123,7 +123,7 @@ def _global_counts(scores: dict[str, jax.Array], sparsity: Any, at_least: int) -
     # Those that stay in any case go below all others, so that the rest of the count is spent on the others.
     low = jnp.finfo(jnp.float32).min
     others = [jnp.where(f, -jnp.inf, jnp.maximum(x, low)) for x, f in zip(scores.values(), forced, strict=True)]
-    total = select.kept(sum(x.size for x in scores.values()), sparsity)
+    total = selection.kept(sum(x.size for x in scores.values()), sparsity)
     rest = max(total - least, 0) if isinstance(total, int) else jnp.maximum(total, least) - jnp.uint32(least)
     chosen = keep_largest(others, rest)
     return {name: jnp.sum(f | c, dtype=jnp.uint32) for name, f, c in zip(scores, forced, chosen, strict=True)}
