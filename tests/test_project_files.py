@@ -22,7 +22,7 @@ LAYERS = {
     "distill": {"core"},
     "io": {"core", "formats", "numeric", "rules", "version"},
     "measure": {"core", "formats", "numeric", "rules"},
-    "trace": {"apply", "core", "formats", "numeric", "rules"},
+    "trace": {"apply", "core", "formats", "layers", "numeric", "rules"},
     "prune": {"apply", "core", "formats", "layers", "numeric", "projection", "rules"},
     "quantize": {"apply", "core", "formats", "layers", "numeric", "rules", "trace"},
     "factorize": {"core", "formats", "layers", "numeric"},

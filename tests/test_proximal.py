@@ -95,7 +95,7 @@ def test_rows_of_norms_near_each_other_become_equal():
 
 def test_groups_of_one_array_shrink_as_coupled_groups_do(rng):
     params = {"kernel": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)}
-    group = {"hidden": structured.ManualGroup(size=6, producers=(("kernel", 1),))}
+    group = {"hidden": jc.trace.Group(size=6, producers=(("kernel", 1),))}
     still = jax.tree.map(jnp.zeros_like, params)
     tx = structured.group_lasso_proximal(group, 0.5 * 3.0)
     expected, _ = tx.update(still, tx.init(params), params)

@@ -146,7 +146,7 @@ def test_taylor_ranks_units_as_leaving_each_out_does_and_better_than_magnitude(r
     trained = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), None, 150)[0][0])()
     out = jnp.abs(jax.vmap(lambda i: loss(trained, ones.at[i].set(0)))(jnp.arange(24)) - loss(trained, ones))
     exact = np.asarray(out)
-    groups = {"hidden": jc.prune.structured.ManualGroup(24, (("a", 1),), (("b", 0),))}
+    groups = {"hidden": jc.trace.Group(24, (("a", 1),), (("b", 0),))}
     # Example by example: at a minimum the derivatives of a batch add up to nothing.
     grads = jax.vmap(lambda i: jax.grad(lambda p: jnp.mean(((jnp.tanh(x[i] @ p["a"])) @ p["b"] - y[i]) ** 2))(trained))(
         jnp.arange(200)

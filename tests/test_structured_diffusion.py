@@ -96,7 +96,7 @@ def test_units_that_nothing_reads_have_no_importance(rng):
 
 def test_the_penalty_is_the_weighted_sum_and_spares_the_best(rng):
     params = random_params(rng, a=(3, 4), b=(4, 2))
-    hidden = {"hidden": structured.ManualGroup(size=4, producers=(("a", 1),), consumers=(("b", 0),))}
+    hidden = {"hidden": jc.trace.Group(size=4, producers=(("a", 1),), consumers=(("b", 0),))}
     scores = {"hidden": jnp.array([1.0, 4.0, 0.0, 2.0])}
     a = np.asarray(params["a"], np.float64)
     costs = 0.3 * np.abs(a).sum(0) + 0.7 * np.square(a).sum(0)
@@ -115,7 +115,7 @@ def test_errors_name_what_is_wrong(rng):
         structured.diffusion(params, groups, ["a"], damping=1.0)
     with pytest.raises(ValueError, match="nowhere: the chain does not touch"):
         structured.diffusion(params, groups, ["a"], {"nowhere": jnp.ones(2)})
-    hidden = {"hidden": structured.ManualGroup(size=6, producers=(("a", 1),))}
+    hidden = {"hidden": jc.trace.Group(size=6, producers=(("a", 1),))}
     with pytest.raises(ValueError, match="a: no group reads this kernel"):
         structured.diffusion(params, hidden, ["a"])
     with pytest.raises(ValueError, match="other: there is no such group"):

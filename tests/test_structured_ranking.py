@@ -83,7 +83,7 @@ def test_importance_equals_a_loop_over_entries(model, reduce, members):
 
 
 def test_entries_of_other_groups_do_not_count():
-    group = structured.ManualGroup(size=2, consumers=(("w", 0),), index={("w", 0): np.array([-1, 1, 0, 1, -1])})
+    group = jc.trace.Group(size=2, consumers=(("w", 0),), maps={("w", 0): np.array([-1, 1, 0, 1, -1])})
     params = {"w": jnp.array([[100.0], [1.0], [2.0], [4.0], [100.0]])}
     for reduce, expected in {"sum": [2, 5], "mean": [2, 2.5], "max": [2, 4]}.items():
         assert structured.importance(params, {"g": group}, reduce=reduce)["g"].tolist() == expected
@@ -91,7 +91,7 @@ def test_entries_of_other_groups_do_not_count():
 
 def test_signed_scores_add_up_before_their_magnitude():
     params, grads = {"w": jnp.array([[1.0, 1.0], [1.0, 1.0]])}, {"w": jnp.array([[2.0, -3.0], [-2.0, -1.0]])}
-    groups = {"g": structured.ManualGroup(size=2, producers=(("w", 1),))}
+    groups = {"g": jc.trace.Group(size=2, producers=(("w", 1),))}
     assert structured.importance(params, groups, scores.signed_taylor, "signed", grads=grads)["g"].tolist() == [0, 4]
     assert structured.taylor(params, groups, grads, members="producers")["g"].tolist() == [0, 16]
     assert structured.taylor(params, groups, grads, members="producers", signed=False)["g"].tolist() == [4, 4]
@@ -148,7 +148,7 @@ def test_removing_filters_equals_masking_them(model):
 
 
 def test_random_scores_depend_on_key_and_name_only():
-    groups = {name: structured.ManualGroup(size=5) for name in "ab"}
+    groups = {name: jc.trace.Group(size=5) for name in "ab"}
     one, two = (structured.random(groups, jax.random.key(i)) for i in (0, 1))
     assert one["a"].tolist() != one["b"].tolist()
     assert one["a"].tolist() != two["a"].tolist()
@@ -157,20 +157,20 @@ def test_random_scores_depend_on_key_and_name_only():
 
 def test_nodes_count_as_what_they_stand_for():
     params = {"w": jnp.array([[1.0, -2.0, 3.0], [0.1, 4.0, -5.0]])}
-    groups = {"g": structured.ManualGroup(size=3, producers=(("w", 1),))}
+    groups = {"g": jc.trace.Group(size=3, producers=(("w", 1),))}
     nodes = jc.compress(params, jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))]))
     dense = structured.l1(jc.materialize(nodes), groups)["g"]
     assert structured.l1(nodes, groups)["g"].tolist() == dense.tolist()
 
 
 def test_a_subtree_sees_its_own_members():
-    group = structured.ManualGroup(
+    group = jc.trace.Group(
         size=2,
         producers=(("params/a", 1), ("stats/m", 0)),
         consumers=(("params/b", 0),),
-        index={("params/b", 0): [1, 0]},
+        maps={("params/b", 0): [1, 0]},
     )
-    seen = structured.within({"g": group, "h": structured.ManualGroup(size=1)}, "params")
+    seen = structured.within({"g": group, "h": jc.trace.Group(size=1)}, "params")
     assert list(seen) == ["g"]
     assert seen["g"].producers == (("a", 1),)
     assert seen["g"].maps["b", 0].tolist() == [1, 0]
@@ -184,7 +184,7 @@ def test_bad_choices_of_members_are_explained(model):
         structured.importance(params, groups, members="outputs")
     with pytest.raises(ValueError, match=r"none of its \d members .* match='nothing'"):
         structured.l1(params, groups, match="nothing")
-    group = structured.ManualGroup(size=2, producers=(("one/kernels", 1),))
+    group = jc.trace.Group(size=2, producers=(("one/kernels", 1),))
     with pytest.raises(ValueError, match=r"one/kernels: the group 'g' names it, .* 'one/kernel'"):
         structured.importance(params, {"g": group})
 
@@ -193,7 +193,7 @@ def test_bad_choices_of_members_are_explained(model):
 
 
 def two_groups():
-    return {"a": structured.ManualGroup(size=4), "b": structured.ManualGroup(size=6)}
+    return {"a": jc.trace.Group(size=4), "b": jc.trace.Group(size=6)}
 
 
 SCORES = {"a": jnp.array([4.0, 1.0, 3.0, 2.0]), "b": jnp.array([10.0, 60.0, 20.0, 50.0, 40.0, 30.0])}
@@ -223,7 +223,7 @@ def test_a_global_threshold_compares_groups():
 
 
 def test_sizes_are_rounded_up_to_multiples():
-    groups = {"a": structured.ManualGroup(size=20), "b": structured.ManualGroup(size=6)}
+    groups = {"a": jc.trace.Group(size=20), "b": jc.trace.Group(size=6)}
     found = {name: jnp.arange(group.size, dtype=jnp.float32) for name, group in groups.items()}
     for scope in ("group", "global"):
         kept = structured.keep(found, groups, sparsity=0.5, scope=scope, multiple_of=8)
@@ -262,7 +262,7 @@ def test_a_traced_sparsity_gives_the_same_and_compiles_once(scope, multiple_of):
 
 
 def test_bad_choices_are_explained():
-    groups = two_groups() | {"fixed": structured.ManualGroup(size=2, prunable=False)}
+    groups = two_groups() | {"fixed": jc.trace.Group(size=2, reason="an output")}
     keep = structured.keep
     with pytest.raises(ValueError, match=r"aa: there is no such group; there are 3, such as 'a'"):
         keep({"aa": jnp.ones(4)}, groups, 0.5)

@@ -408,7 +408,7 @@ def test_constants_fold_into_a_running_mean_too(rng):
 
 def test_missing_or_unfitting_statistics_are_explained(rng):
     params = {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2)), "bias": jnp.ones(2)}
-    groups = {"g": structured.ManualGroup(size=4, producers=(("up", 1),), consumers=(("down", 0),))}
+    groups = {"g": jc.trace.Group(size=4, producers=(("up", 1),), consumers=(("down", 0),))}
     keep = {"g": jnp.arange(4) < 2}
     with pytest.raises(ValueError, match=r"down: the group 'g' needs 'gram' .* pass stats=jc.calibrate"):
         jc.rewrite.reconstruct(params, groups, keep, {})
@@ -424,7 +424,7 @@ def test_missing_or_unfitting_statistics_are_explained(rng):
     with pytest.raises(ValueError, match=r"up: found shape \(3, 4\), expected \(2,\), the outputs of down"):
         jc.rewrite.reconstruct(params, groups, keep, {"down": stat}, biases={"down": "up"})
     with pytest.raises(ValueError, match=r"g: no kernel reads this group"):
-        structured.lasso(params, {"g": structured.ManualGroup(size=4, producers=(("up", 1),))}, {})
+        structured.lasso(params, {"g": jc.trace.Group(size=4, producers=(("up", 1),))}, {})
     tied = types.SimpleNamespace(gram=jnp.eye(4), axes=(0,), others=(stat,))
     with pytest.raises(ValueError, match=r"down: found a kernel that is used in several ways"):
         jc.rewrite.reconstruct(params, groups, keep, {"down": tied})

@@ -59,7 +59,7 @@ def test_distances_equal_those_of_scipy(rng):
 def test_the_filter_at_the_geometric_median_goes_first_whatever_its_norm(rng):
     ring = np.stack([[np.cos(t), np.sin(t)] for t in np.arange(6) / 6 * 2 * np.pi]) + 10
     params = {"w": jnp.asarray(np.concatenate([ring, [[10.0, 10.0]]]).T, jnp.float32)}
-    groups = {"g": structured.ManualGroup(size=7, producers=(("w", 1),))}
+    groups = {"g": jc.trace.Group(size=7, producers=(("w", 1),))}
     assert int(jnp.argmin(structured.geometric_median(params, groups)["g"])) == 6
     assert int(jnp.argmin(structured.l2(params, groups)["g"])) != 6
 
@@ -133,7 +133,7 @@ def test_one_neuron_always_stays(rng):
 
 def test_what_cannot_merge_is_explained(rng):
     params = random_params(rng, MLP)
-    groups = {"g": structured.ManualGroup(size=6, producers=(("a", 1),))}
+    groups = {"g": jc.trace.Group(size=6, producers=(("a", 1),))}
     with pytest.raises(ValueError, match=r"g: none of its 1 members .* members='consumers'"):
         jc.rewrite.merge_neurons(params, groups, 0.5)
     with pytest.raises(ValueError, match=r"g: merge_neurons: sparsity=2 is outside"):

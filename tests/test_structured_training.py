@@ -72,7 +72,7 @@ def test_its_gradient_is_the_unit_vector_and_zero_at_zero(params, groups):
 def test_the_proximal_step_is_the_minimum_on_a_grid(weighted):
     strength, w = 0.7, np.array([1.3, -0.9])
     params = {"a": jnp.asarray(w[:, None], jnp.float32)}
-    groups = {"g": structured.ManualGroup(size=1, producers=(("a", 1),))}
+    groups = {"g": jc.trace.Group(size=1, producers=(("a", 1),))}
     tx = structured.group_lasso_proximal(groups, strength, weighted=weighted)
     found = stepped(tx, params, zeros(params))[0]["a"].ravel()
     axis = np.linspace(-2, 2, 801)
@@ -120,7 +120,7 @@ def test_proximal_training_gives_exact_zeros_where_the_subgradient_does_not(para
 
 def test_units_that_share_weights_have_no_proximal_step():
     params = {"a": jnp.ones((2, 2))}
-    groups = {"g": structured.ManualGroup(size=2, producers=(("a", 0), ("a", 1)))}
+    groups = {"g": jc.trace.Group(size=2, producers=(("a", 0), ("a", 1)))}
     tx = structured.group_lasso_proximal(groups, 0.1)
     with pytest.raises(ValueError, match=r"a: found units on its axes 0 and 1, so weights belong to two"):
         stepped(tx, params, zeros(params))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jcompress.core import PyTree
 from jcompress.layers import matrices, units
 from jcompress.layers.matrices import Contraction
-from jcompress.layers.units import Group, Groups
+from jcompress.layers.groups import Group, Groups
 
 
 def statistics(stats: Mapping[str, Any], path: str, axis: int, ndim: int) -> Any:
@@ -60,7 +60,7 @@ def beside(params: PyTree, groups: Groups) -> dict[str, str]:
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"next": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
-      >>> structured.beside(params, {"hidden": structured.ManualGroup(size=3, consumers=(("next/kernel", 0),))})
+      >>> structured.beside(params, {"hidden": jc.trace.Group(size=3, consumers=(("next/kernel", 0),))})
       {'next/kernel': 'next/bias'}
     """
     found, biases = units.leaves(params), {}

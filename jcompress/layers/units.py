@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,106 +12,9 @@ import numpy as np
 
 from jcompress import core, rules
 from jcompress.core import PyTree
+from jcompress.layers.groups import Group, Member, closest
 
-Member = tuple[str, int]
 Members = Literal["kernels", "producers", "consumers", "all"]
-
-
-class Group(Protocol):
-    """What is read of a group that :func:`jcompress.trace.coupling` found."""
-
-    @property
-    def size(self) -> int:
-        """The number of units."""
-
-    @property
-    def members(self) -> tuple[Member, ...]:
-        """The axes that are cut together, as (path, axis)."""
-
-    @property
-    def maps(self) -> Mapping[Member, np.ndarray]:
-        """For each member, the unit that each entry of the axis belongs to, or -1."""
-
-    @property
-    def producers(self) -> tuple[Member, ...]:
-        """Members whose axis is the output of a layer."""
-
-    @property
-    def consumers(self) -> tuple[Member, ...]:
-        """Members whose axis is contracted by the next layer."""
-
-    @property
-    def prunable(self) -> bool:
-        """Whether the group may be cut."""
-
-
-Groups = Mapping[str, Group]
-
-
-@dataclasses.dataclass(frozen=True)
-class ManualGroup:
-    """A group written by hand, for a function that cannot be read; ``jc.trace.coupling`` gives them otherwise.
-
-    Attributes:
-      size: the number of units.
-      producers: (path, axis) pairs whose axis is the output of a layer: kernels, biases, norms.
-      consumers: (path, axis) pairs whose axis the next layer contracts.
-      others: further axes that are cut with them.
-      index: for members whose axis is not simply ``0 ... size - 1``: the unit of each of its entries, or -1.
-      prunable: whether the group may be cut.
-
-    Example:
-      >>> from jcompress.prune import structured
-      >>> group = structured.ManualGroup(size=3, producers=(("a", 1),), consumers=(("b", 0),))
-      >>> group.maps["b", 0].tolist()
-      [0, 1, 2]
-    """
-
-    size: int
-    producers: tuple[Member, ...] = ()
-    consumers: tuple[Member, ...] = ()
-    others: tuple[Member, ...] = ()
-    index: Mapping[Member, np.ndarray] = dataclasses.field(default_factory=dict)
-    prunable: bool = True
-
-    @property
-    def members(self) -> tuple[Member, ...]:
-        """All axes that are cut together."""
-        return (*self.producers, *self.consumers, *self.others)
-
-    @property
-    def maps(self) -> dict[Member, np.ndarray]:
-        """For each member, the unit that each entry of the axis belongs to, or -1."""
-        return {member: np.asarray(self.index.get(member, np.arange(self.size))) for member in self.members}
-
-
-def within(groups: Groups, prefix: str) -> dict[str, ManualGroup]:
-    """The groups as a subtree sees them, such as the ``params`` of Flax variables, which an optimizer gets alone.
-
-    Args:
-      groups: of the whole tree.
-      prefix: the path of the subtree. Members outside it are left out, and groups that have none in it.
-
-    Example:
-      >>> from jcompress.prune import structured
-      >>> group = structured.ManualGroup(size=2, producers=(("params/scale", 0), ("batch_stats/mean", 0)))
-      >>> structured.within({"hidden": group}, "params")["hidden"].members
-      (('scale', 0),)
-    """
-    start = prefix.rstrip("/") + "/"
-
-    def inside(members: Iterable[Member]) -> tuple[Member, ...]:
-        return tuple((path.removeprefix(start), axis) for path, axis in members if path.startswith(start))
-
-    seen = {}
-    for name, group in groups.items():
-        others = [m for m in group.members if m not in group.producers and m not in group.consumers]
-        index = {
-            (path.removeprefix(start), axis): x for (path, axis), x in group.maps.items() if path.startswith(start)
-        }
-        parts = (inside(group.producers), inside(group.consumers), inside(others))
-        seen[name] = ManualGroup(group.size, *parts, index, group.prunable)
-    return {name: group for name, group in seen.items() if group.members}
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:
@@ -127,26 +28,18 @@ def replace(tree: PyTree, changes: Mapping[str, Any]) -> PyTree:
     return jax.tree.unflatten(treedef, [changes.get(path, x) for path, x in rules.paths(tree)])
 
 
-def prunable(groups: Groups) -> dict[str, Group]:
+def prunable(groups: Mapping[str, Group]) -> dict[str, Group]:
     """The groups that may be cut."""
     return {name: group for name, group in groups.items() if group.prunable}
 
 
-def find(groups: Groups, name: str) -> Group:
+def find(groups: Mapping[str, Group], name: str) -> Group:
     """The group of this name, which must be there and be prunable."""
     if name not in groups:
         raise ValueError(f"{name}: there is no such group; {closest(name, groups)}")
     if not groups[name].prunable:
-        reason = getattr(groups[name], "reason", "") or "an input, an output or a fixed axis hangs on it"
-        raise ValueError(f"{name}: found a group that cannot be cut ({reason}); leave it out of the scores")
+        raise ValueError(f"{name}: found a group that cannot be cut ({groups[name].reason}); leave it out of the scores")
     return groups[name]
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """The known names most like this one, for an error message."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
-    return f"there are {len(known)}, such as {', '.join(map(repr, near))}" if known else "there are none"
 
 
 def leaf(found: Mapping[str, Any], path: str, name: str) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
-from jcompress.layers.units import Group, Groups
+from jcompress.layers.groups import Group, Groups
 from jcompress.prune.masks import selection
 
 

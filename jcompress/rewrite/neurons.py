@@ -12,7 +12,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.units import Group, Groups
+from jcompress.layers.groups import Group, Groups
 from jcompress.prune.masks import selection
 
 
@@ -46,7 +46,7 @@ def merge_neurons(
       >>> from jcompress import rewrite
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, 5.0, 1.0]]), "b": jnp.array([[1.0], [2.0], [3.0]])}
-      >>> hidden = structured.ManualGroup(size=3, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),), consumers=(("b", 0),))
       >>> keep, merged = rewrite.merge_neurons(params, {"hidden": hidden}, sparsity=1 / 3)
       >>> keep["hidden"].tolist(), merged["b"].ravel().tolist()
       ([True, True, False], [4.0, 2.0, 0.0])

@@ -12,7 +12,7 @@ import numpy as np
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
 from jcompress.layers.matrices import Contraction
-from jcompress.layers.units import Groups
+from jcompress.layers.groups import Groups
 
 
 def reconstruct(
@@ -58,7 +58,7 @@ def reconstruct(
       >>> from jcompress.prune import structured
       >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0], [-1.0, -1.0]])
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[3.0], [4.0]])}
-      >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
       >>> stats = {"b": types.SimpleNamespace(gram=x.T @ x, axes=(0,))}
       >>> keep = {"hidden": jnp.array([True, False])}
       >>> rewrite.reconstruct(params, {"hidden": hidden}, keep, stats)["b"].round(4).tolist()
@@ -142,7 +142,7 @@ def fold_constants(
       >>> from jcompress import rewrite
       >>> from jcompress.prune import structured
       >>> params = {"next": {"kernel": jnp.array([[1.0], [5.0]]), "bias": jnp.zeros(1)}}
-      >>> hidden = structured.ManualGroup(size=2, consumers=(("next/kernel", 0),))
+      >>> hidden = jc.trace.Group(size=2, consumers=(("next/kernel", 0),))
       >>> keep, value = {"hidden": jnp.array([True, False])}, {"hidden": jnp.array([9.0, 2.0])}
       >>> rewrite.fold_constants(params, {"hidden": hidden}, keep, value)["next"]["bias"].tolist()
       [10.0]

@@ -3,9 +3,11 @@
 The verbs stand at the top: ``jc.calibrate``, ``jc.shrink``, ``jc.accelerate``.
 """
 
+from jcompress.layers.counts import Count
+from jcompress.layers.groups import Group, Groups, mask
 from jcompress.trace.costs.counts import cost
 from jcompress.trace.costs.tables import Cost, CostRow, node_products
-from jcompress.trace.coupled.groups import Group, Groups, coupling, mask
+from jcompress.trace.coupled.groups import coupling
 from jcompress.trace.coupled.resize import Shrunk
 from jcompress.trace.coupled.resize import shrink as shrink
 from jcompress.trace.execution.acceleration import accelerate as accelerate
@@ -18,6 +20,7 @@ __all__ = [
     "Calibration",
     "Cost",
     "CostRow",
+    "Count",
     "Executed",
     "Group",
     "Groups",

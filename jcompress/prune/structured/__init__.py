@@ -6,7 +6,6 @@ kin refit what reads them. ``groups`` come from ``jc.trace.coupling``; in scores
 """
 
 from jcompress.layers.consumers import beside
-from jcompress.layers.units import Group, ManualGroup, within
 from jcompress.prune.structured.adversarial import discriminator_loss, generator_loss, scaled
 from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
@@ -19,8 +18,6 @@ from jcompress.prune.structured.training import add_l1, group_lasso, group_lasso
 from jcompress.prune.structured.walks import diffusion, weighted_penalty
 
 __all__ = [
-    "Group",
-    "ManualGroup",
     "add_l1",
     "apoz",
     "beside",
@@ -48,5 +45,4 @@ __all__ = [
     "taylor",
     "thinet",
     "weighted_penalty",
-    "within",
 ]

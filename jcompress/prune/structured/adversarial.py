@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.units import Groups
+from jcompress.layers.groups import Groups
 
 
 def scaled(params: PyTree, groups: Groups, masks: Mapping[str, jax.Array]) -> PyTree:
@@ -35,7 +35,7 @@ def scaled(params: PyTree, groups: Groups, masks: Mapping[str, jax.Array]) -> Py
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[3.0], [4.0]])}
-      >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
       >>> structured.scaled(params, {"hidden": hidden}, {"hidden": jnp.array([0.5, 0.0])})["b"].tolist()
       [[1.5], [0.0]]
     """
@@ -111,7 +111,7 @@ def generator_loss(student: jax.Array, teacher: jax.Array, judged: jax.Array, ad
       >>> from jcompress.prune.penalties import proximal
       >>> from jcompress.prune import structured
       >>> weights = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}
-      >>> groups = {"hidden": structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))}
+      >>> groups = {"hidden": jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))}
       >>> params = {"weights": weights, "masks": {"hidden": jnp.array([1.0, 0.04])}}
       >>> model, judge, x = lambda p, x: x @ p["a"] @ p["b"], lambda y: y.sum(-1), jnp.ones((4, 3))
       >>> def loss(p):

@@ -11,7 +11,7 @@ import numpy as np
 
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
-from jcompress.layers.units import Group, Groups
+from jcompress.layers.groups import Group, Groups
 
 
 def lasso(
@@ -39,7 +39,7 @@ def lasso(
       >>> import types, jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 3)), "b": jnp.array([[1.0], [1.0], [1.0]])}
-      >>> hidden = structured.ManualGroup(size=3, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),), consumers=(("b", 0),))
       >>> gram = jnp.array([[4.0, 4.0, 0.0], [4.0, 4.0, 0.0], [0.0, 0.0, 1.0]])  # the second copies the first
       >>> stats = {"b": types.SimpleNamespace(gram=gram, axes=(0,))}
       >>> score = structured.lasso(params, {"hidden": hidden}, stats)["hidden"]
@@ -70,7 +70,7 @@ def thinet(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str
       >>> import types, jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 3)), "b": jnp.array([[2.0], [-2.0], [1.0]])}
-      >>> hidden = structured.ManualGroup(size=3, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),), consumers=(("b", 0),))
       >>> gram = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 9.0]])  # the first two cancel
       >>> stats = {"b": types.SimpleNamespace(gram=gram, axes=(0,))}
       >>> score = structured.thinet(params, {"hidden": hidden}, stats)["hidden"]

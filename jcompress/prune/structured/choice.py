@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.layers import units
-from jcompress.layers.units import Groups
+from jcompress.layers.groups import Groups
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.masks import selection
 
@@ -52,7 +52,7 @@ def keep(
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
-      >>> groups, scores = {"hidden": structured.ManualGroup(size=4)}, {"hidden": jnp.array([3.0, 1.0, 2.0, 4.0])}
+      >>> groups, scores = {"hidden": jc.trace.Group(size=4)}, {"hidden": jnp.array([3.0, 1.0, 2.0, 4.0])}
       >>> structured.keep(scores, groups, sparsity=0.5)["hidden"].tolist()
       [True, False, False, True]
     """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jcompress.core import PyTree
 from jcompress.formats import Spectral
 from jcompress.layers import units
-from jcompress.layers.units import Groups
+from jcompress.layers.groups import Groups
 
 
 def spectral(params: PyTree, groups: Groups) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
-from jcompress.layers.units import Group, Groups
+from jcompress.layers.groups import Group, Groups
 
 
 def apoz(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -34,7 +34,7 @@ def apoz(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str, 
       >>> import types, jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}
-      >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
       >>> stats = {"b": types.SimpleNamespace(zeros=jnp.array([2, 8]), count=8, axes=(0,))}
       >>> structured.apoz(params, {"hidden": hidden}, stats)["hidden"].tolist()
       [0.75, 0.0]
@@ -84,7 +84,7 @@ def nisp(
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[1.0, -2.0], [0.5, 0.0]])}
-      >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
       >>> structured.nisp(params, {"hidden": hidden}, ["a", "b"], final=jnp.ones(2))["hidden"].tolist()
       [3.0, 0.5]
     """

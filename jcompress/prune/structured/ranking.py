@@ -12,7 +12,8 @@ import numpy as np
 from jcompress import core, rules
 from jcompress.core import Context, PyTree
 from jcompress.layers import units
-from jcompress.layers.units import Groups, Members
+from jcompress.layers.groups import Groups
+from jcompress.layers.units import Members
 from jcompress.prune import scores
 
 Reduce = Literal["sum", "mean", "max", "norm", "signed"]
@@ -55,7 +56,7 @@ def importance(
       >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, -2.0, 0.5]]), "b": jnp.array([[1.0], [1.0], [3.0]])}
-      >>> hidden = structured.ManualGroup(size=3, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),), consumers=(("b", 0),))
       >>> structured.importance(params, {"hidden": hidden})["hidden"].tolist()
       [2.0, 3.0, 3.5]
     """
@@ -126,7 +127,7 @@ def l1(params: PyTree, groups: Groups, members: Members = "kernels", match: str 
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, -2.0], [3.0, 0.0]]), "b": jnp.ones((2, 1))}
-      >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
       >>> structured.l1(params, {"hidden": hidden})["hidden"].tolist()
       [4.0, 2.0]
     """
@@ -183,7 +184,7 @@ def taylor(
       >>> import jax, jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([[3.0], [1.0]])}
-      >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),))
+      >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
       >>> grads = jax.grad(lambda p: (jnp.ones((1, 1)) @ p["a"] @ p["b"]).sum())(params)
       >>> structured.taylor(params, {"hidden": hidden}, grads)["hidden"].tolist()
       [9.0, 4.0]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.units import Groups, Members
+from jcompress.layers.groups import Groups
+from jcompress.layers.units import Members
 
 
 def geometric_median(
@@ -28,7 +29,7 @@ def geometric_median(
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[0.0, 4.0, 9.0]])}
-      >>> hidden = structured.ManualGroup(size=3, producers=(("a", 1),))
+      >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),))
       >>> structured.geometric_median(params, {"hidden": hidden})["hidden"].tolist()
       [13.0, 9.0, 14.0]
     """

@@ -13,7 +13,8 @@ import optax
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.units import Group, Groups, Members
+from jcompress.layers.groups import Group, Groups
+from jcompress.layers.units import Members
 from jcompress.numeric import shrinkage
 from jcompress.prune.structured import choice
 
@@ -50,7 +51,7 @@ def group_lasso(
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[3.0, 0.0], [4.0, 0.0]])}
-      >>> float(structured.group_lasso(params, {"hidden": structured.ManualGroup(size=2, producers=(("a", 1),))}))
+      >>> float(structured.group_lasso(params, {"hidden": jc.trace.Group(size=2, producers=(("a", 1),))}))
       5.0
     """
     found, total = units.leaves(params), jnp.zeros(())
@@ -93,7 +94,7 @@ def group_lasso_proximal(
       >>> import jax.numpy as jnp, optax
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[3.0, 0.1], [4.0, 0.0]])}
-      >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),))
+      >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),))
       >>> tx = optax.chain(optax.sgd(0.1), structured.group_lasso_proximal({"hidden": hidden}, 2.5))
       >>> updates, _ = tx.update({"a": jnp.zeros((2, 2))}, tx.init(params), params)
       >>> optax.apply_updates(params, updates)["a"].tolist()
@@ -150,7 +151,7 @@ def soft_filter(
       >>> import jax.numpy as jnp, optax
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[3.0, 1.0]])}
-      >>> hidden = structured.ManualGroup(size=2, producers=(("a", 1),))
+      >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),))
       >>> tx = optax.chain(optax.sgd(1.0), structured.soft_filter({"hidden": hidden}, sparsity=0.5))
       >>> updates, state = tx.update({"a": jnp.array([[0.5, 0.5]])}, tx.init(params), params)
       >>> optax.apply_updates(params, updates)["a"].tolist()
@@ -265,7 +266,7 @@ def moving(
     return optax.GradientTransformation(init, update)
 
 
-def _squares(name: str, group: Group, picked: list[units.Member], found: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+def _squares(name: str, group: Group, picked: list[Member], found: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """The sum of squares of each unit's weights, and how many there are: (size,) each."""
     total, count = jnp.zeros(group.size), jnp.zeros(group.size)
     for path, axis in picked:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.units import Group, Groups, Members
+from jcompress.layers.groups import Group, Groups
+from jcompress.layers.units import Members
 
 Edges = list[tuple[str, str, jax.Array]]
 
@@ -56,9 +57,9 @@ def diffusion(
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[3.0], [-1.0]])}
       >>> groups = {
-      ...     "x": structured.ManualGroup(size=1, consumers=(("a", 0),), prunable=False),
-      ...     "hidden": structured.ManualGroup(size=2, producers=(("a", 1),), consumers=(("b", 0),)),
-      ...     "y": structured.ManualGroup(size=1, producers=(("b", 1),), prunable=False),
+      ...     "x": jc.trace.Group(size=1, consumers=(("a", 0),), prunable=False),
+      ...     "hidden": jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),)),
+      ...     "y": jc.trace.Group(size=1, producers=(("b", 1),), prunable=False),
       ... }
       >>> score = structured.diffusion(params, groups, ["a", "b"])["hidden"]
       >>> [round(float(x), 3) for x in score / score.sum()]
@@ -107,7 +108,7 @@ def _edges(found: Mapping[str, Any], groups: Groups, chain: Sequence[str]) -> It
         if not reads or not writes:
             raise ValueError(
                 f"{path}: no group {'writes' if reads else 'reads'} this kernel of shape {w.shape}; leave it out of "
-                "the chain, or add a ManualGroup for its first and last layer's units"
+                "the chain, or add a jc.trace.Group for its first and last layer's units"
             )
         for name, axis in reads:
             for out in writes:
@@ -166,7 +167,7 @@ def weighted_penalty(
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, -2.0, 3.0]])}
-      >>> hidden = structured.ManualGroup(size=3, producers=(("a", 1),))
+      >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),))
       >>> scores = {"hidden": jnp.array([0.0, 1.0, 2.0])}
       >>> float(structured.weighted_penalty(params, {"hidden": hidden}, scores, l1=1.0, l2=0.5))
       3.5

@@ -1,0 +1,100 @@
+"""What a function and its parameters cost at other sizes of its groups, as polynomials read off its dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jcompress import core
+from jcompress.layers.counts import Count, Polynomial
+from jcompress.trace import dims as terms
+from jcompress.trace.coupled.dims import Dim, Dims
+from jcompress.trace.coupled.frames import Frame, Site
+
+Names = Mapping[Dim, str]
+"""The groups by the leaf that each is."""
+
+
+def length(d: Dim, names: Names) -> Polynomial:
+    """The length of a dimension in the sizes of the groups on it."""
+    d = terms.find(d)
+    if d.kind == "leaf":
+        return {(names[d],): 1} if d in names and not d.pinned else {(): d.size}
+    parts = [length(p, names) for p in d.parts]
+    return _sum(parts) if d.kind == "concat" else _product(parts)
+
+
+def _sum(parts: Iterable[Polynomial]) -> Polynomial:
+    total: Counter[tuple[str, ...]] = Counter()
+    for part in parts:
+        total.update(part)
+    return total
+
+
+def _product(parts: Iterable[Polynomial]) -> Polynomial:
+    total: Polynomial = {(): 1}
+    for part in parts:
+        product: Counter[tuple[str, ...]] = Counter()
+        for names, c in total.items():
+            for others, d in part.items():
+                product[tuple(sorted(names + others))] += c * d
+        total = product
+    return total
+
+
+def parameter_bytes(params: Iterable[Any], dims: Iterable[Dims], names: Names) -> Count:
+    """The bytes of parameters, from their shapes and dimensions."""
+    bits = [
+        _product([{(): core.dtype_bits(x.dtype)}, *(length(a, names) for a in d)])
+        for x, d in zip(params, dims, strict=True)
+    ]
+    return Count(_sum(bits), _sizes(names), unit=8)
+
+
+def multiply_adds(frame: Frame, names: Names) -> Count:
+    """The multiply-adds of all products in a frame and in what it calls, as ``jc.trace.cost`` counts them."""
+    found: list[Polynomial] = []
+    choices: list[tuple[Count, ...]] = []
+    _gather(frame, names, 1, found, choices)
+    return Count(_sum(found), _sizes(names), tuple(choices))
+
+
+def _sizes(names: Names) -> dict[str, int]:
+    return {name: leaf.size for leaf, name in names.items()}
+
+
+def _gather(frame: Frame, names: Names, times: int, found: list[Polynomial], choices: list) -> None:
+    for site in frame.sites:
+        name = site.eqn.primitive.name
+        if name in ("dot_general", "conv_general_dilated"):
+            found.append(_product([{(): times}, *_factors(site, names)]))
+        elif name == "cond":
+            branches = [multiply_adds(branch, names) for branch in site.frames]
+            choices.append(tuple(_times(branch, times) for branch in branches))
+        elif name in ("scan", "shard_map"):
+            count = site.params["length"] if name == "scan" else math.prod(site.params["mesh"].shape.values())
+            for inside in site.frames:
+                _gather(inside, names, times * count, found, choices)
+        else:  # of a function with derivatives of its own only the first frame is its value
+            for inside in site.frames[: 2 if name == "while" else 1]:
+                _gather(inside, names, times, found, choices)
+
+
+def _times(count: Count, times: int) -> Count:
+    scaled = {names: c * times for names, c in count.terms.items()}
+    inner = tuple(tuple(_times(branch, times) for branch in branches) for branches in count.choices)
+    return Count(scaled, count.sizes, inner)
+
+
+def _factors(site: Site, names: Names) -> list[Polynomial]:
+    """The lengths whose product is the number of multiply-adds of a product or a convolution."""
+    (out,), params = site.outs, site.params
+    if site.eqn.primitive.name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return [length(d, names) for d in (*out, *(site.ins[0][a] for a in contracted))]
+    numbers = params["dimension_numbers"]
+    moving: Sequence[Dim] = (site.ins[1][numbers.rhs_spec[1]], out[numbers.out_spec[0]], out[numbers.out_spec[1]])
+    still = operations.multiply_adds_of_convolution(site.eqn, True) // max(math.prod(d.size for d in moving), 1)
+    return [{(): still}, *(length(d, names) for d in moving)]
