@@ -170,7 +170,7 @@ def test_a_subtree_sees_its_own_members():
         consumers=(("params/b", 0),),
         maps={("params/b", 0): [1, 0]},
     )
-    seen = structured.within({"g": group, "h": jc.trace.Group(size=1)}, "params")
+    seen = jc.trace.Groups({"g": group, "h": jc.trace.Group(size=1)}).within("params")
     assert list(seen) == ["g"]
     assert seen["g"].producers == (("a", 1),)
     assert seen["g"].maps["b", 0].tolist() == [1, 0]

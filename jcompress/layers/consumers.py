@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jcompress.core import PyTree
 from jcompress.layers import matrices, units
-from jcompress.layers.matrices import Contraction
 from jcompress.layers.groups import Group, Groups
+from jcompress.layers.matrices import Contraction
 
 
 def statistics(stats: Mapping[str, Any], path: str, axis: int, ndim: int) -> Any:
@@ -57,7 +57,7 @@ def beside(params: PyTree, groups: Groups) -> dict[str, str]:
     """The bias of each kernel that reads a group: the leaf beside it named ``bias`` or ``b``, if its shape fits.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"next": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
       >>> structured.beside(params, {"hidden": jc.trace.Group(size=3, consumers=(("next/kernel", 0),))})

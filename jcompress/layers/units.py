@@ -38,7 +38,9 @@ def find(groups: Mapping[str, Group], name: str) -> Group:
     if name not in groups:
         raise ValueError(f"{name}: there is no such group; {closest(name, groups)}")
     if not groups[name].prunable:
-        raise ValueError(f"{name}: found a group that cannot be cut ({groups[name].reason}); leave it out of the scores")
+        raise ValueError(
+            f"{name}: found a group that cannot be cut ({groups[name].reason}); leave it out of the scores"
+        )
     return groups[name]
 
 

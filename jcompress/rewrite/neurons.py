@@ -42,9 +42,8 @@ def merge_neurons(
       ValueError: for a sparsity outside [0, 1], a group that is unknown or cannot be cut, or one that no kernel reads.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress import rewrite
-      >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, 5.0, 1.0]]), "b": jnp.array([[1.0], [2.0], [3.0]])}
       >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),), consumers=(("b", 0),))
       >>> keep, merged = rewrite.merge_neurons(params, {"hidden": hidden}, sparsity=1 / 3)

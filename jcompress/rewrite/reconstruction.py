@@ -11,8 +11,8 @@ import numpy as np
 
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
-from jcompress.layers.matrices import Contraction
 from jcompress.layers.groups import Groups
+from jcompress.layers.matrices import Contraction
 
 
 def reconstruct(
@@ -53,9 +53,8 @@ def reconstruct(
       ValueError: for an unknown group, a kernel without statistics, or statistics or a bias that do not fit.
 
     Example:
-      >>> import types, jax.numpy as jnp
+      >>> import types, jax.numpy as jnp, jcompress as jc
       >>> from jcompress import rewrite
-      >>> from jcompress.prune import structured
       >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0], [-1.0, -1.0]])
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[3.0], [4.0]])}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
@@ -138,9 +137,8 @@ def fold_constants(
     Paper: Liu et al. 2017, arXiv:1708.06519, for channels that batch norm's scale has switched off.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress import rewrite
-      >>> from jcompress.prune import structured
       >>> params = {"next": {"kernel": jnp.array([[1.0], [5.0]]), "bias": jnp.zeros(1)}}
       >>> hidden = jc.trace.Group(size=2, consumers=(("next/kernel", 0),))
       >>> keep, value = {"hidden": jnp.array([True, False])}, {"hidden": jnp.array([9.0, 2.0])}

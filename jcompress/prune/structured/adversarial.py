@@ -32,7 +32,7 @@ def scaled(params: PyTree, groups: Groups, masks: Mapping[str, jax.Array]) -> Py
       ValueError: for a group that is unknown, cannot be cut or that no kernel reads, or a mask of another shape.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[3.0], [4.0]])}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
@@ -107,7 +107,7 @@ def generator_loss(student: jax.Array, teacher: jax.Array, judged: jax.Array, ad
     Example:
       A step of the network, with its masks beside its weights, where ``judge`` is any discriminator:
 
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax, jcompress as jc
       >>> from jcompress.prune.penalties import proximal
       >>> from jcompress.prune import structured
       >>> weights = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}

@@ -36,7 +36,7 @@ def lasso(
       smallest: the last penalty, as a fraction of the largest useful one; channels unused there score 0.
 
     Example:
-      >>> import types, jax.numpy as jnp
+      >>> import types, jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 3)), "b": jnp.array([[1.0], [1.0], [1.0]])}
       >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),), consumers=(("b", 0),))
@@ -67,7 +67,7 @@ def thinet(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str
       stats: ``{path: statistics}``; of these ``gram`` and ``axes`` are read.
 
     Example:
-      >>> import types, jax.numpy as jnp
+      >>> import types, jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 3)), "b": jnp.array([[2.0], [-2.0], [1.0]])}
       >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),), consumers=(("b", 0),))

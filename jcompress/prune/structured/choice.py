@@ -50,7 +50,7 @@ def keep(
         an unknown choice.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> groups, scores = {"hidden": jc.trace.Group(size=4)}, {"hidden": jnp.array([3.0, 1.0, 2.0, 4.0])}
       >>> structured.keep(scores, groups, sparsity=0.5)["hidden"].tolist()

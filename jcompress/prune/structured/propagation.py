@@ -31,7 +31,7 @@ def apoz(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str, 
       ``{name: float32 (size,)}``, in [0, 1].
 
     Example:
-      >>> import types, jax.numpy as jnp
+      >>> import types, jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
@@ -81,7 +81,7 @@ def nisp(
       ValueError: for a kernel that no group says how to read, or whose outputs have no importance.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[1.0, -2.0], [0.5, 0.0]])}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))

@@ -124,7 +124,7 @@ def l1(params: PyTree, groups: Groups, members: Members = "kernels", match: str 
     By default of the kernels that compute the unit, as for filters (Li et al. 2017, arXiv:1608.08710).
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, -2.0], [3.0, 0.0]]), "b": jnp.ones((2, 1))}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))
@@ -181,7 +181,7 @@ def taylor(
     Papers: Molchanov et al. 2017, arXiv:1611.06440; Molchanov et al. 2019, arXiv:1906.10771.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([[3.0], [1.0]])}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))

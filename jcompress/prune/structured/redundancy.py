@@ -26,7 +26,7 @@ def geometric_median(
       match: as for :func:`importance`.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[0.0, 4.0, 9.0]])}
       >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),))

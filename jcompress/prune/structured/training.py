@@ -13,7 +13,7 @@ import optax
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.groups import Group, Groups
+from jcompress.layers.groups import Group, Groups, Member
 from jcompress.layers.units import Members
 from jcompress.numeric import shrinkage
 from jcompress.prune.structured import choice
@@ -48,7 +48,7 @@ def group_lasso(
       A float32 scalar.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[3.0, 0.0], [4.0, 0.0]])}
       >>> float(structured.group_lasso(params, {"hidden": jc.trace.Group(size=2, producers=(("a", 1),))}))
@@ -91,7 +91,7 @@ def group_lasso_proximal(
         without ``params``.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp, optax, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[3.0, 0.1], [4.0, 0.0]])}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),))
@@ -148,7 +148,7 @@ def soft_filter(
       ValueError: for a sparsity outside [0, 1], ``every`` below 1, or if ``update`` is called without ``params``.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp, optax, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[3.0, 1.0]])}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),))

@@ -53,7 +53,7 @@ def diffusion(
       ValueError: for a kernel whose inputs or outputs are in no group, or a damping outside [0, 1).
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[3.0], [-1.0]])}
       >>> groups = {
@@ -164,7 +164,7 @@ def weighted_penalty(
       match: as for :func:`importance`.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.array([[1.0, -2.0, 3.0]])}
       >>> hidden = jc.trace.Group(size=3, producers=(("a", 1),))

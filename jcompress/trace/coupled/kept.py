@@ -11,11 +11,7 @@ import numpy as np
 
 from jcompress import rules
 from jcompress.core import PyTree
-<<<<<<< HEAD:jcompress/trace/coupled/kept.py
-from jcompress.trace.coupled.groups import Groups
-=======
 from jcompress.layers.groups import Groups
->>>>>>> d076524 (wip):jcompress/trace/kept.py
 
 Kept = Mapping[str, Mapping[int, Any]]
 """``{path: {axis: bool (length before,)}}``."""

@@ -11,20 +11,12 @@ import numpy as np
 
 from jcompress import rules
 from jcompress.core import PyTree
-<<<<<<< HEAD:jcompress/trace/coupled/resize.py
+from jcompress.layers.groups import Groups
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled import kept as record
 from jcompress.trace.coupled.frames import NOWHERE, Cut, Value, run
-from jcompress.trace.coupled.groups import Coupled, Groups, read
-=======
-from jcompress.layers.groups import Groups
-from jcompress.trace import dims as terms
-from jcompress.trace import kept as record
-from jcompress.trace import walk
-from jcompress.trace.frames import NOWHERE, Cut, Value, run
-from jcompress.trace.groups import Coupled, read
->>>>>>> d076524 (wip):jcompress/trace/resize.py
+from jcompress.trace.coupled.groups import Coupled, read
 
 
 class Shrunk:

@@ -9,7 +9,8 @@ from typing import Any
 
 from jcompress import core
 from jcompress.layers.counts import Count, Polynomial
-from jcompress.trace import dims as terms
+from jcompress.trace.costs import operations
+from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import Frame, Site
 
