@@ -266,7 +266,7 @@ def test_bad_choices_are_explained():
     keep = structured.keep
     with pytest.raises(ValueError, match=r"aa: there is no such group; there are 3, such as 'a'"):
         keep({"aa": jnp.ones(4)}, groups, 0.5)
-    with pytest.raises(ValueError, match=r"fixed: found a group that cannot be cut \(an input"):
+    with pytest.raises(ValueError, match=r"fixed: found a group that cannot be cut \(an output"):
         keep({"fixed": jnp.ones(2)}, groups, 0.5)
     with pytest.raises(ValueError, match=r"a: found scores of shape \(3,\), expected \(4,\)"):
         keep({"a": jnp.ones(3)}, groups, 0.5)

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jcompress import core
+
 Polynomial = Mapping[tuple[str, ...], int]
 """``{names of groups: coefficient}``: the sum of all coefficients times the sizes of their groups."""
 
@@ -49,9 +51,11 @@ class Count:
           keep: ``{name: bool (size,)}``, or ``{name: number}``; groups that it does not name stay whole. Numbers may be
             traced, and then the result is float32; else it is an exact integer, rounded up.
         """
-        sizes = {name: _number(x) for name, x in keep.items()}
-        exact = all(isinstance(n, int) for n in sizes.values())
-        total = self._total({**self.sizes, **sizes}, exact)
+        found = {name: _number(x) for name, x in keep.items()}
+        exact = all(isinstance(n, int) for n in found.values())
+        sizes = {**self.sizes, **found}
+        # Integers of 32 bits would overflow where two widths are multiplied.
+        total = self._total(sizes if exact else {n: jnp.asarray(x, jnp.float32) for n, x in sizes.items()}, exact)
         return -(-total // self.unit) if exact else total / self.unit
 
     def _total(self, sizes: Mapping[str, Any], exact: bool) -> Any:
@@ -72,5 +76,5 @@ def _largest(found: list[Any]) -> Any:
 def _number(x: Any) -> Any:
     """How many stay: a number as it is, and of a mask its ones."""
     if np.ndim(x) == 0:
-        return int(x) if isinstance(x, (int, np.integer)) else x
-    return int(np.sum(np.asarray(x)))
+        return int(x) if core.is_concrete(x) else x
+    return int(np.sum(np.asarray(x))) if core.is_concrete(x) else jnp.sum(x)

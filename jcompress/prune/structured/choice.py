@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.layers import units
-from jcompress.layers.groups import Groups
+from jcompress.layers.groups import Group
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.masks import selection
+from jcompress.prune.structured import targets
 
 Scope = Literal["group", "global"]
 Normalize = Literal["mean", "max", "norm"]
@@ -20,34 +21,46 @@ Normalize = Literal["mean", "max", "norm"]
 
 def keep(
     scores: Mapping[str, jax.Array],
-    groups: Groups,
-    sparsity: Any,
+    groups: Mapping[str, Group],
+    sparsity: Any = None,
     scope: Scope = "group",
     multiple_of: int = 1,
     at_least: int = 1,
     normalize: Normalize | None = None,
+    *,
+    cost: Any = None,
+    of: Literal["multiply_adds", "bytes"] | targets.CostOfSizes = "multiply_adds",
 ) -> dict[str, jax.Array]:
-    """Keep the units of the highest scores.
+    """Keep the units of the highest scores: a fraction of them, or as many as a share of the cost allows.
 
-    Counts are exact, ``n - round(sparsity * n)``, and ties go to the lower index. NaN counts as the largest score.
-    Works under ``jit`` and ``vmap``, with traced scores and a traced sparsity.
+    With ``sparsity`` counts are exact, ``n - round(sparsity * n)``. With ``cost`` units are taken in one order until
+    the shrunk network costs that share of the whole one: by their scores with ``scope="global"``, and evenly from all
+    groups with ``scope="group"``. Of all prefixes of the order the nearest to the target is chosen, so it is missed
+    by less than one unit. Costs are counted exactly, products of two cut layers among them: what is met is what
+    ``jc.trace.cost`` counts of the shrunk network.
+
+    Ties go to the lower index. NaN counts as the largest score. Works under ``jit`` and ``vmap``, with traced scores, a
+    traced sparsity or a traced cost; costs are then compared in float32.
 
     Args:
       scores: ``{name: (size,)}``; groups that it does not name are left alone.
       groups: from ``jc.trace.coupling``.
       sparsity: the fraction of units to cut, in [0, 1]; for ``scope="group"`` also ``{name: fraction}``.
-      scope: ``"group"``, that fraction of each group, or ``"global"``, of all their units together.
+      scope: ``"group"``, the same fraction of each group, or ``"global"``, of all their units together.
       multiple_of: sizes are rounded up to a multiple of it, 8 or 128 say, though not past the size of the group.
       at_least: units that stay in each group, whatever their scores.
       normalize: what the scores of a group are divided by first, so that groups compare under a global scope: their
         ``"mean"``, ``"max"`` or Euclidean ``"norm"`` (as Molchanov et al. 2017, arXiv:1611.06440, do).
+      cost: the share of the cost that stays, in (0, 1], in place of ``sparsity``.
+      of: which cost: ``"multiply_adds"`` or ``"bytes"`` of the function that the groups were read off, or a function of
+        ``{name: kept units}`` that gives a number, such as a latency that is measured.
 
     Returns:
       ``{name: bool (size,)}``, True where a unit stays: for ``jc.trace.mask`` and ``jc.shrink``.
 
     Raises:
-      ValueError: for a group that is unknown or cannot be cut, scores of another size, a sparsity outside [0, 1], or
-        an unknown choice.
+      ValueError: for a group that is unknown or cannot be cut, scores of another size, a sparsity or a cost out of
+        range, a cost that cannot be met (the message says what can), or an unknown choice.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -55,18 +68,51 @@ def keep(
       >>> groups, scores = {"hidden": jc.trace.Group(size=4)}, {"hidden": jnp.array([3.0, 1.0, 2.0, 4.0])}
       >>> structured.keep(scores, groups, sparsity=0.5)["hidden"].tolist()
       [True, False, False, True]
+      >>> params = {"up": jnp.array([[3.0, 1.0, 2.0, 4.0]]), "down": jnp.ones((4, 1))}
+      >>> groups = jc.trace.coupling(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 1)))
+      >>> structured.keep(structured.l1(params, groups), groups, cost=0.75)["up[1]"].tolist()
+      [True, False, True, True]
     """
     _check(scope, multiple_of, at_least, normalize)
-    fractions = _fractions(scores, sparsity, scope)
+    if (sparsity is None) == (cost is None):
+        raise ValueError(f"keep: found sparsity={sparsity} and cost={cost}, expected one of the two")
     normal = {name: _normalized(_checked(name, x, groups), normalize) for name, x in scores.items()}
+    # jit sorts the names of scores; the order in which ties fall must not depend on it.
+    normal = {name: normal[name] for name in groups if name in normal}
     counts: Mapping[str, Any]
-    if scope == "group":
+    if cost is not None:
+        counts = _counts_for_cost(normal, groups, cost, of, scope, multiple_of, at_least)
+    elif scope == "group":
+        fractions = _fractions(scores, sparsity)
         counts = {name: selection.kept(x.size, fractions[name]) for name, x in normal.items()}
     else:
+        _check_global(sparsity)
         counts = _global_counts(normal, sparsity, at_least)
     return {
         name: keep_largest([x], _rounded(counts[name], x.size, multiple_of, at_least))[0] for name, x in normal.items()
     }
+
+
+def _counts_for_cost(
+    scores: dict[str, jax.Array],
+    groups: Mapping[str, Group],
+    cost: Any,
+    of: str | targets.CostOfSizes,
+    scope: Scope,
+    multiple_of: int,
+    at_least: int,
+) -> dict[str, Any]:
+    if core.is_concrete(cost) and not 0 < float(cost) <= 1:
+        raise ValueError(f"keep: cost={cost} is outside (0, 1]; it is the share that stays")
+    if scope == "global":
+        order = targets.shared_order(scores)
+    else:
+        order = targets.even_order({name: x.size for name, x in scores.items()})
+
+    def round_to(count: Any, size: int) -> Any:
+        return _rounded(count, size, multiple_of, at_least)
+
+    return targets.sizes_for(order, targets.model(groups, of), cost, round_to)
 
 
 def _check(scope: str, multiple_of: int, at_least: int, normalize: str | None) -> None:
@@ -78,15 +124,17 @@ def _check(scope: str, multiple_of: int, at_least: int, normalize: str | None) -
         raise ValueError(f"keep: multiple_of={multiple_of} must be positive, and at_least={at_least} not negative")
 
 
-def _fractions(scores: Mapping[str, jax.Array], sparsity: Any, scope: str) -> dict[str, Any]:
-    """The sparsity of each group."""
+def _check_global(sparsity: Any) -> None:
     if isinstance(sparsity, Mapping):
-        if scope == "global":
-            raise ValueError("keep: a sparsity for each group goes with scope='group'; a global scope takes one number")
-        if set(sparsity) != set(scores):
-            raise ValueError(
-                f"keep: found a sparsity for {sorted(sparsity)}, expected one for each of {sorted(scores)}"
-            )
+        raise ValueError("keep: a sparsity for each group goes with scope='group'; a global scope takes one number")
+    if core.is_concrete(sparsity):
+        selection.check_sparsity("keep", sparsity)
+
+
+def _fractions(scores: Mapping[str, jax.Array], sparsity: Any) -> dict[str, Any]:
+    """The sparsity of each group."""
+    if isinstance(sparsity, Mapping) and set(sparsity) != set(scores):
+        raise ValueError(f"keep: found a sparsity for {sorted(sparsity)}, expected one for each of {sorted(scores)}")
     fractions = dict(sparsity) if isinstance(sparsity, Mapping) else dict.fromkeys(scores, sparsity)
     for name, fraction in fractions.items():
         if core.is_concrete(fraction):
@@ -94,7 +142,7 @@ def _fractions(scores: Mapping[str, jax.Array], sparsity: Any, scope: str) -> di
     return fractions
 
 
-def _checked(name: str, x: jax.Array, groups: Groups) -> jax.Array:
+def _checked(name: str, x: jax.Array, groups: Mapping[str, Group]) -> jax.Array:
     size = units.find(groups, name).size
     if jnp.shape(x) != (size,):
         raise ValueError(f"{name}: found scores of shape {jnp.shape(x)}, expected ({size},), one for each unit")
@@ -111,7 +159,7 @@ def _normalized(x: jax.Array, normalize: Normalize | None) -> jax.Array:
 def _rounded(count: Any, size: int, multiple_of: int, at_least: int) -> Any:
     """The count raised to the least allowed, then to a multiple, and held to the size."""
     if not isinstance(count, int):
-        count = jnp.maximum(count, min(at_least, size)).astype(jnp.uint32)
+        count = jnp.maximum(jnp.asarray(count), min(at_least, size)).astype(jnp.uint32)
         return jnp.minimum((count + (multiple_of - 1)) // multiple_of * multiple_of, size)
     return min(-(-max(count, min(at_least, size)) // multiple_of) * multiple_of, size)
 
