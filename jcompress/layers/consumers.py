@@ -56,6 +56,13 @@ def consumers(
 def beside(params: PyTree, groups: Groups) -> dict[str, str]:
     """The bias of each kernel that reads a group: the leaf beside it named ``bias`` or ``b``, if its shape fits.
 
+    Args:
+      params: a pytree of arrays.
+      groups: from ``jc.trace.coupling``.
+
+    Returns:
+      ``{path of a kernel: path of its bias}``.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured

@@ -18,6 +18,13 @@ Similarity = Callable[[Any, Any], jax.Array]
 def cosine(a: PyTree, b: PyTree) -> jax.Array:
     """The cosine of the angle between all numbers of two trees, in [-1, 1]; 0 if one tree is zero.
 
+    Args:
+      a: a pytree of arrays or nodes.
+      b: one of the same structure.
+
+    Returns:
+      A float32 scalar.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress import measure
@@ -43,6 +50,9 @@ def layer_similarity(layers: PyTree, similarity: Similarity = cosine) -> jax.Arr
         on their first axis, as ``jax.lax.scan`` takes them.
       similarity: ``similarity(a, b)`` of two layers: :func:`cosine`, ``jc.measure.linear_cka`` of activations, or
         minus ``jc.measure.gaussian_wasserstein``, say.
+
+    Returns:
+      What ``similarity`` gives for each two layers, (layers, layers).
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,6 +101,9 @@ def average_path_length(structure: Any, tolerance: float = 0.0) -> jax.Array:
       structure: an array of slopes (a number for all channels); a list of structures in series; or a tuple of branches
         that start at one place and are added at another, each a structure, ``[]`` for a skip connection.
       tolerance: how far from 1 a slope may be and count as linear.
+
+    Returns:
+      A float32 scalar.
 
     Raises:
       ValueError: for a tuple of no branches, or an array of no slopes.

@@ -103,6 +103,22 @@ def liar(
       keep: ``{name: bool (size,)}``.
       stats: ``{path: statistics}``; of these ``gram``, ``axes``, ``sum`` and ``count`` are read.
       ridge: a fraction of the variance of each input.
+
+    Returns:
+      The parameters with new kernels and biases, of the old shapes, for ``jc.trace.mask`` or ``jc.shrink``.
+
+    Raises:
+      ValueError: as :func:`reconstruct`.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+      >>> params = {"a": jnp.array([[1.0, 1.0]]), "b": jnp.array([[3.0], [4.0]])}
+      >>> x = jnp.array([[1.0], [2.0], [-1.0]])
+      >>> groups, stats = jc.trace.coupling(fn, params, x), jc.calibrate(fn, params, [x], progress=False)
+      >>> keep = {"a[1]": jnp.array([True, False])}
+      >>> jc.rewrite.liar(params, groups, keep, stats, ridge=0.0)["b"].round(4).tolist()
+      [[7.0], [0.0]]
     """
     return reconstruct(params, groups, keep, stats, ridge, consumers.beside(params, groups))
 

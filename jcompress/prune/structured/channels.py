@@ -35,6 +35,9 @@ def lasso(
         their coefficients.
       smallest: the last penalty, as a fraction of the largest useful one; channels unused there score 0.
 
+    Returns:
+      ``{name: float32 (size,)}``, in the unit of the largest penalty; larger entered earlier.
+
     Example:
       >>> import types, jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
@@ -65,6 +68,9 @@ def thinet(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str
       params: a pytree of arrays.
       groups: from ``jc.trace.coupling``.
       stats: ``{path: statistics}``; of these ``gram`` and ``axes`` are read.
+
+    Returns:
+      ``{name: float32 (size,)}``, in (0, 1].
 
     Example:
       >>> import types, jax.numpy as jnp, jcompress as jc

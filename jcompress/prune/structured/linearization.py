@@ -11,6 +11,15 @@ from jcompress.core import PyTree
 def prelu(x: jax.Array, slope: jax.Array) -> jax.Array:
     """``max(x, 0) + slope * min(x, 0)``, a slope for each channel on the last axis: 0 is ReLU, 1 is linear.
 
+    Args:
+      x: (..., channels).
+      slope: (channels,), or a number.
+
+    Returns:
+      An array like ``x``.
+
+    Paper: He et al. 2015, arXiv:1502.01852.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import structured
@@ -30,6 +39,9 @@ def linearity_penalty(slopes: PyTree, power: float = 0.5) -> jax.Array:
     Args:
       slopes: a pytree of slopes of :func:`prelu`.
       power: 1/2 in the paper.
+
+    Returns:
+      A float32 scalar.
 
     Example:
       >>> import jax.numpy as jnp

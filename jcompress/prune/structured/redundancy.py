@@ -25,6 +25,9 @@ def geometric_median(
       members: as for :func:`importance`.
       match: as for :func:`importance`.
 
+    Returns:
+      ``{name: float32 (size,)}``; larger is less replaceable.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured

@@ -163,6 +163,12 @@ def weighted_penalty(
       members: as for :func:`importance`.
       match: as for :func:`importance`.
 
+    Returns:
+      A float32 scalar.
+
+    Raises:
+      ValueError: for a group that is unknown or has no such members.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> from jcompress.prune import structured
