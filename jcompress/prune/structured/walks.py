@@ -57,9 +57,9 @@ def diffusion(
       >>> from jcompress.prune import structured
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[3.0], [-1.0]])}
       >>> groups = {
-      ...     "x": jc.trace.Group(size=1, consumers=(("a", 0),), prunable=False),
+      ...     "x": jc.trace.Group(size=1, consumers=(("a", 0),), reason="it is fixed"),
       ...     "hidden": jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),)),
-      ...     "y": jc.trace.Group(size=1, producers=(("b", 1),), prunable=False),
+      ...     "y": jc.trace.Group(size=1, producers=(("b", 1),), reason="it is fixed"),
       ... }
       >>> score = structured.diffusion(params, groups, ["a", "b"])["hidden"]
       >>> [round(float(x), 3) for x in score / score.sum()]
