@@ -249,7 +249,7 @@ def test_a_state_that_cannot_be_saved_leaves_the_step_before(tmp_path):
         checkpoints.save(1, {"x": jnp.ones(1)})
         with pytest.raises(StorageError, match="x/y: found object, expected an array or a Python scalar"):
             checkpoints.save(2, {"x": {"y": object()}})
-        with pytest.raises(StorageError, match="x/y: two leaves have this path"):
+        with pytest.raises(StorageError, match="x/y: found two leaves of this path"):
             checkpoints.save(2, {"x": {"y": jnp.ones(1)}, "x/y": jnp.ones(1)})
         assert checkpoints.latest_step() == 1
         assert checkpoints.restore({"x": jnp.zeros(1)})["x"].tolist() == [1.0]

@@ -307,7 +307,7 @@ def test_the_manifest_is_small(tmp_path):
 def test_summary(tmp_path, capsys):
     tree = {"w": METHODS["mask, integers"](W), "t": (1, [2.5]), "p": Point(jnp.ones(2), None), 3: "x", "none": {}}
     jc.save(tmp_path / "x", tree, plan={"w": METHODS["int4"]}, metadata={"a": 1})
-    assert __main__.main([str(tmp_path / "x"), str(tmp_path / "missing")]) == 1
+    assert __main__.main([str(tmp_path / "x"), str(tmp_path / "missing")]) == 2
     out, err = capsys.readouterr()
     assert "w      Masked(values=Quantized(codes=uint8[32,12], scale=float32[1,12], " in out
     assert 'metadata: {"a": 1}' in out
@@ -366,7 +366,7 @@ def test_a_class_that_takes_the_name_of_a_format_is_refused(tmp_path):
             {"a": jc.formats.Quantized(codes=jnp.full((2, 2), 9, jnp.int8), scale=jnp.ones((1, 2)), bits=4)},
             "a/codes: found values from 9 to 9, expected -8 to 7, which fit in 4 bits",
         ),
-        (flax.core.freeze({"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)}), "a/b: two leaves of this FrozenDict"),
+        (flax.core.freeze({"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)}), "a/b: found two leaves of this path"),
         (flax.core.freeze({"a": jnp.ones(1), "a/b": jnp.ones(1)}), "a/b: two leaves of this FrozenDict"),
     ],
 )
@@ -495,7 +495,12 @@ def test_a_manifest_that_disagrees_with_the_payload(saved, name):
         (lambda t: {**t, "bias": jnp.ones(4)}, r"bias: found float32\[3\], expected float32\[4\]; nothing is cast"),
         (lambda t: {**t, "bias": 1.0}, r"bias: found float32\[3\], expected float;"),
         (lambda t: {**t, "bias": None}, r"stored but not expected \['bias'\]"),
-        (lambda t: {**t, "kernel": W[:16]}, r"kernel: found Masked\(.*, expected "),
+        (
+            lambda t: {**t, "kernel": W[:15]},
+            r"kernel: found Masked\(.* for float32\[16,12\], expected float32\[15,12\];",
+        ),
+        (lambda t: {**t, "kernel": W[:16].astype("bfloat16")}, r"found .* for float32\[16,12\], expected bfloat16"),
+        (lambda t: {**t, "bias": t["kernel"]}, r"bias: found float32\[3\], expected Masked\(.* for float32\[16,12\];"),
         (lambda t: {**t, "kernel": t["kernel"].values}, r"kernel: found Masked\(.*, expected Quantized"),
         (
             lambda t: {**t, "kernel": dataclasses.replace(t["kernel"], mask=jnp.ones((16, 1), bool))},

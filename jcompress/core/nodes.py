@@ -259,8 +259,8 @@ def dtype_bits(dtype: Any) -> int:
     return int(jnp.iinfo(dtype).bits) if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
-def parts(node: Compressed, where: np.ndarray | None = None, prefix: str = "") -> Iterator[Part]:
-    """The arrays of a node as they are stored, nested nodes in place."""
+def parts(node: Compressed, where: np.ndarray | None = None, prefix: str = "", *, coded: bool = True) -> Iterator[Part]:
+    """The arrays of a node as they are stored, nested nodes in place; masks are given a code, or not, for speed."""
     support, widths = node.support(), node.widths()
     for field in dataclasses.fields(node):  # type: ignore[arg-type]  # every format is a dataclass
         x, name = getattr(node, field.name), prefix + field.name
@@ -271,21 +271,21 @@ def parts(node: Compressed, where: np.ndarray | None = None, prefix: str = "") -
             mask = np.asarray(support[field.name])
             inner = mask if inner is None else mask & inner
         for suffix, y in _entries(x):
-            yield from _parts(y, name + suffix, inner, widths.get(field.name))
+            yield from _parts(y, name + suffix, inner, widths.get(field.name), coded)
 
 
 def _entries(x: Any) -> list[tuple[str, Any]]:
     return [(f"/{i}", y) for i, y in enumerate(x)] if isinstance(x, tuple) else [("", x)]
 
 
-def _parts(x: Any, name: str, where: np.ndarray | None, width: int | None) -> Iterator[Part]:
+def _parts(x: Any, name: str, where: np.ndarray | None, width: int | None, coded: bool) -> Iterator[Part]:
     if is_node(x):
-        yield from parts(x, where, name + "/")
+        yield from parts(x, where, name + "/", coded=coded)
         return
     x = _without_key_type(x)
     if where is not None:
         where = np.broadcast_to(where, x.shape)
-    if jnp.result_type(x) == jnp.bool_ and where is None:
+    if coded and jnp.result_type(x) == jnp.bool_ and where is None:
         code = packing.mask_code(np.asarray(x))
         yield Part(name, x, packing.mask_count(code)[1], code=code)
     else:

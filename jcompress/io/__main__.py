@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jcompress.io.manifest import StorageError, join
+from jcompress.io.manifest import StorageError, join, too_deep
 from jcompress.io.storage import inspect
 
 
@@ -47,6 +47,11 @@ def describe(spec: Any) -> str:
     return f"{spec['$']}({', '.join(fields)})"
 
 
+def plain(text: str) -> str:
+    """The text without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def summary(about: dict[str, Any], size: int) -> str:
     """The text that is printed for what :func:`jcompress.io.inspect` gives."""
     leaves = list(rows(about["tree"]))
@@ -62,16 +67,19 @@ def summary(about: dict[str, Any], size: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the summary of each file named; the exit status is 1 if one cannot be read."""
+    """Print the summary of each file named; the exit status is 2 if one cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m jcompress.io", description="Show what a saved file holds.")
     parser.add_argument("files", nargs="+", metavar="FILE")
     status = 0
     for file in parser.parse_args(arguments).files:
         try:
-            sys.stdout.write(summary(inspect(file), os.path.getsize(file)) + "\n")
+            sys.stdout.write(plain(summary(inspect(file), os.path.getsize(file))) + "\n")
+        except RecursionError:
+            sys.stderr.write(plain(f"{file}: {too_deep()}") + "\n")
+            status = 2
         except StorageError as error:
-            sys.stderr.write(f"{error}\n")
-            status = 1
+            sys.stderr.write(plain(str(error)) + "\n")
+            status = 2
     return status
 
 

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core, rules
+from jcompress import core
 from jcompress.core import PyTree
-from jcompress.io import manifest
+from jcompress.io import decoding, encoding, manifest, plans
+from jcompress.io.encoding import inner_leaves, unique_paths
 from jcompress.io.manifest import StorageError, join
-from jcompress.io.restore import check_paths, inner_leaves, kind
+from jcompress.io.restore import check_paths, kind
 from jcompress.version import __version__
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Checkpoints:
 
     Args:
       directory: the folder; made if it does not exist.
-      plan: the plan of the run. One that differs from the plan that was saved is refused.
+      plan: the plan of the run. One that differs from the plan that was saved is refused; schedules are compared by
+        their values at a few steps.
       max_to_keep: how many of the latest steps to keep, or None for all.
       options: an ``orbax.checkpoint.CheckpointManagerOptions`` instead of ``max_to_keep``, for all that Orbax offers.
 
@@ -62,8 +64,11 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._args = ocp.args
-        self._plan = None if plan is None else {path: repr(method) for path, method in plan.items()}
+        self._plan = None if plan is None else plans.texts(plan)
+        self._values = None if plan is None else plans.values(plan)
         directory = os.fspath(directory)
+        if os.path.exists(directory) and not os.path.isdir(directory):
+            raise StorageError(f"{directory}: found a file, expected a directory; add a name to the path")
         options = options or ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
         self._manager = ocp.CheckpointManager(
             directory if "://" in directory else os.path.abspath(directory), options=options
@@ -84,7 +89,7 @@ class Checkpoints:
           StorageError: for a leaf that cannot be stored; the message names its path. Nothing is written then.
         """
         leaves = _leaves(state)
-        about = {**_describe(state, leaves), "plan": self._plan}
+        about = {**_describe(state, leaves), "plan": self._plan, "schedules": self._values}
         arrays = {name: _to_wire(x) for name, x in leaves.items() if _is_stored(x)}
         args = self._args.Composite(
             state=self._args.StandardSave(arrays or {"": np.zeros(1)}), manifest=self._args.JsonSave(about)
@@ -107,23 +112,35 @@ class Checkpoints:
         step = self._step(step)
         about = self._about(step)
         leaves = _leaves(state_like)
-        _compare(about, _describe(state_like, leaves), self._plan)
+        _compare(about, _describe(state_like, leaves), self._plan, self._values)
         templates = {name: _template(x, about["keys"].get(name)) for name, x in leaves.items() if _is_stored(x)}
         args = self._args.Composite(state=self._args.StandardRestore(templates or {"": np.zeros(1)}))
-        arrays = self._manager.restore(step, args=args)["state"]
+        try:
+            arrays = self._manager.restore(step, args=args)["state"]
+        except Exception as error:  # of Orbax, of the store beneath it, or of the system
+            raise StorageError(f"{self._manager.directory}: step {step} is damaged; choose another step") from error
         values = [_restored(name, x, arrays, about) for name, x in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(state_like), values)
 
     def _about(self, step: int) -> dict[str, Any]:
+        damaged = (
+            f"{self._manager.directory}: step {step} has no manifest of jcompress, or a damaged one; "
+            "restore it with what wrote it, or choose another step"
+        )
         try:
-            about = self._manager.restore(step, args=self._args.Composite(manifest=self._args.JsonRestore()))[
-                "manifest"
-            ]
-        except (KeyError, ValueError, FileNotFoundError) as error:
+            args = self._args.Composite(manifest=self._args.JsonRestore())
+            about = self._manager.restore(step, args=args)["manifest"]
+        except (KeyError, ValueError, OSError) as error:
+            raise StorageError(damaged) from error
+        if not isinstance(about, dict) or not isinstance(about.get("version"), int):
+            raise StorageError(damaged)
+        if about["version"] != FORMAT_VERSION:
             raise StorageError(
-                f"{self._manager.directory}: step {step} has no manifest of jcompress, or a damaged one; "
-                "restore it with what wrote it, or choose another step"
-            ) from error
+                f"found checkpoint version {about['version']}, expected {FORMAT_VERSION}; "
+                "install the jcompress that wrote it"
+            )
+        if not all(isinstance(about.get(name), dict) for name in ("leaves", "keys", "scalars", "nodes")):
+            raise StorageError(damaged)
         return about
 
     def _step(self, step: int | None) -> int:
@@ -160,13 +177,13 @@ class Checkpoints:
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
     """All leaves with their paths, the arrays inside nodes too, in the order of ``jax.tree.leaves``."""
-    pairs: list[tuple[str, Any]] = []
-    for path, x in rules.paths(tree):
-        pairs += [(join(path, name), y) for name, y in inner_leaves(x)] if core.is_node(x) else [(path or "state", x)]
-    leaves = dict(pairs)
-    if len(leaves) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise StorageError(f"{next(n for n in names if names.count(n) > 1)}: two leaves have this path; rename one")
+    leaves: dict[str, Any] = {}
+    for path, x in unique_paths(tree):
+        inner = [(join(path, name), y) for name, y in inner_leaves(x)] if core.is_node(x) else [(path or "state", x)]
+        for name, y in inner:
+            if name in leaves:
+                raise StorageError(f"{name}: two leaves have this path; rename one")
+            leaves[name] = y
     return leaves
 
 
@@ -184,6 +201,8 @@ def _describe(tree: PyTree, leaves: Mapping[str, Any]) -> dict[str, Any]:
     for name, x in leaves.items():
         if not (_is_array(x) or isinstance(x, (bool, int, float, complex, str))):
             raise StorageError(f"{name}: found {type(x).__name__}, expected an array or a Python scalar; leave it out")
+        if _is_array(x):
+            encoding.check_array(x, name)
     keys = {name: x for name, x in leaves.items() if isinstance(x, jax.Array) and manifest.is_key(x)}
     return {
         "version": FORMAT_VERSION,
@@ -191,20 +210,20 @@ def _describe(tree: PyTree, leaves: Mapping[str, Any]) -> dict[str, Any]:
         "jax": jax.__version__,
         "leaves": {name: kind(x) for name, x in leaves.items()},
         "keys": {name: str(jax.random.key_impl(x)) for name, x in keys.items()},
-        "scalars": {name: manifest.encode(x, name, []) for name, x in leaves.items() if not _is_array(x)},
-        "nodes": {path: manifest.node_spec(x, path, {}) for path, x in rules.paths(tree) if core.is_node(x)},
+        "scalars": {name: encoding.encode(x, name, []) for name, x in leaves.items() if not _is_array(x)},
+        "nodes": {path: encoding.node_spec(x, path, {}) for path, x in unique_paths(tree) if core.is_node(x)},
     }
 
 
-def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], plan: Mapping[str, str] | None) -> None:
-    if found["version"] != FORMAT_VERSION:
-        raise StorageError(
-            f"found checkpoint version {found['version']}, expected {FORMAT_VERSION}; "
-            "install the jcompress that wrote it"
-        )
-    check_paths(list(found["leaves"]), list(wanted["leaves"]))
+def _compare(
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    plan: Mapping[str, str] | None,
+    values: Mapping[str, plans.Values] | None,
+) -> None:
+    check_paths(found["leaves"], wanted["leaves"])
     differences = [("leaves", found["leaves"], wanted["leaves"]), ("nodes", found["nodes"], wanted["nodes"])]
-    if plan is not None and found["plan"] is not None:
+    if plan is not None and found.get("plan") is not None:
         differences.append(("plan", found["plan"], plan))
     for what, old, new in differences:
         for path in [*old, *new]:
@@ -214,6 +233,8 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], plan: Mapping[
                     f"{path}: found {old.get(path)}{of}, expected {new.get(path)}; nothing is cast: "
                     "build the state as it was when it was saved"
                 )
+    if values is not None and found.get("schedules") is not None:
+        plans.compare(found["schedules"], values)
 
 
 def _sharding(x: Any) -> jax.sharding.Sharding | None:
@@ -225,6 +246,7 @@ def _sharding(x: Any) -> jax.sharding.Sharding | None:
 
 def _wire_dtype(dtype: Any) -> np.dtype:
     """The dtype in which Orbax gets an array: whole bytes of a type that every version of it knows."""
+    dtype = np.dtype(dtype).newbyteorder("=")
     narrow = core.dtype_bits(dtype) <= 8 and dtype != jnp.bool_ and np.dtype(dtype).kind not in "iu"
     return np.dtype(np.uint8) if narrow else np.dtype(dtype)
 
@@ -234,6 +256,7 @@ def _to_wire(x: Any) -> Any:
         x = jax.random.key_data(x)
     if _sharding(x) is None:
         x = np.asarray(x)
+        x = x.astype(x.dtype.newbyteorder("="), copy=False)
         return x if _wire_dtype(x.dtype) == x.dtype else x.view(np.uint8)
     return x if _wire_dtype(x.dtype) == x.dtype else _to_bytes(x)
 
@@ -265,14 +288,17 @@ def _template(x: Any, impl: str | None) -> Any:
 
 def _restored(name: str, like: Any, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
     if name in about["scalars"]:
-        return manifest.decode(about["scalars"][name], lambda _: np.zeros(0), {})
+        return decoding.decode(about["scalars"][name], lambda spec: spec)
     impl = about["keys"].get(name)
     if name not in arrays:
         return like if isinstance(like, (jax.Array, np.ndarray)) else jnp.zeros(like.shape, like.dtype)
     x = arrays[name]
     if impl is not None:
         return jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
-    x = _from_wire(x, np.dtype(like.dtype))
-    if x.dtype != like.dtype:
+    dtype = np.dtype(like.dtype).newbyteorder("=")
+    x = _from_wire(x, dtype)
+    if x.dtype != dtype:
         raise StorageError(f"{name}: found {kind(x)} in the checkpoint, expected {kind(like)}; it is damaged")
-    return x if isinstance(like, (np.ndarray, np.generic)) or isinstance(x, jax.Array) else jnp.asarray(x)
+    if isinstance(like, np.generic):
+        return np.asarray(x)[()]
+    return x if isinstance(like, np.ndarray) or isinstance(x, jax.Array) else jnp.asarray(x)

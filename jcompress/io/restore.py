@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jcompress import core, rules
+from jcompress import core
 from jcompress.core import PyTree
-from jcompress.io.manifest import StorageError, join
+from jcompress.io.encoding import inner_leaves, unique_paths
+from jcompress.io.manifest import StorageError, dtype_name, join
 
 
 def fill(like: PyTree, tree: PyTree) -> PyTree:
@@ -17,28 +19,31 @@ def fill(like: PyTree, tree: PyTree) -> PyTree:
     Raises:
       StorageError: if a path, a format, a static field, a dtype or a shape differs; the message names the path.
     """
-    wanted, found = rules.paths(like), dict(rules.paths(tree))
-    check_paths(list(found), [path for path, _ in wanted])
-    leaves = [_checked(path, found[path], x) for path, x in wanted]
+    wanted, found = dict(unique_paths(like)), dict(unique_paths(tree))
+    check_paths(found, wanted)
+    dense = _dense_kinds()
+    leaves = [_checked(path, found[path], x, dense) for path, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=core.is_node), leaves)
 
 
-def check_paths(found: list[str], wanted: list[str]) -> None:
+def check_paths(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise if the paths of two trees differ."""
-    extra, missing = [p for p in found if p not in set(wanted)], [p for p in wanted if p not in set(found)]
-    if extra or missing or len(found) != len(wanted):
+    extra, missing = [p for p in found if p not in wanted], [p for p in wanted if p not in found]
+    if extra or missing:
         raise StorageError(
             f"restoring into the wrong structure: stored but not expected {extra[:3]}, expected but not stored "
             f"{missing[:3]}; give the structure that was saved"
         )
 
 
-def _checked(path: str, found: Any, wanted: Any) -> Any:
+def _checked(path: str, found: Any, wanted: Any, dense: Callable[[Any], str]) -> Any:
     if not (core.is_node(found) or core.is_node(wanted)):
         return _placed(path, found, wanted)
+    if not core.is_node(wanted) and dense(found) == kind(wanted):
+        return found
     structure: Any = jax.tree.structure(wanted)
     if jax.tree.structure(found) != structure:
-        raise StorageError(f"{path}: found {found!r}, expected {wanted!r}; give the structure that was saved")
+        raise StorageError(f"{path}: found {_told(found, dense)}, expected {_told(wanted, dense)}; {_HINT}")
     leaves = [
         _placed(join(path, name), x, y)
         for (name, x), y in zip(inner_leaves(found), jax.tree.leaves(wanted), strict=True)
@@ -46,16 +51,33 @@ def _checked(path: str, found: Any, wanted: Any) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def inner_leaves(node: Any) -> list[tuple[str, Any]]:
-    """The arrays of a node by name, such as ``values/codes``."""
-    flat = jax.tree_util.tree_flatten_with_path(node)[0]
-    return [(jax.tree_util.keystr(keys, simple=True, separator="/"), x) for keys, x in flat]
+_HINT = "give the structure that was saved, or arrays of the shapes and dtypes that its nodes stand for"
+
+
+def _dense_kinds() -> Callable[[Any], str]:
+    """The dtype and shape that a node stands for; nodes of equal structure and shapes are read once."""
+    known: dict[Any, str] = {}
+
+    def dense(node: Any) -> str:
+        key = jax.tree.structure(node), tuple(map(kind, jax.tree.leaves(node)))
+        if key not in known:
+            try:
+                known[key] = kind(jax.ShapeDtypeStruct(node.shape, node.dtype))
+            except AttributeError:
+                known[key] = "half of a node"
+        return known[key]
+
+    return dense
+
+
+def _told(x: Any, dense: Callable[[Any], str]) -> str:
+    return f"{x!r} for {dense(x)}" if core.is_node(x) else kind(x)
 
 
 def kind(x: Any) -> str:
     """The dtype and shape of an array, concrete or abstract, or the type of anything else."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        return f"{dtype_name(x)}[{','.join(map(str, x.shape))}]"
     return type(x).__name__
 
 

@@ -7,31 +7,31 @@ the manifest (see :mod:`jcompress.io.manifest`), and the rest is the payload: on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 from jcompress.core import Part, PyTree
-from jcompress.io import manifest
-from jcompress.io.manifest import Formats, StorageError
+from jcompress.io import files
+from jcompress.io.decoding import Decoder, decode
+from jcompress.io.encoding import encode
+from jcompress.io.manifest import Formats, StorageError, placeholder, too_deep
 from jcompress.io.restore import fill
 from jcompress.numeric import packing
 from jcompress.version import __version__
 
 FORMAT_VERSION = 1
-_HEADER = re.compile(rb"jcompress (\d+) (\d+) ([0-9a-f]{16}) (\d+) ([0-9a-f]{16})\n")
+_HEADER = re.compile(rb"jcompress (\d{1,9}) (\d{1,18}) ([0-9a-f]{16}) (\d{1,18}) ([0-9a-f]{16})\n")
 _LONGEST_HEADER = 128
-
-
-class _MissingFileError(StorageError, FileNotFoundError):
-    """So that ``except FileNotFoundError`` works too."""
+_LEAST, _RATIO = 1 << 26, 256
+"""A tree may take 64 MiB in memory, and 256 times its file: as with three weights kept among a thousand."""
 
 
 def save(
@@ -44,20 +44,22 @@ def save(
     """Write a tree to one file of ``ceil(jc.nbits(tree) / 8)`` bytes and a readable manifest.
 
     Codes take their own number of bits, and of what a mask hides nothing is stored. Writing is atomic: the file is
-    the old one or the new one, whatever happens. Arrays on several devices are gathered.
+    the old one or the new one, whatever happens, and what a save that was killed left beside it is removed by the
+    next. Arrays on several devices are gathered, one at a time: beside the tree, memory holds copies of one leaf.
 
     Args:
-      path: the file. An existing one is replaced.
-      tree: nodes, arrays of any dtype, PRNG keys and Python scalars in dictionaries, lists, tuples, named tuples
-        or any other pytree.
+      path: the file. An existing one is replaced, and its permissions are kept.
+      tree: nodes, arrays of any dtype and byte order, PRNG keys and Python scalars in dictionaries, lists, tuples,
+        named tuples or any other pytree, of at most 256 levels.
       plan: the plan that the tree was compressed by, kept as text.
-      metadata: anything that JSON can hold.
+      metadata: anything that JSON can hold. Tuples come back as lists.
 
     Returns:
       The number of bytes written.
 
     Raises:
-      StorageError: for a leaf that cannot be stored; the message names its path. No file is touched then.
+      StorageError: for a leaf that cannot be stored, the message names its path; for a directory or a device where a
+        file should be; for a disk that is full, as an ``OSError`` too. The old file stays as it was then.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jcompress as jc
@@ -71,15 +73,34 @@ def save(
       (True, True)
     """
     stored: list[Part] = []
-    described = manifest.encode(tree, "", stored)
-    writer = packing.BitWriter()
-    for part in stored:
-        writer.write(*_integers(part))
-    payload = writer.getvalue()
-    text = _dumps({**_about(plan, metadata), "tree": described})
-    header = f"jcompress {FORMAT_VERSION} {len(text)} {_checksum(text)} {len(payload)} {_checksum(payload)}\n".encode()
-    _replace_file(os.path.realpath(path), header, text, payload)
-    return len(header) + len(text) + len(payload)
+    try:
+        described = encode(tree, "", stored)
+        text = _dumps({**_about(plan, metadata), "tree": described})
+    except RecursionError:
+        raise too_deep() from None
+    payload_bytes = -(-sum(part.nbits for part in stored) // 8)
+
+    def write(file: BinaryIO) -> int:
+        start = file.write(_header(text, payload_bytes, _checksum(b"")) + text)
+        digest = hashlib.blake2b(digest_size=8)
+
+        def sink(piece: bytes) -> None:
+            digest.update(piece)
+            file.write(piece)
+
+        writer = packing.BitWriter(sink)
+        for part in stored:
+            writer.write(*_integers(part))
+        writer.close()
+        file.seek(0)
+        file.write(_header(text, payload_bytes, digest.hexdigest()))
+        return start + payload_bytes
+
+    return files.replace(path, write)
+
+
+def _header(text: bytes, payload_bytes: int, checksum: str) -> bytes:
+    return f"jcompress {FORMAT_VERSION} {len(text)} {_checksum(text)} {payload_bytes} {checksum}\n".encode()
 
 
 def _about(plan: Mapping[str, Any] | None, metadata: Any) -> dict[str, Any]:
@@ -95,11 +116,21 @@ def _about(plan: Mapping[str, Any] | None, metadata: Any) -> dict[str, Any]:
     return about
 
 
-def _dumps(value: Any) -> bytes:
+def _dumps(about: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        metadata = json.dumps(about.get("metadata"), allow_nan=False)
+        json.loads(metadata, object_pairs_hook=_unique)
     except (TypeError, ValueError) as error:
         raise StorageError(f"metadata: JSON cannot hold it ({error}); convert it to numbers and texts") from None
+    text = json.dumps(about, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="surrogatepass") + b"\n"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"one object has two entries of one name, among {sorted(found)[:4]}")
+    return found
 
 
 def _checksum(data: bytes | memoryview) -> str:
@@ -114,7 +145,12 @@ def _integers(part: Part) -> tuple[np.ndarray, int]:
             f"{part.name}: some shards lie on other processes; gather it with "
             "jax.experimental.multihost_utils.process_allgather(tree, tiled=True), or use jcompress.io.Checkpoints"
         )
+    if (
+        isinstance(x, jax.Array) and x.is_fully_addressable
+    ):  # another array of the same buffers, that the copy on the host goes with it
+        x = jax.device_put(x, x.sharding)
     values = np.asarray(x)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if part.code is not None:
         return packing.encode_mask(values, part.code), part.width
     if part.where is not None:
@@ -138,35 +174,13 @@ def _check_fits(part: Part, values: np.ndarray) -> None:
         )
 
 
-def _replace_file(path: str, *pieces: bytes) -> None:
-    """Write beside ``path``, then rename: other readers see the old file or the new one, never half of one."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the renaming last through a power cut, where the system can open folders."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def load(path: str | os.PathLike[str], *, like: PyTree | None = None, formats: Formats | None = None) -> PyTree:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    like: PyTree | None = None,
+    formats: Formats | None = None,
+    max_bytes: int | None = None,
+) -> PyTree:
     """Read the tree that :func:`save` wrote; no template is needed.
 
     Dictionaries, lists, tuples, named tuples (of a class of the same name and fields), nodes and scalars come back
@@ -174,15 +188,24 @@ def load(path: str | os.PathLike[str], *, like: PyTree | None = None, formats: F
     mask hides come back as 0. Arrays come back as JAX arrays, except that arrays of 64 bits stay NumPy arrays
     where JAX has those off.
 
+    A file need not be trusted: no code in it is run, and what it claims is weighed before anything is allocated.
+
     Args:
       path: the file.
-      like: a tree whose structure to give, with arrays, ``jax.ShapeDtypeStruct`` or nodes as leaves. Nothing is
-        ever cast. A leaf that is sharded over devices says where its array goes.
+      like: a tree whose structure to give, with arrays, ``jax.ShapeDtypeStruct`` or nodes as leaves. Where it has an
+        array, the file may have a node that stands for one of that shape and dtype. Nothing is ever cast. A leaf
+        that is sharded over devices says where its array goes.
       formats: classes of your own by name, beside those of :mod:`jcompress.formats`.
+      max_bytes: how many bytes of memory the arrays of the tree may take; by default 64 MiB and 256 times the size
+        of the file.
+
+    Returns:
+      The tree.
 
     Raises:
       StorageError: if there is no such file, it is no file of jcompress, of another version, cut short, damaged,
-        has a format that is not known, or differs from ``like``. The message says what was found and expected.
+        has a format that is not known, takes more than ``max_bytes``, or differs from ``like``. The message names the
+        file or the path, and says what was found and expected.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jcompress as jc
@@ -193,20 +216,18 @@ def load(path: str | os.PathLike[str], *, like: PyTree | None = None, formats: F
       >>> tree["w"].dtype.name, tree["layers"]
       ('bfloat16', [1, (2.5, None)])
     """
-    with _open(path) as file:
-        about, payload_bytes, checksum = _read_manifest(path, file)
-        payload = file.read()
-    if len(payload) != payload_bytes or _checksum(payload) != checksum:
-        raise StorageError(f"{path}: the payload is damaged; restore the file from a copy")
-    tree = _decode(path, about["tree"], payload, formats or {})
+    with files.reading(path) as file, _naming(path):
+        found, most = _read_manifest(file, max_bytes)
+        tree = _decoded(file, found, Decoder(formats or {}, most))
     return tree if like is None else fill(like, tree)
 
 
-def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+def inspect(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> dict[str, Any]:
     """What a file holds, without reading its payload.
 
     Args:
       path: a file that :func:`save` wrote.
+      max_bytes: how long the manifest may be in bytes; by default as long as the file.
 
     Returns:
       The manifest: ``tree``, ``jcompress``, ``jax``, ``metadata`` and ``plan`` where given, and ``format_version``
@@ -224,66 +245,98 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
       >>> found["tree"], found["metadata"], found["payload_bytes"]
       ({'w': 'float32[3,2]'}, 'a test', 24)
     """
-    with _open(path) as file:
-        about, payload_bytes, _ = _read_manifest(path, file)
-    return {"format_version": FORMAT_VERSION, **about, "payload_bytes": payload_bytes}
+    with files.reading(path) as file, _naming(path):
+        found, _ = _read_manifest(file, max_bytes)
+        decode(found.about["tree"], lambda spec: placeholder(spec) if isinstance(spec, str) else None)
+    return {"format_version": FORMAT_VERSION, **found.about, "payload_bytes": found.payload_bytes}
 
 
-def _open(path: str | os.PathLike[str]) -> BinaryIO:
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    """What stands before the payload."""
+
+    about: dict[str, Any]
+    payload_bytes: int
+    checksum: str
+
+
+@contextlib.contextmanager
+def _naming(path: Any) -> Iterator[None]:
+    """Errors of a file name it, and none comes bare from what its claims are given to."""
     try:
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise _MissingFileError(f"{path}: there is no such file; check the path") from None
+        yield
+    except StorageError as error:
+        raise StorageError(f"{path}: {error}") from None
+    except RecursionError:
+        raise StorageError(f"{path}: {too_deep()}") from None
+    except OSError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        raise StorageError(f"{path}: the manifest disagrees with the payload ({told})") from error
 
 
-def _read_manifest(path: Any, file: BinaryIO) -> tuple[dict[str, Any], int, str]:
-    """The manifest, and the size and checksum of the payload that follows."""
+def _read_manifest(file: BinaryIO, max_bytes: int | None) -> tuple[_Manifest, int]:
+    """The manifest, and how many bytes of memory may be taken."""
     header = file.readline(_LONGEST_HEADER)
-    version = re.match(rb"jcompress (\d+) ", header)
+    version = re.match(rb"jcompress (\d{1,9}) ", header)
     if version is None:
-        raise StorageError(f"{path}: found no header, expected a file that jc.save wrote; check the path")
+        raise StorageError("found no header, expected a file that jc.save wrote; check the path")
     if int(version[1]) != FORMAT_VERSION:
         raise StorageError(
-            f"{path}: found format version {int(version[1])}, expected {FORMAT_VERSION}; "
-            "install the jcompress that wrote it"
+            f"found format version {int(version[1])}, expected {FORMAT_VERSION}; install the jcompress that wrote it"
         )
     match = _HEADER.fullmatch(header)
     if match is None:
-        raise StorageError(f"{path}: the header is damaged; restore the file from a copy")
+        raise StorageError("the header is damaged; restore the file from a copy")
     text_bytes, payload_bytes = int(match[2]), int(match[4])
     found, expected = os.fstat(file.fileno()).st_size, len(header) + text_bytes + payload_bytes
     if found != expected:
-        raise StorageError(
-            f"{path}: found {found} bytes, expected {expected}; the file was cut short, or something added"
-        )
+        raise StorageError(f"found {found} bytes, expected {expected}; the file was cut short, or something added")
+    most = _LEAST + _RATIO * found if max_bytes is None else max_bytes
+    if text_bytes > most:
+        raise StorageError(f"found a manifest of {text_bytes} bytes, expected at most {most}; raise max_bytes=")
     text = file.read(text_bytes)
     if _checksum(text) != match[3].decode():
-        raise StorageError(f"{path}: the manifest is damaged; restore the file from a copy")
-    about = _parse(path, text)
-    return about, payload_bytes, match[5].decode()
+        raise StorageError("the manifest is damaged; restore the file from a copy")
+    return _Manifest(_parsed(text), payload_bytes, match[5].decode()), most
 
 
-def _parse(path: Any, text: bytes) -> dict[str, Any]:
+def _parsed(text: bytes) -> dict[str, Any]:
     try:
-        about = json.loads(text)
+        about = json.loads(text.decode(errors="surrogatepass"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except ValueError as error:
-        raise StorageError(f"{path}: the manifest is no JSON: {error}") from None
+        raise StorageError(f"the manifest is no JSON: {error}") from None
     if not isinstance(about, dict) or "tree" not in about:
-        raise StorageError(f"{path}: the manifest has no 'tree'; restore the file from a copy")
+        raise StorageError("the manifest has no 'tree'; restore the file from a copy")
+    plan = about.get("plan", {})
+    lists = isinstance(plan, dict) and all(isinstance(paths, list) for paths in plan.values())
+    texts = lists and all(isinstance(path, str) for paths in plan.values() for path in paths)
+    if not texts or not all(isinstance(about.get(name), str) for name in ("jcompress", "jax")):
+        raise StorageError("the manifest has no texts for 'jcompress', 'jax' or 'plan'; restore the file from a copy")
     return about
 
 
-def _decode(path: Any, spec: Any, payload: bytes, known: Formats) -> PyTree:
+def _no_constant(name: str) -> None:
+    raise ValueError(f"found {name}")
+
+
+def _decoded(file: BinaryIO, found: _Manifest, decoder: Decoder) -> PyTree:
+    spec = found.about["tree"]
+    decode(spec, decoder.weigh)
+    if decoder.nbits > 8 * found.payload_bytes:
+        raise StorageError(
+            f"the manifest disagrees with the payload: it describes at least {decoder.nbits} bits "
+            f"of {8 * found.payload_bytes}"
+        )
+    payload = file.read(found.payload_bytes)
+    if len(payload) != found.payload_bytes or _checksum(payload) != found.checksum:
+        raise StorageError("the payload is damaged; restore the file from a copy")
     reader = packing.BitReader(payload)
-    try:
-        tree = manifest.decode(spec, _reading(reader), known)
-    except StorageError as error:
-        raise StorageError(f"{path}: {error}") from None
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-        raise StorageError(f"{path}: the manifest disagrees with the payload: {error}") from error
+    tree = decode(spec, lambda leaf: decoder.read(leaf, _reading(reader)))
     if -(-reader.nbits // 8) != len(payload):
         raise StorageError(
-            f"{path}: the manifest disagrees with the payload: it describes {reader.nbits} bits of {8 * len(payload)}"
+            f"the manifest disagrees with the payload: it describes {reader.nbits} bits of {8 * len(payload)}"
         )
     return tree
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 _CHUNK = 1 << 17
-_GROUP_SIZES = (2, 4, 8, 16, 32)
+GROUP_SIZES = (2, 4, 8, 16, 32)
 
 
 def _unsigned(values: np.ndarray) -> np.ndarray:
@@ -178,7 +178,7 @@ def _gap_codes(mask: np.ndarray) -> Iterable[MaskCode]:
 
 def _choice_codes(mask: np.ndarray) -> Iterable[MaskCode]:
     rows = mask.shape[-2] if mask.ndim > 1 else 0
-    for m in _GROUP_SIZES:
+    for m in GROUP_SIZES:
         if rows and rows % m == 0 and mask.size:
             counts = _groups(mask, m).sum(-1, dtype=np.uint8)
             n = int(counts.flat[0])

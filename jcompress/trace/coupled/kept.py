@@ -22,7 +22,8 @@ def is_kept(keep: Any, params: PyTree) -> bool:
     by_axis = isinstance(keep, Mapping) and all(
         isinstance(axes, Mapping) and all(isinstance(axis, int) for axis in axes) for axes in keep.values()
     )
-    return by_axis and jax.tree.structure(keep) != jax.tree.structure(params)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (keep, params)]
+    return by_axis and structures[0] != structures[1]
 
 
 def full_shapes(params: PyTree, kept: Kept) -> PyTree:

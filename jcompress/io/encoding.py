@@ -1,0 +1,198 @@
+"""From a tree to its manifest, and the arrays to store in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcompress import core, formats, rules
+from jcompress.core import Compressed, Part
+from jcompress.io.manifest import DEPTH, StorageError, array_spec, is_key, is_number, join, too_deep
+
+_MOST_DIGITS = 4000  # of an integer; Python reads no text of more than 4300
+
+
+def encode(x: Any, path: str, stored: list[Part], depth: int = 0) -> Any:
+    """The JSON value that describes ``x``; the arrays that go with it are appended to ``stored``.
+
+    Raises:
+      StorageError: for a leaf that is no array, node or Python scalar, or a tree of too many levels.
+    """
+    if depth > DEPTH:
+        raise too_deep(depth + _levels(x))
+    if core.is_node(x):
+        return _encode_node(x, path, stored)
+    if isinstance(x, dict):
+        return _encode_dict(x, path, stored, depth)
+    if isinstance(x, (list, tuple)):
+        return _encode_sequence(x, path, stored, depth)
+    if not isinstance(x, np.generic) and (x is None or isinstance(x, (bool, int, float, complex, str))):
+        return _encode_scalar(x, path)
+    if not jax.tree_util.treedef_is_leaf(jax.tree.structure(x)):
+        return _encode_custom(x, path, stored, depth)
+    part = array_part(x, path)
+    stored.append(part)
+    return array_spec(x, part)
+
+
+def _levels(x: Any) -> int:
+    """The levels of dictionaries, lists and tuples in ``x``, however many."""
+    level, at = 0, [x]
+    while at := [
+        z for y in at if isinstance(y, (dict, list, tuple)) for z in (y.values() if isinstance(y, dict) else y)
+    ]:
+        level += 1
+    return level
+
+
+def array_part(x: Any, path: str) -> Part:
+    """A plain array as it is stored: keys as their data, the rest bit for bit."""
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)) or not core.is_concrete(x):
+        raise StorageError(
+            f"{path}: found {type(x).__name__}, expected an array with values, a node or a Python scalar; "
+            "leave it out, or put what describes the model into metadata="
+        )
+    check_array(x, path)
+    if is_key(x):
+        x = jax.random.key_data(x)  # type: ignore[arg-type]  # keys are JAX arrays
+    return Part(path, x, core.dtype_bits(x.dtype))
+
+
+def check_array(x: Any, path: str) -> None:
+    """Raise for an array that no file holds."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise StorageError(f"{path}: found a masked array of NumPy, expected values; give it values with .filled(...)")
+    if not is_key(x) and not is_number(x.dtype):
+        raise StorageError(
+            f"{path}: found dtype {x.dtype}, expected numbers of at most 64 bits; convert it; texts go into metadata="
+        )
+
+
+def _encode_scalar(x: Any, path: str) -> Any:
+    if type(x) not in (type(None), bool, int, float, complex, str):
+        raise StorageError(f"{path}: found {type(x).__name__}, expected a plain Python scalar; convert it first")
+    if isinstance(x, str):
+        return {"$text": x}
+    if isinstance(x, complex):
+        return {"$complex": [_encode_scalar(x.real, path), _encode_scalar(x.imag, path)]}
+    if isinstance(x, int) and x.bit_length() > _MOST_DIGITS * math.log2(10):
+        raise StorageError(f"{path}: found an integer of {x.bit_length()} bits, expected at most {_MOST_DIGITS} digits")
+    return {"$float": repr(x)} if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _encode_dict(x: dict, path: str, stored: list[Part], depth: int) -> dict[str, Any]:
+    items = []
+    for key, y in x.items():
+        if type(key) not in (str, int):
+            raise StorageError(f"{path}: found the key {key!r}, expected text or an integer; rename it")
+        items.append((key, encode(y, join(path, key), stored, depth + 1)))
+    if all(isinstance(key, str) and not key.startswith("$") for key in x):
+        return dict(items)
+    return {"$dict": [list(item) for item in items]}
+
+
+def _encode_sequence(x: Any, path: str, stored: list[Part], depth: int) -> Any:
+    names = getattr(x, "_fields", range(len(x)))
+    items = []
+    for name, y in zip(names, x, strict=True):
+        items.append(encode(y, join(path, name), stored, depth + 1))
+    if hasattr(x, "_fields"):
+        return {"$namedtuple": [type(x).__name__, dict(zip(names, items, strict=True))]}
+    return items if isinstance(x, list) else {"$tuple": items}
+
+
+def _encode_custom(x: Any, path: str, stored: list[Part], depth: int) -> Any:
+    """Any other pytree, by the paths of its leaves, as nested dictionaries."""
+    nested: dict[str, Any] = {}
+    for inner, leaf in unique_paths(x, path):
+        if not inner:
+            return encode(leaf, path, stored, depth)
+        *outer, last = inner.split("/")
+        at = nested
+        for name in outer:
+            at = at.setdefault(name, {})
+            if not isinstance(at, dict):
+                break
+        if not isinstance(at, dict) or last in at:
+            raise StorageError(f"{join(path, inner)}: two leaves of this {type(x).__name__} have one path; rename one")
+        at[last] = leaf
+    return encode(nested, path, stored, depth)
+
+
+def unique_paths(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """:func:`jcompress.paths`, its errors with the path of the tree in a larger one."""
+    try:
+        return rules.paths(tree)
+    except (RecursionError, SystemError):  # JAX wraps the first into the second
+        raise too_deep() from None
+    except ValueError as error:
+        raise StorageError(join(path, error)) from None
+
+
+def in_order(node: Compressed, *, coded: bool = True) -> list[Part]:
+    """The parts of a node as they are stored: first those stored whole, then what their masks leave of the rest."""
+    return sorted(core.parts(node, coded=coded), key=lambda part: part.where is not None)
+
+
+def _encode_node(node: Compressed, path: str, stored: list[Part]) -> dict[str, Any]:
+    for name, x in inner_leaves(node):
+        if not isinstance(x, (jax.Array, np.ndarray, np.generic)) or not core.is_concrete(x):
+            raise StorageError(f"{join(path, name)}: found {type(x).__name__}, expected an array with values")
+        check_array(x, join(path, name))
+    parts = in_order(node)
+    stored += [dataclasses.replace(part, name=join(path, part.name)) for part in parts]
+    return node_spec(node, path, {part.name: part for part in parts})
+
+
+def inner_leaves(node: Any) -> list[tuple[str, Any]]:
+    """The arrays of a node by name, such as ``values/codes``."""
+    flat = jax.tree_util.tree_flatten_with_path(node)[0]
+    return [(jax.tree_util.keystr(keys, simple=True, separator="/"), x) for keys, x in flat]
+
+
+def node_spec(node: Compressed, path: str, parts: Mapping[str, Part], prefix: str = "") -> dict[str, Any]:
+    """The JSON value that describes a node: its format, its arrays, and the static fields that are not the default."""
+    cls = type(node)
+    if getattr(formats, cls.__name__, cls) is not cls:
+        raise StorageError(f"{path}: this {cls.__name__} is not jcompress.formats.{cls.__name__}; rename the class")
+    spec: dict[str, Any] = {"$": cls.__name__}
+    for field in dataclasses.fields(node):  # type: ignore[arg-type]  # every format is a dataclass
+        x = getattr(node, field.name)
+        if field.metadata.get("static"):
+            if not _is_default(x, field):
+                spec[field.name] = _encode_static(x, join(path, field.name))
+        elif not (x is None and field.default is None):
+            spec[field.name] = _encode_field(x, path, parts, prefix + field.name)
+    return spec
+
+
+def _encode_field(x: Any, path: str, parts: Mapping[str, Part], name: str) -> Any:
+    if core.is_node(x):
+        return node_spec(x, path, parts, name + "/")
+    if isinstance(x, tuple):
+        return [_encode_field(y, path, parts, f"{name}/{i}") for i, y in enumerate(x)]
+    return None if x is None else array_spec(x, parts.get(name))
+
+
+def _is_default(x: Any, field: dataclasses.Field) -> bool:
+    return type(x) is type(field.default) and repr(x) == repr(field.default)
+
+
+def _encode_static(x: Any, path: str) -> Any:
+    if isinstance(x, tuple):
+        return [_encode_static(y, path) for y in x]
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x if isinstance(x, str) else _encode_scalar(x, path)
+    try:
+        return {"$dtype": jnp.dtype(x).name}
+    except TypeError:
+        raise StorageError(
+            f"{path}: found the static value {x!r}, expected numbers, texts, dtypes and tuples of them; "
+            "keep code out of nodes"
+        ) from None
