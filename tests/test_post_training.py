@@ -107,14 +107,14 @@ def test_smoothing_keeps_the_function_and_evens_out_ranges(rng):
     }
     x = weights(rng, (64, 16))
     stats = jc.calibrate(fn, params, [x], statistics=["absmax"])
-    new = smooth(params, stats, {("norm/scale", "norm/bias"): ["query", "key"]})
+    new = smooth(params, jc.trace.Groups.between(params, {("norm/scale", "norm/bias"): ["query", "key"]}), stats)
     for a, b in zip(fn(params, x), fn(new, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
     after = jc.calibrate(fn, new, [x], statistics=["absmax"])["query"].absmax
     rows = jnp.maximum(jnp.abs(new["query"]).max(1), jnp.abs(new["key"]).max((1, 2)))
     np.testing.assert_allclose(after, rows, rtol=1e-4)  # at one half both ranges are the geometric mean
-    with pytest.raises(ValueError, match="norm/offset: not in the parameters"):
-        smooth(params, stats, {"norm/offset": ["query"]})
+    with pytest.raises(ValueError, match="norm/offset: the group 'norm' names it"):
+        smooth(params, {"norm": jc.trace.Group(8, (("norm/offset", 0),), (("query", 0),))}, stats)
 
 
 # Rounding

@@ -20,7 +20,7 @@ SAME_AS_A_MODULE = {"activations", "diffusion", "gradients", "masks", "moments",
 # What stands before the parameters: the program they are arguments of, or the plan made from them.
 BEFORE_PARAMS = {"fn", "loss", "train", "plan", "keep"}
 # These numbers are written to the file, and give the same matrix back in another process.
-STORED_SEEDS = {"quantize.Rotation", "quantize.fold_rotations"}
+STORED_SEEDS = {"quantize.Rotation"}
 
 
 def test_every_object_has_one_path():

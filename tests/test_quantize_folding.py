@@ -77,9 +77,13 @@ STREAM = {STREAM[0]: [r for readers in NORMS.values() for r in readers]}
 HEADS_OF_VALUES = of_layers({("v", "v_bias"): ["o"]})
 
 
+def between(params, pairs, **kwargs):
+    return jc.trace.Groups.between(params, pairs, **kwargs)
+
+
 def without_scales(params):
     """Norm scales in the kernels; the last one stays, since the table that reads it makes the stream as well."""
-    return rewrite.fold_norms(params | {"last": jnp.ones(WIDTH)}, NORMS)
+    return rewrite.fold_norms(params | {"last": jnp.ones(WIDTH)}, between(params, NORMS))
 
 
 def error(params, tokens, want, method, names="q|k|v|o|gate|up|down"):
@@ -91,7 +95,7 @@ def error(params, tokens, want, method, names="q|k|v|o|gate|up|down"):
 
 def test_folded_norms_keep_the_function(rng, tokens):
     params = parameters(rng)
-    folded = jax.jit(lambda p: rewrite.fold_norms(p, NORMS))(params)
+    folded = jax.jit(lambda p: rewrite.fold_norms(p, between(p, NORMS)))(params)
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(folded, tokens), want, atol=2e-5 * float(jnp.abs(want).max()))
     for i in range(LAYERS):
@@ -116,16 +120,21 @@ def test_the_bias_of_a_norm_goes_into_the_bias_of_its_readers(rng):
         return jax.lax.scan(layer, None, p)[1]
 
     pairs = {("norm/scale", "norm/bias"): [("a/kernel", 1), "b/kernel"]}
-    folded = rewrite.fold_norms(stack, pairs, biases={"b/kernel": "b/shift"})
+    folded = rewrite.fold_norms(stack, between(stack, pairs | {("b/kernel", "b/shift"): []}))
     assert (folded["norm"]["scale"] == 1).all() and not folded["norm"]["bias"].any()
     for a, b in zip(fn(folded, x), fn(stack, x), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    with pytest.raises(ValueError, match="b/bias: there is no such parameter"):
-        rewrite.fold_norms(stack, pairs)
-    with pytest.raises(ValueError, match=r"a/bias: found shape \(3, 2, 4\), expected \(3, 5\) as outputs of b/kernel"):
-        rewrite.fold_norms(stack, pairs, biases={"b/kernel": "a/bias"})
-    with pytest.raises(ValueError, match=r"a/kernel: axis -2 of shape \(3, 8, 2, 4\) does not fit norm/scale"):
-        rewrite.fold_norms(stack, {"norm/scale": ["a/kernel"]})
+    with pytest.raises(ValueError, match="b/kernel: found no bias that takes the norm's"):
+        rewrite.fold_norms(stack, between(stack, pairs))
+    with pytest.raises(ValueError, match=r"b/shift: found shape \(3, 5\), expected \(3, 2, 4\) as outputs of a/kernel"):
+        bare = stack | {"a": {"kernel": stack["a"]["kernel"]}}
+        groups = between(bare, pairs) | {"other": jc.trace.Group(8, (("a/kernel", 1), ("b/shift", 1)))}
+        rewrite.fold_norms(bare, groups)
+    with pytest.raises(ValueError, match=r"a/kernel: found axis -2 of shape \(3, 8, 2, 4\), expected length 8"):
+        between(stack, {"norm/scale": ["a/kernel"]})
+    mixed = between(stack, {("norm/scale", "b/kernel"): [("a/kernel", 1)]})
+    with pytest.raises(ValueError, match=r"found b/kernel, norm/scale among what writes it, expected the scale of one"):
+        rewrite.fold_norms(stack | {"b": {"kernel": jnp.ones((3, 8, 8))}}, mixed)
 
 
 def test_a_folded_rotation_keeps_the_function_and_hides_outliers(rng, tokens):
@@ -136,7 +145,7 @@ def test_a_folded_rotation_keeps_the_function_and_hides_outliers(rng, tokens):
         layer |= {name: layer[name].at[..., 5].divide(20.0) for name in ("o", "o_bias", "down")}
         layer |= {name: layer[name].at[5].mul(20.0) for name in ("gate", "up", "v", "q", "k")}
     plain = without_scales(params)
-    turned = jax.jit(lambda p: rewrite.fold_rotations(p, STREAM))(plain)
+    turned = jax.jit(lambda p: rewrite.fold_rotations(p, between(p, STREAM), jax.random.key(0)))(plain)
     want = transformer(plain, tokens)
     np.testing.assert_allclose(transformer(turned, tokens), want, atol=5e-5 * float(jnp.abs(want).max()))
     for path in ("gate", "up", "v"):
@@ -153,32 +162,34 @@ def test_heads_are_rotated_alike_where_they_share_values(rng, tokens):
         layer = params[f"layer{i}"]  # channels of values that are large, and read by little
         layer["v"] = layer["v"].at[:, jnp.array([2, 10])].mul(8.0)
         layer["o"] = layer["o"].reshape(4, SIZE, WIDTH).at[:, 2].divide(8.0).reshape(-1, WIDTH)
-    turned = rewrite.fold_rotations(params, HEADS_OF_VALUES, block_size=SIZE)
+    turned = rewrite.fold_rotations(params, between(params, HEADS_OF_VALUES, size=SIZE), jax.random.key(0))
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(turned, tokens), want, atol=5e-5 * float(jnp.abs(want).max()))
     errors = [error(p, tokens, want, Q.Int(4, axis=None), "v|o") for p in (turned, params)]
     assert errors[0] < 0.75 * errors[1]
-    whole = rewrite.fold_rotations(params, {("layer0/gate", "layer0/up"): ["layer0/down"]})
+    whole = rewrite.fold_rotations(
+        params, between(params, {("layer0/gate", "layer0/up"): ["layer0/down"]}), jax.random.key(0)
+    )
     assert float(jnp.abs(transformer(whole, tokens) - want).max()) > 0.1  # an activation lies between
 
 
 def test_rotating_twice_by_other_signs_is_still_the_function(rng, tokens):
     params = without_scales(parameters(rng))
-    first, second = (rewrite.fold_rotations(params, STREAM, seed=seed) for seed in (0, 1))
+    first, second = (rewrite.fold_rotations(params, between(params, STREAM), jax.random.key(seed)) for seed in (0, 1))
     assert bool((first["embed"] != second["embed"]).any())
-    both = rewrite.fold_rotations(first, STREAM, seed=1)
+    both = rewrite.fold_rotations(first, between(first, STREAM), jax.random.key(1))
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(both, tokens), want, atol=5e-5 * float(jnp.abs(want).max()))
 
 
-SCALED = of_layers({("before",): ["q", "k", "v"], ("after",): ["gate", "up"], ("up",): ["down"]})
+SCALED = of_layers({("before",): READ, ("after",): ["gate", "up"], ("up",): ["down"]})
 
 
 def test_folded_scales_keep_the_function_and_serve_the_channels_that_matter(rng, tokens):
     params = parameters(rng, spread=2.0)
     stats = jc.calibrate(transformer, params, [tokens], statistics=["gram"])
     method = Q.AWQ(Q.Int(3), points=10)
-    folded = jax.jit(lambda p: rewrite.fold_scales(p, stats, SCALED, method))(params)
+    folded = jax.jit(lambda p: rewrite.fold_scales(p, between(p, SCALED), stats, method))(params)
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(folded, tokens), want, atol=2e-5 * float(jnp.abs(want).max()))
     assert error(folded, tokens, want, method.grid) < 0.7 * error(params, tokens, want, method.grid)
@@ -195,7 +206,7 @@ def test_folded_scales_give_the_codes_of_nodes_that_keep_them(rng):
     stats = jc.calibrate(fn, params, [x], statistics=["gram"])
     method = Q.AWQ(Q.Int(3), points=8)
     node = jc.compress(params, jc.plan(params, [("b", method)]), stats=stats)["b"]
-    folded = rewrite.fold_scales(params, stats, {("a", "bias"): ["b"]}, method)
+    folded = rewrite.fold_scales(params, jc.trace.coupling(fn, params, x).prunable, stats, method)
     codes = Q.Int(3)(folded["b"]).codes
     assert float((codes == node.values.codes).mean()) > 0.98  # scales of nodes are rounded to bfloat16
     scale = 1 / node.scale.materialize().astype(jnp.float32)[:, 0]
@@ -206,7 +217,7 @@ def test_folded_scales_give_the_codes_of_nodes_that_keep_them(rng):
 def test_smoothing_may_end_in_a_kernel_too(rng, tokens):
     params = parameters(rng)
     stats = jc.calibrate(transformer, params, [tokens], statistics=["absmax"])
-    moved = rewrite.smooth(params, stats, of_layers({("up",): ["down"]}))
+    moved = rewrite.smooth(params, between(params, of_layers({("up",): ["down"]})), stats)
     want = transformer(params, tokens)
     np.testing.assert_allclose(transformer(moved, tokens), want, atol=2e-5 * float(jnp.abs(want).max()))
     assert bool((moved["layer0"]["up"] != params["layer0"]["up"]).any())
@@ -225,8 +236,13 @@ def test_layers_stacked_for_scan_and_heads(rng):
 
     want = fn(params, x)
     stats = jc.calibrate(fn, params, [x], statistics=["gram"])
-    scaled = rewrite.fold_scales(params, stats, {"v": ["o"]}, Q.AWQ(jc.stacked(Q.Int(3)), points=5))
-    turned = rewrite.fold_rotations(params, {"v": ["o"]})
+    groups = {name: group for name, group in jc.trace.coupling(fn, params, x).items() if group.prunable}
+    groups = {name: group for name, group in groups.items() if {p for p, _ in group.producers} == {"v"}}
+    assert len(groups) == 2, "heads and head dimension: channels are their pairs"
+    scaled = rewrite.fold_scales(params, groups, stats, Q.AWQ(jc.stacked(Q.Int(3)), points=5))
+    turned = rewrite.fold_rotations(
+        params, {name: groups[name] for name in groups if "v[3]" in name}, jax.random.key(0)
+    )
     for other in (scaled, turned):
         assert bool((other["v"] != params["v"]).any())
         np.testing.assert_allclose(fn(other, x), want, atol=1e-5)
@@ -234,7 +250,7 @@ def test_layers_stacked_for_scan_and_heads(rng):
 
 def test_bfloat16_parameters_stay_so(rng):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"a": normal(rng, 16, 16), "b": normal(rng, 16, 16)})
-    turned = rewrite.fold_rotations(params, {"a": ["b"]})
+    turned = rewrite.fold_rotations(params, between(params, {"a": ["b"]}), jax.random.key(0))
     assert turned["a"].dtype == turned["b"].dtype == jnp.bfloat16
     product = [jnp.matmul(p["a"], p["b"], preferred_element_type=jnp.float32) for p in (params, turned)]
     np.testing.assert_allclose(product[1], product[0], atol=0.05)
@@ -245,29 +261,47 @@ def test_errors_name_the_path_and_the_fix(rng, tokens):
     stats = jc.calibrate(transformer, params, [tokens], statistics=["gram"])
     node = Q.Int(4)(params["layer0"]["up"])
     compressed = params | {"layer0": params["layer0"] | {"up": node}}
+    key, awq = jax.random.key(0), Q.AWQ(Q.Int(4))
+    after = {"layer0/after": ["layer0/up"]}
     for message, fold in {
-        "layer0/w: there is no such parameter": lambda: rewrite.fold_rotations(params, {"layer0/w": ["layer0/o"]}),
+        "layer0/w: there is no such parameter": lambda: between(params, {"layer0/w": ["layer0/o"]}),
         "layer0/up: found a Quantized node, expected an array; fold first": lambda: rewrite.fold_norms(
-            compressed, {"layer0/after": ["layer0/up"]}
+            compressed, between(params, after)
         ),
-        "last: found no kernel that reads": lambda: rewrite.fold_norms(params, {"last": []}),
-        r"layer0/q: found shape \(32, 4, 8\), expected axis -2 to be 32, as the last axis of embed is; name the axis": (
-            lambda: rewrite.fold_rotations(params, {"embed": ["layer0/q"]})
+        "fold_norms: none of 1 groups is both written and read": lambda: rewrite.fold_norms(
+            params, between(params, {"last": []})
         ),
-        r"layer0/o: found shape \(32, 32\), expected axis -2 to be blocks of 7": lambda: rewrite.fold_rotations(
-            {"v": jnp.ones((2, 14))} | params, {"v": ["layer0/o"]}, block_size=7
+        r"layer0/q: found axis -2 of shape \(32, 4, 8\), expected length 32, that of the last axis of embed": (
+            lambda: between(params, {"embed": ["layer0/q"]})
         ),
-        r"embed: found shape \(40, 32\), expected axis 2": lambda: rewrite.fold_rotations(
-            params, {"last": [("embed", 2)]}
+        r"layer0/o: found axis -2 of shape \(32, 32\), expected a multiple of size=7": lambda: between(
+            {"v": jnp.ones((2, 14))} | params, {"v": ["layer0/o"]}, size=7
         ),
-        "block_size=0 must be positive": lambda: rewrite.fold_rotations(params, {"embed": ["layer0/up"]}, block_size=0),
+        r"embed: found shape \(40, 32\), expected an axis 2": lambda: between(params, {"last": [("embed", 2)]}),
+        "size=0 must be positive": lambda: between(params, {"embed": ["layer0/up"]}, size=0),
+        "the group 'part' fills axis 0 of shape .* in part": lambda: rewrite.fold_rotations(
+            params, {"part": jc.trace.Group(2, (("last", 0),), maps={("last", 0): [0, 1] + [-1] * 30})}, key
+        ),
         r"layer0/v: found shape \(32, 16\), expected \('...', 32\): its last axes make the 32 inputs of layer0/o": (
-            lambda: rewrite.fold_scales(params, stats, {"layer0/v": ["layer0/o"]}, Q.AWQ(Q.Int(4)))
+            lambda: rewrite.fold_scales(params, between(params, {"layer0/v": ["layer0/o"]}, size=16), stats, awq)
         ),
-        r"layer0/down: found a Gram matrix of shape \(1, 48, 48\), expected \(1, 32, 32\) as that of layer0/up": (
-            lambda: rewrite.fold_scales(params, stats, {"layer0/after": ["layer0/up", "layer0/down"]}, Q.AWQ(Q.Int(4)))
+        r"layer0/up: found a Gram matrix of shape \(1, 32, 32\), expected \(1, 48, 48\) as that of layer0/down": (
+            lambda: rewrite.fold_scales(
+                params,
+                {
+                    "g": jc.trace.Group(
+                        16,
+                        (("last", 0),),
+                        (("layer0/down", 0), ("layer0/up", 0)),
+                        dict.fromkeys([("last", 0), ("layer0/up", 0)], np.arange(32) % 16)
+                        | {("layer0/down", 0): np.arange(48) % 16},
+                    )
+                },
+                stats,
+                awq,
+            )
         ),
-        "layer0/up: needs 'gram'": lambda: rewrite.fold_scales(params, {}, {"layer0/after": ["layer0/up"]}),
+        "layer0/up: needs 'gram'": lambda: rewrite.fold_scales(params, between(params, after), {}),
     }.items():
         with pytest.raises(ValueError, match=message):
             fold()

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import jcompress as jc
-from jcompress.rewrite import NormPaths
 
 
 def statistics(rng, n):
@@ -63,15 +62,21 @@ def net(rng):
     return treedef.unflatten(leaves), x
 
 
-def paths(layer, norm, bias):
-    p, s = f"params/BatchNorm_{norm}", f"batch_stats/BatchNorm_{norm}"
-    return NormPaths(f"params/{layer}/kernel", f"{s}/mean", f"{s}/var", bias, f"{p}/scale", f"{p}/bias")
+def by_hand(variables):
+    """The layers of the network and their norms."""
+    norm = [(f"params/BatchNorm_{i}/scale", f"params/BatchNorm_{i}/bias") for i in range(2)]
+    norm = [
+        (*paths, *(f"batch_stats/BatchNorm_{i}/{name}" for name in ("mean", "var"))) for i, paths in enumerate(norm)
+    ]
+    first, second = ("params/Conv_0/kernel", *norm[0]), ("params/Dense_0/kernel", "params/Dense_0/bias", *norm[1])
+    return jc.trace.Groups.between(variables, {first: [], second: []})
 
 
-def test_folded_variables_run_in_the_same_model(net):
+@pytest.mark.parametrize("read", [True, False])
+def test_folded_variables_run_in_the_same_model(net, read):
     variables, x = net
-    norms = [paths("Conv_0", 0, None), paths("Dense_0", 1, "params/Dense_0/bias")]
-    folded = jc.rewrite.fold_batch_norms(variables, norms)
+    groups = jc.trace.coupling(lambda v, x: Net().apply(v, x), variables, x) if read else by_hand(variables)
+    folded = jc.rewrite.fold_batch_norms(variables, groups)
     np.testing.assert_allclose(Net().apply(folded, x), Net().apply(variables, x), rtol=1e-4, atol=1e-5)
     assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, variables)
     np.testing.assert_array_equal(folded["params"]["BatchNorm_1"]["bias"], 0)
@@ -127,11 +132,15 @@ def test_errors_name_what_is_wrong(net):
     variables, x = net
     with pytest.raises(ValueError, match=r"shape \(3,\), expected \(4,\)"):
         jc.rewrite.fold_batch_norm(jnp.ones((2, 4)), 0, 1, 0, jnp.ones(3), jnp.ones(3))
-    with pytest.raises(ValueError, match=r"params/Conv_7/kernel: there is no such variable"):
-        jc.rewrite.fold_batch_norms(variables, [paths("Conv_7", 0, None)])
-    bare = NormPaths("params/Conv_0/kernel", "batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var")
+    mean, var = ("batch_stats/BatchNorm_0/mean", 0), ("batch_stats/BatchNorm_0/var", 0)
+    with pytest.raises(
+        ValueError, match=r"params/Conv_7/kernel: the group 'g' names it, but there is no such parameter"
+    ):
+        jc.rewrite.fold_batch_norms(variables, {"g": jc.trace.Group(5, (("params/Conv_7/kernel", 3), mean, var))})
     with pytest.raises(ValueError, match="params/Conv_0/kernel: neither the layer nor its norm has a bias"):
-        jc.rewrite.fold_batch_norms(variables, [bare])
+        jc.rewrite.fold_batch_norms(variables, {"g": jc.trace.Group(5, (("params/Conv_0/kernel", 3), mean, var))})
+    with pytest.raises(ValueError, match="no group is written by one kernel and one batch norm"):
+        jc.rewrite.fold_batch_norms(variables, {"g": jc.trace.Group(5, (("params/Conv_0/kernel", 3), mean))})
     with pytest.raises(ValueError, match="no batches"):
         jc.rewrite.reestimate(updates(variables), variables["batch_stats"], [])
     with pytest.raises(ValueError, match="mean: the statistic does not move"):

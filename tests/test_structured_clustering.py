@@ -36,7 +36,7 @@ def test_duplicated_heads_collapse_and_the_sum_is_exact(rng):
     x = jnp.asarray(rng.normal(size=(2, 7, 6)), jnp.float32)
     groups, stats = read(attention, params, x)
     heads = next(name for name, group in groups.items() if ("o", 0) in group.members)
-    keep, new = jc.rewrite.p_pruning(params, groups, {heads: 0.4}, stats)
+    keep, new = jc.rewrite.p_pruning(params, groups, stats, {heads: 0.4})
     kept = np.flatnonzero(keep[heads])
     assert sorted(copies[kept]) == [0, 1, 4]
     y = jax.random.normal(jax.random.key(1), (3, 4, 6))
@@ -52,7 +52,7 @@ def test_duplicated_neurons_collapse_under_jit_with_a_traced_sparsity(rng):
     params |= {"up": params["up"][:, copies], "bias": params["bias"][copies]}
     x = jnp.asarray(rng.normal(size=(20, 4)), jnp.float32)
     groups, stats = read(mlp, params, x)
-    prune = jax.jit(lambda p, s, fraction: jc.rewrite.p_pruning(p, groups, fraction, s))
+    prune = jax.jit(lambda p, s, fraction: jc.rewrite.p_pruning(p, groups, s, fraction))
     keep, new = prune(params, stats, 0.5)
     assert sorted(copies[np.flatnonzero(keep["up[1]"])]) == [0, 1, 2, 6]
     np.testing.assert_allclose(mlp(jc.trace.mask(new, groups, keep), x), mlp(params, x), atol=1e-5)
@@ -86,7 +86,7 @@ def test_the_most_salient_of_each_cluster_stays(rng):
     x = jnp.asarray(rng.normal(size=(20, 4)), jnp.float32)
     groups, stats = read(mlp, params, x)
     for scores, expected in (([1, 2, 3, 4], [2, 3]), ([5, 2, 3, 4], [0, 3]), ([5, 6, 3, 4], [0, 1])):
-        keep, new = jc.rewrite.p_pruning(params, groups, 0.5, stats, {"up[1]": jnp.asarray(scores)})
+        keep, new = jc.rewrite.p_pruning(params, groups, stats, 0.5, {"up[1]": jnp.asarray(scores)})
         assert np.flatnonzero(keep["up[1]"]).tolist() == expected
         np.testing.assert_allclose(mlp(jc.trace.mask(new, groups, keep), x), mlp(params, x), atol=1e-5)
 
@@ -96,7 +96,7 @@ def test_counts_are_exact_even_when_all_outputs_are_equal(sparsity, kept):
     params = {"up": jnp.ones((2, 6)), "bias": jnp.zeros(6), "down": jnp.arange(6.0)[:, None]}
     x = jnp.ones((3, 2))
     groups, stats = read(mlp, params, x)
-    keep, new = jc.rewrite.p_pruning(params, groups, sparsity, stats)
+    keep, new = jc.rewrite.p_pruning(params, groups, stats, sparsity)
     assert int(keep["up[1]"].sum()) == kept
     np.testing.assert_allclose(new["down"].sum(), 15.0)
     np.testing.assert_array_equal(new["down"][~keep["up[1]"]], 0)
@@ -106,7 +106,7 @@ def test_without_absorbing_the_weights_stay(rng):
     params = random_params(rng, up=(4, 6), bias=(6,), down=(6, 3))
     x = jnp.asarray(rng.normal(size=(15, 4)), jnp.float32)
     groups, stats = read(mlp, params, x)
-    _, new = jc.rewrite.p_pruning(params, groups, 0.5, stats, absorb=False)
+    _, new = jc.rewrite.p_pruning(params, groups, stats, 0.5, absorb=False)
     jax.tree.map(np.testing.assert_array_equal, new, params)
 
 
@@ -119,8 +119,8 @@ def test_errors_name_what_is_wrong(rng):
 
     groups, stats = read(tied, params, x)
     with pytest.raises(ValueError, match="tied"):
-        jc.rewrite.p_pruning(params, groups, {"up[1]": 0.5}, stats)
+        jc.rewrite.p_pruning(params, groups, stats, {"up[1]": 0.5})
     with pytest.raises(ValueError, match=r"up\[1\].*1.5"):
-        jc.rewrite.p_pruning(params, groups, {"up[1]": 1.5}, stats)
+        jc.rewrite.p_pruning(params, groups, stats, {"up[1]": 1.5})
     with pytest.raises(ValueError, match="needs 'gram'"):
-        jc.rewrite.p_pruning(params, groups, {"up[1]": 0.5}, {})
+        jc.rewrite.p_pruning(params, groups, {}, {"up[1]": 0.5})

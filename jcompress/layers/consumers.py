@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from jcompress.core import PyTree
 from jcompress.layers import matrices, units
-from jcompress.layers.groups import Group, Groups
+from jcompress.layers.groups import Group
 from jcompress.layers.matrices import Contraction
 
 
@@ -53,32 +53,55 @@ def consumers(
     return [(contraction(path, axis, name, found, stats, field), axis) for path, axis in group.consumers]
 
 
-def beside(params: PyTree, groups: Groups) -> dict[str, str]:
-    """The bias of each kernel that reads a group: the leaf beside it named ``bias`` or ``b``, if its shape fits.
+def shift_of(path: str, found: Mapping[str, Any], groups: Mapping[str, Group]) -> tuple[str, int] | None:
+    """What a constant added to the outputs of a kernel is put into, and its sign; None if there is nothing.
 
-    Args:
-      params: a pytree of arrays.
-      groups: from ``jc.trace.coupling``.
-
-    Returns:
-      ``{path of a kernel: path of its bias}``.
+    The leaf beside it named ``bias`` or ``b``, if its shape fits. Else, in a group that this kernel alone writes, the
+    running mean of a norm, which is subtracted, or a vector named as a bias.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
-      >>> from jcompress.prune import structured
-      >>> params = {"next": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
-      >>> structured.beside(params, {"hidden": jc.trace.Group(size=3, consumers=(("next/kernel", 0),))})
-      {'next/kernel': 'next/bias'}
+      >>> from jcompress.layers import consumers
+      >>> params = {"conv/kernel": jnp.ones((3, 3, 2, 4)), "norm/scale": jnp.ones(4), "norm/mean": jnp.zeros(4)}
+      >>> groups = jc.trace.Groups.between(params, {("conv/kernel", "norm/scale", "norm/mean"): []})
+      >>> consumers.shift_of("conv/kernel", params, groups)
+      ('norm/mean', -1)
     """
-    found, biases = units.leaves(params), {}
-    for path in {path for group in groups.values() for path, _ in group.consumers}:
-        for name in ("bias", "b"):
-            other = "/".join([*path.split("/")[:-1], name])
-            if other in found and other != path and _fits(jnp.shape(found[path]), jnp.shape(found[other])):
-                biases[path] = other
-    return dict(sorted(biases.items()))
+    for name in ("bias", "b"):
+        other = "/".join([*path.split("/")[:-1], name])
+        if other in found and other != path and _fits(jnp.shape(found[path]), jnp.shape(found[other])):
+            return other, 1
+    for group in groups.values():
+        kernels, vectors = writers(group, found)
+        if kernels != [path]:
+            continue
+        means = [v for v in vectors if is_named(v, "mean")]
+        biases = [v for v in vectors if is_named(v, "bias|beta|offset|shift")]
+        if len(means) == 1:
+            return means[0], -1
+        if len(biases) == 1 and not means:
+            return biases[0], 1
+    return None
+
+
+def writers(group: Group, found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The kernels that write a group, and its vectors: biases, and what norms have; stacked layers may lie in front."""
+    shapes = {path: jnp.shape(found[path]) for path, _ in group.members if path in found}
+
+    def is_vector(shape: tuple[int, ...]) -> bool:
+        lead = len(shape) - 1
+        return lead < 1 or any(len(other) > lead + 1 and other[:lead] == shape[:lead] for other in shapes.values())
+
+    paths = dict.fromkeys(path for path, _ in group.producers if path in shapes)
+    vectors = [path for path in paths if is_vector(shapes[path])]
+    return [path for path in paths if path not in vectors], vectors
+
+
+def is_named(path: str, names: str) -> bool:
+    """Whether the last word of a path ends in one of these names."""
+    return re.fullmatch(f".*({names})", re.split(r"[/.]", path)[-1], re.IGNORECASE) is not None
 
 
 def _fits(kernel: tuple[int, ...], bias: tuple[int, ...]) -> bool:
-    """Whether the shape is that of the kernel's last axes, but for stacked layers in front."""
-    return 0 < len(bias) < len(kernel) and kernel[-1] == bias[-1]
+    """Whether the shape is that of the outputs: the last axes of the kernel, stacked layers in front, or its first."""
+    return 0 < len(bias) < len(kernel) and (kernel[-1] == bias[-1] or kernel[:1] == bias)

@@ -107,20 +107,22 @@ class Groups(Mapping[str, Group]):
         self.unread, self.multiply_adds, self.bytes = dict(unread or {}), multiply_adds, bytes
 
     @classmethod
-    def between(cls, params: PyTree, pairs: Mapping[Makers, Sequence[Reader]]) -> Groups:
+    def between(cls, params: PyTree, pairs: Mapping[Makers, Sequence[Reader]], size: int | None = None) -> Groups:
         """Groups written by hand: what makes some activations, and the kernels that read them.
 
         Args:
           params: a pytree of arrays, or their shapes.
           pairs: for one path or several that make activations along their last axis (a kernel and its bias, the scale
             and the bias of a norm), the kernels that read them along axis -2, or along the axis of ``(path, axis)``.
+          size: of the groups, where the axes hold them several times one after another: the head dimension, where the
+            channels of heads are one axis. By default that of the first path's last axis.
 
         Returns:
           A group for each pair, named after what makes it first.
 
         Raises:
-          ValueError: for a path that is not there, an axis that a parameter has not, or lengths that do not fit; a
-            reader may be a multiple of the group, as after flattening.
+          ValueError: for a path that is not there, an axis that a parameter has not, lengths that do not fit, or a size
+            that is not positive.
 
         Example:
           >>> import jax.numpy as jnp, jcompress as jc
@@ -129,8 +131,10 @@ class Groups(Mapping[str, Group]):
           >>> groups["scale[0]"].members
           (('scale', 0), ('query', 0), ('key', 0))
         """
-        shapes = {path: np.shape(x) for path, x in rules.paths(params)}
-        return cls([_between(shapes, makers, readers) for makers, readers in pairs.items()])
+        if size is not None and size < 1:
+            raise ValueError(f"Groups.between: size={size} must be positive, or None for whole axes")
+        shapes = {path: tuple(x.shape) if hasattr(x, "shape") else np.shape(x) for path, x in rules.paths(params)}
+        return cls([_between(shapes, makers, readers, size) for makers, readers in pairs.items()])
 
     def __getitem__(self, name: str) -> Group:
         return self._groups[name]
@@ -140,6 +144,10 @@ class Groups(Mapping[str, Group]):
 
     def __len__(self) -> int:
         return len(self._groups)
+
+    def __or__(self, others: Mapping[str, Group]) -> Groups:
+        """These and others, such as some by hand; of one name the other counts."""
+        return Groups({**self._groups, **others}, self.unread, self.multiply_adds, self.bytes)
 
     @property
     def prunable(self) -> dict[str, Group]:
@@ -213,21 +221,27 @@ def _told(group: Group) -> str:
     return f"{group.name}, of length {group.size}; these must change together:\n{members}"
 
 
-def _between(shapes: Mapping[str, tuple[int, ...]], makers: Makers, readers: Sequence[Reader]) -> Group:
+def _between(
+    shapes: Mapping[str, tuple[int, ...]], makers: Makers, readers: Sequence[Reader], size: int | None
+) -> Group:
     names = (makers,) if isinstance(makers, str) else makers
     producers = [_placed(shapes, (path, -1)) for path in names]
-    consumers = [_placed(shapes, (r, -2) if isinstance(r, str) else r) for r in readers]
-    size, maps = shapes[names[0]][-1], {}
-    for path, axis in (*producers, *consumers):
+    asked = [(reader, -2) if isinstance(reader, str) else reader for reader in readers]
+    consumers = [_placed(shapes, member) for member in asked]
+    units, maps = size or shapes[names[0]][-1], {}
+    given = [(path, -1) for path in names] + asked
+    for (path, axis), (_, said) in zip((*producers, *consumers), given, strict=True):
         length = shapes[path][axis]
-        if length % size or (path in names and length != size):
-            raise ValueError(
-                f"{path}: found axis {axis} of shape {shapes[path]}, expected length {size}, that of the last axis of "
-                f"{names[0]}; name the axis that reads it, as (path, axis)"
+        if length % units or (size is None and length != units):
+            wanted = (
+                f"length {units}, that of the last axis of {names[0]}" if size is None else f"a multiple of {size=}"
             )
-        maps[path, axis] = np.arange(length) % size
+            raise ValueError(
+                f"{path}: found axis {said} of shape {shapes[path]}, expected {wanted}; name the axis, as (path, axis)"
+            )
+        maps[path, axis] = np.arange(length) % units
     (path, axis), *_ = producers
-    return Group(size, tuple(producers), tuple(consumers), maps, name=f"{path}[{axis}]")
+    return Group(units, tuple(producers), tuple(consumers), maps, name=f"{path}[{axis}]")
 
 
 def _placed(shapes: Mapping[str, tuple[int, ...]], member: Member) -> Member:

@@ -5,11 +5,11 @@ refitted after a cut; neurons, layers and convolutions are merged; statistics of
 what is said by the groups of ``jc.trace.coupling``, or by groups written by hand.
 """
 
-from jcompress.rewrite.batch_norm import NormPaths, fold_batch_norm, fold_batch_norms, reestimate
+from jcompress.rewrite.batch_norm import fold_batch_norm, fold_batch_norms, reestimate
 from jcompress.rewrite.biases import correct_biases
 from jcompress.rewrite.clusters import p_pruning
 from jcompress.rewrite.depth import fuse_layers, remove_layers
-from jcompress.rewrite.equalization import Pair, equalize
+from jcompress.rewrite.equalization import equalize
 from jcompress.rewrite.folding import fold_norms, fold_rotations, fold_scales
 from jcompress.rewrite.merging import merge_convolutions, merge_dense
 from jcompress.rewrite.neurons import merge_neurons
@@ -17,8 +17,6 @@ from jcompress.rewrite.reconstruction import fold_constants, liar, reconstruct
 from jcompress.rewrite.smoothing import smooth
 
 __all__ = [
-    "NormPaths",
-    "Pair",
     "correct_biases",
     "equalize",
     "fold_batch_norm",

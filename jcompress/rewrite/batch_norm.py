@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jcompress import core
+from jcompress import rules
 from jcompress.core import PyTree
-from jcompress.layers import units
+from jcompress.layers import consumers, units
+from jcompress.layers.groups import Group
+from jcompress.rewrite import links
 
 
 def fold_batch_norm(
@@ -65,32 +66,7 @@ def fold_batch_norm(
     return (kernel * along).astype(kernel.dtype), moved.astype(kernel.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class NormPaths:
-    """Where the parameters of a batch norm lie, and of the layer in front of it.
-
-    Attributes:
-      kernel: the path of the kernel, such as ``params/Conv_0/kernel``.
-      mean: of the running mean.
-      var: of the running variance.
-      bias: of the layer's bias, or None. One of ``bias`` and ``offset`` there must be.
-      scale: of the norm's scale, or None.
-      offset: of the norm's bias, or None.
-      epsilon: that of the norm.
-      axis: the output channels of the kernel.
-    """
-
-    kernel: str
-    mean: str
-    var: str
-    bias: str | None = None
-    scale: str | None = None
-    offset: str | None = None
-    epsilon: float = 1e-5
-    axis: int = -1
-
-
-def fold_batch_norms(variables: PyTree, norms: Iterable[NormPaths]) -> PyTree:
+def fold_batch_norms(variables: PyTree, groups: Mapping[str, Group], epsilon: float = 1e-5) -> PyTree:
     """Fold batch norms into the layers before them; the tree keeps its structure.
 
     The norm is left as the identity: mean 0, variance ``1 - epsilon``, scale 1. The constant goes to the layer's bias
@@ -98,52 +74,87 @@ def fold_batch_norms(variables: PyTree, norms: Iterable[NormPaths]) -> PyTree:
     mode, and the kernels are those that quantization should see; a model without norms takes them by hand.
 
     Args:
-      variables: a pytree that holds all paths, such as ``{"params": ..., "batch_stats": ...}``.
-      norms: a :class:`NormPaths` for each.
+      variables: a pytree that holds all of them, such as ``{"params": ..., "batch_stats": ...}``.
+      groups: of ``jc.trace.coupling``, or by hand. Those that one kernel and one batch norm write are folded; others
+        are passed over. On a residual stream several layers share a group: say each by hand,
+        ``jc.trace.Groups.between(variables, {("conv/kernel", "norm/scale", "norm/bias", "norm/mean", "norm/var"):
+        []})``.
+        Vectors are told by their names: ``mean``, ``var``; ``scale``, ``weight`` or ``gamma``; ``bias``, ``beta`` or
+        ``offset``, the layer's if it lies beside the kernel.
+      epsilon: that of the norms. Flax has 1e-5.
+
+    Returns:
+      A pytree like ``variables``.
 
     Raises:
-      ValueError: for a path that is not there, or a constant that has no place.
+      ValueError: if no group is that of a kernel and a norm, for a path that is not there, or a constant that has no
+        place.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jcompress import rewrite
-      >>> tree = {"kernel": jnp.ones((2, 1)), "mean": jnp.array([3.0]), "var": jnp.array([0.25]), "bias": jnp.zeros(1)}
-      >>> norm = rewrite.NormPaths("kernel", "mean", "var", offset="bias", epsilon=0.0)
-      >>> rewrite.fold_batch_norms(tree, [norm])["bias"].tolist()
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> norm = {"mean": jnp.array([3.0]), "var": jnp.array([0.25]), "bias": jnp.zeros(1)}
+      >>> tree = {"dense": {"kernel": jnp.ones((2, 1))}, "norm": norm}
+      >>> groups = jc.trace.Groups.between(tree, {("dense/kernel", "norm/mean", "norm/var", "norm/bias"): []})
+      >>> jc.rewrite.fold_batch_norms(tree, groups, epsilon=0.0)["norm"]["bias"].tolist()
       [-6.0]
     """
-    found = units.leaves(variables)
-    for norm in norms:
-        get = {name: _at(found, getattr(norm, name)) for name in ("kernel", "mean", "var", "bias", "scale", "offset")}
-        zero = jnp.zeros_like(get["mean"])
-        kernel, bias = fold_batch_norm(
-            get["kernel"],
-            zero if norm.bias is None else get["bias"],
-            1.0 if norm.scale is None else get["scale"],
-            zero if norm.offset is None else get["offset"],
-            get["mean"],
-            get["var"],
-            norm.epsilon,
-            norm.axis,
+    found = rules.leaves(variables)
+    norms = [norm for name, group in groups.items() if (norm := _norm_of(name, group, found))]
+    if not norms:
+        raise ValueError(
+            "fold_batch_norms: no group is written by one kernel and one batch norm; say by hand what belongs "
+            "together: jc.trace.Groups.between(variables, {(kernel, scale, bias, mean, var): []})"
         )
-        place = norm.bias or norm.offset
-        if place is None:
-            raise ValueError(f"{norm.kernel}: neither the layer nor its norm has a bias to take the constant; give one")
-        after = {"kernel": kernel, "mean": zero, "var": jnp.full_like(get["var"], 1 - norm.epsilon)}
-        after |= {"scale": jnp.ones_like(zero), "offset": zero}
-        for name, value in after.items():
-            if getattr(norm, name) is not None:
-                found[getattr(norm, name)] = value.astype(get[name].dtype)
-        found[place] = bias.astype(found[place].dtype)
-    return units.replace(variables, found)
+    for norm in norms:
+        found |= _folded(norm, found, epsilon)
+    return rules.rebuild(variables, found)
 
 
-def _at(found: Mapping[str, Any], path: str | None) -> Any:
-    if path is None:
+class _Norm(NamedTuple):
+    """The paths of a layer and of the batch norm behind it, and the axis of the kernel's outputs."""
+
+    kernel: str
+    axis: int
+    mean: str
+    var: str
+    bias: str | None
+    scale: str | None
+    offset: str | None
+
+
+def _norm_of(name: str, group: Group, found: Mapping[str, Any]) -> _Norm | None:
+    """The layer and the norm that write a group, if they alone do."""
+    links.check(found, name, tuple(path for path, _ in group.producers))
+    kernels, vectors = consumers.writers(group, found)
+
+    def named(words: str) -> list[str]:
+        return [path for path in vectors if consumers.is_named(path, words)]
+
+    means, variances, scales = named("mean"), named("var|variance"), named("scale|weight|gamma")
+    if len(kernels) != 1 or len(means) != 1 or len(variances) != 1 or len(scales) > 1:
         return None
-    if path not in found:
-        raise ValueError(f"{path}: there is no such variable; {units.closest(path, found)}")
-    return core.dense(found[path])
+    beside = [path for path in named("bias|beta|offset") if _parent(path) == _parent(kernels[0])]
+    offsets = [path for path in named("bias|beta|offset") if path not in beside]
+    axis = next(axis for path, axis in group.producers if path == kernels[0])
+    return _Norm(kernels[0], axis, means[0], variances[0], *(next(iter(x), None) for x in (beside, scales, offsets)))
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0] or path.rpartition(".")[0]
+
+
+def _folded(norm: _Norm, found: Mapping[str, Any], epsilon: float) -> dict[str, jax.Array]:
+    """The variables of a layer and its norm, folded."""
+    mean, place = found[norm.mean], norm.bias or norm.offset
+    if place is None:
+        raise ValueError(f"{norm.kernel}: neither the layer nor its norm has a bias to take the constant; give one")
+    zero = jnp.zeros_like(mean)
+    bias, offset = (zero if path is None else found[path] for path in (norm.bias, norm.offset))
+    scale = 1.0 if norm.scale is None else found[norm.scale]
+    kernel, moved = fold_batch_norm(found[norm.kernel], bias, scale, offset, mean, found[norm.var], epsilon, norm.axis)
+    after = {norm.kernel: kernel, norm.mean: zero, norm.var: jnp.full_like(found[norm.var], 1 - epsilon)}
+    after |= {path: value for path, value in ((norm.scale, jnp.ones_like(zero)), (norm.offset, zero)) if path}
+    return {path: value.astype(found[path].dtype) for path, value in (after | {place: moved}).items()}
 
 
 def reestimate(

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import PyTree
-from jcompress.layers import matrices, units
+from jcompress.layers import consumers, matrices, units
+from jcompress.layers.groups import Group
 
 
 def correct_biases(
-    before: PyTree, after: PyTree, stats: Mapping[str, Any], biases: Mapping[str, str] | None = None
+    before: PyTree, after: PyTree, stats: Mapping[str, Any], groups: Mapping[str, Group] | None = None
 ) -> PyTree:
     """Shift biases so that mean outputs stay what they were, ``b <- b + (W_dense - W_compressed)' mean(x)``.
 
@@ -25,8 +26,9 @@ def correct_biases(
       before: the dense parameters.
       after: what became of them; nodes stay nodes, and of kernels only the difference is read.
       stats: from ``jc.calibrate(fn, before, batches, statistics=("sum", "count"))``.
-      biases: ``{path of a kernel: path of its bias}``; by default the leaf named ``bias`` or ``b`` beside each kernel
-        that has statistics.
+      groups: from ``jc.trace.coupling``, or by hand, for kernels without a leaf named ``bias`` or ``b`` beside them:
+        where one kernel alone writes a group, the running mean of the batch norm behind it, or a vector that is named
+        as a bias.
 
     Returns:
       ``after`` with other biases. A kernel without a bias, or without statistics, is left as it is.
@@ -45,13 +47,16 @@ def correct_biases(
       [2.0]
     """
     old, new = units.leaves(before), units.leaves(after)
-    biases = _beside(old, stats) if biases is None else biases
-    if not biases:
+    shifts = {path: consumers.shift_of(path, old, groups or {}) for path in old if path in stats and stats[path].axes}
+    if not any(shifts.values()):
         raise ValueError(
             f"correct_biases: no kernel has both statistics and a bias, among {', '.join(old) or 'no leaves'}; pass "
-            "biases={kernel path: bias path}"
+            "groups= that say which vector shifts which kernel's outputs"
         )
-    for path, target in biases.items():
+    for path, shift in shifts.items():
+        if shift is None:
+            continue
+        target, sign = shift
         if target not in new or core.is_node(new[target]):
             raise ValueError(f"{target}: found no dense bias for {path} in the compressed tree; keep it dense")
         layer = matrices.contraction(path, units.leaf(old, path, path), stats[path], "sum")
@@ -60,16 +65,5 @@ def correct_biases(
         moved = jnp.einsum("lk,lkn->ln", mean.astype(jnp.float32), change, precision="highest")
         if moved.size != new[target].size:
             raise ValueError(f"{target}: found shape {new[target].shape}, expected {layer.outputs}, that of {path}")
-        new[target] = (new[target] + moved.reshape(new[target].shape)).astype(new[target].dtype)
+        new[target] = (new[target] + sign * moved.reshape(new[target].shape)).astype(new[target].dtype)
     return units.replace(after, new)
-
-
-def _beside(found: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, str]:
-    """The bias of each kernel that has statistics, where there is one."""
-    biases = {}
-    for path in found.keys() & stats.keys():
-        for name in ("bias", "b"):
-            other = "/".join([*path.split("/")[:-1], name])
-            if other in found and other != path and stats[path].axes:
-                biases[path] = other
-    return biases

@@ -19,8 +19,8 @@ from jcompress.prune.masks import selection
 def p_pruning(
     params: PyTree,
     groups: Groups,
-    sparsity: Any,
     stats: Mapping[str, Any],
+    sparsity: Any,
     scores: Mapping[str, jax.Array] | None = None,
     absorb: bool = True,
 ) -> tuple[dict[str, jax.Array], PyTree]:
@@ -42,8 +42,8 @@ def p_pruning(
     Args:
       params: a pytree of arrays.
       groups: from ``jc.trace.coupling``; all prunable ones are treated.
-      sparsity: the fraction of units to cut, in [0, 1], of each group, or ``{name: fraction}`` for some groups.
       stats: ``{path: statistics}``; of these ``gram`` and ``axes`` are read.
+      sparsity: the fraction of units to cut, in [0, 1], of each group, or ``{name: fraction}`` for some groups.
       scores: ``{name: (size,)}``, such as :func:`taylor` gives.
       absorb: whether those that stay take over the weights of the others.
 
@@ -62,7 +62,7 @@ def p_pruning(
       ...     return (x @ p["a"]) @ p["b"]
       >>> x = jnp.array([[1.0], [2.0]])
       >>> groups, stats = jc.trace.coupling(fn, params, x), jc.calibrate(fn, params, [(x,)], progress=False)
-      >>> keep, new = jc.rewrite.p_pruning(params, groups, 1 / 3, stats)
+      >>> keep, new = jc.rewrite.p_pruning(params, groups, stats, 1 / 3)
       >>> keep["a[1]"].tolist(), new["b"].ravel().tolist()
       ([True, True, False], [4.0, 2.0, 0.0])
     """

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, rules
+from jcompress import rules
 from jcompress.core import PyTree
-from jcompress.trace import Group
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """Two kernels, the outputs of one the inputs of the other, with a positively homogeneous function between.
-
-    Attributes:
-      first: path of the kernel whose last axis are the outputs.
-      second: path of the kernel whose axis -2 are the inputs.
-      bias: path of the first one's bias, or None.
-    """
-
-    first: str
-    second: str
-    bias: str | None = None
+from jcompress.layers.groups import Group
+from jcompress.rewrite import links
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +35,7 @@ class _Member:
         return jnp.zeros(size, w.dtype).at[self.channels].max(known)
 
 
-def equalize(params: PyTree, between: Iterable[Pair | Group], rounds: int = 20) -> PyTree:
+def equalize(params: PyTree, groups: Mapping[str, Group], rounds: int = 20) -> PyTree:
     """Move scale between layers until their channels have equal ranges (Nagel et al. 2019, arXiv:1906.04721).
 
     With ``r_i`` the largest magnitude by which channel ``i`` is made and ``q_i`` that by which it is used, what makes
@@ -60,7 +46,8 @@ def equalize(params: PyTree, between: Iterable[Pair | Group], rounds: int = 20) 
 
     Args:
       params: dense parameters.
-      between: pairs of kernels, or groups of ``jc.trace.coupling``; a group may be made by several kernels and used by
+      groups: of ``jc.trace.coupling``, those of which that is true, or by hand: ``jc.trace.Groups.between(params,
+        {("first/kernel", "first/bias"): ["second/kernel"]})``. A group may be made by several kernels and used by
         several others.
       rounds: sweeps over all of them; layers in a row come to agree as they are repeated.
 
@@ -68,19 +55,18 @@ def equalize(params: PyTree, between: Iterable[Pair | Group], rounds: int = 20) 
       The parameters, scaled.
 
     Raises:
-      ValueError: if a path is missing, two kernels of a pair do not fit, or a group holds more vectors than a bias for
-        each of its kernels.
+      ValueError: if a path is missing, or a group lacks kernels on one side or holds more vectors than a bias for each
+        of its kernels.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> params = {"up": jnp.array([[8.0, 1.0]]), "down": jnp.array([[2.0], [4.0]])}
-      >>> params = jc.rewrite.equalize(params, [jc.rewrite.Pair("up", "down")])
+      >>> params = jc.rewrite.equalize(params, jc.trace.Groups.between(params, {"up": ["down"]}))
       >>> params["up"].tolist(), params["down"].tolist()
       ([[4.0, 2.0]], [[4.0], [2.0]])
     """
-    found = rules.paths(params)
-    leaves = dict(found)
-    ties = [_tie(x, leaves) for x in between]
+    leaves = rules.leaves(params)
+    ties = [_tie(name, group, leaves) for name, group in groups.items()]
     touched = {m.path for tie in ties for part in tie[1:] for m in part}
 
     def sweep(_: Any, current: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -91,7 +77,7 @@ def equalize(params: PyTree, between: Iterable[Pair | Group], rounds: int = 20) 
     wide = {path: leaves[path].astype(jnp.float32) for path in touched}
     scaled = jax.lax.fori_loop(0, rounds, sweep, wide)
     leaves |= {path: x.astype(leaves[path].dtype) for path, x in scaled.items()}
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=core.is_node), [leaves[path] for path, _ in found])
+    return rules.rebuild(params, leaves)
 
 
 _Tie = tuple[int, list[_Member], list[_Member]]
@@ -113,31 +99,19 @@ def _balanced(
     return leaves
 
 
-def _tie(between: Pair | Group, leaves: Mapping[str, Any]) -> _Tie:
+def _tie(name: str, group: Group, leaves: Mapping[str, Any]) -> _Tie:
     """The size of a dimension, and the members that make it and use it."""
-    if isinstance(between, Pair):
-        return _tie_of_pair(between, leaves)
+    links.check(leaves, name, tuple(path for path, _ in group.members))
     producers, consumers = (
-        [_Member(path, axis, jnp.asarray(between.maps[path, axis])) for path, axis in members]
-        for members in (between.producers, between.consumers)
+        [_Member(path, axis, jnp.asarray(group.maps[path, axis])) for path, axis in members]
+        for members in (group.producers, group.consumers)
     )
     kernels = [m for m in producers if jnp.ndim(leaves[m.path]) > 1]
     if not kernels or not consumers or len(producers) > 2 * len(kernels):
         told = ", ".join(m.path for m in producers)
         raise ValueError(
-            f"{between.name}: made by {told or 'nothing'} and used by {len(consumers)} parameters; equalize needs "
-            "kernels on both sides and no vectors but their biases: fold normalization into the kernels first"
+            f"{name}: made by {told or 'nothing'} and used by {len(consumers)} parameters; equalize needs kernels on "
+            "both sides and no vectors but their biases: fold normalization into the kernels first, or leave "
+            "the group out"
         )
-    return between.size, producers, consumers
-
-
-def _tie_of_pair(pair: Pair, leaves: Mapping[str, Any]) -> _Tie:
-    for path in (pair.first, pair.second, pair.bias):
-        if path is not None and path not in leaves:
-            raise ValueError(f"{path}: there is no such parameter; the paths are {', '.join(leaves)}")
-    size, inputs = leaves[pair.first].shape[-1], leaves[pair.second].shape[-2]
-    if size != inputs:
-        raise ValueError(f"{pair.second}: axis -2 is {inputs} long, {pair.first} has {size} outputs; they must agree")
-    channels = jnp.arange(size)
-    biases = [] if pair.bias is None else [_Member(pair.bias, -1, channels)]
-    return size, [_Member(pair.first, -1, channels), *biases], [_Member(pair.second, -2, channels)]
+    return group.size, producers, consumers

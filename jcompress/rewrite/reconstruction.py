@@ -21,7 +21,7 @@ def reconstruct(
     keep: Mapping[str, jax.Array],
     stats: Mapping[str, Any],
     ridge: float | jax.Array = 0.0,
-    biases: Mapping[str, str] | None = None,
+    biases: bool = False,
 ) -> PyTree:
     """Refit by least squares the kernels that read the cut units, on the units that stay.
 
@@ -42,8 +42,8 @@ def reconstruct(
       keep: ``{name: bool (size,)}``.
       stats: ``{path: statistics}``; of these ``gram`` and ``axes`` are read, and with biases ``sum`` and ``count``.
       ridge: a fraction of the mean square of each input.
-      biases: ``{path of a kernel: path of its bias}``, as :func:`beside` finds them. Where given, the bias is refitted
-        too: the mean output stays what it was, and a unit that is constant is cut without loss.
+      biases: whether biases are refitted too, where a kernel has one: the mean output stays what it was, and a unit
+        that is constant is cut without loss. Found as :func:`correct_biases` finds them.
 
     Returns:
       The parameters with new kernels, zero where units are cut, and new biases: of the old shapes, for
@@ -65,20 +65,21 @@ def reconstruct(
     """
     found, changes = units.leaves(params), {}
     for path, (layer, mask) in _cut(groups, keep, found, stats).items():
-        stat, bias = layer.stat, (biases or {}).get(path)
+        stat, shift = layer.stat, consumers.shift_of(path, found, groups) if biases else None
         gram = jnp.reshape(stat.gram, (-1, len(mask), len(mask)))
         w = layer.matrix()
-        if bias is None:
+        if shift is None:
             changes[path] = layer.restore(jax.vmap(_refitted, (0, 0, None, None))(gram, w, mask, ridge))
             continue
         mean, covariance = _moments(path, stat, gram)
         new = jax.vmap(_refitted, (0, 0, None, None))(covariance, w, mask, ridge)
+        bias, sign = shift
         old = units.leaf(found, bias, path)
         if jnp.size(old) != new.shape[0] * new.shape[2]:
             raise ValueError(f"{bias}: found shape {jnp.shape(old)}, expected {layer.outputs}, the outputs of {path}")
         moved = jnp.einsum("lk,lkn->ln", mean, w - new, precision="highest")
         changes[path] = layer.restore(new)
-        changes[bias] = (changes.get(bias, old) + moved.reshape(old.shape)).astype(old.dtype)
+        changes[bias] = (changes.get(bias, old) + sign * moved.reshape(old.shape)).astype(old.dtype)
     return units.replace(params, changes)
 
 
@@ -94,8 +95,8 @@ def liar(
     Whatever criterion chose them, the cut inputs are predicted from those that stay, ``Q = argmin ||X_K Q - X||**2``
     with a ridge, the next kernel becomes ``Q W``, and biases are corrected so that mean outputs stay. Kept inputs
     predict themselves, so the ridge holds the other columns of Q only; the error on the calibration data is then never
-    above that of plain pruning, if no norm across the units stands between. This is :func:`reconstruct` with the
-    biases that :func:`beside` finds.
+    above that of plain pruning, if no norm across the units stands between. This is :func:`reconstruct` with
+    biases.
 
     Args:
       params: a pytree of arrays.
@@ -120,7 +121,7 @@ def liar(
       >>> jc.rewrite.liar(params, groups, keep, stats, ridge=0.0)["b"].round(4).tolist()
       [[7.0], [0.0]]
     """
-    return reconstruct(params, groups, keep, stats, ridge, consumers.beside(params, groups))
+    return reconstruct(params, groups, keep, stats, ridge, biases=True)
 
 
 def fold_constants(
@@ -128,21 +129,19 @@ def fold_constants(
     groups: Groups,
     keep: Mapping[str, jax.Array],
     constants: Mapping[str, jax.Array],
-    biases: Mapping[str, str] | None = None,
 ) -> PyTree:
     """Move the constant outputs of cut units into the next biases, ``b <- b + sum_c W[c] value_c``.
 
     A channel whose batch norm has scale 0 puts out ``activation(beta)`` everywhere, so cutting it after this is exact.
     It is exact, too, for convolutions without padding; with zero padding the constant is missing at the borders, and
-    there outputs differ.
+    there outputs differ. Biases are found as :func:`correct_biases` finds them; where batch norm follows in place of
+    one, its running mean takes the constants.
 
     Args:
       params: a pytree of arrays.
       groups: from ``jc.trace.coupling``.
       keep: ``{name: bool (size,)}``; only the values of cut units are moved.
       constants: ``{name: (size,)}``: what each unit puts out after its activation, such as ``jax.nn.relu(beta)``.
-      biases: ``{path of a kernel: path of its bias}``, by default what :func:`beside` finds. Where batch norm follows
-        in place of a bias, name its running mean with a minus, ``{"conv/kernel": "-norm/mean"}``.
 
     Returns:
       The parameters with new biases; ``jc.trace.mask`` or ``jc.shrink`` then cut the units.
@@ -161,16 +160,17 @@ def fold_constants(
       >>> rewrite.fold_constants(params, {"hidden": hidden}, keep, value)["next"]["bias"].tolist()
       [10.0]
     """
-    biases = consumers.beside(params, groups) if biases is None else biases
     found = units.leaves(params)
     for name, values in constants.items():
         group = units.find(groups, name)
         for path, axis in group.consumers:
-            if path not in biases:
+            shift = consumers.shift_of(path, found, groups)
+            if shift is None:
                 raise ValueError(
-                    f"{path}: it reads {name!r} and has no bias to take the constants; name one in biases="
+                    f"{path}: it reads {name!r} and has no bias to take the constants; add a group that says which "
+                    "vector does, as jc.trace.Groups.between(params, {(kernel, vector): []}) gives"
                 )
-            target, sign = biases[path].removeprefix("-"), -1 if biases[path].startswith("-") else 1
+            target, sign = shift
             w, old = units.leaf(found, path, name), units.leaf(found, target, name)
             index = group.maps[path, axis]
             value = units.spread(jnp.where(keep[name], 0, values), axis, index, w.ndim, 0)

@@ -5,7 +5,6 @@ let ``jc.trace.mask`` set the others to zero or ``jc.shrink`` cut them out; betw
 kin refit what reads them. ``groups`` come from ``jc.trace.coupling``; in scores the larger value stays.
 """
 
-from jcompress.layers.consumers import beside
 from jcompress.prune.structured.adversarial import discriminator_loss, generator_loss, scaled
 from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
@@ -20,7 +19,6 @@ from jcompress.prune.structured.walks import diffusion, weighted_penalty
 __all__ = [
     "add_l1",
     "apoz",
-    "beside",
     "diffusion",
     "discriminator_loss",
     "generator_loss",
