@@ -107,7 +107,7 @@ def test_smoothing_keeps_the_function_and_evens_out_ranges(rng):
     }
     x = weights(rng, (64, 16))
     stats = jc.calibrate(fn, params, [x], statistics=["absmax"])
-    new = smooth(params, jc.trace.Groups.between(params, {("norm/scale", "norm/bias"): ["query", "key"]}), stats)
+    new = smooth(params, jc.trace.Groups.between(params, {("norm/scale", "norm/bias"): ["query", ("key", 0)]}), stats)
     for a, b in zip(fn(params, x), fn(new, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
     after = jc.calibrate(fn, new, [x], statistics=["absmax"])["query"].absmax

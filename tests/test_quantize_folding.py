@@ -132,9 +132,10 @@ def test_the_bias_of_a_norm_goes_into_the_bias_of_its_readers(rng):
         rewrite.fold_norms(bare, groups)
     with pytest.raises(ValueError, match=r"a/kernel: found axis -2 of shape \(3, 8, 2, 4\), expected length 8"):
         between(stack, {"norm/scale": ["a/kernel"]})
-    mixed = between(stack, {("norm/scale", "b/kernel"): [("a/kernel", 1)]})
+    square = stack | {"b": {"kernel": jnp.ones((3, 8, 8))}}
+    mixed = between(square, {("norm/scale", "b/kernel"): [("a/kernel", 1)]})
     with pytest.raises(ValueError, match=r"found b/kernel, norm/scale among what writes it, expected the scale of one"):
-        rewrite.fold_norms(stack | {"b": {"kernel": jnp.ones((3, 8, 8))}}, mixed)
+        rewrite.fold_norms(square, mixed)
 
 
 def test_a_folded_rotation_keeps_the_function_and_hides_outliers(rng, tokens):

@@ -87,14 +87,13 @@ def shift_of(path: str, found: Mapping[str, Any], groups: Mapping[str, Group]) -
 def writers(group: Group, found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """The kernels that write a group, and its vectors: biases, and what norms have; stacked layers may lie in front."""
     shapes = {path: jnp.shape(found[path]) for path, _ in group.members if path in found}
-
-    def is_vector(shape: tuple[int, ...]) -> bool:
-        lead = len(shape) - 1
-        return lead < 1 or any(len(other) > lead + 1 and other[:lead] == shape[:lead] for other in shapes.values())
-
+    sizes = [len(shape) for shape in shapes.values()] or [0]
+    # All share their first axes, and some have more than one axis behind: layers are stacked along them.
+    lead = min(sizes) - 1
+    stacked = max(sizes) > lead + 1 and len({shape[:lead] for shape in shapes.values()}) == 1
+    most = lead + 1 if stacked else 1
     paths = dict.fromkeys(path for path, _ in group.producers if path in shapes)
-    vectors = [path for path in paths if is_vector(shapes[path])]
-    return [path for path in paths if path not in vectors], vectors
+    return [p for p in paths if len(shapes[p]) > most], [p for p in paths if len(shapes[p]) <= most]
 
 
 def is_named(path: str, names: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcompress import core
 from jcompress.layers import units
@@ -15,6 +16,7 @@ from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.masks import selection
 from jcompress.prune.structured import targets
 
+Scores = jax.Array | np.ndarray
 Scope = Literal["group", "global"]
 Normalize = Literal["mean", "max", "norm"]
 
@@ -91,15 +93,14 @@ def keep(
     return {name: _top(x, _rounded(counts[name], x.size, multiple_of, at_least)) for name, x in normal.items()}
 
 
-def _top(x: jax.Array, count: Any) -> jax.Array:
+def _top(x: Scores, count: Any) -> jax.Array:
     """The mask of the largest; groups are short, so a sort compiles and runs faster than a threshold is found."""
-    order = jnp.argsort(-jnp.where(jnp.isnan(x), jnp.inf, x), stable=True)
-    rank = jnp.zeros(x.size, jnp.int32).at[order].set(jnp.arange(x.size, dtype=jnp.int32))
-    return rank < jnp.asarray(count).astype(jnp.int32)
+    rank = targets.places(x)
+    return jnp.asarray(rank < (count if isinstance(count, int) else jnp.asarray(count).astype(jnp.int32)))
 
 
 def _counts_for_cost(
-    scores: dict[str, jax.Array],
+    scores: dict[str, Scores],
     groups: Mapping[str, Group],
     cost: Any,
     of: str | targets.CostOfSizes,
@@ -147,18 +148,20 @@ def _fractions(scores: Mapping[str, jax.Array], sparsity: Any) -> dict[str, Any]
     return fractions
 
 
-def _checked(name: str, x: jax.Array, groups: Mapping[str, Group]) -> jax.Array:
+def _checked(name: str, x: jax.Array, groups: Mapping[str, Group]) -> Scores:
     size = units.find(groups, name).size
     if jnp.shape(x) != (size,):
         raise ValueError(f"{name}: found scores of shape {jnp.shape(x)}, expected ({size},), one for each unit")
-    return jnp.asarray(x, jnp.float32)
+    # Many small groups: what can be read now is chosen among on the host, without a dispatch for each step.
+    return np.asarray(x, np.float32) if core.is_concrete(x) else jnp.asarray(x, jnp.float32)
 
 
-def _normalized(x: jax.Array, normalize: Normalize | None) -> jax.Array:
+def _normalized(x: Scores, normalize: Normalize | None) -> Scores:
     if normalize is None:
         return x
-    by = jnp.mean(x) if normalize == "mean" else jnp.max(x) if normalize == "max" else jnp.linalg.norm(x)
-    return x / jnp.where(by == 0, 1, by)
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    by = xp.mean(x) if normalize == "mean" else xp.max(x) if normalize == "max" else xp.linalg.norm(x)
+    return x / xp.where(by == 0, xp.float32(1), by)
 
 
 def _rounded(count: Any, size: int, multiple_of: int, at_least: int) -> Any:
@@ -169,7 +172,7 @@ def _rounded(count: Any, size: int, multiple_of: int, at_least: int) -> Any:
     return min(-(-max(count, min(at_least, size)) // multiple_of) * multiple_of, size)
 
 
-def _global_counts(scores: dict[str, jax.Array], sparsity: Any, at_least: int) -> dict[str, jax.Array]:
+def _global_counts(scores: dict[str, Scores], sparsity: Any, at_least: int) -> dict[str, jax.Array]:
     """How many units of each group are among the highest of all, once each group has its least."""
     forced = [keep_largest([x], min(at_least, x.size))[0] for x in scores.values()]
     least = sum(min(at_least, x.size) for x in scores.values())

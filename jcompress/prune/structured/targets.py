@@ -15,7 +15,7 @@ from jcompress.layers.groups import Group
 
 CostOfSizes = Callable[[Mapping[str, Any]], Any]
 Order = Mapping[str, Any]
-"""For each group the places of its units, rising, among all units in the order in which they are kept."""
+"""For each group the places of its units among all units, in the order in which they are kept."""
 
 
 def model(groups: Mapping[str, Group], of: str | CostOfSizes) -> CostOfSizes:
@@ -33,22 +33,27 @@ def model(groups: Mapping[str, Group], of: str | CostOfSizes) -> CostOfSizes:
     return found
 
 
-def shared_order(scores: Mapping[str, jax.Array]) -> Order:
+def places(x: jax.Array | np.ndarray) -> Any:
+    """The place of each entry when the largest come first, NaN before all; of equal ones the lower index."""
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    order = xp.argsort(-xp.where(xp.isnan(x), xp.inf, x), stable=True)
+    return xp.argsort(order, stable=True).astype(xp.int32)
+
+
+def shared_order(scores: Mapping[str, jax.Array | np.ndarray]) -> Order:
     """All units by their scores, the highest first; ties go to the group that comes first and the lower index."""
-    every = jnp.concatenate([jnp.where(jnp.isnan(x), jnp.inf, x) for x in scores.values()])
-    order = jnp.argsort(-every, stable=True)
-    places = jnp.zeros(len(every), jnp.int32).at[order].set(jnp.arange(len(every), dtype=jnp.int32))
+    concrete = all(isinstance(x, np.ndarray) for x in scores.values())
+    every = places((np if concrete else jnp).concatenate([*scores.values()]))
     ends = np.cumsum([x.size for x in scores.values()])
-    return {name: jnp.sort(places[end - x.size : end]) for (name, x), end in zip(scores.items(), ends, strict=True)}
+    return {name: every[end - x.size : end] for (name, x), end in zip(scores.items(), ends, strict=True)}
 
 
 def even_order(sizes: Mapping[str, int]) -> Order:
     """Of every group the same share at every place, whatever the scores."""
     shares = np.concatenate([(np.arange(n) + 0.5) / n for n in sizes.values()])
-    places = np.empty(len(shares), np.int32)
-    places[np.argsort(shares, kind="stable")] = np.arange(len(shares))
+    every = places(-shares)
     ends = np.cumsum(list(sizes.values()))
-    return {name: places[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
+    return {name: every[end - n : end] for (name, n), end in zip(sizes.items(), ends, strict=True)}
 
 
 def sizes_for(order: Order, cost: CostOfSizes, share: Any, round_to: Callable[[Any, int], Any]) -> dict[str, Any]:
@@ -62,13 +67,13 @@ def sizes_for(order: Order, cost: CostOfSizes, share: Any, round_to: Callable[[A
     """
     traced = not core.is_concrete(share) or any(not core.is_concrete(x) for x in order.values())
     xp = jnp if traced else np
-    places = {name: xp.asarray(x) for name, x in order.items()}
-    total = sum(len(x) for x in places.values())
+    found = {name: xp.asarray(x) for name, x in order.items()}
+    total = sum(len(x) for x in found.values())
 
     def sizes(count: Any) -> dict[str, Any]:
         """With the first units in the order."""
-        found = {name: xp.sum(x < count) for name, x in places.items()}
-        return {name: round_to(n if traced else int(n), len(places[name])) for name, n in found.items()}
+        first = {name: xp.sum(x < count) for name, x in found.items()}
+        return {name: round_to(n if traced else int(n), len(found[name])) for name, n in first.items()}
 
     def at(count: Any) -> Any:
         return cost(sizes(count))
