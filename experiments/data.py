@@ -6,8 +6,9 @@ import dataclasses
 import gzip
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,6 +60,18 @@ class Data:
             for array in (split.x, split.y):
                 value = zlib.crc32(array.tobytes(), value)
         return value
+
+
+def of(name: str, data_dir: str | None, options: Mapping[str, Any], seed: int = 0) -> Data:
+    """Load a data set with the options of a config; see :func:`load`.
+
+    Raises:
+      DataError: for an option that there is not, too.
+    """
+    for option in options:
+        if option not in OPTIONS:
+            raise DataError(f"config.data_options: {option!r} is unknown; use some of {', '.join(OPTIONS)}")
+    return load(name, data_dir, seed, **options)
 
 
 def load(

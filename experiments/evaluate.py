@@ -8,23 +8,21 @@ The file says which data, model and split it belongs to; ``--data_dir`` says whe
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
-
 import jcompress as jc
 from experiments import data as datasets
-from experiments import models, train
+from experiments import flags, models
+from experiments.lab import Score, make_evaluate
+from experiments.runner import refuse
 from jcompress.io import inspect, load
 
-_MODEL = flags.DEFINE_string("model", None, "File written by experiments.compress.", required=True)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with the files of the data, where it is not embedded.")
 
-
-def evaluate(path: str | Path, data_dir: str | None = None) -> tuple[dict[str, Any], train.Score]:
+def evaluate(path: str | Path, data_dir: str | None = None) -> tuple[dict[str, Any], Score]:
     """What the file says about itself, and the score on the test split.
 
     Raises:
@@ -35,24 +33,26 @@ def evaluate(path: str | Path, data_dir: str | None = None) -> tuple[dict[str, A
     if missing:
         lacking = ", ".join(sorted(missing))
         raise ValueError(f"{path}: says nothing of its {lacking}; expected a file of experiments.compress")
-    data = datasets.load(about["data"], data_dir, about["seed"], **about.get("data_options", {}))
+    data = datasets.of(about["data"], data_dir, about.get("data_options", {}), about["seed"])
     module = models.build(about["model"], data.classes, about.get("model_options"))
-    return about, train.make_evaluate(models.apply(module))(jc.materialize(load(path)), data.test)
+    return about, make_evaluate(models.apply(module))(jc.materialize(load(path)), data.test)
 
 
-def main(argv: Sequence[str]) -> int:
-    logging.set_verbosity(logging.WARNING)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="file written by experiments.compress")
+    parser.add_argument("--data_dir", help="folder with the files of the data, where it is not embedded")
+    args = parser.parse_args(argv)
     try:
-        about, score = evaluate(_MODEL.value, _DATA_DIR.value)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        about, score = evaluate(args.model, args.data_dir)
+    except (ValueError, OSError, ImportError) as error:
+        return refuse(error)
     text = f", {score.bits:.6f} bits per byte" if about["data"] == "text" else ""
     what = f"{about['model']} seed {about['seed']} {about.get('plan', '')} on {about['data']}"
     print(f"{what}: test accuracy {100 * score.accuracy:.2f}% ({score.correct} of {score.total} correct){text}")
-    print(f"{Path(_MODEL.value).stat().st_size:,} bytes")
+    print(f"{Path(args.model).stat().st_size:,} bytes")
     return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

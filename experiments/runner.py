@@ -1,162 +1,204 @@
-"""All measurements of one config, in a folder of their own, continued where they were interrupted."""
+"""One runner for all experiments: what is not measured yet is measured, a row at a time, and may stop at any time.
+
+An experiment says which rows it wants and how one is made (:class:`Experiment`); the ways that it compares are named
+functions (:class:`Way`). :func:`main` does the rest: the lock, the rows on disk, signals, errors, the exit code.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import inspect
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import data as datasets
-from experiments import table
-from experiments.data import Data
-from experiments.jobs import BASELINE, DENSE, Checkpoint, Job
-from experiments.runs import Interrupted, Record, Results, Signals, command
-from experiments.stages import describe
-from jcompress.io import load, save
-
-_NOT_RESULTS = ("name", "plans", "only", "checkpoint_seconds", "latency_batch")
-"""Config entries that may change between two pieces of one run; plans are compared by what they say."""
+from experiments.environment import command
+from experiments.workdir import Lock, Record, Row, Rows, RunError
 
 
-def run(config: ConfigDict, data_dir: str | None = None, workdir: str | None = None, overwrite: bool = False) -> int:
-    """Run a config from beginning to end, or from where it stands.
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to a small network: what an experiment compares.
+
+    Attributes:
+      name: in the rows, the table and the picture.
+      make: ``make(lab, seed, ...) -> tree``, from fresh or dense parameters of a lab's model, compressed or with zeros.
+      told: ``told(lab)``, what tells this way from another of the same name, as :func:`describe` takes it.
+      family: ways of one family have one colour.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    told: Callable[[Any], Any] = lambda lab: None
+    family: str = ""
+
+
+def chosen(ways: Sequence[Way], only: str, flag: str = "config.only") -> list[Way]:
+    """Those named in ``only``, which are joined by commas; all of them where it is empty.
+
+    Raises:
+      ValueError: for a name that none has.
+    """
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = {way.name: way for way in ways}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{flag}: {name!r} is unknown; use some of {','.join(known)}")
+    return [known[name] for name in names] or list(ways)
+
+
+class Experiment(Protocol):
+    """What the runner needs to know.
+
+    Attributes:
+      keys: the columns that say what a row measures.
+      workdir: the folder of the run.
+      setting: JSON values that decide the results, the ways under ``"ways"``.
+    """
+
+    keys: Sequence[str]
+    workdir: Path
+    setting: dict[str, Any]
+
+    def todo(self) -> Iterable[Row]:
+        """The keys of each row that is wanted, in order."""
+
+    def measure(self, rows: Rows, **key: Any) -> Row:
+        """What a row says beside its keys; ``rows`` are those that were measured before."""
+
+    def line(self, row: Row) -> str:
+        """A row in one line."""
+
+    def finish(self, rows: list[Row]) -> str:
+        """Write tables and pictures of the rows that are wanted, and return what is printed."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """While in force, SIGTERM and Ctrl-C raise :class:`Interrupted`; where deferred, at the next :meth:`check`."""
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferred = False
+
+    def __enter__(self) -> Signals:
+        self._old = {number: signal.signal(number, self._note) for number in self.numbers}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received is not None or not self._deferred:
+            raise Interrupted(number)
+        self.received = number
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it a first signal waits for :meth:`check`, so that something can be saved before."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Raise if a signal came."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+
+def run(experiment: Experiment, overwrite: bool = False) -> str:
+    """Make every row that is not there yet, then finish.
+
+    Raises:
+      RunError: if the folder is in use, or holds another run.
+    """
+    with Lock(experiment.workdir):
+        record = Record(experiment.workdir, experiment.setting, overwrite)
+        rows = Rows(experiment.workdir / "results.jsonl", experiment.keys)
+        try:
+            return _measured(experiment, rows, record)
+        except Interrupted:
+            record.save()
+            raise
+
+
+def _measured(experiment: Experiment, rows: Rows, record: Record) -> str:
+    todo = [dict(key) for key in experiment.todo()]
+    there = sum(rows.find(**key) is not None for key in todo)
+    print(f"{len(todo)} rows, {there} of them there, in {experiment.workdir}", flush=True)
+    for number, key in enumerate(todo, 1):
+        if rows.find(**key) is None:
+            start = time.monotonic()
+            row = {**key, **experiment.measure(rows, **key)}
+            rows.add({**row, "seconds": round(time.monotonic() - start, 2)})
+            tqdm.write(f"[{number}/{len(todo)}] {experiment.line(row)}, {time.monotonic() - start:.1f} s")
+            sys.stdout.flush()
+    text = experiment.finish([row for key in todo if (row := rows.find(**key)) is not None])
+    record.save(finished=True)
+    return f"\n{text}\n\nwritten to {experiment.workdir}"
+
+
+def main(prepare: Callable[[Signals], Experiment], overwrite: bool = False) -> int:
+    """Prepare an experiment, run it, print what it gives.
 
     Returns:
-      The exit code: 0; 2 if anything is wrong with the config, the data or the folder, after one line on stderr;
+      The exit code: 0; 2 for anything wrong with flags, data or folder and for a full disk, after one line on stderr;
       128 + the signal's number if interrupted, after one line that says how to continue.
     """
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
     with Signals() as signals:
         try:
-            job = Run(config, data_dir, workdir, overwrite, signals)
-        except (ValueError, OSError) as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-            return 2
-        try:
-            job.measure_all()
-            print(job.finish())
-        except Interrupted as signal:
-            job.record.save()
-            print(f"interrupted by {signal}; to continue: {_again()}", file=sys.stderr)
-            return 128 + signal.number
+            experiment = prepare(signals)
+            expected = (RunError, OSError)  # from here on any other is a fault of the code: its traceback is wanted
+            print(run(experiment, overwrite))
+        except Interrupted as stopped:
+            print(f"interrupted by {stopped}; to continue: {command().replace(' --overwrite', '')}", file=sys.stderr)
+            return 128 + stopped.number
+        except (ValueError, OSError, ImportError) as error:
+            if not isinstance(error, expected):
+                raise
+            return refuse(error)
     return 0
 
 
-def _again() -> str:
-    return command().replace(" --overwrite", "")
+def refuse(error: object) -> int:
+    """Say what is wrong in one line on stderr; the exit code 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
 
 
-class Run:
-    """All measurements of one config, those that are done and those to do.
+def describe(x: Any, steps: int = 0) -> Any:
+    """A stage, rule or method as plain JSON values; a schedule by its values at five points of so many steps.
 
-    Args:
-      config: see ``experiments/configs``.
-      data_dir: the folder of the data's files.
-      workdir: where to write.
-      overwrite: whether to delete an earlier run.
-      signals: to stop at.
-
-    Raises:
-      ValueError: for anything wrong with the config, the data or the folder. Nothing was trained then.
+    What is called with more than the step, such as a score, is told by its name.
     """
-
-    def __init__(
-        self, config: ConfigDict, data_dir: str | None, workdir: str | None, overwrite: bool, signals: Signals
-    ) -> None:
-        check(config)
-        self.config, self.data_dir, self._signals = config, data_dir, signals
-        self.plans = chosen(config)
-        self.order = [DENSE, BASELINE, *self.plans]
-        self.data = self.load(0)
-        self.jobs = [Job(name, config, self.data, config.plans) for name in config.models]
-        self.workdir = Path(workdir or f"runs/{config.name}")
-        self.record = Record(self.workdir, self.setting(), overwrite)
-        self.results = Results(self.workdir / "results.jsonl")
-        self.checkpoint = Checkpoint(self.workdir / "checkpoint" / "state.jc", signals, config.checkpoint_seconds)
-        (self.workdir / "models").mkdir(exist_ok=True)
-
-    def load(self, seed: int) -> Data:
-        options = self.config.data_options.to_dict()
-        for name in options:
-            if name not in datasets.OPTIONS:
-                known = ", ".join(datasets.OPTIONS)
-                raise ValueError(f"config.data_options: {name!r} is unknown; use some of {known}")
-        return datasets.load(self.config.data, self.data_dir, seed, **options)
-
-    def setting(self) -> dict[str, Any]:
-        """What decides the results, as JSON values."""
-        config = {k: v for k, v in self.config.to_dict().items() if k not in _NOT_RESULTS}
-        every = {job.name: {plan: describe(x, job.extra) for plan, x in job.stages.items()} for job in self.jobs}
-        return {"config": config, "data": str(self.data), "checksum": self.data.checksum(), "plans": every}
-
-    def todo(self) -> Iterator[tuple[Job, int, str]]:
-        for job in self.jobs:
-            for seed in range(self.config.seeds):
-                for plan in self.order:
-                    yield job, seed, plan
-
-    def measure_all(self) -> None:
-        """Make every measurement that is not in ``results.jsonl`` yet."""
-        todo = list(self.todo())
-        data: dict[int, Data] = {}
-        print(f"{self.data}; {len(todo)} measurements, to {self.workdir}", flush=True)
-        done = sum(self.results.find(model=j.name, seed=s, plan=p) is not None for j, s, p in todo)
-        if done:
-            print(f"continuing: {done} measurements are there already", flush=True)
-        for number, (job, seed, plan) in enumerate(todo, 1):
-            self._signals.check()
-            if self.results.find(model=job.name, seed=seed, plan=plan) is None:
-                data = data if seed in data else {seed: self.load(seed)}
-                row = self.measure(job, seed, plan, data[seed])
-                self.results.add(row)
-                self.checkpoint.clear()
-                tqdm.write(f"[{number}/{len(todo)}] {table.line(row)}")
-                sys.stdout.flush()
-
-    def measure(self, job: Job, seed: int, plan: str, data: Data) -> dict[str, Any]:
-        start, path = time.monotonic(), self.path(job, seed, plan)
-        dense = job.start(data, seed) if plan == DENSE else load(self.path(job, seed, DENSE))
-        tree = job.compress(plan, seed, dense, data, self.checkpoint)
-        about = {"data": self.config.data, "model": job.name, "seed": seed, "plan": plan}
-        options = {
-            "data_options": self.config.data_options.to_dict(),
-            "model_options": self.config.model_options.get(job.name, ConfigDict()).to_dict(),
-        }
-        save(path, tree, metadata={**about, **{k: v for k, v in options.items() if v}})
-        row = {"model": job.name, "seed": seed, "plan": plan, **job.measure(plan, path, data)}
-        row["ratio"] = self.path(job, seed, DENSE).stat().st_size / row["bytes"]
-        return {**row, "file": str(path.relative_to(self.workdir)), "seconds": round(time.monotonic() - start, 2)}
-
-    def path(self, job: Job, seed: int, plan: str) -> Path:
-        return self.workdir / "models" / f"{job.name}-seed{seed}-{plan}.jc"
-
-    def finish(self) -> str:
-        """Write the table, the picture and the record; return the table."""
-        rows = table.summarize(self.results.rows, [(job.name, plan) for job in self.jobs for plan in self.order])
-        text = table.text(rows)
-        (self.workdir / "table.txt").write_text(text + "\n")
-        (self.workdir / "table.md").write_text(table.markdown(rows) + "\n")
-        table.picture(rows, self.workdir / "pareto.png", str(self.data))
-        self.record.save(summary=rows, finished=True)
-        return f"\n{text}\n\nwritten to {self.workdir}: table, results.jsonl, pareto.png, record.json and the models"
-
-
-def check(config: ConfigDict) -> None:
-    """Raise for numbers out of range."""
-    for name in ("seeds", "epochs", "finetune_epochs", "batch_size", "learning_rate", "finetune_learning_rate"):
-        if not config[name] > 0:
-            raise ValueError(f"config.{name}={config[name]} must be positive")
-
-
-def chosen(config: ConfigDict) -> list[str]:
-    """The names of the plans to run."""
-    known = [plan.__name__ for plan in config.plans]
-    names = [name.strip() for name in config.only.split(",") if name.strip()] or known
-    for name in names:
-        if name not in known:
-            raise ValueError(f"config.only: plan {name!r} is unknown; use some of {','.join(known)}")
-    return names
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        fields = {f.name: describe(getattr(x, f.name), steps) for f in dataclasses.fields(x)}
+        return {"name": type(x).__name__, **fields}
+    if callable(x) and len(inspect.signature(x).parameters) > 1:
+        return getattr(x, "__name__", repr(x))
+    if callable(x):
+        return {"schedule": [round(float(x(steps * i // 4)), 6) for i in range(5)]}
+    if isinstance(x, Mapping):
+        return {str(key): describe(value, steps) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [describe(y, steps) for y in x]
+    return x if isinstance(x, (str, int, float, bool, type(None))) else repr(x)

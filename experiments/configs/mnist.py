@@ -10,19 +10,20 @@ percent (1.07 MB) and LeNet-5 98.8 percent (1.72 MB); 4 bits 97.5 and 98.8 perce
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
+import dataclasses
 
-from experiments.configs import digits
+from experiments import compress
 
 
-def get_config() -> ConfigDict:
-    """The plans of the digits, on LeNet-300-100 and LeNet-5 as in Caffe."""
-    config = digits.get_config()
-    config.name = "mnist"
-    config.data = "mnist"
-    config.data_options = ConfigDict()
-    config.models = ("lenet_300_100", "lenet5")
-    config.epochs = 10.0
-    config.finetune_epochs = 6.0
-    config.batch_size = 128
-    return config
+def get_config() -> compress.Config:
+    """The ways of the digits, on LeNet-300-100 and LeNet-5 as in Caffe."""
+    return dataclasses.replace(
+        compress.Config(),
+        name="mnist",
+        data="mnist",
+        data_options={},
+        models=("lenet_300_100", "lenet5"),
+        epochs=10.0,
+        finetune_epochs=6.0,
+        batch_size=128,
+    )

@@ -9,13 +9,12 @@ Expect on tinyshakespeare.txt, one seed, bits per byte of a net of 675,456 param
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from ml_collections import ConfigDict
-
 import jcompress as jc
-from experiments.configs import digits
-from experiments.stages import Stage
+from experiments import compress
+from experiments.compress import Config, Stage, staged
 
 LAYERS = "block_.*/kernel"
 TABLES = "(embed/embedding|position|head/kernel)"
@@ -40,7 +39,7 @@ def magnitude(params: Any, steps: int) -> list[Stage]:
 
 def gradual(params: Any, steps: int) -> list[Stage]:
     """The same half goes little by little."""
-    ramp = digits.ramp(0.5, steps)
+    ramp = compress.ramp(0.5, steps)
     return [Stage([(LAYERS, jc.prune.Magnitude(sparsity=ramp, scope="global"))], train="project")]
 
 
@@ -51,7 +50,7 @@ def random(params: Any, steps: int) -> list[Stage]:
 
 def svd(params: Any, steps: int) -> list[Stage]:
     """Each matrix of the layers as two factors with half of its numbers."""
-    return [Stage(digits.low_rank(params, LAYERS, part=0.5))]
+    return [Stage(compress.low_rank(params, LAYERS, part=0.5))]
 
 
 def kmeans(params: Any, steps: int) -> list[Stage]:
@@ -65,24 +64,25 @@ def deep_compression(params: Any, steps: int) -> list[Stage]:
     mask = jc.prune.Magnitude(sparsity=0.5, scope="global")
     shared = jc.chain(mask, jc.share.KMeans(clusters=16), half)
     rules = [(LAYERS, shared), (TABLES, jc.quantize.Int(bits=8)), (".*", half)]
-    pruned = jc.prune.Magnitude(sparsity=digits.ramp(0.5, 0.7 * steps), scope="global")
+    pruned = jc.prune.Magnitude(sparsity=compress.ramp(0.5, steps), scope="global")
     return [Stage([(LAYERS, pruned)], train="project", part=0.7), Stage(rules, part=0.3)]
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     """Small by default; ``width=384, layers=8, heads=6`` has 14M parameters."""
-    config = digits.get_config()
-    config.name = "text"
-    config.data = "text"
-    config.data_options = ConfigDict({"length": 128})
-    config.models = ("transformer",)
-    config.model_options = ConfigDict({"transformer": {"width": 128, "layers": 3, "heads": 4, "longest": 128}})
-    config.plans = (int8, int4, svd, kmeans, magnitude, gradual, random, deep_compression)
-    config.seeds = 1
-    config.epochs = 1.0
-    config.finetune_epochs = 0.25
-    config.batch_size = 16
-    config.learning_rate = 2e-3
-    config.finetune_learning_rate = 1e-3
-    config.latency_batch = 8
-    return config
+    return dataclasses.replace(
+        Config(),
+        name="text",
+        data="text",
+        data_options={"length": 128},
+        models=("transformer",),
+        model_options={"transformer": {"width": 128, "layers": 3, "heads": 4, "longest": 128}},
+        ways=tuple(map(staged, (int8, int4, svd, kmeans, magnitude, gradual, random, deep_compression))),
+        seeds=1,
+        epochs=1.0,
+        finetune_epochs=0.25,
+        batch_size=16,
+        learning_rate=2e-3,
+        finetune_learning_rate=1e-3,
+        latency_batch=8,
+    )
