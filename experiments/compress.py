@@ -40,7 +40,7 @@ from experiments import cost, flags, runner, tables
 from experiments import data as datasets
 from experiments.lab import Apply, Lab, batches, cross_entropy, steps_in
 from experiments.runner import Signals, Way, describe
-from experiments.workdir import Checkpoint, Row, Rows
+from experiments.workdir import Checkpoint, Row, Rows, write
 from jcompress import measure
 from jcompress.io import load, save
 
@@ -171,9 +171,7 @@ class Config:
     data_options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"val": 0.2, "test": 0.2})
     models: tuple[str, ...] = ("lenet_300_100", "cnn")
     model_options: dict[str, dict] = dataclasses.field(default_factory=dict)  # {model: {field: value}}
-    ways: tuple[Way, ...] = tuple(
-        map(staged, (int8, int4, svd, kmeans, magnitude, gradual, random, deep_compression))
-    )
+    ways: tuple[Way, ...] = tuple(map(staged, (int8, int4, svd, kmeans, magnitude, gradual, random, deep_compression)))
     only: str = ""  # some of the ways, joined by commas; all of them by default
     seeds: int = 3  # each with its own split, where the data has none, its own start and its own batches
 
@@ -520,8 +518,10 @@ class Compression:
     def line(self, row: Row) -> str:
         return tables.line(row)
 
-    def finish(self, rows: list[Row]) -> str:
-        return tables.write(rows, self.workdir, self.about)
+    def finish(self, rows: list[Row]) -> tuple[str, Any]:
+        text = tables.finish(rows, self.workdir / "table.md", self.workdir / "pareto.png", self.about)
+        write(self.workdir / "table.txt", text + "\n")
+        return text, tables.summarize(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

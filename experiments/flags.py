@@ -1,4 +1,4 @@
-"""Flags of a command: ``--data_dir``, ``--workdir``, ``--overwrite``, and ``--config.<field>=<value>`` for each field."""
+"""Flags of a command: ``--data_dir``, ``--workdir``, ``--overwrite``, and ``--config.<field>=<value>``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {' '.join(message.split())}; see --help", file=sys.stderr)
         sys.exit(2)
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, for ``add_argument(type=...)``."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be positive")
+    return value
 
 
 def parser(doc: str | None, workdir: str) -> Parser:
@@ -52,10 +60,7 @@ def parse(
     parser.epilog = f"config, from --config=<file with get_config()> or that of --config.data:\n{fields}"
     args = parser.parse_args(rest)
     try:
-        if file is not None:
-            config = from_file(file)
-        else:
-            config = _of_data(configs, named, default)
+        config = _of_data(configs, named, default) if file is None else from_file(file)
         for path, text in changes.items():
             config = changed(config, path.split("."), text, f"config.{path}")
     except ValueError as error:

@@ -75,8 +75,8 @@ class Experiment(Protocol):
     def line(self, row: Row) -> str:
         """A row in one line."""
 
-    def finish(self, rows: list[Row]) -> str:
-        """Write tables and pictures of the rows that are wanted, and return what is printed."""
+    def finish(self, rows: list[Row]) -> tuple[str, Any]:
+        """Write tables and pictures of the rows that are wanted; what is printed, and a summary for the record."""
 
 
 class Interrupted(BaseException):
@@ -125,7 +125,7 @@ class Signals:
 
 
 def run(experiment: Experiment, overwrite: bool = False) -> str:
-    """Make every row that is not there yet, then finish.
+    """Make every row that is not there yet, then finish; returns what is to be printed.
 
     Raises:
       RunError: if the folder is in use, or holds another run.
@@ -151,9 +151,9 @@ def _measured(experiment: Experiment, rows: Rows, record: Record) -> str:
             rows.add({**row, "seconds": round(time.monotonic() - start, 2)})
             tqdm.write(f"[{number}/{len(todo)}] {experiment.line(row)}, {time.monotonic() - start:.1f} s")
             sys.stdout.flush()
-    text = experiment.finish([row for key in todo if (row := rows.find(**key)) is not None])
-    record.save(finished=True)
-    return f"\n{text}\n\nwritten to {experiment.workdir}"
+    text, summary = experiment.finish([row for key in todo if (row := rows.find(**key)) is not None])
+    record.save(finished=True, summary=summary)
+    return text
 
 
 def main(prepare: Callable[[Signals], Experiment], overwrite: bool = False) -> int:
@@ -168,7 +168,7 @@ def main(prepare: Callable[[Signals], Experiment], overwrite: bool = False) -> i
         try:
             experiment = prepare(signals)
             expected = (RunError, OSError)  # from here on any other is a fault of the code: its traceback is wanted
-            print(run(experiment, overwrite))
+            print(f"\n{run(experiment, overwrite)}\n\nwritten to {experiment.workdir}")
         except Interrupted as stopped:
             print(f"interrupted by {stopped}; to continue: {command().replace(' --overwrite', '')}", file=sys.stderr)
             return 128 + stopped.number

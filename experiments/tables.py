@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import pictures
-from experiments.workdir import write as write_file
+from experiments.workdir import write
 
 Row = Mapping[str, Any]
 Cells = Sequence[Sequence[str]]
@@ -37,12 +37,12 @@ def markdown(cells: Cells, left: Iterable[int] = (0,)) -> str:
     flush = set(left)
     rule = ["---" if i in flush else "---:" for i in range(len(cells[0]))]
     rows = [cells[0], rule, *cells[1:]]
-    return "\n".join("| " + " | ".join(x.replace("*", "\\*") for x in row) + " |" for row in rows)
+    return "\n".join("|" + "|".join(f" {x} ".replace("*", "\\*") if x else " " for x in row) + "|" for row in rows)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample deviation; None for the deviation of one."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def spread(mean: float, std: float | None, digits: int = 2) -> str:
@@ -63,15 +63,13 @@ def line(row: Row) -> str:
     return f"{name:<40} {quality}  {row['bytes']:>11,} bytes {row['ratio']:6.1f}x"
 
 
-def write(rows: Sequence[Row], folder: Path, title: str) -> str:
-    """Write ``table.txt``, ``table.md`` and ``pareto.png`` of the main job; return the table."""
+def finish(rows: Sequence[Row], table: Path, picture: Path, title: str) -> str:
+    """Write the table and the picture of the main job; return the table as text."""
     found = summarize(rows)
-    text = f"{aligned(cells(found), (0, 1, 7), ruled=True)}\n\n" + "\n".join(notes(found))
-    write_file(folder / "table.txt", text + "\n")
     below = "\n".join(note.replace("*", "\\*") + "  " for note in notes(found))
-    write_file(folder / "table.md", f"{markdown(cells(found), (0, 1, 7))}\n\n{below}\n")
-    pictures.compressed(found, folder / "pareto.png", title)
-    return text
+    write(table, f"{markdown(cells(found), (0, 1, 7))}\n\n{below}\n")
+    pictures.compressed(found, picture, title)
+    return f"{aligned(cells(found), (0, 1, 7), ruled=True)}\n\n" + "\n".join(notes(found))
 
 
 def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:

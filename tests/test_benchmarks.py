@@ -75,14 +75,16 @@ def test_a_claim_counts_the_standard_error():
 
 
 def test_a_claim_runs_and_continues(tmp_path, capsys):
-    arguments = ["--epochs", "0.05", "--random", "1", "--out", str(tmp_path)]
-    lenet.main([*arguments, "--splits", "1"])
-    lenet.main([*arguments, "--splits", "2"])
-    lines = (tmp_path / "digits_lenet_300_100.jsonl").read_text().splitlines()
+    arguments = ["--epochs", "0.05", "--random", "1", "--workdir", str(tmp_path)]
+    assert lenet.main([*arguments, "--splits", "1"]) == 0
+    assert lenet.main([*arguments, "--splits", "2"]) == 0
+    folder = tmp_path / "digits_lenet_300_100"
+    lines = (folder / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["split"] for line in lines] == [0, 1]
-    record = json.loads((tmp_path / "digits_lenet_300_100.json").read_text())
+    record = json.loads((folder / "record.json").read_text())
     assert record["summary"]["splits"] == 2 and not record["summary"]["holds"]
-    assert "random" in record["rows"][0] and "random" not in record["rows"][1]
+    rows = [json.loads(line) for line in lines]
+    assert "random" in rows[0] and "random" not in rows[1]
     assert "DOES NOT HOLD" in capsys.readouterr().out
 
 

@@ -1,5 +1,6 @@
 """The main job on tiny configs: end to end, continued after a signal, evaluated from its files, refused when wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,11 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import jcompress as jc
-from experiments import cost, data, evaluate, jobs, models, runner, runs, stages, table, train
-from experiments.configs import digits, text
+from experiments import compress, cost, data, evaluate, lab, models, runner, tables, workdir
+from experiments.configs import mnist, text
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = {
@@ -28,39 +28,33 @@ SHARED = {
 OPTIONS = {"cwd": REPOSITORY, "text": True, "env": {**os.environ, **SHARED}}
 
 TINY = """
-from experiments.configs import digits
+from experiments.compress import Config, deep_compression, int8, staged
 
 def get_config():
-    config = digits.get_config()
-    config.name = "tiny"
-    config.models = ("lenet_300_100",)
-    config.plans = (digits.int8, digits.deep_compression)
-    config.seeds = 1
-    config.epochs = 3.0
-    config.finetune_epochs = 2.0
-    return config
+    ways = tuple(map(staged, (int8, deep_compression)))
+    return Config(name="tiny", models=("lenet_300_100",), ways=ways, seeds=1, epochs=3.0, finetune_epochs=2.0)
 """
 
 
 def tiny(**changes):
     scope = {}
     exec(TINY, scope)
-    config = scope["get_config"]()
-    config.update(changes)
-    return config
+    return dataclasses.replace(scope["get_config"](), **changes)
 
 
-def run(config, workdir, overwrite=False, data_dir=None):
-    return runner.Run(config, data_dir, str(workdir), overwrite, runs.Signals())
+def experiment(config, folder, data_dir=None):
+    return compress.Compression(config, data_dir, str(folder), runner.Signals())
+
+
+def run(config, folder, overwrite=False):
+    return runner.run(experiment(config, folder), overwrite)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run from beginning to end."""
     workdir = tmp_path_factory.mktemp("run")
-    job = run(tiny(), workdir)
-    job.measure_all()
-    return workdir, job.finish()
+    return workdir, run(tiny(), workdir)
 
 
 def rows_of(workdir):
@@ -86,8 +80,8 @@ class TestMainJob:
         record = json.loads((workdir / "record.json").read_text())
         assert record["finished"] and len(record["summary"]) == 4
         assert record["environment"]["versions"]["jax"] == jax.__version__
-        ramp = record["setting"]["plans"]["lenet_300_100"]["deep_compression"][0]["rules"][0][1]["sparsity"]["schedule"]
-        assert ramp[0] == 0 and ramp[-1] == digits.SPARSITY
+        ramp = record["setting"]["ways"]["lenet_300_100 deep_compression"][0]["rules"][0][1]["sparsity"]["schedule"]
+        assert ramp[0] == 0 and ramp[-1] == compress.SPARSITY
 
     def test_bytes_are_those_on_disk(self, finished):
         workdir, _ = finished
@@ -106,7 +100,7 @@ class TestMainJob:
         kernels = [node for path, node in jc.paths(tree) if path.endswith("kernel")]
         kept = sum(int(node.mask.sum()) for node in kernels)
         size = sum(node.mask.size for node in kernels)
-        assert kept == size - round(digits.SPARSITY * size)
+        assert kept == size - round(compress.SPARSITY * size)
         for node in kernels:
             assert len(np.unique(node.materialize()[node.mask])) <= 16
             assert node.values.codebook.values.dtype == np.float16
@@ -121,8 +115,7 @@ class TestMainJob:
         workdir, _ = finished
         before, files = (workdir / "results.jsonl").read_bytes(), sorted((workdir / "models").iterdir())
         times = [path.stat().st_mtime_ns for path in files]
-        again = run(tiny(), workdir)
-        again.measure_all()
+        run(tiny(), workdir)
         assert (workdir / "results.jsonl").read_bytes() == before
         assert [path.stat().st_mtime_ns for path in files] == times
 
@@ -132,24 +125,45 @@ class TestMainJob:
 
     def test_other_plan_of_the_same_name_is_refused(self, finished):
         def int8(params, steps):
-            return [stages.Stage([(".*/kernel", jc.quantize.Int(bits=7))])]
+            return [compress.Stage([(".*/kernel", jc.quantize.Int(bits=7))])]
 
         with pytest.raises(ValueError, match=r"int8.*\.bits: 8 -> 7"):
-            run(tiny(plans=(int8, digits.deep_compression)), finished[0])
+            run(tiny(ways=(compress.staged(int8),)), finished[0])
+
+    def test_ways_and_seeds_may_be_added(self, finished, tmp_path):
+        """An experiment that wants more of the same takes the rows that are there."""
+        folder = shutil.copytree(finished[0], tmp_path / "run")
+        more = experiment(tiny(ways=(compress.staged(compress.int4),), seeds=2), folder)
+        workdir.Record(folder, more.setting)
+        known = json.loads((folder / "record.json").read_text())["setting"]["ways"]
+        assert known.keys() == {f"lenet_300_100 {name}" for name in ("int8", "deep_compression", "int4")}
 
     def test_overwrite_spares_other_files(self, tmp_path):
         (tmp_path / "mine.txt").write_text("x")
-        run(tiny(), tmp_path)
-        run(tiny(epochs=4.0), tmp_path, overwrite=True)
+        workdir.Record(tmp_path, experiment(tiny(), tmp_path).setting)
+        workdir.Record(tmp_path, experiment(tiny(epochs=4.0), tmp_path).setting, overwrite=True)
         assert (tmp_path / "mine.txt").exists()
 
+    def test_what_trains_alike_is_compiled_once(self, tmp_path):
+        """The nets with masks share a step, and gradual pruning serves the first part of deep compression."""
+        ways = tuple(map(compress.staged, (compress.magnitude, compress.random, compress.gradual)))
+        job = experiment(tiny(ways=ways), tmp_path).jobs["lenet_300_100"]
+        shared = [job.programs(f)[0] for f in (compress.gradual, compress.deep_compression)]
+        assert shared[0].compiled is shared[1].compiled
+        data, key = job.load(0), jax.random.key(0)
+        for stages in (compress.magnitude, compress.random):
+            program = job.programs(stages)[0]
+            state, held = program.begin(job.start(0), key)
+            x, y = jax.numpy.asarray(data.train.x), jax.numpy.asarray(data.train.y)
+            program.step(state, held, program.pace, x, y, np.arange(64))
+        assert job.once("nodes", None)._cache_size() == 1
 
-class StopAt(jobs.Checkpoint):
+
+class StopAt(workdir.Checkpoint):
     """Receives a signal at one step of one stage."""
 
     def __init__(self, path, stage, step):
-        self.received = runs.Signals()
-        super().__init__(path, self.received)
+        super().__init__(path, runner.Signals())
         self.at = (stage, step)
 
     def after(self, where, start):
@@ -157,7 +171,7 @@ class StopAt(jobs.Checkpoint):
 
         def after(state, done):
             if (where["stage"], done) == self.at:
-                self.received.received = signal.SIGTERM
+                self.signals.received = signal.SIGTERM
             inner(state, done)
 
         return after
@@ -168,27 +182,30 @@ class TestContinuing:
         ("plan", "stage"), [("dense", 0), ("deep_compression", 0), ("deep_compression", 1), ("int4", 0), ("random", 0)]
     )
     def test_bit_for_bit(self, tmp_path, plan, stage):
-        known = {f.__name__: f for f in digits.PLANS}
-        config, digits_data = tiny(), data.load("digits", seed=1)
+        known = {way.name: way for way in (compress.DENSE, *compress.Config().ways)}
 
-        def fresh():
-            return jobs.Job("lenet_300_100", config, digits_data, [known[plan]] if plan in known else [])
+        def fresh(checkpoint=None):
+            job = compress.Job(
+                "lenet_300_100", tiny(), lambda s: data.load("digits", seed=s), tmp_path, runner.Signals()
+            )
+            job.checkpoint = checkpoint or job.checkpoint
+            return job
 
-        job = fresh()
-        start = job.start(digits_data, 1)
-        whole = job.compress(plan, 1, start, digits_data, jobs.Checkpoint(tmp_path / "a.jc", runs.Signals()))
-        path = tmp_path / "b.jc"
-        with pytest.raises(runs.Interrupted):
-            job.compress(plan, 1, start, digits_data, StopAt(path, stage, 5))
+        job, path = fresh(), tmp_path / "b.jc"
+        (tmp_path / "models").mkdir()
+        jc.io.save(job.path(1, "dense"), job.start(1))
+        whole = known[plan].make(job, 1)
+        with pytest.raises(runner.Interrupted):
+            known[plan].make(fresh(StopAt(path, stage, 5)), 1)
         assert jc.io.inspect(path)["metadata"] == {
             "model": "lenet_300_100", "seed": 1, "plan": plan, "stage": stage, "step": 5,
         }  # fmt: skip
-        continued = fresh().compress(plan, 1, start, digits_data, jobs.Checkpoint(path, runs.Signals()))
+        continued = known[plan].make(fresh(workdir.Checkpoint(path, runner.Signals())), 1)
         jax.tree.map(np.testing.assert_array_equal, whole, continued)
 
     def test_checkpoint_of_another_measurement_is_not_used(self, tmp_path):
-        checkpoint = jobs.Checkpoint(tmp_path / "c.jc", runs.Signals(), seconds=0)
-        state = train.State({"w": np.ones(2)}, (), np.int32(1))
+        checkpoint = workdir.Checkpoint(tmp_path / "c.jc", runner.Signals(), seconds=0)
+        state = compress.State({"w": np.ones(2)}, (), np.int32(1))
         checkpoint.after({"model": "a", "seed": 0, "plan": "p", "stage": 0}, {})(state, 1)
         assert checkpoint.stage({"model": "a", "seed": 1, "plan": "p"}) is None
         assert checkpoint.stage({"model": "a", "seed": 0, "plan": "p"}) is not None
@@ -220,27 +237,12 @@ class TestContinuing:
         assert not checkpoint.exists()
 
 
-class TestResults:
-    def test_torn_last_line_is_dropped(self, tmp_path):
-        path = tmp_path / "results.jsonl"
-        path.write_text('{"plan": "a"}\n{"plan": "b"')
-        results = runs.Results(path)
-        results.add({"plan": "c"})
-        assert [row["plan"] for row in runs.Results(path).rows] == ["a", "c"]
-
-    def test_damage_elsewhere_is_named(self, tmp_path):
-        path = tmp_path / "results.jsonl"
-        path.write_text('{"plan": "a"\n{"plan": "b"}\n')
-        with pytest.raises(ValueError, match=r"results.jsonl: line 1 is no JSON"):
-            runs.Results(path)
-
-
 class TestBadInput:
     @pytest.mark.parametrize(
         ("changes", "data_dir", "message"),
         [
             ({"data": "digit"}, None, "data 'digit' is unknown; use one of digits"),
-            ({"only": "int8,int9"}, None, "plan 'int9' is unknown; use some of int8,deep_compression"),
+            ({"only": "int8,int9"}, None, "config.only: 'int9' is unknown; use some of int8,deep_compression"),
             ({"data": "mnist", "data_options": {}}, None, "data 'mnist' needs its files; pass --data_dir"),
             ({"data": "mnist", "data_options": {}}, "nowhere", "nowhere: no such folder"),
             ({"data": "mnist", "data_options": {}}, str(REPOSITORY), "found no MNIST files; expected t10k-images"),
@@ -252,26 +254,24 @@ class TestBadInput:
         ],
     )
     def test_one_line(self, tmp_path, capsys, changes, data_dir, message):
-        config = tiny()
-        for name, value in changes.items():
-            config[name] = ConfigDict(value) if isinstance(value, dict) else value
-        assert runner.run(config, data_dir, str(tmp_path / "w")) == 2
+        config = tiny(**changes)
+        assert runner.main(lambda signals: experiment(config, tmp_path / "w", data_dir)) == 2
         complaint = capsys.readouterr().err
         assert complaint.startswith("error: ") and message in complaint and complaint.count("\n") == 1
         assert not (tmp_path / "w").exists()
 
     def test_a_rule_that_matches_nothing(self, tmp_path, capsys):
         def typo(params, steps):
-            return [stages.Stage([(".*/kernal", jc.quantize.Int(bits=8))])]
+            return [compress.Stage([(".*/kernal", jc.quantize.Int(bits=8))])]
 
-        assert runner.run(tiny(plans=(typo,)), None, str(tmp_path)) == 2
-        assert "lenet_300_100, plan typo: rule 0 '.*/kernal' matches no parameter" in capsys.readouterr().err
+        assert runner.main(lambda signals: experiment(tiny(ways=(compress.staged(typo),)), tmp_path)) == 2
+        assert "lenet_300_100, way typo: rule 0 '.*/kernal' matches no parameter" in capsys.readouterr().err
 
-    def test_command_takes_the_config_of_the_data(self, tmp_path):
-        """Both the default config and an override, in one process that stops before it trains."""
-        program = [sys.executable, "-m", "experiments.compress", "--config.data=mnist", f"--workdir={tmp_path}/w"]
-        ran = subprocess.run([*program, "--config.models=lenet"], **OPTIONS, capture_output=True)
-        assert ran.returncode == 2 and ran.stderr.startswith("error: data 'mnist' needs its files")
+    def test_command_takes_the_config_of_the_data(self, capsys):
+        """Both the config of the data and an override, in a run that stops before it trains."""
+        assert compress.main(["--config.data=mnist", "--config.models=lenet"]) == 2
+        assert capsys.readouterr().err.startswith("error: data 'mnist' needs its files")
+        assert compress.config_of("mnist") == mnist.get_config()
 
     def test_evaluate_needs_a_file_of_an_experiment(self, tmp_path):
         jc.save(tmp_path / "x.jc", {"w": np.ones(2)}, metadata={"data": "digits"})
@@ -320,7 +320,7 @@ class TestTable:
             for plan, values in {"baseline": (0.90, 0.94), "p": (0.80, 0.94)}.items()
             for s, a in enumerate(values)
         ]
-        _, row = table.summarize(results, [("m", "baseline"), ("m", "p")])
+        _, row = tables.summarize(results)
         assert row["mean"] == pytest.approx(87) and row["std"] == pytest.approx(np.std([80, 94], ddof=1))
         assert row["change"] == pytest.approx(-5)
 
@@ -330,16 +330,12 @@ class TestText:
         (tmp_path / "poem.txt").write_bytes(b"a rose is a rose is a rose is a rose. " * 400)
         found = data.load("text", str(tmp_path), length=32)
         net = models.build("transformer", found.classes, {"width": 32, "layers": 1, "heads": 2, "longest": 32})
-        config = text.get_config()
-        config.model_options.transformer = {"width": 32, "layers": 1, "heads": 2, "longest": 32}
-        config.epochs = 4.0
-        job = jobs.Job("transformer", config, found, [])
-        start = job.start(found, 0)
-        score = train.make_evaluate(models.apply(net))
-        before = score(start, found.test)
-        after = score(
-            job.compress("dense", 0, start, found, jobs.Checkpoint(tmp_path / "c", runs.Signals())), found.test
-        )
+        options = {"transformer": {"width": 32, "layers": 1, "heads": 2, "longest": 32}}
+        config = dataclasses.replace(text.get_config(), model_options=options, epochs=4.0)
+        job = compress.Job("transformer", config, lambda seed: found, tmp_path, runner.Signals())
+        score = lab.make_evaluate(models.apply(net))
+        before = score(job.start(0), found.test)
+        after = score(compress.DENSE.make(job, 0), found.test)
         assert before.bits > 7 and after.bits < 3
 
     def test_sees_no_future(self):
@@ -356,14 +352,14 @@ class TestText:
         config = text.get_config()
         split = data.Split(np.zeros((64, 128), np.uint8), np.zeros((64, 128), np.int32))
         found = data.Data("text", "text", 256, split, split, split)
-        job = jobs.Job("transformer", config, found, config.plans)
-        assert set(job.programs) == {"dense", "baseline", *(f.__name__ for f in config.plans)}
+        job = compress.Job("transformer", config, lambda seed: found, REPOSITORY, runner.Signals())
+        assert all(way.told(job)[0]["name"] == "Stage" for way in config.ways)
 
 
-def test_every_plan_of_a_config_can_be_written_down():
+def test_every_way_of_the_main_job_can_be_written_down():
     params = {"layer": {"kernel": np.zeros((64, 32), np.float32)}, "head": {"kernel": np.zeros((32, 10), np.float32)}}
-    for plan in (*digits.get_config().plans, *text.get_config().plans):
-        told = json.loads(json.dumps(stages.describe(plan(params, 100), 100)))
+    for stages in (compress.int8, compress.int4, compress.svd, compress.kmeans, compress.gradual, compress.random):
+        told = json.loads(json.dumps(runner.describe(stages(params, 100), 100)))
         assert told[0]["name"] == "Stage"
-        if plan.__name__ == "random":
+        if stages is compress.random:
             assert told[0]["rules"][0][1]["score"] == "random"

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import jcompress as jc
-from experiments.configs.quantization import minilm as full
+from experiments import minilm as command
+from experiments import runner
+from experiments.configs import minilm as full
 from experiments.models import minilm
-from experiments.quantization import quantizing, recipes, selfdistill, sts
-from experiments.runs import Signals
+from experiments.quantization import recipes, selfdistill, sts
 from tests.test_minilm import ENCODER, HEADS, LAYERS, bert
 
 Int = jc.quantize.Int
@@ -48,58 +49,49 @@ def folder(tmp_path_factory):
     return path
 
 
-def tiny():
-    config = full.get_config()
+def tiny(only="", **changes):
     training = selfdistill.Training(steps=2, batch_size=16)
     method = jc.chain(Int(bits=4, group_size=4), full.HALF)
     rules = ((recipes.KERNELS, method), (".*", full.HALF))
-    config.recipes = lambda params: {
-        "plain": recipes.Recipe("one", rules),
-        "trained": recipes.Recipe("two", rules, corrected=True, training=training),
-    }
-    config.widths = lambda params: {"4 bits": {"fine": Int(bits=8), "coarse": Int(bits=2)}}
-    config.validation, config.calibration, config.calibration_length = 10, 16, 16
-    return config
+    ways = (
+        recipes.recipe("plain", "one", changes.get("plain", rules)),
+        recipes.recipe("trained", "two", rules, corrected=True, training=training),
+    )
+    widths = {"4 bits": {"fine": Int(bits=8), "coarse": Int(bits=2)}}
+    return recipes.Config(ways, widths, only=only, validation=10, calibration=16, calibration_length=16)
 
 
 def test_rows_are_made_once_and_stored_as_measured(folder, tmp_path):
-    with Signals() as signals:
-        job = quantizing.Run(tiny(), folder, folder, tmp_path)
-        job.run(signals)
-        shown = job.finish()
-        rows = {row["name"]: row for row in job.results.rows}
-        assert list(rows) == ["dense", "plain", "trained"]
-        assert rows["dense"]["cosine"] == pytest.approx(1.0, abs=1e-5)
-        for name, row in rows.items():
-            assert row["bytes"] == (tmp_path / "models" / f"{name}.jc").stat().st_size
-            assert row["mean"] == pytest.approx((row["images"] + row["headlines"]) / 2)
-        assert rows["plain"]["bytes"] == pytest.approx(rows["trained"]["bytes"], abs=64)
-        errors = job.layers.rows[0]
-        assert all(errors["fine"][path] < errors["coarse"][path] for path in errors["coarse"])
-        assert len(errors["fine"]) == 6 * LAYERS
-        assert "trained" in shown
-        assert (tmp_path / "pareto.png").exists()
+    shown = runner.run(command.Encoding(tiny(), folder, folder, tmp_path))
+    before = (tmp_path / "results.jsonl").read_text()
+    rows = {row["name"]: row for row in map(json.loads, before.splitlines())}
+    assert list(rows) == ["dense", "plain", "trained", "4 bits"]
+    errors = rows.pop("4 bits")["errors"]
+    assert rows["dense"]["cosine"] == pytest.approx(1.0, abs=1e-5)
+    for name, row in rows.items():
+        assert row["bytes"] == (tmp_path / "models" / f"{name}.jc").stat().st_size
+        assert row["mean"] == pytest.approx((row["images"] + row["headlines"]) / 2)
+    assert rows["plain"]["bytes"] == pytest.approx(rows["trained"]["bytes"], abs=64)
+    assert all(errors["fine"][path] < errors["coarse"][path] for path in errors["coarse"])
+    assert len(errors["fine"]) == 6 * LAYERS
+    assert "trained" in shown
+    assert (tmp_path / "pareto.png").exists()
 
-        before = (tmp_path / "results.jsonl").read_text()
-        quantizing.Run(tiny(), folder, folder, tmp_path).run(signals)
-        assert (tmp_path / "results.jsonl").read_text() == before
-
-        other = tiny()
-        other.recipes = lambda params: {"plain": recipes.Recipe("one", ((".*", full.HALF),))}
-        with pytest.raises(ValueError, match="row 'plain' of another recipe"):
-            quantizing.Run(other, folder, folder, tmp_path).run(signals)
+    runner.run(command.Encoding(tiny(), folder, folder, tmp_path))
+    assert (tmp_path / "results.jsonl").read_text() == before
+    other = command.Encoding(tiny(plain=((".*", full.HALF),)), folder, folder, tmp_path)
+    with pytest.raises(ValueError, match=r"another setting .*plain"):
+        runner.run(other)
 
 
 def test_wrong_names_are_refused(folder, tmp_path):
-    config = tiny()
-    config.only = "plain,nothing"
-    with pytest.raises(ValueError, match="row 'nothing' is unknown; use some of plain,trained"):
-        quantizing.Run(config, folder, folder, tmp_path)
+    with pytest.raises(ValueError, match=r"config.only: 'nothing' is unknown; use some of plain,trained"):
+        command.Encoding(tiny(only="plain,nothing"), folder, folder, tmp_path)
     with pytest.raises(FileNotFoundError, match="snapshot_download"):
-        quantizing.Run(tiny(), tmp_path, folder, tmp_path)
+        command.Encoding(tiny(), tmp_path, folder, tmp_path)
 
 
-def test_every_row_of_the_config_takes_the_encoder(rng):
+def test_every_way_of_the_config_takes_the_encoder():
     """Plans are made from shapes; methods that cannot take a leaf say so then."""
     width, hidden = 384, 1536
     dense = {name: {"kernel": (width, width), "bias": (width,)} for name in ("query", "key", "value", "out")}
@@ -113,9 +105,12 @@ def test_every_row_of_the_config_takes_the_encoder(rng):
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
-    for recipe in full.recipes(params).values():
-        if not callable(recipe.rules):
-            assert len(jc.plan(params, recipe.rules)) == 6 * 16 + 5
+    grids = [full.gptq(4), full.affine_grid(2), full.kmeans(3), jc.quantize.Rotation(full.gptq(2))]
+    for kernels in (*grids, jc.quantize.AWQ(full.affine_grid(3)), jc.quantize.LQER(rank=8, grid=full.affine_grid(2))):
+        assert len(jc.plan(params, full.rules(kernels, full.table(4)))) == 6 * 16 + 5
+    names = [way.name for way in full.get_config().ways]
+    assert len(names) == len(set(names)) == 39
+    assert all(json.dumps(way.told(None)) for way in full.get_config().ways)
 
 
 @pytest.mark.parametrize("method", [Int(3, 4), Int(2, 8, symmetric=False), jc.quantize.NF4(group_size=8)], ids=repr)

@@ -6,29 +6,28 @@ import json
 import pytest
 
 from experiments.benchmarks import qat
-from experiments.configs.quantization import training as config
 from experiments.quantization import training
 
 
 @pytest.fixture
 def small(monkeypatch):
-    task = dataclasses.replace(config.TASKS["digits"], dense=2, steps=2)
+    task = dataclasses.replace(training.TASKS["digits"], dense=2, steps=2)
     monkeypatch.setattr(training, "TASKS", {"digits": task})
 
 
 def test_the_experiment_writes_its_rows_and_continues(small, tmp_path, capsys):
-    out = tmp_path / "rows"
     for seeds in ("1", "2"):
-        training.main(["--tasks", "digits", "--seeds", seeds, "--only", "binary, BinaryConnect", "--out", str(out)])
-    lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+        only = ["--only", "binary, BinaryConnect", "--workdir", str(tmp_path)]
+        assert training.main(["--tasks", "digits", "--seeds", seeds, *only]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(r["way"], r["seed"]) for r in lines] == [(r["way"], s) for s in (0, 1) for r in lines[:2]]
     assert len({r["rate"] for r in lines if r["way"] == lines[0]["way"]}) == 1
-    record = json.loads(out.with_suffix(".json").read_text())
-    for row in record["summary"]:
+    for row in training.summary(lines):
         scores = [r["test"] for r in lines if r["way"] == row["way"]]
         assert row["mean"] == pytest.approx(sum(scores) / 2)
         assert row["std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
     assert "± " in capsys.readouterr().out
+    assert (tmp_path / "curve.png").exists() and "± " in (tmp_path / "table.md").read_text()
 
 
 def test_the_benchmark_writes_its_rows(tmp_path):

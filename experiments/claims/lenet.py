@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import functools
+import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,11 @@ import optax
 
 import jcompress as jc
 from experiments import data as datasets
-from experiments import models, train
-from experiments.benchmarks.timing import environment
+from experiments import flags, runner
+from experiments.compress import State, fit, make_step
+from experiments.lab import Lab
+from experiments.runner import Way
+from experiments.workdir import Row, Rows
 
 PyTree = Any
 NEVER = 1 << 30
@@ -96,17 +99,15 @@ CLAIMS = {
 }  # fmt: skip
 
 
-class Pipeline:
+class Pipeline(Lab):
     """All that is compiled once and serves every split."""
 
-    def __init__(self, model: str, data: datasets.Data, recipe: Recipe) -> None:
-        self.recipe, self.model = recipe, models.build(model, data.classes)
-        self.apply = models.apply(self.model)
-        self.evaluate = train.make_evaluate(self.apply)
-        self.per_epoch = max(len(data.train) // recipe.batch_size, 1)
-        shapes = jax.eval_shape(self.model.init, jax.random.key(0), data.train.x[:1])["params"]
-        self.size = sum(x.size for x in jax.tree.leaves(shapes))
-        self.final = self._final_plan(shapes)
+    def __init__(self, model: str, load: Callable[[int], datasets.Data], recipe: Recipe) -> None:
+        super().__init__(model, load)
+        self.recipe = recipe
+        self.per_epoch = max(len(self.load(0).train) // recipe.batch_size, 1)
+        self.final = self._final_plan(self.shapes)
+        self.dense = functools.lru_cache(maxsize=1)(self._dense)
         pruned = self._rates(recipe.settle_epochs + recipe.ramp_epochs, recipe.learning_rate)
         tuned = self._rates(recipe.tune_epochs, recipe.tune_rate)
         first = self._steps(recipe.settle_epochs + recipe.ramp_epochs)
@@ -116,10 +117,12 @@ class Pipeline:
             "tune": optax.adam(tuned),
         }
         for kind, every in (("magnitude", recipe.every), ("random", NEVER)):
-            project = jc.project(self._ramp_plan(shapes, kind), every=every, key=jax.random.key(0))
+            project = jc.project(self._ramp_plan(self.shapes, kind), every=every, key=jax.random.key(0))
             self.tx[kind] = optax.chain(self._adamw(pruned), project)
         merged = {"tune": lambda tree, held, _: jc.materialize(jc.merge(tree, held))}
-        self.step = {name: train.make_step(self.apply, tx, merged.get(name)) for name, tx in self.tx.items()}
+        self.step = {
+            name: make_step(self.apply, lambda pace, tx=tx: tx, merged.get(name)) for name, tx in self.tx.items()
+        }
 
     def _steps(self, epochs: float) -> int:
         return round(epochs * self.per_epoch)
@@ -148,48 +151,52 @@ class Pipeline:
             rules.append((f"{layer}/kernel", method))
         return jc.plan(shapes, [*rules, (".*/bias", jc.quantize.Float("bfloat16"))])
 
-    def fit(self, name: str, params: PyTree, held: PyTree, data: datasets.Data, epochs: float, seed: int) -> PyTree:
+    def fit(self, name: str, params: PyTree, held: PyTree, split: int, epochs: float, seed: int) -> PyTree:
         params = jax.tree.map(jnp.copy, params)  # training donates its arguments
-        state = train.State(params, self.tx[name].init(params), jnp.zeros((), jnp.int32))
-        return train.fit(
-            self.step[name], state, held, data.train, steps=self._steps(epochs),
+        state = State(params, self.tx[name].init(params), jnp.zeros((), jnp.int32))
+        return fit(
+            self.step[name], state, held, self.load(split).train, steps=self._steps(epochs),
             batch_size=self.recipe.batch_size, key=jax.random.key(seed), title=name,
         ).params  # fmt: skip
 
-    def compressed(self, kind: str, dense: PyTree, data: datasets.Data, seed: int) -> tuple[float, int]:
-        """Accuracy of the saved and loaded tree, and the bytes of its file."""
-        r = self.recipe
-        params = self.fit(kind, dense, None, data, r.ramp_epochs + r.settle_epochs, seed + 1)
+    def _dense(self, split: int) -> PyTree:
+        """The net from which all ways start."""
+        seed = 100 * split
+        return self.fit("dense", self.start(seed), None, split, self.recipe.dense_epochs, seed)
+
+    def control(self, split: int) -> PyTree:
+        """The dense net after the further epochs that every way gets."""
+        return self.fit("control", self.dense(split), None, split, self.recipe.extra_epochs, 100 * split + 1)
+
+    def compressed(self, split: int, kind: str) -> PyTree:
+        """The net as it is stored, by a mask of magnitudes or a random one."""
+        r, seed = self.recipe, 100 * split
+        params = self.fit(kind, self.dense(split), None, split, r.ramp_epochs + r.settle_epochs, seed + 1)
         small = jc.compress(params, self.final)
         stored, held = jc.split(small)
         # The 16-bit values train in float32 and are rounded once, at the end.
         tuned = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
-        tuned = self.fit("tune", tuned, held, data, r.tune_epochs, seed + 2)
-        small = jc.merge(jax.tree.map(lambda x, like: x.astype(like.dtype), tuned, stored), held)
+        tuned = self.fit("tune", tuned, held, split, r.tune_epochs, seed + 2)
+        return jc.merge(jax.tree.map(lambda x, like: x.astype(like.dtype), tuned, stored), held)
+
+    def measured(self, tree: PyTree, split: int) -> tuple[float, int]:
+        """Accuracy of the saved and loaded tree, and the bytes of its file."""
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "small.jc"
-            jc.save(path, small)
+            path = Path(folder) / "net.jc"
+            jc.save(path, tree)
             size, loaded = path.stat().st_size, jc.load(path)
-        return self.evaluate(jc.materialize(loaded), data.test).accuracy, size
-
-    def run(self, data: datasets.Data, seed: int, random: bool = True) -> dict[str, Any]:
-        """One split: the dense net, the control, the compressed net and, if asked, the random mask."""
-        start = time.perf_counter()
-        fresh = models.init(self.model, jnp.asarray(data.train.x[:1]), jax.random.key(seed))
-        dense = self.fit("dense", fresh, None, data, self.recipe.dense_epochs, seed)
-        control = self.fit("control", dense, None, data, self.recipe.extra_epochs, seed + 1)
-        accuracy, size = self.compressed("magnitude", dense, data, seed)
-        found = {
-            "data": str(data), "seed": seed, "dense": self.evaluate(dense, data.test).accuracy,
-            "control": self.evaluate(control, data.test).accuracy, "compressed": accuracy,
-            "bytes": size, "ratio": 4 * self.size / size,
-        }  # fmt: skip
-        if random:
-            found["random"] = self.compressed("random", dense, data, seed)[0]
-        return {**found, "seconds": round(time.perf_counter() - start, 1)}
+        return self.evaluate(jc.materialize(loaded), self.load(split).test).accuracy, size
 
 
-def split(name: str, index: int, folder: str | None, validate: bool) -> datasets.Data:
+WAYS = (
+    Way("dense", lambda pipeline, split: pipeline.dense(split)),
+    Way("control", lambda pipeline, split: pipeline.control(split)),
+    Way("compressed", lambda pipeline, split: pipeline.compressed(split, "magnitude")),
+    Way("random", lambda pipeline, split: pipeline.compressed(split, "random")),
+)
+
+
+def split(name: str, index: int, folder: str | None = None, validate: bool = False) -> datasets.Data:
     """Split ``index``. To validate: other shuffles, and a fifth of their training part in place of the test part."""
     seed = 1000 if validate else 0
     if name == "digits":
@@ -234,28 +241,45 @@ def table(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
-    parser.add_argument("--model", choices=["lenet_300_100", "lenet5"], default="lenet_300_100")
-    parser.add_argument("--data_dir", default=None, help="folder of the MNIST idx files")
-    parser.add_argument("--splits", type=int, default=None, help="how many; the protocol's number by default")
-    parser.add_argument("--random", type=int, default=None, help="splits that also get the random mask; all by default")
-    parser.add_argument("--validate", action="store_true", help="see above")
-    parser.add_argument("--epochs", type=float, default=1.0, help="scale of all epochs, to try things out")
-    parser.add_argument("--out", default="runs/claims", help="folder; a run that was interrupted continues there")
-    args = parser.parse_args(argv)
-    if (args.data, args.model) not in CLAIMS:
-        parser.error(f"there is no claim for {args.model} on {args.data}; there are {list(CLAIMS)}")
-    claim = CLAIMS[args.data, args.model]
-    recipe = scaled(claim.recipe, args.epochs)
-    name = f"{args.data}_{args.model}" + ("_validation" if args.validate else "")
-    rows = collect(args, recipe, Path(args.out) / f"{name}.jsonl", args.splits or claim.splits)
-    found = summary(claim, rows)
-    print(table(rows, found))
-    record = {"claim": name, "summary": found, "recipe": dataclasses.asdict(recipe)}
-    record |= {"environment": environment(), "rows": rows}
-    (Path(args.out) / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+class Claimed:
+    """One claim, a row for each split, as the runner takes it.
+
+    Raises:
+      ValueError: for anything wrong with the data.
+    """
+
+    keys = ("split",)
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.claim, name = CLAIMS[args.data, args.model], f"{args.data}_{args.model}"
+        self.name = name + ("_validation" if args.validate else "")
+        self.workdir = Path(args.workdir or "runs/claims") / self.name
+        self.splits, self.random = args.splits or self.claim.splits, args.random
+        recipe = scaled(self.claim.recipe, args.epochs)
+        load = functools.partial(split, args.data, folder=args.data_dir, validate=args.validate)
+        self.pipeline = Pipeline(args.model, load, recipe)
+        self.setting = {"claim": self.name, "recipe": dataclasses.asdict(recipe)}
+
+    def todo(self) -> Iterator[Row]:
+        yield from ({"split": index} for index in range(self.splits))
+
+    def measure(self, rows: Rows, split: int) -> Row:
+        """The dense net, the control, the compressed net and, if asked, the random mask, on one split."""
+        row: Row = {"data": str(self.pipeline.load(split)), "seed": 100 * split}
+        for way in WAYS:
+            if way.name != "random" or self.random is None or split < self.random:
+                row[way.name], size = self.pipeline.measured(way.make(self.pipeline, split), split)
+                if way.name == "compressed":
+                    row |= {"bytes": size, "ratio": 4 * self.pipeline.size / size}
+        return row
+
+    def line(self, row: Row) -> str:
+        drop = 100 * (row["control"] - row["compressed"])
+        return f"split {row['split']}: drop {drop:+.2f} points, {row['ratio']:.1f}x smaller"
+
+    def finish(self, rows: list[Row]) -> tuple[str, Any]:
+        found = summary(self.claim, rows)
+        return table(rows, found), found
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
@@ -263,25 +287,19 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
     return dataclasses.replace(recipe, **{name: factor * getattr(recipe, name) for name in names})
 
 
-def collect(args: argparse.Namespace, recipe: Recipe, path: Path, splits: int) -> list[dict[str, Any]]:
-    """The rows of all splits, those of an earlier run with the same recipe included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    known = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    done = {row["split"]: row for row in map(json.loads, lines) if row["recipe"] == known}
-    pipeline: Pipeline | None = None
-    for index in range(splits):
-        if index in done:
-            continue
-        data = split(args.data, index, args.data_dir, args.validate)
-        pipeline = pipeline or Pipeline(args.model, data, recipe)
-        row = pipeline.run(data, seed=100 * index, random=args.random is None or index < args.random)
-        done[index] = {"split": index, **row, "recipe": known}
-        with path.open("a") as file:
-            file.write(json.dumps(done[index]) + "\n")
-        print({k: v for k, v in done[index].items() if k != "recipe"}, flush=True)
-    return [{k: v for k, v in done[i].items() if k != "recipe"} for i in range(splits)]
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = flags.parser(__doc__, "a folder of the claim's name in runs/claims")
+    parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
+    parser.add_argument("--model", choices=["lenet_300_100", "lenet5"], default="lenet_300_100")
+    parser.add_argument("--splits", type=flags.positive, help="how many; the protocol's number by default")
+    parser.add_argument("--random", type=int, default=None, help="splits that also get the random mask; all by default")
+    parser.add_argument("--validate", action="store_true", help="see above")
+    parser.add_argument("--epochs", type=float, default=1.0, help="scale of all epochs, to try things out")
+    args = parser.parse_args(argv)
+    if (args.data, args.model) not in CLAIMS:
+        parser.error(f"there is no claim for {args.model} on {args.data}; there are {list(CLAIMS)}")
+    return runner.main(lambda signals: Claimed(args), args.overwrite)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

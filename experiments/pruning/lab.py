@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 import jcompress as jc
-from experiments import models, train
-from experiments.data import Data, Split
+from experiments import lab
+from experiments.compress import State, fit, make_step
+from experiments.data import Data
 from jcompress.prune import dynamic
 
 PyTree = Any
@@ -23,63 +23,60 @@ KERNELS = ".*kernel"
 """What is pruned. Biases, norms and embeddings stay dense, and do not count in the sparsity."""
 
 
-class Lab:
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Those of the digits; fork it, or change a value with ``--config.<name>=<value>``."""
+
+    name: str = "digits"
+    data: str = "digits"
+    data_options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"val": 0.2, "test": 0.2})
+    models: tuple[str, ...] = ("lenet_300_100", "cnn")
+    model_options: dict[str, dict] = dataclasses.field(default_factory=dict)
+    ways: tuple[str, ...] = ()  # names in experiments/pruning/ways.py; all of them by default
+    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
+    seeds: int = 3
+
+    steps: dict[str, int] = dataclasses.field(  # the budget, the dense half included
+        default_factory=lambda: {"lenet_300_100": 2400, "cnn": 1600}
+    )
+    batch_size: dict[str, int] = dataclasses.field(default_factory=lambda: {"lenet_300_100": 64, "cnn": 64})
+    learning_rate: float = 2e-3  # of Adam at its peak, for all training
+    gate_rate: float = 10.0  # gates and scores learn faster than weights, by this
+    pressure: float = 10.0  # on the density of hard concrete gates
+    examples: int = 512  # that SNIP, GraSP, Wanda and SparseGPT look at
+
+
+class Lab(lab.Lab):
     """One model on one data set, with a budget of ``config.steps`` steps for everything that leads to a sparse network.
 
     What is pruned after training spends half of them on the dense network, which all such ways share.
 
     Args:
-      name: of the model.
-      config: see ``experiments/configs/pruning``.
+      model: its name.
+      config: what to measure.
       load: ``load(seed) -> Data``.
     """
 
-    def __init__(self, name: str, config: ConfigDict, load: Callable[[int], Data]) -> None:
-        self.name, self.config = name, config
-        self.load = functools.lru_cache(maxsize=1)(load)
-        data = self.load(0)
-        models.check(name, data.kind)
-        self.kind = data.kind
-        self.module = models.build(name, data.classes, config.model_options.get(name, {}))
-        self.apply = models.apply(self.module)
-        self.evaluate = train.make_evaluate(self.apply)
-        self.steps, self.half = config.steps[name], config.steps[name] // 2
-        self._compiled: dict[Hashable, Any] = {}
+    def __init__(self, model: str, config: Config, load: Callable[[int], Data]) -> None:
+        super().__init__(model, load, config.model_options.get(model))
+        self.config = config
+        self.steps, self.half = config.steps[model], config.steps[model] // 2
         self._trained: dict[Hashable, PyTree] = {}
-        self.shapes = jax.eval_shape(self.module.init, jax.random.key(0), data.test.x[:1])["params"]
-        self.initialize = jax.jit(lambda key: self.module.init(key, data.train.x[:1])["params"])
-
-    def start(self, seed: int) -> PyTree:
-        """Fresh parameters."""
-        return self.initialize(jax.random.key(seed))
-
-    def loss(self, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Mean cross entropy."""
-        return train.cross_entropy(self.apply(params, x), y).mean()
 
     def batch(self, seed: int, size: int) -> tuple[jax.Array, jax.Array]:
         """The first training examples in the order of this seed."""
         split = self.load(seed).train
-        index = next(train.batches(jax.random.key(1_000 + seed), len(split), size))
+        index = next(lab.batches(jax.random.key(1_000 + seed), len(split), size))
         return jnp.asarray(split.x[index]), jnp.asarray(split.y[index])
 
     def optimizer(self, steps: int, scale: float = 1.0) -> optax.GradientTransformation:
         """Adam with a cosine to zero, with which everything is trained."""
         return optax.adam(optax.cosine_decay_schedule(scale * self.config.learning_rate, steps))
 
-    def compiled(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """What ``build`` gives, built once."""
-        if key not in self._compiled:
-            self._compiled[key] = build()
-        return self._compiled[key]
-
-    def fit(
-        self, step: Callable[..., Any], state: train.State, held: PyTree, steps: int, key: jax.Array, seed: int
-    ) -> Any:
+    def fit(self, step: Callable[..., Any], state: State, held: PyTree, steps: int, key: jax.Array, seed: int) -> Any:
         """Train on the split of this seed; only the key decides the batches."""
-        split: Split = self.load(seed).train
         size = self.config.batch_size[self.name]
-        return train.fit(step, state, held, split, steps=steps, batch_size=size, key=key, title=self.name)
+        return fit(step, state, held, self.load(seed).train, steps=steps, batch_size=size, key=key, title=self.name)
 
     def sparse(
         self,
@@ -94,9 +91,9 @@ class Lab:
         """Train with masks, fixed or moved by a rule; without masks, the dense network."""
         rule = dynamic.Static() if rule is None else rule
         tx = dynamic.sparse(self.optimizer(steps), rule, dict(masks), every=every, key=jax.random.key(seed))
-        step = self.compiled(("sparse", rule, steps, every, bool(masks)), lambda: train.make_step(self.apply, tx))
+        step = self.once(("sparse", rule, steps, every, bool(masks)), lambda: make_step(self.apply, lambda pace: tx))
         params = dynamic.lay(jax.tree.map(jnp.copy, params), masks)
-        state = train.State(params, tx.init(params), jnp.zeros((), jnp.int32))
+        state = State(params, tx.init(params), jnp.zeros((), jnp.int32))
         return self.fit(step, state, (), steps, self.order(seed, key), seed).params
 
     def order(self, seed: int, number: int) -> jax.Array:
@@ -105,7 +102,7 @@ class Lab:
 
     def dense(self, seed: int) -> PyTree:
         """The network trained with half of the budget."""
-        return self._once(("dense", seed), lambda: self.sparse(self.start(seed), {}, seed, self.half))
+        return self._last(("dense", seed), lambda: self.sparse(self.start(seed), {}, seed, self.half))
 
     def early(self, seed: int) -> PyTree:
         """The network as it was a twentieth into that training."""
@@ -113,14 +110,14 @@ class Lab:
 
         def train_a_little() -> PyTree:
             tx = self.optimizer(self.half)
-            step = self.compiled("early", lambda: train.make_step(self.apply, tx))
+            step = self.once("early", lambda: make_step(self.apply, lambda pace: tx))
             params = self.start(seed)
-            state = train.State(params, tx.init(params), jnp.zeros((), jnp.int32))
+            state = State(params, tx.init(params), jnp.zeros((), jnp.int32))
             return self.fit(step, state, (), steps, self.order(seed, 1), seed).params
 
-        return self._once(("early", seed), train_a_little)
+        return self._last(("early", seed), train_a_little)
 
-    def _once(self, key: Hashable, make: Callable[[], PyTree]) -> PyTree:
+    def _last(self, key: Hashable, make: Callable[[], PyTree]) -> PyTree:
         if key not in self._trained:
             # The last seed only: the networks of others are not needed again.
             self._trained = {k: v for k, v in self._trained.items() if k[1] == key[1]}  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The ways to prune that are compared: functions ``(lab, sparsity, seed) -> parameters``, sparse to the last weight."""
+"""The ways to prune that are compared: ``make(lab, seed, sparsity) -> parameters``, sparse to the last weight."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import optax
 
 import jcompress as jc
-from experiments import train
+from experiments.compress import State
 from experiments.pruning.lab import KERNELS, Lab, Masks
+from experiments.runner import Way
 from jcompress.prune import bayesian, dynamic
 
 PyTree = Any
-Way = Callable[[Lab, float, int], PyTree]
+Make = Callable[[Lab, int, float], PyTree]
 Choice = Callable[[Lab, PyTree, float, int], Masks]
 
 
-def dense(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def dense(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """The dense network with the whole budget, in the two parts that what is pruned after training has."""
     return lab.finetune(lab.dense(seed), {}, seed)
 
@@ -68,9 +69,7 @@ def grasp(lab: Lab, params: PyTree, sparsity: float, seed: int) -> Masks:
 def synflow(lab: Lab, params: PyTree, sparsity: float, seed: int) -> Masks:
     """Synaptic flow, a hundred rounds, no data."""
     example = lab.batch(seed, 1)[0]
-    search = lab.compiled(
-        "synflow", lambda: jax.jit(lambda p, s, x: jc.prune.synflow(lab.apply, p, s, x, match=KERNELS))
-    )
+    search = lab.once("synflow", lambda: jax.jit(lambda p, s, x: jc.prune.synflow(lab.apply, p, s, x, match=KERNELS)))
     return search(params, sparsity, example)
 
 
@@ -88,20 +87,20 @@ def _largest(
     return lab.masks(params, lab.plan(jc.prune.ByScore(sparsity=sparsity, scope=scope, score=score)), seed)
 
 
-def after(choose: Choice) -> Way:
+def after(choose: Choice) -> Make:
     """Train dense, choose, train what is left."""
 
-    def way(lab: Lab, sparsity: float, seed: int) -> PyTree:
+    def way(lab: Lab, seed: int, sparsity: float) -> PyTree:
         params = lab.dense(seed)
         return lab.finetune(params, choose(lab, params, sparsity, seed), seed)
 
     return way
 
 
-def before(choose: Choice, rule: Callable[[int], Any] | None = None, share: float = 0.02) -> Way:
+def before(choose: Choice, rule: Callable[[int], Any] | None = None, share: float = 0.02) -> Make:
     """Choose at the start, train with the whole budget; with a rule, the masks move fifty times."""
 
-    def way(lab: Lab, sparsity: float, seed: int) -> PyTree:
+    def way(lab: Lab, seed: int, sparsity: float) -> PyTree:
         params = lab.start(seed)
         masks = choose(lab, params, sparsity, seed)
         every = max(round(lab.steps * share), 1)
@@ -111,11 +110,11 @@ def before(choose: Choice, rule: Callable[[int], Any] | None = None, share: floa
     return way
 
 
-def untrained(choose: Choice) -> Way:
+def untrained(choose: Choice) -> Make:
     """Train dense with the whole budget, choose, and leave it at that."""
 
-    def way(lab: Lab, sparsity: float, seed: int) -> PyTree:
-        params = dense(lab, sparsity, seed)
+    def way(lab: Lab, seed: int, sparsity: float) -> PyTree:
+        params = dense(lab, seed, sparsity)
         return dynamic.lay(params, choose(lab, params, sparsity, seed))
 
     return way
@@ -135,19 +134,19 @@ def _sparsegpt(lab: Lab, params: PyTree, sparsity: float, seed: int) -> PyTree:
     return jc.compress(params, plan, stats=stats)
 
 
-def sparsegpt(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def sparsegpt(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """Masks and weights by the Gram matrices of inputs, layer by layer, then fine-tuned."""
     tree = _sparsegpt(lab, lab.dense(seed), sparsity, seed)
     masks = {path: node.mask for path, node in jc.paths(tree) if hasattr(node, "mask")}
     return lab.finetune(jc.materialize(tree), masks, seed)
 
 
-def sparsegpt_untrained(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def sparsegpt_untrained(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """The same at the end of the whole budget."""
-    return jc.materialize(_sparsegpt(lab, dense(lab, sparsity, seed), sparsity, seed))
+    return jc.materialize(_sparsegpt(lab, dense(lab, seed, sparsity), sparsity, seed))
 
 
-def gradual(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def gradual(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """One threshold for all layers, on a cubic ramp over two thirds of the second half."""
     begin, steps = lab.dense(seed), lab.half
 
@@ -158,27 +157,27 @@ def gradual(lab: Lab, sparsity: float, seed: int) -> PyTree:
 
     def build() -> Any:
         @functools.partial(jax.jit, donate_argnums=0)
-        def step(state: train.State, level: Any, x: jax.Array, y: jax.Array, index: jax.Array) -> Any:
+        def step(state: State, level: Any, pace: None, x: jax.Array, y: jax.Array, index: jax.Array) -> Any:
             value, grads = jax.value_and_grad(lab.loss)(state.params, x[index], y[index])
             updates, opt_state = transform(level).update(grads, state.opt_state, state.params)
-            return train.State(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
+            return State(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
 
         return step
 
-    state = train.State(jax.tree.map(jnp.copy, begin), transform(sparsity).init(begin), jnp.zeros((), jnp.int32))
-    return lab.fit(lab.compiled("gradual", build), state, jnp.float32(sparsity), steps, lab.order(seed, 2), seed).params
+    state = State(jax.tree.map(jnp.copy, begin), transform(sparsity).init(begin), jnp.zeros((), jnp.int32))
+    return lab.fit(lab.once("gradual", build), state, jnp.float32(sparsity), steps, lab.order(seed, 2), seed).params
 
 
 _EVERY = 8
 
 
-def lottery(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def lottery(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """Train, prune once, go back to a twentieth of that training, train again."""
     masks = global_(lab, lab.dense(seed), sparsity, seed)
     return lab.sparse(lab.early(seed), masks, seed, lab.half)
 
 
-def lottery_redrawn(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def lottery_redrawn(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """The lottery ticket's control: its masks on newly drawn weights."""
     masks = global_(lab, lab.dense(seed), sparsity, seed)
     return lab.sparse(lab.start(seed + 1_000), masks, seed, lab.half)
@@ -226,7 +225,7 @@ def _learned(
 
     def build() -> Any:
         @functools.partial(jax.jit, donate_argnums=0)
-        def step(state: train.State, held: Any, x: jax.Array, y: jax.Array, index: jax.Array) -> Any:
+        def step(state: State, held: Any, pace: None, x: jax.Array, y: jax.Array, index: jax.Array) -> Any:
             fixed, level, key = held
 
             def loss(trained: PyTree) -> jax.Array:
@@ -237,14 +236,14 @@ def _learned(
 
             value, grads = jax.value_and_grad(loss)(state.params)
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            return train.State(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
+            return State(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
 
         return step
 
     trained, fixed = jc.split(jc.compress(begin, lab.plan(method(sparsity)), key=jax.random.key(seed)))
-    state = train.State(trained, tx.init(trained), jnp.zeros((), jnp.int32))
+    state = State(trained, tx.init(trained), jnp.zeros((), jnp.int32))
     held = (fixed, jnp.float32(sparsity), jax.random.key(20_000 + seed))
-    state = lab.fit(lab.compiled(name, build), state, held, steps, lab.order(seed, 2), seed)
+    state = lab.fit(lab.once(name, build), state, held, steps, lab.order(seed, 2), seed)
     tree = jc.merge(state.params, fixed)
     table = {path: score(node) for path, node in jc.paths(tree) if _is_node(node)}
     masks = _largest(lab, begin, table, sparsity, seed, scope)
@@ -255,7 +254,7 @@ def _is_node(x: Any) -> bool:
     return isinstance(x, jc.Compressed)
 
 
-def movement(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def movement(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """Scores that gain where weights move away from zero, with the ramp of gradual pruning."""
     unit = optax.polynomial_schedule(0.0, 1.0, power=3, transition_steps=max(lab.half // 2, 1))
     return _learned(
@@ -267,7 +266,7 @@ def movement(lab: Lab, sparsity: float, seed: int) -> PyTree:
     )  # fmt: skip
 
 
-def l0(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def l0(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """Hard concrete gates, their expected density pressed down to the wanted one."""
 
     def penalty(tree: PyTree, level: Any, done: jax.Array) -> jax.Array:
@@ -282,7 +281,7 @@ def l0(lab: Lab, sparsity: float, seed: int) -> PyTree:
     )  # fmt: skip
 
 
-def variational_dropout(lab: Lab, sparsity: float, seed: int) -> PyTree:
+def variational_dropout(lab: Lab, seed: int, sparsity: float) -> PyTree:
     """Sparse variational dropout with its divergence annealed in; the largest dropout rates go."""
     examples = len(lab.load(seed).train) * (lab.load(seed).train.y[0].size)
 
@@ -296,36 +295,39 @@ def variational_dropout(lab: Lab, sparsity: float, seed: int) -> PyTree:
     )  # fmt: skip
 
 
-WAYS: dict[str, Way] = {
-    "random": after(random),
-    "magnitude, uniform": after(uniform),
-    "magnitude, ERK": after(erk),
-    "magnitude, LAMP": after(lamp),
-    "magnitude, global": after(global_),
-    "magnitude, gradual": gradual,
-    "Wanda": after(wanda),
-    "SparseGPT": sparsegpt,
-    "movement": movement,
-    "l0 (hard concrete)": l0,
-    "variational dropout": variational_dropout,
-    "lottery ticket": lottery,
-    "lottery ticket, redrawn": lottery_redrawn,
-    "random at the start": before(random_erk),
-    "SNIP": before(snip),
-    "GraSP": before(grasp),
-    "SynFlow": before(synflow),
-    "SET": before(random_erk, lambda steps: dynamic.SET()),
-    "RigL": before(random_erk, lambda steps: dynamic.RigL(stop=steps * 3 // 4)),
-    "sparse momentum": before(random_erk, lambda steps: dynamic.SparseMomentum()),
-    "magnitude, not fine-tuned": untrained(global_),
-    "Wanda, not fine-tuned": untrained(wanda),
-    "SparseGPT, not fine-tuned": sparsegpt_untrained,
-}
-"""By name. The last three show what a mask costs by itself; all others have trained for the whole budget."""
+AT_ONCE, LEARNED = "after training, at once", "after training, little by little or learned"
+EARLY, UNTRAINED = "from the start", "without fine-tuning"
+WAYS = [
+    Way("random", after(random), family=AT_ONCE),
+    Way("magnitude, uniform", after(uniform), family=AT_ONCE),
+    Way("magnitude, ERK", after(erk), family=AT_ONCE),
+    Way("magnitude, LAMP", after(lamp), family=AT_ONCE),
+    Way("magnitude, global", after(global_), family=AT_ONCE),
+    Way("magnitude, gradual", gradual, family=LEARNED),
+    Way("Wanda", after(wanda), family=AT_ONCE),
+    Way("SparseGPT", sparsegpt, family=AT_ONCE),
+    Way("movement", movement, family=LEARNED),
+    Way("l0 (hard concrete)", l0, family=LEARNED),
+    Way("variational dropout", variational_dropout, family=LEARNED),
+    Way("lottery ticket", lottery, family=LEARNED),
+    Way("lottery ticket, redrawn", lottery_redrawn, family=LEARNED),
+    Way("random at the start", before(random_erk), family=EARLY),
+    Way("SNIP", before(snip), family=EARLY),
+    Way("GraSP", before(grasp), family=EARLY),
+    Way("SynFlow", before(synflow), family=EARLY),
+    Way("SET", before(random_erk, lambda steps: dynamic.SET()), family=EARLY),
+    Way("RigL", before(random_erk, lambda steps: dynamic.RigL(stop=steps * 3 // 4)), family=EARLY),
+    Way("sparse momentum", before(random_erk, lambda steps: dynamic.SparseMomentum()), family=EARLY),
+    Way("magnitude, not fine-tuned", untrained(global_), family=UNTRAINED),
+    Way("Wanda, not fine-tuned", untrained(wanda), family=UNTRAINED),
+    Way("SparseGPT, not fine-tuned", sparsegpt_untrained, family=UNTRAINED),
+]
+"""The last three show what a mask costs by itself; all others have trained for the whole budget."""
 
 SHORT = tuple(
-    way
+    way.name
     for way in WAYS
-    if way not in ("magnitude, LAMP", "Wanda", "sparse momentum") and not way.endswith(("redrawn", "not fine-tuned"))
+    if way.name not in ("magnitude, LAMP", "Wanda", "sparse momentum")
+    and not way.name.endswith(("redrawn", "not fine-tuned"))
 )
 """Those that no comparison should lack."""

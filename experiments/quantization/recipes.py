@@ -13,6 +13,7 @@ import numpy as np
 import jcompress as jc
 from experiments.models import minilm
 from experiments.quantization import selfdistill
+from experiments.runner import Way, describe
 from jcompress import core
 
 PyTree = Any
@@ -20,12 +21,20 @@ Rules = Sequence[tuple[str, Any]]
 Batches = list[tuple[np.ndarray, np.ndarray]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One row of the table.
+def recipe(
+    name: str,
+    family: str,
+    rules: Rules | Callable[[Calibration], jc.Plan],
+    *,
+    sequential: bool = False,
+    corrected: bool = False,
+    training: selfdistill.Training | None = None,
+) -> Way:
+    """A way to compress an encoder.
 
-    Attributes:
-      group: the method, which gives the colour in the picture.
+    Args:
+      name: of the row.
+      family: the method, which gives the colour in the picture.
       rules: ordered pairs of a pattern and a method, as for ``jcompress.plan``; or a function that gives a plan for
         a :class:`Calibration`.
       sequential: whether each layer is fitted after those before it, to what they give once compressed.
@@ -33,11 +42,31 @@ class Recipe:
       training: how kernels, scales, biases and norms are trained afterwards; None for not at all.
     """
 
-    group: str
-    rules: Rules | Callable[[Calibration], jc.Plan]
-    sequential: bool = False
-    corrected: bool = False
-    training: selfdistill.Training | None = None
+    def make(calibration: Calibration, seed: int) -> PyTree:
+        tree = calibration.compress(rules, jax.random.key(seed), sequential=sequential, corrected=corrected)
+        if training is None:
+            return tree
+        return selfdistill.train(calibration.encoder, calibration.params, tree, calibration.tokens, training)
+
+    def told(calibration: Calibration) -> Any:
+        return describe({"rules": rules, "sequential": sequential, "corrected": corrected, "training": training})
+
+    return Way(name, make, told, family)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compressed how, and how many sentences nobody judged are for what."""
+
+    ways: tuple[Way, ...]
+    widths: dict[str, dict[str, Any]]  # methods to compare by the error of each kernel's outputs, by name of the row
+    name: str = "minilm"
+    data: str = "sts2015"
+    sets: tuple[str, ...] = ("images", "headlines")
+    only: str = ""  # some of the ways, joined by commas; all of them by default
+    validation: int = 300
+    calibration: int = 768
+    calibration_length: int = 24
 
 
 class Calibration:
@@ -54,7 +83,7 @@ class Calibration:
     def __init__(
         self, encoder: minilm.Encoder, params: PyTree, tokens: Sequence[Sequence[int]], count: int, length: int
     ) -> None:
-        self.encoder, self.params = encoder, params
+        self.encoder, self.params, self.tokens = encoder, params, tokens
         short = [x for x in tokens if len(x) <= length][:count]
         if not short:
             raise ValueError(f"config.calibration: no sentence has at most {length} tokens")
@@ -92,14 +121,20 @@ class Calibration:
             self._shared[name] = make()
         return self._shared[name]
 
-    def compress(self, recipe: Recipe, key: jax.Array) -> PyTree:
-        """The compressed tree, before any training."""
-        rules = recipe.rules
+    def compress(
+        self,
+        rules: Rules | Callable[[Calibration], jc.Plan],
+        key: jax.Array,
+        *,
+        sequential: bool = False,
+        corrected: bool = False,
+    ) -> PyTree:
+        """The compressed tree, before any training; see :func:`recipe`."""
         plan = rules(self) if callable(rules) else jc.plan(self.params, rules)
-        if recipe.sequential:
+        if sequential:
             return jc.compress_sequentially(self.encoder, self.params, self.batches, plan, key=key)
         tree = jc.compress(self.params, plan, key=key, stats=self.stats(core.needs(*filter(None, plan.values()))))
-        return self._corrected(tree) if recipe.corrected else tree
+        return self._corrected(tree) if corrected else tree
 
     def _corrected(self, tree: PyTree) -> PyTree:
         """The same with corrected biases, in the form they had."""

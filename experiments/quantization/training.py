@@ -2,18 +2,19 @@
 
     python -m experiments.quantization.training --data_dir=<folder with MNIST's idx files and tinyshakespeare.txt>
 
-``experiments/configs/quantization/training.py`` says what is trained. Nothing is chosen by the test split: the learning
-rate of a way is that of the two which validates better with the first seed. Interrupted, the same command continues.
+Nothing is chosen by the test split: the learning rate of a way is that of the two which validates better with the first
+seed. It writes ``results.jsonl``, ``table.md``, ``curve.png`` and ``record.json`` to ``--workdir``. Interrupted, the
+same command continues.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,41 +22,116 @@ import optax
 
 import jcompress as jc
 from experiments import data as datasets
-from experiments import models, train
-from experiments.benchmarks.timing import environment
-from experiments.configs.quantization.training import DENSE_RATE, RATES, TASKS, WAYS, Task, Way
+from experiments import flags, pictures, runner, tables
+from experiments.lab import Lab, batches
+from experiments.runner import Way, describe
+from experiments.workdir import Row, Rows, write
 from jcompress.formats import FakeQuantized, Frozen
 
 PyTree = Any
+T, Int = jc.quantize.training, jc.quantize.Int
 
 
-class Bench:
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set, a model, and the budget: ``dense`` steps for the network that all ways start from, then ``steps``."""
+
+    data: str
+    model: str
+    pattern: str
+    dense: int
+    steps: int
+    batch_size: int
+    data_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Train = Literal["dense", "nodes", "fixed", "simulate", "none"]
+
+
+def trained(name: str, method: Any = None, train: Train = "nodes") -> Way:
+    """A method, and how weights train under it.
+
+    ``"nodes"``: what is trainable in the nodes that ``compress`` gives; ``"fixed"``: likewise, but for the scales;
+    ``"simulate"``: dense weights, compressed anew at each step; ``"none"``: not at all.
+    """
+
+    def make(bench: Bench, seed: int, rate: float) -> PyTree:
+        return bench.train(name, method, train, bench.dense(seed), seed, rate)
+
+    return Way(name, make, told=lambda bench: [describe(method), train], family=name.split(",")[0])
+
+
+def uniform(bits: int) -> list[Way]:
+    """The ways to train weights of so many bits."""
+    lsq = T.LSQ(bits=bits, start="deviation")
+    return [
+        trained(f"{bits} bits, rounded", Int(bits=bits, clip="mse"), "none"),
+        trained(f"{bits} bits, straight-through, fixed range", lsq, "fixed"),
+        trained(f"{bits} bits, straight-through, range of each step", Int(bits=bits), "simulate"),
+        trained(f"{bits} bits, LSQ", lsq),
+    ]
+
+
+WAYS = [
+    trained("dense", train="dense"),
+    *uniform(4),
+    *uniform(3),
+    *uniform(2),
+    trained("ternary, rounded", jc.quantize.Ternary(), "none"),
+    trained("ternary, straight-through (TWN)", jc.quantize.Ternary(), "simulate"),
+    trained("ternary, TTQ", T.TTQ()),
+    trained("binary, rounded", Int(bits=1), "none"),
+    trained("binary, scale of each step (XNOR)", Int(bits=1), "simulate"),
+    trained("binary, BinaryConnect", T.BinaryConnect()),
+    trained("binary, BinaryConnect, learned scale", T.BinaryConnect(learned=True)),
+]
+TASKS = {
+    "digits": Task("digits", "lenet_300_100", ".*kernel", 400, 400, 64, {"val": 0.2, "test": 0.2}),
+    "mnist": Task("mnist", "lenet_300_100", ".*kernel", 400, 400, 100, {"val": 0.1}),
+    "text": Task(
+        "text", "transformer", "block_.*kernel", 200, 150, 16,
+        {"length": 64, "val": 0.05}, {"width": 64, "layers": 2, "heads": 4, "longest": 64},
+    ),
+}  # fmt: skip
+DENSE_RATE = 2e-3
+RATES = (1e-3, 1e-2)
+"""Of Adam at its peak, falling as a cosine. Each way on each task takes the one that validates best with seed 0."""
+
+
+class Bench(Lab):
     """One task: its model, and each way compiled once for all seeds and rates."""
 
     def __init__(self, task: Task, data_dir: str | None) -> None:
-        self.task, self.data_dir = task, data_dir
-        data = self.data(0)
-        self.kind = data.kind
-        self.module = models.build(task.model, data.classes, dict(task.model_options))
-        self.apply = models.apply(self.module)
-        self.evaluate = train.make_evaluate(self.apply)
-        self.initialize = jax.jit(lambda key: self.module.init(key, data.train.x[:1])["params"])
-        shapes = jax.eval_shape(self.initialize, jax.random.key(0))
-        self.dense = self.program(None, shapes, task.dense)
-        self.ways = {name: self.program(way, shapes, task.steps) for name, way in WAYS.items()}
+        super().__init__(
+            task.model, functools.partial(datasets.of, task.data, data_dir, task.data_options), task.model_options
+        )
+        self.task = task
+        self.dense = functools.lru_cache(maxsize=1)(self._dense)
 
-    def data(self, seed: int) -> datasets.Data:
-        return datasets.load(self.task.data, self.data_dir, seed, **self.task.data_options)
+    def _dense(self, seed: int) -> PyTree:
+        """The network from which all ways start."""
+        return self.train("dense", None, "dense", self.start(seed), seed, DENSE_RATE, first=True)
 
-    def program(self, way: Way | None, shapes: PyTree, steps: int) -> Any:
-        """``run(params, x, y, order, rate)``, the tree as it is stored."""
-        plan = jc.plan(shapes, [(self.task.pattern, way.method)]) if way else None
+    def train(
+        self, name: str, method: Any, train: Train, params: PyTree, seed: int, rate: float, first: bool = False
+    ) -> PyTree:
+        """The tree as it is stored, after the steps of the task, or those of its dense network, which come first."""
+        steps = self.task.dense if first else self.task.steps
+        program, split = self.once((name, steps), lambda: self._program(method, train, steps)), self.load(seed).train
+        order = batches(jax.random.key(seed if first else seed + 1000), len(split), self.task.batch_size)
+        index = np.stack([batch for _, batch in zip(range(steps), order, strict=False)])
+        return program(params, split.x, split.y, index, rate)
+
+    def _program(self, method: Any, train: Train, steps: int) -> Any:
+        """``run(params, x, y, order, rate)``, compiled."""
+        plan = None if method is None else jc.plan(self.shapes, [(self.task.pattern, method)])
 
         def begin(params: PyTree) -> tuple[PyTree, PyTree]:
-            if plan is None or way.train == "simulate":
+            if plan is None or train == "simulate":
                 return params, None
             tree = jc.compress(params, plan)
-            return jc.split(fixed(tree) if way.train == "fixed" else tree)
+            return jc.split(fixed(tree) if train == "fixed" else tree)
 
         def forward(trained: PyTree, held: PyTree) -> PyTree:
             if plan is None:
@@ -78,34 +154,15 @@ class Bench:
 
             def step(carry: tuple, index: jax.Array) -> tuple:
                 trained, state = carry
-
-                def loss(trained: PyTree) -> jax.Array:
-                    return train.cross_entropy(self.apply(forward(trained, held), x[index]), y[index]).mean()
-
-                updates, state = tx.update(jax.grad(loss)(trained), state, trained)
+                grads = jax.grad(lambda trained: self.loss(forward(trained, held), x[index], y[index]))(trained)
+                updates, state = tx.update(grads, state, trained)
                 return (optax.apply_updates(trained, updates), state), None
 
-            if way is None or way.train != "none":
+            if train != "none":
                 trained = jax.lax.scan(step, (trained, tx.init(trained)), order)[0][0]
             return finish(trained, held)
 
         return jax.jit(run)
-
-    def start(self, seed: int, data: datasets.Data) -> PyTree:
-        params = self.initialize(jax.random.key(seed))
-        return self.dense(params, data.train.x, data.train.y, self.order(data, seed, self.task.dense), DENSE_RATE)
-
-    def order(self, data: datasets.Data, seed: int, steps: int) -> np.ndarray:
-        """The examples of each step."""
-        batches = train.batches(jax.random.key(seed), len(data.train), self.task.batch_size)
-        return np.stack([batch for _, batch in zip(range(steps), batches, strict=False)])
-
-    def measure(self, name: str, rate: float, seed: int, data: datasets.Data, start: PyTree) -> dict[str, Any]:
-        order = self.order(data, seed + 1000, self.task.steps)
-        tree = self.ways[name](start, data.train.x, data.train.y, order, rate)
-        params = jc.materialize(tree)
-        row = {"task": self.task.data, "way": name, "seed": seed, "rate": rate, "bytes": -(-jc.nbits(tree) // 8)}
-        return {**row, "val": self.score(params, data.val), "test": self.score(params, data.test)}
 
     def score(self, params: PyTree, split: datasets.Split) -> float:
         """Accuracy in percent; of text, bits per byte."""
@@ -122,106 +179,96 @@ def fixed(tree: PyTree) -> PyTree:
     return jax.tree.map(freeze, tree, is_leaf=lambda x: isinstance(x, jc.Compressed))
 
 
-def measure_all(tasks: Sequence[str], seeds: int, data_dir: str | None, only: str, path: Path) -> list[dict[str, Any]]:
-    """Rows of all measurements, those that ``path`` has already as they are there."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for name in tasks:
-        bench = Bench(TASKS[name], data_dir)
-        done = {(r["way"], r["seed"]): r for r in rows if r["task"] == name}
-        best = {way: r["rate"] for (way, seed), r in done.items() if seed == 0}
-        for seed in range(seeds):
-            todo = [way for way in WAYS if only in way and (way, seed) not in done]
-            if not todo:
-                continue
-            data = bench.data(seed)
-            start = bench.start(seed, data)
-            for way in todo:
-                rates = (best[way],) if seed else RATES
-                found = [bench.measure(way, rate, seed, data, start) for rate in rates]
-                row = (min if bench.kind == "text" else max)(found, key=lambda r: r["val"])
-                best[way] = row["rate"]
-                rows.append(row)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(f"{name} seed {seed} {way}: {row['test']:.2f} (rate {row['rate']:g})", flush=True)
-    return rows
+class Training:
+    """All tasks, seeds and ways, as the runner takes them.
+
+    Raises:
+      ValueError: for anything wrong with the data.
+    """
+
+    keys = ("task", "way", "seed")
+
+    def __init__(self, tasks: Sequence[str], seeds: int, data_dir: str | None, only: str, workdir: str | None) -> None:
+        self.ways = {way.name: way for way in WAYS if only in way.name}
+        if not self.ways:
+            raise ValueError(f"--only={only}: no way has this in its name; there are {'; '.join(w.name for w in WAYS)}")
+        self.tasks, self.seeds = tasks, seeds
+        self.workdir = Path(workdir or "runs/quantization/training")
+        self.benches = {name: Bench(TASKS[name], data_dir) for name in tasks}
+        ways = {way.name: way.told(None) for way in WAYS}
+        ways |= {f"task {name}": dataclasses.asdict(TASKS[name]) for name in tasks}
+        self.setting = {"rates": RATES, "dense_rate": DENSE_RATE, "ways": ways}
+
+    def todo(self) -> Iterator[Row]:
+        for task in self.tasks:
+            for seed in range(self.seeds):
+                for way in self.ways:
+                    yield {"task": task, "way": way, "seed": seed}
+
+    def measure(self, rows: Rows, task: str, way: str, seed: int) -> Row:
+        """The row at the rate that validates best with the first seed."""
+        first = rows.find(task=task, way=way, seed=0)
+        rates = RATES if seed == 0 or first is None else (first["rate"],)
+        found = [self._at(self.benches[task], way, seed, rate) for rate in rates]
+        return (min if self.benches[task].kind == "text" else max)(found, key=lambda row: row["val"])
+
+    def _at(self, bench: Bench, way: str, seed: int, rate: float) -> Row:
+        tree, data = self.ways[way].make(bench, seed, rate), bench.load(seed)
+        params, size = jc.materialize(tree), -(-jc.nbits(tree) // 8)
+        return {
+            "rate": rate, "bytes": size, "val": bench.score(params, data.val), "test": bench.score(params, data.test)
+        }  # fmt: skip
+
+    def line(self, row: Row) -> str:
+        return f"{row['task']} seed {row['seed']} {row['way']}: {row['test']:.2f} (rate {row['rate']:g})"
+
+    def finish(self, rows: list[Row]) -> tuple[str, Any]:
+        return finish(rows, self.workdir / "table.md", self.workdir / "curve.png"), summary(rows)
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def finish(rows: Sequence[Row], table: Path, picture: Path) -> str:
+    """Write the table and the picture; return the table."""
+    found = summary(rows)
+    write(table, markdown(found) + "\n")
+    pictures.quantized(found, {way.name: way.family for way in WAYS}, picture)
+    return markdown(found)
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
     """Mean and standard deviation over seeds."""
     found = []
     for task, way in dict.fromkeys((r["task"], r["way"]) for r in rows):
         own = [r for r in rows if (r["task"], r["way"]) == (task, way)]
-        scores = np.array([r["test"] for r in own])
-        spread = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
-        size = own[0]["bytes"]
-        found.append({"task": task, "way": way, "mean": float(scores.mean()), "std": spread, "bytes": size})
+        mean, std = tables.mean_std([r["test"] for r in own])
+        found.append({"task": task, "way": way, "mean": mean, "std": std or 0.0, "bytes": own[0]["bytes"]})
     return found
 
 
-def markdown(found: Sequence[dict[str, Any]]) -> str:
+def markdown(found: Sequence[Row]) -> str:
+    """The ways of all tasks side by side."""
     tasks = list(dict.fromkeys(r["task"] for r in found))
     units = {t: "bits per byte, lower is better" if t == "text" else "accuracy, %" for t in tasks}
-    heads = [f"{t}: {units[t]}" for t in tasks] + [f"{t}: bytes" for t in tasks]
-    lines = ["| way | " + " | ".join(heads) + " |", "|" + " --- |" * (len(heads) + 1)]
+    cells = [["way", *(f"{t}: {units[t]}" for t in tasks), *(f"{t}: bytes" for t in tasks)]]
     for way in dict.fromkeys(r["way"] for r in found):
         own = {r["task"]: r for r in found if r["way"] == way}
-        cells = [f"{own[t]['mean']:.2f} ± {own[t]['std']:.2f}" for t in tasks] + [f"{own[t]['bytes']:,}" for t in tasks]
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        scores = [tables.spread(own[t]["mean"], own[t]["std"]) if t in own else "" for t in tasks]
+        cells.append([way, *scores, *(f"{own[t]['bytes']:,}" if t in own else "" for t in tasks)])
+    return tables.markdown(cells, range(len(cells[0])))
 
 
-def picture(found: Sequence[dict[str, Any]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(r["task"] for r in found))
-    ways = list(dict.fromkeys(r["way"] for r in found))[::-1]
-    figure = Figure(figsize=(4 * len(tasks) + 3, 0.3 * len(ways) + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    plots = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for axes, task in zip(plots, tasks, strict=True):
-        own = {r["way"]: r for r in found if r["task"] == task}
-        trained = [way for way in ways if "rounded" not in way]
-        for i, way in enumerate(trained):
-            axes.errorbar(own[way]["mean"], i, xerr=own[way]["std"], fmt="o", capsize=3, color=colour(way))
-        axes.axvline(own["dense"]["mean"], color="0.7", linewidth=1, zorder=0)
-        axes.set_yticks(range(len(trained)), trained)
-        axes.set_title(task)
-        axes.set_xlabel("bits per byte" if task == "text" else "test accuracy, %")
-        if task == "text":
-            axes.invert_xaxis()
-    figure.savefig(path, dpi=110)
-
-
-def colour(way: str) -> str:
-    return {"d": "black", "4": "tab:green", "3": "tab:blue", "2": "tab:purple", "t": "tab:orange"}.get(
-        way[0], "tab:red"
-    )
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", default=None, help="folder with the files of the data that are not embedded")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=None, help="all, or those without files")
-    parser.add_argument("--seeds", type=int, default=3)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = flags.parser(__doc__, "runs/quantization/training")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="all, or those without files")
+    parser.add_argument("--seeds", type=flags.positive, default=3)
     parser.add_argument("--only", default="", help="ways whose name has this in it")
-    parser.add_argument("--out", default="runs/quantization/training", help="path of the files, without an ending")
     args = parser.parse_args(argv)
     tasks = args.tasks or (list(TASKS) if args.data_dir else ["digits"])
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = measure_all(tasks, args.seeds, args.data_dir, args.only, out.with_suffix(".jsonl"))
-    rows = [r for r in rows if r["task"] in tasks and r["seed"] < args.seeds]
-    found = summary(rows)
-    settings = {name: dataclasses.asdict(TASKS[name]) for name in tasks}
-    record = {"environment": environment(), "tasks": settings, "rates": RATES, "summary": found, "rows": rows}
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(found) + "\n")
-    if not args.only:
-        picture(found, out.with_suffix(".png"))
-    print(markdown(found))
+
+    def prepare(_: runner.Signals) -> Training:
+        return Training(tasks, args.seeds, args.data_dir, args.only, args.workdir)
+
+    return runner.main(prepare, args.overwrite)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

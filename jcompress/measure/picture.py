@@ -208,8 +208,7 @@ def _strip(grid: Sequence[Axes], points: Sequence[Point], lowest: float, floor: 
         grid[0].set_ylim(lowest, top)
         return
     ticks = [float(t) for t in grid[0].get_yticks() if lowest < t <= top]
-    texts = [grid[0].yaxis.get_major_formatter()(t) for t in ticks]
-    grid[0].set_yticks([floor, *ticks], [f"< {lowest:g}", *texts])
+    grid[0].set_yticks([floor, *ticks], [f"< {lowest:.4g}", *(f"{t:.4g}" for t in ticks)])
     grid[0].set_ylim(2 * floor - lowest, top)
     for axes in grid:
         axes.axhspan(2 * floor - lowest, lowest, color="#f2f2f2", linewidth=0, zorder=0)

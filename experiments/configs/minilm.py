@@ -19,22 +19,26 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
-
-from ml_collections import ConfigDict
 
 import jcompress as jc
 from experiments.quantization import selfdistill
-from experiments.quantization.recipes import KERNELS, TABLES, Calibration, Recipe
+from experiments.quantization.recipes import KERNELS, TABLES, Calibration, Config, recipe
+from experiments.runner import Way
 
 Int = jc.quantize.Int
 HALF = jc.quantize.Float("float16")
 
 
-def recipe(group: str, kernels: Any, tables: Any, **options: Any) -> Recipe:
+def way(name: str, family: str, kernels: Any, tables: Any, **options: Any) -> Way:
     """Kernels, tables, and all else in 16 bits; scales and codebooks too."""
-    small = [None if m is None else jc.chain(m, HALF) for m in (kernels, tables)]
-    return Recipe(group, ((KERNELS, small[0]), (TABLES, small[1]), (".*", HALF)), **options)
+    return recipe(name, family, rules(kernels, tables), **options)
+
+
+def rules(kernels: Any, tables: Any) -> tuple[tuple[str, Any], ...]:
+    """The methods of kernels and of tables, with all else in 16 bits."""
+    return (KERNELS, jc.chain(kernels, HALF)), (TABLES, jc.chain(tables, HALF)), (".*", HALF)
 
 
 def table(bits: int) -> Int:
@@ -42,15 +46,15 @@ def table(bits: int) -> Int:
     return Int(bits=bits, group_size=128, symmetric=False, clip="mse", pad=True)
 
 
-def rounded(bits: int) -> Recipe:
+def rounded(bits: int) -> Way:
     """Symmetric, over the full range."""
-    return recipe("rounding", Int(bits=bits, group_size=64), Int(bits=bits, group_size=128, pad=True))
+    return way(f"int{bits}", "rounding", Int(bits=bits, group_size=64), Int(bits=bits, group_size=128, pad=True))
 
 
-def clipped(bits: int) -> Recipe:
+def clipped(bits: int) -> Way:
     """Symmetric, over the range of least squared error."""
-    options = {"clip": "mse", "pad": True}
-    return recipe("clipping", Int(bits=bits, group_size=64, **options), Int(bits=bits, group_size=128, **options))
+    kernels, tables = (Int(bits=bits, group_size=n, clip="mse", pad=True) for n in (64, 128))
+    return way(f"clip{bits}", "clipping", kernels, tables)
 
 
 def affine_grid(bits: int) -> Int:
@@ -96,9 +100,9 @@ class Mixed:
 
     def _options(self, calibration: Calibration) -> tuple[dict[str, jc.Plan], jc.budget.Options]:
         params, stats = calibration.params, calibration.stats(["stats.gram"])
-        rules = {str(n): recipe("", gptq(n), table(n)).rules for n in self.widths}
-        rules |= {f"{n}, rotated": recipe("", jc.quantize.Rotation(gptq(n)), table(n)).rules for n in self.rotated}
-        plans = {name: jc.plan(params, found) for name, found in rules.items()}
+        options = {str(n): rules(gptq(n), table(n)) for n in self.widths}
+        options |= {f"{n}, rotated": rules(jc.quantize.Rotation(gptq(n)), table(n)) for n in self.rotated}
+        plans = {name: jc.plan(params, found) for name, found in options.items()}
         strayed = calibration.strayed(self.batches)
 
         def error(path: str, dense: Any, found: Any) -> float:
@@ -108,48 +112,37 @@ class Mixed:
         return plans, jc.budget.options(params, plans, measure=error, stats=stats)
 
 
-def recipes(params: Any) -> dict[str, Recipe]:
-    """The rows, by name."""
-    found = {"half": Recipe("half", ((".*", HALF),)), "int8": recipe("rounding", Int(bits=8), Int(bits=8))}
-    found |= {f"gptq{bits}": recipe("GPTQ", gptq(bits), table(bits)) for bits in (4, 3)}
-    found["gptq2"] = recipe("GPTQ", gptq(2), table(4))
-    found |= {f"affine{bits}": recipe("affine", affine_grid(bits), table(bits)) for bits in (4, 3)}
-    found["affine2"] = recipe("affine", affine_grid(2), table(4))
-    found |= {f"int{bits}": rounded(bits) for bits in (4, 3, 2)}
-    found |= {f"clip{bits}": clipped(bits) for bits in (4, 3, 2)}
+def ways() -> Iterator[Way]:
+    """The rows."""
+    yield recipe("half", "half", ((".*", HALF),))
+    yield way("int8", "rounding", Int(bits=8), Int(bits=8))
+    yield from (way(f"gptq{bits}", "GPTQ", gptq(bits), table(bits)) for bits in (4, 3))
+    yield way("gptq2", "GPTQ", gptq(2), table(4))
+    yield from (way(f"affine{bits}", "affine", affine_grid(bits), table(bits)) for bits in (4, 3))
+    yield way("affine2", "affine", affine_grid(2), table(4))
+    yield from map(rounded, (4, 3, 2))
+    yield from map(clipped, (4, 3, 2))
     for bits in (4, 3, 2):
         tables = table(bits if bits > 2 else 4)
-        found[f"rotation{bits}"] = recipe("rotation", jc.quantize.Rotation(gptq(bits)), tables)
-        found[f"hqq{bits}"] = recipe("HQQ", jc.quantize.HQQ(bits=bits, group_size=64), tables)
-        found[f"awq{bits}"] = recipe("AWQ", jc.quantize.AWQ(affine_grid(bits)), tables)
-        found[f"lqer{bits}"] = recipe("low rank", jc.quantize.LQER(rank=8, grid=affine_grid(bits)), tables)
-        found[f"kmeans{bits}"] = recipe("k-means", kmeans(bits), tables)
-    found["nf4"] = recipe("levels", jc.quantize.NF4(group_size=64), jc.quantize.NF4(group_size=128, pad=True))
-    found["mxfp4"] = recipe("levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
-    found |= {
-        f"mixed{kernels}": Recipe("mixed", Mixed(kernels, tables)) for kernels, tables in ((2, 3), (3, 3), (4, 4))
-    }
-    found["gptq2_trained"] = recipe("trained", gptq(2), table(4), training=selfdistill.Training(steps=60))
-    found["gptq2_corrected"] = recipe("GPTQ", gptq(2), table(4), corrected=True)
-    found["gptq2_sequential"] = recipe("GPTQ", gptq(2), table(4), sequential=True)
-    found |= {f"gptq2_tables{bits}": recipe("GPTQ", gptq(2), table(bits)) for bits in (3, 2)}
-    return found
+        yield way(f"rotation{bits}", "rotation", jc.quantize.Rotation(gptq(bits)), tables)
+        yield way(f"hqq{bits}", "HQQ", jc.quantize.HQQ(bits=bits, group_size=64), tables)
+        yield way(f"awq{bits}", "AWQ", jc.quantize.AWQ(affine_grid(bits)), tables)
+        yield way(f"lqer{bits}", "low rank", jc.quantize.LQER(rank=8, grid=affine_grid(bits)), tables)
+        yield way(f"kmeans{bits}", "k-means", kmeans(bits), tables)
+    yield way("nf4", "levels", jc.quantize.NF4(group_size=64), jc.quantize.NF4(group_size=128, pad=True))
+    yield way("mxfp4", "levels", jc.quantize.Microscaling(), jc.quantize.Microscaling(pad=True))
+    yield from (recipe(f"mixed{bits}", "mixed", Mixed(bits, tables)) for bits, tables in ((2, 3), (3, 3), (4, 4)))
+    yield way("gptq2_trained", "trained", gptq(2), table(4), training=selfdistill.Training(steps=60))
+    yield way("gptq2_corrected", "GPTQ", gptq(2), table(4), corrected=True)
+    yield way("gptq2_sequential", "GPTQ", gptq(2), table(4), sequential=True)
+    yield from (way(f"gptq2_tables{bits}", "GPTQ", gptq(2), table(bits)) for bits in (3, 2))
 
 
-def widths(params: Any) -> dict[str, dict[str, Any]]:
+def widths() -> dict[str, dict[str, Any]]:
     """Methods to compare by the error of each kernel's outputs, by width; both have the same grid."""
     return {f"{bits} bits": {"rounding": affine_grid(bits), "GPTQ": gptq(bits)} for bits in (8, 4, 3, 2)}
 
 
-def get_config() -> ConfigDict:
-    """The sets, and how many sentences nobody judged are for what."""
-    config = ConfigDict()
-    config.name = "minilm"
-    config.sets = ("images", "headlines")
-    config.recipes = recipes
-    config.widths = widths
-    config.only = ""
-    config.validation = 300
-    config.calibration = 768
-    config.calibration_length = 24
-    return config
+def get_config() -> Config:
+    """Fork this, or change a value with ``--config.<name>=<value>``."""
+    return Config(tuple(ways()), widths())

@@ -1,0 +1,71 @@
+"""Draw the tables and pictures of ``results/`` again, from the rows that are stored there.
+
+    python -m experiments.results
+
+A folder there holds what a run's ``--workdir`` held, without the networks: rows, table and picture, under the name of
+the config. To publish a run, copy its ``results.jsonl`` there as ``<name>.jsonl`` and run this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import flags, minilm, prune, tables
+from experiments.quantization import training
+from experiments.runner import refuse
+from experiments.workdir import Row, Rows
+
+RESULTS = Path(__file__).parent.parent / "results"
+TITLES = {
+    "digits": "digits: 1078 train, 360 validation, 359 test",
+    "mnist": "MNIST-10k: 7200 train, 800 validation, 2000 test",
+    "text": "text (tinyshakespeare.txt)",
+}
+
+
+def rows(path: Path, keys: Sequence[str]) -> list[Row]:
+    """The rows of a file, each thing measured once."""
+    return list(Rows(path, keys))
+
+
+def draw(folder: Path) -> list[Path]:
+    """Write all tables and pictures; return the pictures."""
+    made = []
+    for path in sorted((folder / "compress").glob("*.jsonl")):
+        found, (table, picture) = rows(path, ("model", "seed", "plan")), beside(path)
+        tables.finish(found, table, picture, TITLES.get(path.stem, path.stem))
+        made.append(picture)
+    for path in sorted((folder / "pruning").glob("*.jsonl")):
+        found, (table, picture) = rows(path, prune.Pruning.keys), beside(path)
+        prune.finish(found, "text" if path.stem == "text" else "image", table, picture, TITLES[path.stem])
+        made.append(picture)
+    quantization = folder / "quantization"
+    table, picture = beside(quantization / "minilm.jsonl")
+    minilm.finish(rows(quantization / "minilm.jsonl", minilm.Encoding.keys), table, picture)
+    made.append(picture)
+    table, picture = beside(quantization / "training.json")
+    training.finish(json.loads((quantization / "training.json").read_text())["rows"], table, picture)
+    return [*made, picture]
+
+
+def beside(path: Path) -> tuple[Path, Path]:
+    """Where the table and the picture of these rows stand."""
+    return path.with_suffix(".md"), path.with_suffix(".png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="the folder with the rows")
+    try:
+        print("\n".join(map(str, draw(parser.parse_args(argv).folder))))
+    except (ValueError, OSError, ImportError) as error:
+        return refuse(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
