@@ -269,3 +269,78 @@ def test_depth_under_scan_costs_nothing():
 
     one, many = (jc.trace.cost(fn, {"w": shape(n, 8, 8)}, shape(2, 8)) for n in (1, 1000))
     assert many.flops == 1000 * one.flops
+
+
+def gated(params, x):
+    return x @ jax.lax.cond(x.sum() > 0, lambda: params["a"], lambda: params["b"])
+
+
+def switched_by_a_parameter(params, x):
+    return x @ jax.lax.cond(params["gate"].sum() > 0, lambda: params["a"], lambda: params["b"])
+
+
+def adapted(params, x):
+    return x @ (params["a"] + params["left"] @ params["right"]) @ params["b"]
+
+
+def queried(params, x):
+    queries = jnp.tanh(params["queries"]) @ params["a"]
+    return jax.nn.softmax(queries @ (x @ params["b"]).T) @ x
+
+
+def chosen(params, x):
+    experts = jnp.stack([params["a"], params["b"]])
+    return x @ experts[jnp.argmax(x.sum(0)) % 2]
+
+
+def carried(params, x):
+    def turn(state, _):
+        w, x = state
+        return (w, jnp.tanh(x @ w)), x @ params["b"]
+
+    return jax.lax.scan(turn, (params["a"], x), None, length=3)
+
+
+def outer(params, x):
+    return jax.lax.dot_general(x, params["bias"], (((), ()), ((), ()))), x @ params["a"]
+
+
+def counted(params, x):
+    return (x > 0).astype(jnp.int32) @ params["codes"], x @ params["a"]
+
+
+@pytest.mark.parametrize(
+    ("fn", "weights"),
+    [
+        (gated, ()),
+        (switched_by_a_parameter, ("a", "b")),
+        (adapted, ("a", "b", "left", "right")),
+        (queried, ("a", "b")),
+        (chosen, ()),
+        (carried, ("a", "b")),
+        (outer, ("a", "bias")),
+        (counted, ("a", "codes")),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_cost_charges_what_accelerate_lists(fn, weights):
+    params = {"a": shape(8, 8), "b": shape(8, 8)}
+    params |= {"left": shape(8, 2), "right": shape(2, 8), "queries": shape(3, 8), "gate": shape(4)}
+    params |= {"bias": shape(8), "codes": shape(8, 4, dtype=jnp.int32)}
+    x = shape(5, 8)
+    charged = {row.path for row in jc.trace.cost(fn, params, x).rows if row.multiply_adds}
+    listed = {path for row in jc.accelerate(fn).report(params, x).rows for path in row.path.split(", ")}
+    assert charged == listed == set(weights)
+
+
+# Of branches the dearest is counted, and all are listed.
+CHEAPER = {"control-plain": {"other/kernel"}}
+
+
+@pytest.mark.parametrize("name", ["control-plain", "scan-linen", "lstm-linen", "encoder-nnx", "lenet-linen"])
+def test_cost_charges_what_accelerate_lists_in_the_zoo(name):
+    model = built(name)
+    args = model.args(2, jax.random.key(1))
+    charged = {row.path for row in jc.trace.cost(model.fn, model.params, *args).rows if row.multiply_adds}
+    rows = jc.accelerate(model.fn).report(model.params, *args).rows
+    assert charged | CHEAPER.get(name, set()) == {path for row in rows for path in row.path.split(", ")}

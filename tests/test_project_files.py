@@ -1,6 +1,7 @@
 """The two commands of the README, and the layers of the package."""
 
 import ast
+import importlib
 import pathlib
 import re
 
@@ -59,6 +60,37 @@ def test_imports_point_down_and_stay_public(path):
         if name.startswith("jcompress.") and room != "__init__":
             other = name.split(".")[1]
             assert other == room or other in LAYERS[room], f"{room} must not import {other}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_others_need_of_trace_is_public(path):
+    if (ROOT / "jcompress" / "trace") in path.parents:
+        return
+    names = set(importlib.import_module("jcompress.trace").__all__) | {"accelerate", "calibrate", "shrink"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jcompress.trace"):
+            assert node.module == "jcompress.trace"
+            assert {alias.name for alias in node.names} <= names
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("jcompress.trace.") for alias in node.names)
+
+
+# A statistic, a parameter of equations, and attributes of jax modules that bear the name of a primitive.
+OTHER_MEANINGS = {"square", "name", "pcast", "shard_map"}
+
+
+def test_a_primitive_is_named_in_one_place():
+    """The table of primitives says all that the readings know of one."""
+    rows = importlib.import_module("jcompress.trace.primitives").ROWS
+    assert len(rows) > 150
+    named = {
+        f"{path.relative_to(ROOT)}: {node.value}"
+        for path in MODULES
+        if (ROOT / "jcompress" / "trace") in path.parents and path.name != "primitives.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in rows and node.value not in OTHER_MEANINGS
+    }
+    assert not named
 
 
 def test_no_private_jax():

@@ -14,11 +14,7 @@ from jax import lax
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.numeric.surrogates import straight_through
-from jcompress.trace.core import walk
-from jcompress.trace.execution import contraction
-from jcompress.trace.execution.contraction import Product
-from jcompress.trace.execution.execute import Executed
-from jcompress.trace.execution.weights import Range, Shared, Weight
+from jcompress.trace import Executed, Product, Range, Weight
 
 Bits = int | Mapping[str, int | None]
 
@@ -90,7 +86,7 @@ def activations(
       w     dot_general  2x2    int8 x int8 -> int32, scale of the tensor
     """
     leaves = rules.paths(params)
-    shapes = {path: jax.eval_shape(core.dense, x) if core.is_node(x) else walk.shapes(x) for path, x in leaves}
+    shapes = {path: jax.eval_shape(core.dense, x) for path, x in leaves}
     given = {path: bits.get(path) for path in shapes} if isinstance(bits, Mapping) else dict.fromkeys(shapes, bits)
     _check(given, weight_bits, scale, mode, stats)
     known = {} if stats is None else {path: stats[path] for path in shapes if path in stats}
@@ -98,7 +94,7 @@ def activations(
     if isinstance(bits, Mapping) and (unknown := sorted(set(bits) - set(shapes))):
         raise ValueError(f"{unknown[0]}: bits are given for it, and there is no such parameter")
     policy = Integers(given, weight_bits, symmetric, scale, mode, stats is not None)
-    examples = walk.shapes((params, *args)) if args else None
+    examples = jax.eval_shape(lambda *xs: xs, params, *args) if args else None
     return Executed(fn, policy, ranges, examples)
 
 
@@ -120,21 +116,15 @@ def _ranges(path: str, shape: tuple[int, ...], stat: Any) -> dict[tuple[int, ...
         low, high = stat if isinstance(stat, tuple) else (-stat, stat)
         if jnp.ndim(low) or jnp.ndim(high):
             raise ValueError(f"{path}: found a range of shape {jnp.shape(high)}, expected a scalar, or a pair of them")
-        return {(): (_end(low, shape), _end(high, shape))}
+        return {(): Range.of(low, high, shape)}
     found = {}
     for use in (stat, *stat.others):
         if use.absmax is not None and use.axes:
             largest = jnp.asarray(use.absmax, jnp.float32).max(-1)
             is_stack = largest.shape == shape[: largest.ndim] and all(len(shape) + a >= largest.ndim for a in use.axes)
             largest = largest if is_stack else largest.max()
-            found[use.axes] = (_end(-largest, shape), _end(largest, shape))
+            found[use.axes] = Range.of(-largest, largest, shape)
     return found
-
-
-def _end(x: Any, shape: tuple[int, ...]) -> Shared:
-    """One end of a range, of stacked layers each its own, in the rank of the parameter."""
-    x = jnp.asarray(x, jnp.float32)
-    return Shared(x.reshape(*x.shape, *[1] * (len(shape) - x.ndim)), constant=frozenset(range(x.ndim, len(shape))))
 
 
 class Grid(NamedTuple):
@@ -210,11 +200,11 @@ class Integers:
 
     def _grid_of(self, product: Product, x: jax.Array, w: Weight, axes: tuple[int, ...], bits: int) -> Grid | None:
         if self.static:
-            known = w.ranges.get(axes, w.ranges.get(()))
+            known = w.range_of(axes)
             if known is None:
                 return None
-            low, high = (product.shared(end.array, x.ndim) for end in (_negative(known[0]), known[1]))
-            return _grid(None, jnp.maximum(low, high), bits) if self.symmetric else _grid(-low, high, bits)
+            low, high = known.of_activation(product, x.ndim)
+            return _grid(None, jnp.maximum(-low, high), bits) if self.symmetric else _grid(low, high, bits)
         over = tuple(range(x.ndim)) if self.scale == "tensor" else tuple(product.summed)
         wide = lax.stop_gradient(x).astype(jnp.float32)
         if self.symmetric:
@@ -229,12 +219,7 @@ class Integers:
         wide = w.values.astype(jnp.float32)
         largest = jnp.max(jnp.abs(lax.stop_gradient(wide)), product.contracted, keepdims=True, initial=0.0)
         grid = _grid(None, largest, self.weight_bits)
-        scale = Shared(grid.scale, constant=frozenset())
-        return dataclasses.replace(w, values=grid.codes(wide), scale=scale, bits=self.weight_bits)
-
-
-def _negative(end: Shared) -> Shared:
-    return dataclasses.replace(end, array=-end.array)
+        return w.coded(grid.codes(wide), grid.scale, self.weight_bits)
 
 
 def _float(product: Product, x: jax.Array, w: Weight) -> jax.Array:
@@ -251,7 +236,7 @@ def _not_integers(product: Product, w: Weight) -> str:
         return f"its codes are {w.values.dtype}"
     if w.zero is not None and w.bits > 7:
         return "affine codes of 8 bits less their zero points do not fit into int8"
-    if contraction.length(product, w.values) * 2**15 >= 2**31:
+    if product.terms(w.values.shape) * 2**15 >= 2**31:
         return "its sums do not fit into int32"
     return ""
 

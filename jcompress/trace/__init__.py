@@ -5,6 +5,7 @@ The verbs stand at the top: ``jc.calibrate``, ``jc.shrink``, ``jc.accelerate``.
 
 from jcompress.layers.counts import Count
 from jcompress.layers.groups import Group, Groups, mask
+from jcompress.trace.core.contraction import Product
 from jcompress.trace.costs.counts import cost
 from jcompress.trace.costs.tables import Cost, CostRow, node_products
 from jcompress.trace.coupled.groups import coupling
@@ -12,6 +13,7 @@ from jcompress.trace.coupled.resize import Shrunk
 from jcompress.trace.coupled.resize import shrink as shrink
 from jcompress.trace.execution.acceleration import accelerate as accelerate
 from jcompress.trace.execution.execute import Executed, ProductRow, Products
+from jcompress.trace.execution.weights import Policy, Range, Weight
 from jcompress.trace.recording.calibration import calibrate as calibrate
 from jcompress.trace.recording.observation import observe
 from jcompress.trace.recording.statistics import Calibration, Outputs, Stats
@@ -25,10 +27,14 @@ __all__ = [
     "Group",
     "Groups",
     "Outputs",
+    "Policy",
+    "Product",
     "ProductRow",
     "Products",
+    "Range",
     "Shrunk",
     "Stats",
+    "Weight",
     "cost",
     "coupling",
     "mask",

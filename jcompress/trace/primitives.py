@@ -1,92 +1,180 @@
-"""The rule of each primitive that ``coupling`` and ``shrink`` can read."""
+"""The table of primitives: one row each, and all readings go by it.
+
+A row says how a primitive ties dimensions and runs at other sizes (``rule``: coupling and shrinking), what its results
+have to do with the parameters (``flow``: calibration and execution), and what it costs (``count``). To add a primitive,
+add a row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
 
-from jcompress.trace.core import walk
-from jcompress.trace.coupled.frames import (
-    Rule,
-    Site,
+import jax.numpy as jnp
+from jax.extend import core as jax_core
+
+from jcompress.trace.core import bodies
+from jcompress.trace.core.contraction import Convolution, Dot
+from jcompress.trace.core.kinds import Collective, Contraction, Flow, Lookup, Opaque
+from jcompress.trace.core.layouts import (
+    BROADCAST,
+    RESHAPE,
+    SAME,
+    SLICE,
+    SQUEEZE,
+    Cast,
+    Permutation,
+    Pieces,
+    SideBySide,
 )
-from jcompress.trace.coupled.rules.calls import Call, Remat, ShardMap
-from jcompress.trace.coupled.rules.control import Cond, Scan, While
-from jcompress.trace.coupled.rules.derivatives import CustomJVP, CustomVJP
-from jcompress.trace.coupled.rules.lookups import DynamicSlice, DynamicUpdateSlice, Gather, Scatter
-from jcompress.trace.coupled.rules.moves import (
-    FIXED,
-    IDENTITY,
-    NARY,
-    UNARY,
-    Along,
-    Broadcast,
-    Concatenate,
-    Drawn,
-    Elementwise,
-    Identity,
-    Iota,
-    Pad,
-    Reshape,
-    Slice,
-    Split,
-    Squeeze,
-    Stack,
-    Tile,
-    Transpose,
-    Window,
-)
-from jcompress.trace.coupled.rules.sums import COMBINE, Convolution, Dot, Reduce
+from jcompress.trace.costs import operations as ops
+from jcompress.trace.coupled.frames import Rule
+from jcompress.trace.coupled.rules import calls, control, derivatives, joins, lookups, moves, sums
+from jcompress.trace.coupled.rules.elementwise import Elementwise, Identity, Zero
+from jcompress.trace.recording import meetings
 
 
-def _params(*names: str) -> Callable[[Site], Sequence[int]]:
-    def axes(site: Site) -> Sequence[int]:
-        found = next(site.params[name] for name in names if name in site.params)
-        return found if isinstance(found, (tuple, list)) else (found,)
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a primitive means.
 
-    return axes
+    Attributes:
+      rule: for dimensions: what it ties, what of it can be cut, and how it runs at other sizes.
+      flow: for parameters: what its results have to do with them, and so how it is executed on nodes.
+      count: its operations, and its transcendental ones.
+    """
+
+    rule: Rule
+    flow: Flow = Flow()
+    count: ops.Count = ops.ONE
 
 
-def _last(site: Site) -> Sequence[int]:
-    return (site.params.get("axis", -1),)
+def row(eqn: jax_core.JaxprEqn) -> Row:
+    """That of an equation; a primitive without one keeps whole what it meets, and its results are computed."""
+    return ROWS.get(eqn.primitive.name, UNREAD)
 
 
-_window = Window()
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(IDENTITY, Identity()),
-    **dict.fromkeys(FIXED, Rule()),
-    **dict.fromkeys([*UNARY, *NARY], Elementwise()),
-    **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"], Along(_params("axis"))),
-    **dict.fromkeys(["argmax", "argmin"], Along(_params("axes"), drops=True)),
-    **dict.fromkeys(COMBINE, Reduce()),
-    **dict.fromkeys(["random_bits", "random_split", "rng_uniform"], Drawn()),
-    **dict.fromkeys(["reduce_window_max", "reduce_window_min", "reduce_window_sum"], _window),
-    **dict.fromkeys(["scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul"], Scatter()),
-    "rev": Along(_params("dimensions")),
-    "sort": Along(_params("dimension")),
-    "top_k": Along(_last),
-    "broadcast_in_dim": Broadcast(),
-    "reshape": Reshape(),
-    "transpose": Transpose(),
-    "squeeze": Squeeze(),
-    "slice": Slice(),
-    "split": Split(),
-    "concatenate": Concatenate(),
-    "stack": Stack(),
-    "tile": Tile(),
-    "pad": Pad(),
-    "iota": Iota(),
-    "dot_general": Dot(),
-    "conv_general_dilated": Convolution(),
-    "gather": Gather(),
-    "dynamic_slice": DynamicSlice(),
-    "dynamic_update_slice": DynamicUpdateSlice(),
-    **dict.fromkeys(walk.CALLS, Call()),
-    **dict.fromkeys(walk.REMAT, Remat()),
-    "custom_jvp_call": CustomJVP(),
-    "custom_vjp_call": CustomVJP(),
-    "custom_vjp_call_jaxpr": CustomVJP(),
-    "scan": Scan(),
-    "while": While(),
-    "cond": Cond(),
-    "shard_map": ShardMap(),
+UNREAD = Row(Rule(), Opaque())
+
+_plain = Elementwise()
+_moved = Row(Identity(), SAME, ops.NONE)
+_summed_over_devices = Row(Identity(), Collective(same=True))
+_fixed = Row(Rule(), Opaque())
+_unread = UNREAD.rule
+_call, _scan, _while, _cond = bodies.Call(), bodies.Scan(), bodies.While(), bodies.Cond()
+_remat, _mesh, _custom = bodies.Remat(), bodies.ShardMap(), bodies.Custom()
+_window = Row(moves.Window(), Opaque(), ops.window)
+_scatter = Row(lookups.Scatter(), Flow(), ops.updates)
+_unread_scatter = Row(_unread, Flow(), ops.updates)
+_drawn = Row(joins.Drawn(), Opaque())
+
+
+def _all(names: str, row: Row) -> dict[str, Row]:
+    """The same row for several primitives."""
+    return dict.fromkeys(names.split(), row)
+
+
+def _each(names: str, zero: Zero = "computed", count: ops.Count = ops.ONE) -> dict[str, Row]:
+    """Rows of primitives that compute entry by entry."""
+    return _all(names, Row(Elementwise(zero), Flow(), count))
+
+
+def _reduce(combine: sums.Combine, neutral: bool = False) -> Row:
+    return Row(sums.Reduce(combine, neutral), Flow(), ops.reduction)
+
+
+def _along(axes: str, holds_zero: bool = True, drops: bool = False, count: ops.Count = ops.ONE) -> Row:
+    return Row(moves.Along(axes, drops=drops, holds_zero=holds_zero), Opaque(), count)
+
+
+def _product(rule: Rule, of: type[Dot] | type[Convolution], meeting: meetings.Meet) -> Row:
+    return Row(rule, Contraction(of.of, meeting), lambda eqn: (2 * of.of(eqn).multiply_adds(padding=False), 0))
+
+
+ROWS: dict[str, Row] = {
+    # Entry by entry
+    **_each("abs add add_any bessel_i0e bessel_i1e ceil clamp clz conj eq eq_to floor ge gt igamma igammac is_finite"),
+    **_each("le le_to lt lt_to max min ne neg nextafter not or population_count reduce_precision rem round shift_left"),
+    **_each("shift_right_arithmetic shift_right_logical sign square sub xor"),
+    **_each("mul and", zero="any"),
+    **_each("div", zero="first"),
+    **_each("select_n", zero="cases"),
+    **_each("complex imag real", count=ops.NONE),
+    **_each("integer_pow", count=ops.power),
+    **_each("acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf exp exp2 expm1 log", count=ops.TRANSCENDENTAL),
+    **_each("log1p pow rsqrt sin sinh sqrt tan tanh", count=ops.TRANSCENDENTAL),
+    **_each("logistic", count=ops.each(3, 1)),
+    **_each("erf_inv", count=ops.each(37, 1)),
+    **_each("lgamma", count=ops.each(52, 1)),
+    **_each("erfc", count=ops.each(60, 1)),
+    **_each("digamma", count=ops.each(73, 1)),
+    "convert_element_type": Row(_plain, Cast()),
+    # What stays as it is, laid out anew
+    **_all("copy copy_p device_put mesh_cast name optimization_barrier pcast pvary reshard", _moved),
+    **_all("sharding_constraint stop_gradient", _moved),
+    "transpose": Row(moves.Transpose(), Permutation(), ops.NONE),
+    "reshape": Row(moves.Reshape(), RESHAPE, ops.NONE),
+    "expand_dims": Row(_unread, RESHAPE, ops.NONE),
+    "squeeze": Row(moves.Squeeze(), SQUEEZE, ops.NONE),
+    "broadcast_in_dim": Row(moves.Broadcast(), BROADCAST, ops.NONE),
+    "slice": Row(moves.Slice(), SLICE, ops.NONE),
+    "split": Row(moves.Split(), Pieces(), ops.NONE),
+    "concatenate": Row(joins.Concatenate(), SideBySide(), ops.NONE),
+    "stack": Row(joins.Stack(), Flow(), ops.NONE),
+    "pad": Row(joins.Pad(), Flow(), ops.NONE),
+    "tile": Row(moves.Tile(), Opaque()),
+    "rev": _along("dimensions", count=ops.NONE),
+    "iota": Row(joins.Iota(), Flow(), ops.NONE),
+    **_all("bitcast_convert_type broadcast empty", Row(_unread, Opaque(), ops.NONE)),
+    # Products
+    "dot_general": _product(sums.Dot(), Dot, meetings.of_dot),
+    "conv_general_dilated": _product(sums.Convolution(), Convolution, meetings.of_convolution),
+    # Over an axis
+    "reduce_sum": _reduce(lambda total, x, n: total + x * jnp.asarray(n, x.dtype), neutral=True),
+    "reduce_max": _reduce(lambda total, x, n: jnp.maximum(total, x)),
+    "reduce_min": _reduce(lambda total, x, n: jnp.minimum(total, x)),
+    "reduce_prod": _reduce(lambda total, x, n: total * x**n),
+    "reduce_and": _reduce(lambda total, x, n: total & x),
+    "reduce_or": _reduce(lambda total, x, n: total | x),
+    "reduce_xor": Row(_unread, Opaque(), ops.reduction),
+    **_all("argmax argmin", _along("axes", holds_zero=False, drops=True, count=ops.extremum)),
+    **_all("cumsum cumprod cummax cummin", _along("axis")),
+    "cumlogsumexp": _along("axis", holds_zero=False),
+    "sort": Row(moves.Along("dimension"), Flow(), ops.order),
+    "top_k": _along("axis", count=ops.order),
+    "approx_top_k": Row(_unread, Opaque(), ops.order),
+    **_all("reduce_window_max reduce_window_min reduce_window_sum", _window),
+    "reduce_window": Row(_unread, Opaque(), ops.window),
+    # At places that are computed
+    "gather": Row(lookups.Gather(), Lookup(counts=True), ops.NONE),
+    "dynamic_slice": Row(lookups.DynamicSlice(), Lookup(), ops.NONE),
+    "dynamic_update_slice": Row(lookups.DynamicUpdateSlice(), Flow(), ops.NONE),
+    "scatter": Row(lookups.Scatter(), Flow(), ops.NONE),
+    **_all("scatter-add scatter_add scatter-mul scatter_mul", _scatter),
+    **_all("scatter-max scatter_max scatter-min scatter_min", _unread_scatter),
+    # Random numbers
+    "random_bits": Row(joins.Drawn(), Flow(), ops.each(47)),
+    **_all("random_split rng_uniform", _drawn),
+    **_all("random_wrap random_unwrap", Row(Rule(), Opaque(), ops.NONE)),
+    **_all("random_fold_in threefry2x32", Row(Rule())),
+    "random_seed": _fixed,
+    # Linear algebra, and what talks to the outside
+    **_all("cholesky debug_callback debug_print eigh lu qr svd triangular_solve", _fixed),
+    "create_token": Row(Rule(), Opaque(), ops.NONE),
+    # Between devices
+    **_all("pmax pmin psum psum2 psum_invariant", _summed_over_devices),
+    "ppermute": Row(Identity(), Collective()),
+    "pbroadcast": Row(Identity(), Opaque()),
+    **_all("all_gather all_gather_invariant", Row(_unread, Collective(same=True))),
+    **_all("all_to_all pgather psum_scatter reduce_scatter", Row(_unread, Collective())),
+    "axis_index": Row(Rule(), Collective(), ops.NONE),
+    # What holds bodies of equations
+    **_all("closed_call core_call jit pjit", Row(calls.Call(_call), _call)),
+    **_all("checkpoint remat remat2", Row(calls.Remat(_remat), _remat)),
+    "custom_jvp_call": Row(derivatives.CustomJVP(_custom), _custom),
+    "custom_jvp_call_jaxpr": Row(calls.Call(_custom), _custom),
+    **_all("custom_vjp_call custom_vjp_call_jaxpr", Row(derivatives.CustomVJP(_custom), _custom)),
+    "scan": Row(control.Scan(_scan), _scan),
+    "while": Row(control.While(_while), _while),
+    "cond": Row(control.Cond(_cond), _cond),
+    "shard_map": Row(control.ShardMap(_mesh), _mesh),
 }

@@ -1,94 +1,132 @@
-"""What each value of a function has to do with the parameters, read off its equations; nothing is run."""
+"""A function read once: what each value of it has to do with the parameters, body by body. Nothing is run.
+
+Calibration, execution and costs go through what stands here; none of them works out a kind of its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 from jax.extend import core as jax_core
 
+from jcompress.trace import primitives
 from jcompress.trace.core import walk
-from jcompress.trace.core.views import (
-    Activation,
-    Derived,
-    Joined,
-    Kind,
-    View,
-    computed,
-    has_parameters,
-    join,
-    laid_out,
-    peel,
-)
-
-Kinds = list[Kind]
+from jcompress.trace.core.kinds import Flow, Kinds
+from jcompress.trace.core.views import Activation, Kind, has_parameters, whole
+from jcompress.trace.core.walk import Program
+from jcompress.trace.primitives import Row
 
 
-def of_jaxpr(jaxpr: jax_core.Jaxpr, kinds: Sequence[Kind]) -> Kinds:
-    """The kinds of the outputs, given those of the inputs."""
-    env: dict = dict.fromkeys(jaxpr.constvars)
-    env.update(zip(jaxpr.invars, kinds, strict=True))
-    for eqn in jaxpr.eqns:
-        env.update(zip(eqn.outvars, of_equation(eqn, [_read(env, v) for v in eqn.invars]), strict=True))
-    return [_read(env, v) for v in jaxpr.outvars]
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An equation.
+
+    Attributes:
+      eqn: the equation.
+      row: what its primitive means.
+      ins: the kinds of its operands.
+      outs: the kinds of its results.
+      bodies: what is inside, read.
+    """
+
+    eqn: jax_core.JaxprEqn
+    row: Row
+    ins: Kinds
+    outs: Kinds
+    bodies: list[Body]
+
+    @property
+    def flow(self) -> Flow:
+        """What its primitive does with parameters."""
+        return self.row.flow
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether an operand is made of parameters."""
+        return any(map(has_parameters, self.ins))
 
 
-def _read(env: dict, v: object) -> Kind:
-    return None if isinstance(v, jax_core.Literal) else env[v]
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """A jaxpr at one place where it is run.
+
+    Attributes:
+      closed: the jaxpr.
+      ins: the kinds of its inputs.
+      outs: the kinds of its outputs.
+      steps: its equations.
+      loop: how many loops, branches and meshes are around.
+    """
+
+    closed: jax_core.ClosedJaxpr
+    ins: Kinds
+    outs: Kinds
+    steps: list[Step]
+    loop: int
+
+    def run(self, values: Sequence[Any], equation: Callable[[Step, list[Any]], Sequence[Any]]) -> list[Any]:
+        """The outputs for some inputs, each equation computed as one says."""
+        jaxpr = self.closed.jaxpr
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, self.closed.consts, strict=True))
+        env.update(zip(jaxpr.invars, values, strict=True))
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, jax_core.Literal) else env[v]
+
+        for step in self.steps:
+            env.update(zip(step.eqn.outvars, equation(step, list(map(read, step.eqn.invars))), strict=True))
+        return list(map(read, jaxpr.outvars))
 
 
-def of_equation(eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> Kinds:
-    """The kinds of an equation's results."""
-    name, n = eqn.primitive.name, len(eqn.outvars)
-    if not any(map(has_parameters, kinds)):
-        return [computed(name, kinds)] * n
-    if (called := walk.called(eqn)) is not None:
-        return of_jaxpr(called.jaxpr, kinds)
-    if name == "scan":
-        consts, carry, xs = scanned(eqn, kinds)
-        outs = of_jaxpr(eqn.params["jaxpr"].jaxpr, [*consts, *carry, *xs])
-        return [*carry, *(computed(name, [k]) for k in outs[len(carry) :])]
-    if name == "while":
-        return looped(eqn, kinds)[2]
-    if name == "cond":
-        columns = zip(*(of_jaxpr(b.jaxpr, kinds[1:]) for b in eqn.params["branches"]), strict=True)
-        return [chosen(join(name, column), kinds[0]) for column in columns]
-    if name in ("gather", "dynamic_slice") and has_parameters(kinds[0]):
-        made = computed(name, kinds[:1])
-        return [chosen(made, computed(name, kinds[1:]))] * n
-    return laid_out(eqn, kinds) or [computed(name, kinds)] * n
+def of_program(program: Program, counted: Container[str] | None = None) -> Body:
+    """A function read: its parameters are what they are, and its arguments activations.
+
+    Args:
+      program: the traced function.
+      counted: the paths that count as a level of their own; all by default.
+    """
+    closed, paths = program.closed, program.paths
+    avals = [walk.aval(v) for v in closed.jaxpr.invars]
+    kinds: Kinds = [
+        whole(path, a.shape, 1 if counted is None or path in counted else 0)
+        for path, a in zip(paths, avals, strict=False)
+    ]
+    others = [Activation()] * (len(avals) - len(paths))
+    # Where a function has no other arguments, what it closes over is its data.
+    return Reading(constants=None if others else Activation()).body(closed, [*kinds, *others])
 
 
-def chosen(kind: Kind, index: Kind) -> Kind:
-    """What an index picks: entries of a parameter that an activation chose are looked up."""
-    if not isinstance(index, Activation) or isinstance(kind, (View, Joined)):
-        return kind
-    return dataclasses.replace(kind, lookup=True) if isinstance(kind, Derived) else computed("cond", [kind, index])
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How bodies are read.
 
+    Attributes:
+      constants: the kind of what a function closes over: an activation, where it has no other arguments.
+      loop: how many loops, branches and meshes are around.
+    """
 
-def scanned(eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> tuple[Kinds, Kinds, Kinds]:
-    """What the body of a ``scan`` sees: constants, carry, and slices."""
-    n, carried = walk.scan_parts(eqn)
-    split = n + carried
-    slices = [peel(k, 0) for k in kinds[split:]]
-    consts = list(kinds[:n])
-    return consts, _settled(eqn.params["jaxpr"].jaxpr, consts, list(kinds[n:split]), slices), slices
+    constants: Kind = None
+    loop: int = 0
 
+    def deeper(self) -> Reading:
+        """Inside one more of them."""
+        return dataclasses.replace(self, loop=self.loop + 1)
 
-def looped(eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> tuple[Kinds, Kinds, Kinds]:
-    """What a ``while`` sees: constants of its condition, those of its body, and the carry."""
-    a = eqn.params["cond_nconsts"]
-    b = a + eqn.params["body_nconsts"]
-    consts = list(kinds[a:b])
-    return list(kinds[:a]), consts, _settled(eqn.params["body_jaxpr"].jaxpr, consts, list(kinds[b:]), [])
+    def body(self, closed: jax_core.ClosedJaxpr, kinds: Sequence[Kind]) -> Body:
+        """A body whose inputs have these kinds."""
+        jaxpr, steps = closed.jaxpr, []
+        env: dict[Any, Kind] = dict.fromkeys(jaxpr.constvars, self.constants)
+        env.update(zip(jaxpr.invars, kinds, strict=True))
 
+        def read(v: Any) -> Kind:
+            return None if isinstance(v, jax_core.Literal) else env[v]
 
-def _settled(body: jax_core.Jaxpr, before: Kinds, carry: Kinds, after: Kinds) -> Kinds:
-    """The kinds of a carry that hold before and after each turn; a parameter carried on is no view of it."""
-    carry = [computed("carry", [k]) if isinstance(k, (View, Joined)) else k for k in carry]
-    while True:
-        outs = of_jaxpr(body, [*before, *carry, *after])
-        joined = [join("carry", pair) for pair in zip(carry, outs[: len(carry)], strict=True)]
-        if joined == carry:
-            return carry
-        carry = joined
+        for eqn in jaxpr.eqns:
+            row, ins = primitives.row(eqn), list(map(read, eqn.invars))
+            bodies = row.flow.bodies(eqn, ins, self)
+            outs = row.flow.results(eqn, ins, bodies)
+            steps.append(Step(eqn, row, ins, outs, bodies))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return Body(closed, list(kinds), list(map(read, jaxpr.outvars)), steps, self.loop)

@@ -1,4 +1,4 @@
-"""What every reading of a function shares: its jaxpr with the parameters named, and the calls inside it."""
+"""What every reading of a function shares: its jaxpr with the parameters named, and its equations applied anew."""
 
 from __future__ import annotations
 
@@ -12,12 +12,6 @@ from jax.extend import core as jax_core
 
 from jcompress import core, rules
 from jcompress.core import PyTree
-
-CALLS = {
-    "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
-    "custom_jvp_call_jaxpr", "custom_vjp_call_jaxpr",
-}  # fmt: skip
-REMAT = {"remat", "remat2", "checkpoint"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +54,6 @@ def program(fn: Callable[..., Any], params: PyTree, *args: Any) -> Program:
 def aval(x: Any) -> Any:
     """The shape and dtype of a variable or a literal."""
     return x.aval
-
-
-def called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr | None:
-    """The function that an equation calls on its own operands (``jit``, ``remat``, custom derivatives), or None."""
-    if eqn.primitive.name not in CALLS:
-        return None
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if name in eqn.params:
-            found = eqn.params[name]
-            return found if isinstance(found, jax_core.ClosedJaxpr) else jax_core.ClosedJaxpr(found, ())
-    return None
-
-
-def scan_parts(eqn: jax_core.JaxprEqn) -> tuple[int, int]:
-    """How many operands of a ``scan`` are constants, and how many its carry; the rest is scanned over."""
-    if "num_consts" in eqn.params:
-        return eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, _ = eqn.params["ft_in"].unpack()  # since jax 0.12
-    return len(list(consts)), len(list(carry))
 
 
 def bind(eqn: jax_core.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:

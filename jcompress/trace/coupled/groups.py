@@ -12,12 +12,13 @@ import jax
 from jcompress import rules
 from jcompress.core import PyTree
 from jcompress.layers.groups import Group, Groups, Member
+from jcompress.trace import primitives
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled import sizes
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import Build, Frame, Hold, Rule, all_hold, read_states
-from jcompress.trace.primitives import RULES
+from jcompress.trace.coupled.frames import Build, Frame, read_states
+from jcompress.trace.coupled.states import Hold, all_hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Coupled:
 def read(fn: Callable[..., Any], params: PyTree, *args: Any, free_outputs: str | None = None) -> Coupled:
     """Trace ``fn`` and tie its dimensions; see :func:`coupling`."""
     program = walk.program(fn, params, *args)
-    n, build = len(program.paths), Build(RULES, Rule())
+    n, build = len(program.paths), Build(lambda eqn: primitives.row(eqn).rule, primitives.UNREAD.rule)
     ins = [terms.fresh(v.aval.shape) for v in program.closed.jaxpr.invars]
     for value in ins[n:]:
         terms.pin(value, "it is an axis of an argument")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jcompress import core
 from jcompress.layers.counts import Count, Polynomial
-from jcompress.trace.costs import operations
+from jcompress.trace import primitives
+from jcompress.trace.core.bodies import Bodies
+from jcompress.trace.core.contraction import Dot, Product
+from jcompress.trace.core.kinds import Contraction
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import Frame, Site
@@ -68,19 +71,17 @@ def _sizes(names: Names) -> dict[str, int]:
 
 def _gather(frame: Frame, names: Names, times: int, found: list[Polynomial], choices: list) -> None:
     for site in frame.sites:
-        name = site.eqn.primitive.name
-        if name in ("dot_general", "conv_general_dilated"):
-            found.append(_product([{(): times}, *_factors(site, names)]))
-        elif name == "cond":
+        flow = primitives.row(site.eqn).flow
+        if isinstance(flow, Contraction):
+            found.append(_product([{(): times}, *_factors(site, flow.of(site.eqn, 0), names)]))
+        elif isinstance(flow, Bodies) and flow.is_choice:
             branches = [multiply_adds(branch, names) for branch in site.frames]
             choices.append(tuple(_times(branch, times) for branch in branches))
-        elif name in ("scan", "shard_map"):
-            count = site.params["length"] if name == "scan" else math.prod(site.params["mesh"].shape.values())
-            for inside in site.frames:
-                _gather(inside, names, times * count, found, choices)
-        else:  # of a function with derivatives of its own only the first frame is its value
-            for inside in site.frames[: 2 if name == "while" else 1]:
-                _gather(inside, names, times, found, choices)
+        elif isinstance(flow, Bodies):
+            turns = flow.times(site.eqn)
+            # Of a function with derivatives of its own only the first frame is its value.
+            for inside in site.frames[: len(flow.closed(site.eqn))]:
+                _gather(inside, names, times * (1 if turns is None else turns), found, choices)
 
 
 def _times(count: Count, times: int) -> Count:
@@ -89,13 +90,13 @@ def _times(count: Count, times: int) -> Count:
     return Count(scaled, count.sizes, inner)
 
 
-def _factors(site: Site, names: Names) -> list[Polynomial]:
+def _factors(site: Site, product: Product, names: Names) -> list[Polynomial]:
     """The lengths whose product is the number of multiply-adds of a product or a convolution."""
-    (out,), params = site.outs, site.params
-    if site.eqn.primitive.name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return [length(d, names) for d in (*out, *(site.ins[0][a] for a in contracted))]
-    numbers = params["dimension_numbers"]
-    moving: Sequence[Dim] = (site.ins[1][numbers.rhs_spec[1]], out[numbers.out_spec[0]], out[numbers.out_spec[1]])
-    still = operations.multiply_adds_of_convolution(site.eqn, True) // max(math.prod(d.size for d in moving), 1)
+    (out,), ins = site.outs, site.ins
+    if isinstance(product, Dot):
+        moving = [*out, *(ins[product.side][a] for a in product.contracted)]
+    else:
+        numbers = site.params["dimension_numbers"]
+        moving = [ins[1][numbers.rhs_spec[1]], out[numbers.out_spec[0]], out[numbers.out_spec[1]]]
+    still = product.multiply_adds() // max(math.prod(d.size for d in moving), 1)
     return [{(): still}, *(length(d, names) for d in moving)]

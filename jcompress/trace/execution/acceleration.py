@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress.trace.execution.contraction import Product
+from jcompress.trace.core.contraction import Product
 from jcompress.trace.execution.execute import Executed
 from jcompress.trace.execution.weights import Weight
 

@@ -8,26 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.extend import core as jax_core
 
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.trace.core import flow, walk
-from jcompress.trace.core.views import (
-    Activation,
-    Derived,
-    Joined,
-    Kind,
-    View,
-    has_parameters,
-    is_activation,
-    parameters,
-    whole,
-)
-from jcompress.trace.execution import contraction
-from jcompress.trace.execution.contraction import Product
-from jcompress.trace.execution.operands import Operand, dense, is_operand, of_leaf
+from jcompress.trace.core.bodies import Bodies, Call, Custom, Remat, Scan, ShardMap, While
+from jcompress.trace.core.contraction import Product
+from jcompress.trace.core.flow import Body, Step
+from jcompress.trace.core.kinds import Contraction, weight_side
+from jcompress.trace.core.layouts import SideBySide
+from jcompress.trace.core.views import Joined, Kind, View, parameters
+from jcompress.trace.execution.operands import dense, is_operand, of_leaf
 from jcompress.trace.execution.weights import Policy, Range, Weight, side_by_side
 
 Ranges = Mapping[str, Mapping[tuple[int, ...], Range]]
@@ -39,7 +30,7 @@ class ProductRow:
 
     Attributes:
       path: the parameter, or several that were computed into one.
-      primitive: ``dot_general`` or ``conv_general_dilated``.
+      primitive: its name.
       shape: of the weight in the product.
       how: what is multiplied, and why if it is dense.
     """
@@ -102,146 +93,99 @@ class Executed:
         leaves, treedef = rules.paths(tree), jax.tree.structure(tree, is_leaf=core.is_node)
         shapes = [jax.eval_shape(core.dense, x) if core.is_node(x) else walk.shapes(x) for _, x in leaves]
         program = walk.program(self.fn, jax.tree.unflatten(treedef, shapes), *args)
-        others = jax.tree.leaves(args)
-        values: list[Any] = [of_leaf(path, x, self.ranges.get(path, {})) for path, x in leaves] + others
-        kinds: list[Kind] = [whole(path, s.shape) for (path, _), s in zip(leaves, shapes, strict=True)]
-        kinds += [Activation()] * len(others)
-        run = _Run(self.policy, None if others else Activation())
-        outs = run.jaxpr(program.closed.jaxpr, program.closed.consts, values, kinds)
+        values: list[Any] = [of_leaf(path, x, self.ranges.get(path, {})) for path, x in leaves]
+        run = _Run(self.policy)
+        outs = run.arrays(flow.of_program(program), [*values, *jax.tree.leaves(args)])
         return jax.tree.unflatten(program.out_tree, outs), Products(tuple(run.rows.values()), tuple(run.notes))
 
 
 class _Run:
     """One execution. Values are arrays or operands; each has its kind beside it."""
 
-    def __init__(self, policy: Policy, constants: Kind) -> None:
-        self.policy, self.constants = policy, constants
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
         self.rows: dict[Any, ProductRow] = {}
         self.notes: dict[str, None] = {}
 
-    def jaxpr(
-        self, jaxpr: jax_core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], kinds: Sequence[Kind]
-    ) -> list[Any]:
-        """The outputs, as arrays."""
-        return [dense(x) for x in self._inside(jaxpr, consts, values, kinds)]
+    def arrays(self, body: Body, values: Sequence[Any]) -> list[Any]:
+        """The outputs of a body, as arrays."""
+        return [dense(x) for x in body.run(values, self.equation)]
 
-    def _inside(
-        self, jaxpr: jax_core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], kinds: Sequence[Kind]
-    ) -> list[Any]:
-        env: dict[Any, tuple[Any, Kind]] = {}
+    def equation(self, step: Step, values: list[Any]) -> Sequence[Any]:
+        """The results of one equation."""
+        if not step.has_parameters:
+            return walk.bind(step.eqn, values)
+        if isinstance(step.flow, Bodies):
+            return self._held(step, step.flow, values)
+        if isinstance(step.flow, Contraction):
+            return [self._product(step, step.flow, values)]
+        return self._laid_out(step, values) or walk.bind(step.eqn, [dense(x) for x in values])
 
-        def read(v: Any) -> tuple[Any, Kind]:
-            return (v.val, None) if isinstance(v, jax_core.Literal) else env[v]
+    def _laid_out(self, step: Step, values: list[Any]) -> Sequence[Any] | None:
+        """Operands in a form of their own, where the equation leaves them one."""
+        if len(values) == 1:
+            return values[0].laid_out(step) if is_operand(values[0]) else None
+        joined = side_by_side(values, step) if isinstance(step.flow, SideBySide) else None
+        return [joined] if joined else None
 
-        env.update((v, (c, self.constants)) for v, c in zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, zip(values, kinds, strict=True), strict=True))
-        for eqn in jaxpr.eqns:
-            known = list(map(read, eqn.invars))
-            outs, out_kinds = self.equation(eqn, [x for x, _ in known], [k for _, k in known])
-            env.update(zip(eqn.outvars, zip(outs, out_kinds, strict=True), strict=True))
-        return [read(v)[0] for v in jaxpr.outvars]
+    def _product(self, step: Step, made: Contraction, values: list[Any]) -> Any:
+        side = weight_side(step.ins)
+        if side is None:
+            return walk.bind(step.eqn, [dense(x) for x in values])[0]
+        product, x = made.of(step.eqn, side), dense(values[1 - side])
+        is_float = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        if product.obstacle or not is_float:
+            w = dense(values[side])
+            reason = product.obstacle or f"it meets an activation of dtype {x.dtype}"
+            self._told(step, _path(step.ins[side]), w, f"dense: {reason}")
+            return walk.bind(step.eqn, [w if i == side else x for i in (0, 1)])[0]
+        return self._multiplied(step, product, x, values[side], step.ins[side])
 
-    def equation(
-        self, eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]
-    ) -> tuple[list[Any], list[Kind]]:
-        """The results of one equation, and their kinds."""
-        kinds_out = flow.of_equation(eqn, kinds)
-        name = eqn.primitive.name
-        if not any(map(has_parameters, kinds)):
-            return walk.bind(eqn, values), kinds_out
-        if name in _CONTROL:
-            return _CONTROL[name](self, eqn, values, kinds), kinds_out
-        if (called := walk.called(eqn)) is not None:
-            return self._call(eqn, called, values, kinds), kinds_out
-        if name in ("dot_general", "conv_general_dilated"):
-            return [self._product(eqn, values, kinds)], kinds_out
-        operands = [x for x in values if is_operand(x)]
-        laid: list[Operand] | None = None
-        if len(values) == 1 and operands:
-            laid = operands[0].laid_out(eqn, kinds_out)
-        elif name == "concatenate" and (joined := side_by_side(values, eqn, kinds_out[0])):
-            laid = [joined]
-        return laid or walk.bind(eqn, [dense(x) for x in values]), kinds_out
+    def _told(self, step: Step, path: str, w: Any, how: str) -> None:
+        row = ProductRow(path, step.eqn.primitive.name, w.shape, how)
+        self.rows.setdefault((id(step.eqn), row), row)
 
-    def _product(self, eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]) -> Any:
-        for side in (1, 0):
-            mine, other, x = kinds[side], kinds[1 - side], values[1 - side]
-            is_weight = has_parameters(mine) and not (isinstance(mine, Derived) and mine.lookup)
-            product = contraction.read(eqn, side) if is_weight and is_activation(other) else None
-            if product is not None and jnp.issubdtype(jnp.result_type(dense(x)), jnp.floating):
-                return self._multiplied(eqn, product, dense(x), values[side], mine)
-        return walk.bind(eqn, [dense(x) for x in values])[0]
-
-    def _multiplied(self, eqn: jax_core.JaxprEqn, product: Product, x: Any, w: Any, kind: Kind) -> jax.Array:
-        path = ", ".join(dict.fromkeys(parameters([kind], lookups=True)))
+    def _multiplied(self, step: Step, product: Product, x: Any, w: Any, kind: Kind) -> jax.Array:
+        path = _path(kind)
         operand = w if is_operand(w) else Weight(w, dtype=w.dtype, path=path)
         axes = _axes(product, kind)
 
         def multiply(product: Product, x: jax.Array, w: Weight) -> jax.Array:
             y, how = self.policy.multiply(product, x, w, axes)
-            row = ProductRow(path, eqn.primitive.name, w.values.shape, how)
-            self.rows.setdefault((id(eqn), row), row)
+            self._told(step, path, w.values, how)
             return y
 
         return operand.product(product, x, multiply)
 
-    def _call(
-        self, eqn: jax_core.JaxprEqn, called: jax_core.ClosedJaxpr, values: Sequence[Any], kinds: Sequence[Kind]
-    ) -> list[Any]:
-        name = eqn.primitive.name
-        if name in walk.REMAT:
-            keep = {k: eqn.params[k] for k in ("policy", "prevent_cse") if k in eqn.params}
-            again = jax.checkpoint(lambda *xs: self.jaxpr(called.jaxpr, called.consts, xs, kinds), **keep)
-            return again(*values)
-        if name.startswith("custom_"):
-            if not _has_product(called.jaxpr):
-                return walk.bind(eqn, [dense(x) for x in values])
-            told = f"{eqn.params.get('name', name)}: its own derivative is lost, a parameter is multiplied inside"
-            self.notes[told] = None
-        return self._inside(called.jaxpr, called.consts, values, kinds)
+    def _held(self, step: Step, holds: Bodies, values: list[Any]) -> Sequence[Any]:
+        """An equation around bodies: weights that do not change keep their form inside."""
+        if isinstance(holds, ShardMap):
+            for path in parameters(step.ins, lookups=False):
+                self.notes[f"{path}: dense inside shard_map"] = None
+            return walk.bind(step.eqn, [dense(x) for x in values])
+        if isinstance(holds, Custom):
+            if not _has_product(step.bodies[0]):
+                return walk.bind(step.eqn, [dense(x) for x in values])
+            name = step.eqn.params.get("name", step.eqn.primitive.name)
+            self.notes[f"{name}: its own derivative is lost, a parameter is multiplied inside"] = None
+        if isinstance(holds, Call) and not isinstance(holds, Remat):
+            return step.bodies[0].run(values, self.equation)
+        bodies = [lambda *xs, body=body: self.arrays(body, xs) for body in step.bodies]
+        return holds.around(step.eqn, self._crossing(step, holds, values), bodies)
 
-    def scan(self, eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]) -> list[Any]:
-        """A loop over slices; weights are sliced in their own form."""
-        p, (n, carried) = eqn.params, walk.scan_parts(eqn)
-        consts, carry, xs = values[:n], [dense(x) for x in values[n : n + carried]], values[n + carried :]
-        inner = [k for part in flow.scanned(eqn, kinds) for k in part]
-        closed = p["jaxpr"]
-
-        def body(now: Sequence[Any], slices: Sequence[Any]) -> Any:
-            outs = self.jaxpr(closed.jaxpr, closed.consts, [*consts, *now, *slices], inner)
-            return outs[:carried], outs[carried:]
-
-        stacked = [x.stacked() if is_operand(x) else x for x in xs]
-        last, ys = lax.scan(body, carry, stacked, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
-        return [*last, *ys]
-
-    def while_(self, eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]) -> list[Any]:
-        """A loop; weights that do not change keep their form."""
-        p = eqn.params
-        a, b = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-        test, body, carry = flow.looped(eqn, kinds)
-        condition, turn = p["cond_jaxpr"], p["body_jaxpr"]
-        return lax.while_loop(
-            lambda now: self.jaxpr(condition.jaxpr, condition.consts, [*values[:a], *now], [*test, *carry])[0],
-            lambda now: self.jaxpr(turn.jaxpr, turn.consts, [*values[a:b], *now], [*body, *carry]),
-            [dense(x) for x in values[b:]],
-        )
-
-    def cond(self, eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]) -> list[Any]:
-        """Branches."""
-        branches = [lambda *xs, b=b: self.jaxpr(b.jaxpr, b.consts, xs, kinds[1:]) for b in eqn.params["branches"]]
-        return lax.switch(values[0], branches, *values[1:])
-
-    def shard_map(self, eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind]) -> list[Any]:
-        """What is mapped over devices is run as it is."""
-        for path in parameters(kinds, lookups=False):
-            self.notes[f"{path}: dense inside shard_map"] = None
-        return walk.bind(eqn, [dense(x) for x in values])
+    def _crossing(self, step: Step, holds: Bodies, values: list[Any]) -> list[Any]:
+        """What a loop carries is dense, and what it slices has a leading axis in all its parts."""
+        if not isinstance(holds, (Scan, While)):
+            return values
+        before, middle, last = holds.parts(step.eqn, values)
+        if isinstance(holds, While):
+            return [*before, *middle, *map(dense, last)]
+        return [*before, *map(dense, middle), *(x.stacked() if is_operand(x) else x for x in last)]
 
 
-_CONTROL: dict[str, Callable[..., list[Any]]] = {
-    "scan": _Run.scan, "while": _Run.while_, "cond": _Run.cond, "shard_map": _Run.shard_map,
-}  # fmt: skip
+def _path(kind: Kind) -> str:
+    """The parameters that a weight is made of."""
+    return ", ".join(dict.fromkeys(parameters([kind], lookups=True)))
 
 
 def _axes(product: Product, kind: Kind) -> tuple[int, ...]:
@@ -253,16 +197,6 @@ def _axes(product: Product, kind: Kind) -> tuple[int, ...]:
     return tuple(sorted(axis - len(part.shape) for axis in axes))
 
 
-def _has_product(jaxpr: jax_core.Jaxpr) -> bool:
+def _has_product(body: Body) -> bool:
     """Whether there is a product in the equations or in what they call."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            return True
-        inner: list[Any] = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
-        if any(_has_product(getattr(x, "jaxpr", x)) for x in inner if _is_jaxpr(x)):
-            return True
-    return False
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return isinstance(x, (jax_core.Jaxpr, jax_core.ClosedJaxpr))
+    return any(isinstance(s.flow, Contraction) or any(map(_has_product, s.bodies)) for s in body.steps)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jax_core
 
 from jcompress import core
 from jcompress.formats import LowRank, Masked, Quantized, Sum
 from jcompress.trace.core import walk
-from jcompress.trace.core.views import Kind, View
-from jcompress.trace.execution import contraction
-from jcompress.trace.execution.contraction import Dot, Product
+from jcompress.trace.core.contraction import Dot, Product
+from jcompress.trace.core.flow import Step
+from jcompress.trace.core.layouts import Cast, Permutation
+from jcompress.trace.core.views import View
 from jcompress.trace.execution.weights import Multiply, Range, Shared, Weight, static
-from jcompress.trace.recording.products import outputs_of
 
 
 @jax.tree_util.register_dataclass
@@ -41,21 +40,20 @@ class Factors:
         dense = LowRank(u, self.v.dense()).materialize()
         return jnp.moveaxis(dense, -1, self.out)
 
-    def laid_out(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> list[Factors] | None:
+    def laid_out(self, step: Step) -> list[Factors] | None:
         """As for :class:`Weight`; what is not transposed is made dense."""
-        name = eqn.primitive.name
-        if name not in ("transpose", "convert_element_type") or not all(isinstance(k, View) for k in kinds):
+        if not isinstance(step.flow, (Cast, Permutation)) or not all(isinstance(k, View) for k in step.outs):
             return None
-        if name == "convert_element_type":
-            dtype = walk.aval(eqn.outvars[0]).dtype
+        if isinstance(step.flow, Cast):
+            dtype = walk.aval(step.eqn.outvars[0]).dtype
             pair = (w.dense().astype(dtype) if w.scale is None else w.values for w in (self.u, self.v))
             u, v = (dataclasses.replace(w, values=x, dtype=dtype) for w, x in zip((self.u, self.v), pair, strict=True))
             return [Factors(u, v, out=self.out)]
-        order, n = eqn.params["permutation"], self.u.values.ndim
-        if self.v.values.ndim > 2:
+        n = self.u.values.ndim
+        out = step.flow.place(step.eqn, self.out % n)
+        if self.v.values.ndim > 2 or out is None:
             return None
-        found = self.u.laid_out(eqn, kinds) or []
-        return [Factors(u, self.v, out=order.index(self.out % n) - n) for u in found] or None
+        return [Factors(u, self.v, out=out - n) for u in self.u.laid_out(step) or []] or None
 
     def stacked(self) -> Factors:
         """As for :class:`Weight`."""
@@ -64,20 +62,20 @@ class Factors:
     def product(self, product: Product, x: jax.Array, multiply: Multiply) -> jax.Array:
         """The product with an activation."""
         u, v, out = self.u, self.v, self.out % self.u.values.ndim
-        axis = outputs_of(product.eqn, getattr(product, "side", 1), out)
+        axis = product.outputs(out)
         if v.values.ndim > 2 or (axis is None and not isinstance(product, Dot)):
             dense = dataclasses.replace(u, values=self.dense(), scale=None, zero=None, note="LowRank with layers")
             return multiply(product, x, dense)
         if axis is not None:
             y = multiply(product, x, u)
-            second = contraction.pair(product.eqn, y, axis, 0)
+            second = product.with_matrix(y, axis, 0)
             return jnp.moveaxis(multiply(second, y, v), -1, axis)
         assert isinstance(product, Dot)
         if product.contracted != (out,) or product.numbers[1][0]:
             dense = dataclasses.replace(u, values=self.dense(), scale=None, zero=None, note="LowRank in two halves")
             return multiply(product, x, dense)
-        y = multiply(contraction.pair(product.eqn, x, product.summed[0], 1), x, v)
-        z = multiply(contraction.pair(product.eqn, y, y.ndim - 1, out), y, u)
+        y = multiply(product.with_matrix(x, product.summed[0], 1), x, v)
+        z = multiply(product.with_matrix(y, y.ndim - 1, out), y, u)
         return z if product.side else jnp.moveaxis(z, range(y.ndim - 1), range(-(y.ndim - 1), 0))
 
 
@@ -92,9 +90,9 @@ class Terms:
         """The array it stands for."""
         return sum((term.dense() for term in self.terms[1:]), self.terms[0].dense())
 
-    def laid_out(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> list[Terms] | None:
+    def laid_out(self, step: Step) -> list[Terms] | None:
         """As for :class:`Weight`."""
-        found = [term.laid_out(eqn, kinds) for term in self.terms]
+        found = [term.laid_out(step) for term in self.terms]
         return None if any(x is None for x in found) else [Terms(column) for column in zip(*found, strict=True)]
 
     def stacked(self) -> Terms:

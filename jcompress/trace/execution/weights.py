@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax.extend import core as jax_core
 
 from jcompress.trace.core import walk
+from jcompress.trace.core.contraction import Product
+from jcompress.trace.core.flow import Step
+from jcompress.trace.core.layouts import Cast
 from jcompress.trace.core.views import Joined, Kind, View
-from jcompress.trace.execution.contraction import Product
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
@@ -22,10 +24,30 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 
 
 class Policy(Protocol):
-    """How one product of an activation and a weight is computed."""
+    """How one product of an activation and a weight is computed: all that :class:`Executed` asks for.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> class Half:
+      ...     def multiply(self, product, x, w, axes):
+      ...         return product.apply(x, w.dense() / 2), "halved"
+      >>> halved = jc.trace.Executed(lambda params, x: x @ params["w"], Half())
+      >>> halved({"w": jnp.ones((2, 2))}, jnp.ones((1, 2))).tolist()
+      [[1.0, 1.0]]
+    """
 
     def multiply(self, product: Product, x: jax.Array, w: Weight, axes: tuple[int, ...]) -> tuple[jax.Array, str]:
-        """The product, and how it was made; ``axes`` of the parameter are summed, negative."""
+        """Compute one product.
+
+        Args:
+          product: which axes are summed, and how it is applied.
+          x: the activation.
+          w: the weight, laid out as the product takes it.
+          axes: those of the parameter that are summed, negative; none where they cannot be told.
+
+        Returns:
+          The product, and how it was made, for the report.
+        """
         ...
 
 
@@ -51,8 +73,47 @@ class Shared:
         return dataclasses.replace(self, array=jnp.broadcast_to(self.array, (n, *self.array.shape[1:])))
 
 
-Range = tuple[Shared, Shared]
-"""The lowest and the highest value of an activation."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The lowest and the highest value of an activation that meets a parameter.
+
+    Attributes:
+      low: the lowest; in the rank of the parameter, of size 1 but along stacked layers that have ranges of their own.
+      high: the highest, alike.
+
+    Example:
+      >>> import jcompress as jc
+      >>> jc.trace.Range.of(-1.0, 2.0, (3, 4)).high.array.shape
+      (1, 1)
+    """
+
+    low: Shared
+    high: Shared
+
+    @classmethod
+    def of(cls, low: Any, high: Any, shape: Sequence[int]) -> Range:
+        """The range for a parameter of this shape.
+
+        Args:
+          low: scalar, or (layers...,) for parameters that are stacked along their first axes.
+          high: alike.
+          shape: of the parameter.
+
+        Returns:
+          The range.
+        """
+
+        def end(x: Any) -> Shared:
+            x = jnp.asarray(x, jnp.float32)
+            constant = frozenset(range(x.ndim, len(shape)))
+            return Shared(x.reshape(*x.shape, *[1] * (len(shape) - x.ndim)), constant=constant)
+
+        return cls(end(low), end(high))
+
+    def of_activation(self, product: Product, ndim: int) -> tuple[jax.Array, jax.Array]:
+        """Both ends in the rank of the activation, the widest of what one scale must hold for."""
+        return -product.shared(-self.low.array, ndim), product.shared(self.high.array, ndim)
 
 
 def _narrow(x: jax.Array, kind: Kind, constant: frozenset[int]) -> jax.Array:
@@ -103,15 +164,24 @@ class Weight:
         values = self.values.astype(dtype)
         return values if self.zero is None else values - self.zero.array.astype(dtype)
 
+    def coded(self, codes: jax.Array, scale: jax.Array, bits: int) -> Weight:
+        """The weight with codes made for it: ``scale`` times ``codes``, of the same rank."""
+        return dataclasses.replace(self, values=codes, scale=Shared(scale, constant=frozenset()), bits=bits)
+
+    def range_of(self, axes: tuple[int, ...]) -> Range | None:
+        """What is known of an activation that is summed with these axes of the parameter."""
+        return self.ranges.get(axes, self.ranges.get(()))
+
     def has_scale_of_outputs(self, product: Product) -> bool:
         """Whether there is a scale, and it is shared by all that the product sums."""
         return self.scale is not None and all(self.scale.array.shape[d] == 1 for d in product.contracted)
 
-    def laid_out(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> list[Weight] | None:
+    def laid_out(self, step: Step) -> list[Weight] | None:
         """The results of an equation that only lays the weight out anew, or None if there is no short form of them."""
+        eqn, kinds = step.eqn, step.outs
         if not all(isinstance(k, (View, Joined)) for k in kinds):
             return None
-        if eqn.primitive.name == "convert_element_type":
+        if isinstance(step.flow, Cast):
             dtype = walk.aval(eqn.outvars[0]).dtype
             values = self.values.astype(dtype) if self.scale is None else self.values
             return [dataclasses.replace(self, values=values, dtype=dtype)]
@@ -143,13 +213,14 @@ class Weight:
         return f"{how}: {note}" if note else how
 
 
-def side_by_side(weights: Sequence[Any], eqn: jax_core.JaxprEqn, kind: Kind) -> Weight | None:
+def side_by_side(weights: Sequence[Any], step: Step) -> Weight | None:
     """Codes of several parameters as those of one, as where gates are multiplied in one product; or None."""
+    kind = step.outs[0]
     if not isinstance(kind, Joined) or not all(isinstance(w, Weight) and w.scale is not None for w in weights):
         return None
     if len({(w.values.dtype, w.zero is None, w.dtype, w.bits is None) for w in weights}) > 1:
         return None
-    dim = eqn.params["dimension"]
+    dim = kind.dim
 
     def joined(parts: Sequence[Shared]) -> Shared | None:
         shapes = [tuple(1 if d == dim else n for d, n in enumerate(p.array.shape)) for p in parts]
@@ -167,12 +238,12 @@ def side_by_side(weights: Sequence[Any], eqn: jax_core.JaxprEqn, kind: Kind) -> 
     scale = joined([w.scale for w in weights])
     zero = None if first.zero is None else joined([w.zero for w in weights])
     ranges = {
-        axes: (
-            _most(jnp.minimum, [w.ranges[axes][0] for w in weights]),
-            _most(jnp.maximum, [w.ranges[axes][1] for w in weights]),
+        axes: Range(
+            _most(jnp.minimum, [w.ranges[axes].low for w in weights]),
+            _most(jnp.maximum, [w.ranges[axes].high for w in weights]),
         )
         for axes in first.ranges
-        if all(axes in w.ranges and w.ranges[axes][0].array.shape[dim] == 1 for w in weights)
+        if all(axes in w.ranges and w.ranges[axes].low.array.shape[dim] == 1 for w in weights)
     }
     bits = None if first.bits is None else max(w.bits for w in weights)
     known = {"scale": scale, "zero": zero, "ranges": ranges}

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.core import PyTree
-from jcompress.trace.core import walk
-from jcompress.trace.core.views import Activation, whole
+from jcompress.trace.core import flow, walk
 from jcompress.trace.recording import record, tape
-from jcompress.trace.recording.products import Use
+from jcompress.trace.recording.meetings import Use
 from jcompress.trace.recording.statistics import DEFAULT, FORWARD, OF_LOSS, Calibration, Outputs, Stats
 
 
@@ -54,19 +53,11 @@ def observe(
     program = walk.program(fn, params, *args)
     wanted = statistics if isinstance(statistics, Mapping) else dict.fromkeys(program.paths, statistics)
     values = jax.tree.leaves((params, *args))
-    constants = None if len(values) > len(program.paths) else Activation()
-    found = tape.Found({path: _moments(path, names) for path, names in wanted.items()}, constants, largest)
-    kinds = _kinds(program, values)
+    found = tape.Found({path: _moments(path, names) for path, names in wanted.items()}, largest)
     recorded = tape.Tape(found)
-    outs, _ = record.evaluate(program.closed.jaxpr, program.closed.consts, values, kinds, recorded)
+    outs = record.evaluate(flow.of_program(program, counted=set(found.wanted)), values, recorded)
     uses = recorded.close()
     return jax.tree.unflatten(program.out_tree, outs), _collected(uses, found, program)
-
-
-def _kinds(program: walk.Program, values: list[Any]) -> list[Any]:
-    n = len(program.paths)
-    views = [whole(path, jnp.shape(x)) for path, x in zip(program.paths, values[:n], strict=True)]
-    return [*views, *[Activation()] * (len(values) - n)]
 
 
 def _moments(path: str, names: Iterable[str]) -> frozenset[str]:

@@ -8,137 +8,73 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
-from jax.extend import core as jax_core
 
 from jcompress.trace.core import walk
+from jcompress.trace.core.bodies import Bodies, Call
+from jcompress.trace.core.flow import Body, Step
+from jcompress.trace.core.kinds import Contraction, Lookup
 from jcompress.trace.core.views import (
     Activation,
     Derived,
     Joined,
     Kind,
     View,
-    computed,
-    depth,
-    has_parameters,
     is_activation,
-    laid_out,
     parameters,
     shards,
 )
-from jcompress.trace.recording import loops, products
-from jcompress.trace.recording.products import UnreadError
+from jcompress.trace.recording import loops, meetings
+from jcompress.trace.recording.meetings import UnreadError
 from jcompress.trace.recording.tape import Tape
 
-ELEMENTWISE = {
-    "add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "nextafter", "select_n", "clamp",
-    "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge", "complex", "concatenate", "stack", "pad", "sort",
-    "gather", "dynamic_slice", "dynamic_update_slice", "scatter", "scatter-add", "scatter-mul", "scatter-min",
-    "scatter-max", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "optimization_barrier", "shift_left",
-    "shift_right_logical", "shift_right_arithmetic", "random_fold_in", "random_bits", "threefry2x32", "reduce_and",
-    "reduce_or",
-}  # fmt: skip
-"""Primitives in which a parameter may meet an activation without a product over one of its axes."""
+
+def evaluate(body: Body, values: Sequence[Any], tape: Tape) -> list[Any]:
+    """The outputs of a body, with every product of a parameter recorded on the tape."""
+    return body.run(values, lambda step, known: _equation(step, known, tape))
 
 
-COLLECTIVES = {
-    "psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant", "all_to_all", "ppermute",
-    "reduce_scatter", "psum_scatter", "axis_index", "pgather",
-}  # fmt: skip
-SAME_AFTER = {"psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant"}
-"""Those after which devices hold the same values."""
+def _equation(step: Step, values: list[Any], tape: Tape) -> list[Any]:
+    if step.has_parameters and isinstance(step.flow, Call):
+        return evaluate(step.bodies[0], values, tape)
+    if step.has_parameters and isinstance(step.flow, Bodies):
+        return loops.record(evaluate, step, values, tape)
+    outs = walk.bind(step.eqn, values)
+    if step.has_parameters:
+        _recorded(step, values, outs, tape)
+    return outs
 
 
-def evaluate(
-    jaxpr: jax_core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], kinds: Sequence[Kind], tape: Tape
-) -> tuple[list[Any], list[Kind]]:
-    """The outputs of a jaxpr and their kinds, with every product of a parameter recorded on the tape."""
-    env: dict[Any, tuple[Any, Kind]] = {}
-
-    def read(v: Any) -> tuple[Any, Kind]:
-        return (v.val, None) if isinstance(v, jax_core.Literal) else env[v]
-
-    env.update((v, (c, tape.found.constants)) for v, c in zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, zip(values, kinds, strict=True), strict=True))
-    for eqn in jaxpr.eqns:
-        known = list(map(read, eqn.invars))
-        outs, out_kinds = _equation(eqn, [x for x, _ in known], [k for _, k in known], tape)
-        env.update(zip(eqn.outvars, zip(outs, out_kinds, strict=True), strict=True))
-    results = list(map(read, jaxpr.outvars))
-    return [x for x, _ in results], [k for _, k in results]
+def _recorded(step: Step, values: list[Any], outs: list[Any], tape: Tape) -> None:
+    if isinstance(step.flow, Contraction):
+        _product(step, values, outs[0], tape)
+    elif isinstance(step.flow, Lookup):
+        _lookup(step, values, tape)
+    elif not step.flow.meets and any(isinstance(k, Activation) for k in step.ins):
+        for path in parameters(step.ins, lookups=False):
+            tape.found.cannot(path, f"it meets an activation in {step.eqn.primitive.name!r}, which is not read")
 
 
-def _equation(
-    eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind], tape: Tape
-) -> tuple[list[Any], list[Kind]]:
-    name = eqn.primitive.name
-    if any(map(has_parameters, kinds)):
-        called = walk.called(eqn)
-        if called is not None:
-            return evaluate(called.jaxpr, called.consts, values, kinds, tape)
-        if name in loops.CONTROL:
-            return loops.CONTROL[name](evaluate, eqn, values, kinds, tape)
-    outs = walk.bind(eqn, values)
-    if not any(map(has_parameters, kinds)):
-        return outs, [computed(name, kinds)] * len(outs)
-    return outs, _kinds(eqn, values, kinds, outs, tape)
-
-
-def _kinds(
-    eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind], outs: Sequence[Any], tape: Tape
-) -> list[Kind]:
-    """What the results of a plain equation are; products and lookups are recorded."""
-    name = eqn.primitive.name
-    if name in ("dot_general", "conv_general_dilated"):
-        return [_product(eqn, values, kinds, outs[0], tape)]
-    if name in ("gather", "dynamic_slice") and has_parameters(kinds[0]):
-        return [_lookup(eqn, values, kinds, tape)]
-    if name in COLLECTIVES:
-        return [_collected(eqn, kinds)] * len(outs)
-    found = laid_out(eqn, kinds)
-    if found is not None:
-        return found
-    if name not in ELEMENTWISE and any(isinstance(k, Activation) for k in kinds):
-        for path in parameters(kinds, lookups=False):
-            tape.found.cannot(path, f"it meets an activation in {name!r}, which is not read")
-    return [computed(name, kinds)] * len(outs)
-
-
-def _collected(eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> Kind:
-    """What a collective makes of values."""
-    kind = computed(eqn.primitive.name, kinds)
-    names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-    names = frozenset(names if isinstance(names, (tuple, list, frozenset)) else (names,))
-    if not isinstance(kind, (Activation, Derived)):
-        return kind
-    same = eqn.primitive.name in SAME_AFTER and not eqn.params.get("axis_index_groups")
-    return dataclasses.replace(kind, shards=kind.shards - names if same else kind.shards | names)
-
-
-def _product(eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind], y: Any, tape: Tape) -> Kind:
-    result = computed(eqn.primitive.name, kinds)
+def _product(step: Step, values: list[Any], y: Any, tape: Tape) -> None:
     for side in (0, 1):
-        mine, other = kinds[side], kinds[1 - side]
+        mine, other = step.ins[side], step.ins[1 - side]
         if isinstance(mine, Derived) and _meets(mine, other):
             for path, reason in mine.reasons:
                 tape.found.cannot(path, f"it passes through {reason!r} before it meets an activation")
         if isinstance(mine, (View, Joined)) and isinstance(other, (Activation, Derived)):
-            if side == 0 and eqn.primitive.name == "conv_general_dilated":
-                for path in parameters([mine], lookups=True):
-                    tape.found.cannot(path, "it is what a convolution slides over")
-                continue
-            made = [tape.product(eqn, part, side, values[1 - side], other, z) for part, z in _apart(eqn, mine, side, y)]
-            if not made:
+            parts = _apart(step, mine, side, y)
+            for view, z in parts:
+                tape.product(step, view, side, values[1 - side], z)
+            if not parts:
                 for path in parameters([mine], lookups=True):
                     tape.found.cannot(path, "it is joined with others along an axis that is contracted or grouped")
-            result = Activation(depth([*made, result]), shards([*made, result]))
-    return result
 
 
-def _apart(eqn: jax_core.JaxprEqn, kind: View | Joined, side: int, y: Any) -> list[tuple[View, Any]]:
+def _apart(step: Step, kind: View | Joined, side: int, y: Any) -> list[tuple[View, Any]]:
     """Each parameter of a product with what it gives; none where they are not side by side in the result."""
     if isinstance(kind, View):
         return [(kind, y)]
-    axis = products.outputs_of(eqn, side, kind.dim)
+    assert isinstance(step.flow, Contraction)
+    axis = step.flow.of(step.eqn, side).outputs(kind.dim)
     if axis is None:
         return []
     ends = list(itertools.accumulate(kind.sizes))
@@ -151,24 +87,17 @@ def _meets(mine: Derived, other: Kind) -> bool:
     return isinstance(other, Activation) if mine.lookup else is_activation(other) or isinstance(other, (View, Joined))
 
 
-def _lookup(eqn: jax_core.JaxprEqn, values: Sequence[Any], kinds: Sequence[Kind], tape: Tape) -> Kind:
+def _lookup(step: Step, values: list[Any], tape: Tape) -> None:
     """Rows of a parameter, chosen by the other operands."""
-    name, found = eqn.primitive.name, tape.found
-    if not any(map(is_activation, kinds[1:])):
-        return computed(name, kinds)
-    level = depth(kinds)
-    if isinstance(kinds[0], View) and name == "gather":
-        path = kinds[0].path
-        level += 1 if path in found.wanted else 0
-        found.met[path] = None
-        found.levels[path] = min(level, found.levels.get(path, level))
-        if "counts" in found.wanted.get(path, frozenset()):
-            try:
-                use, counts = products.of_gather(eqn, kinds[0], values[1])
-                use = dataclasses.replace(use, shards=tuple(sorted(shards(kinds[1:]))))
-                tape.add(use, {"counts": counts.reshape(*[1] * len(use.lead), -1)})
-            except UnreadError as reason:
-                found.notes[path] = f"no counts: {reason}"
-    return Derived(
-        tuple((path, name) for path in parameters(kinds[:1], lookups=True)), level, lookup=True, shards=shards(kinds)
-    )
+    view, found = step.ins[0], tape.found
+    assert isinstance(step.flow, Lookup)
+    if not (step.flow.counts and isinstance(view, View) and any(map(is_activation, step.ins[1:]))):
+        return
+    found.meets(view, *step.ins)
+    if "counts" in found.wanted.get(view.path, frozenset()):
+        try:
+            use, counts = meetings.of_gather(step.eqn, view, values[1])
+            use = dataclasses.replace(use, shards=tuple(sorted(shards(step.ins[1:]))))
+            tape.add(use, {"counts": counts.reshape(*[1] * len(use.lead), -1)})
+        except UnreadError as reason:
+            found.notes[view.path] = f"no counts: {reason}"

@@ -9,18 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jax_core
 
-from jcompress.trace.core.views import (
-    Activation,
-    Atoms,
-    Kind,
-    View,
-    depth,
-    shards,
-)
-from jcompress.trace.recording import products
-from jcompress.trace.recording.products import UnreadError, Use
+from jcompress.trace.core.flow import Step
+from jcompress.trace.core.kinds import Contraction
+from jcompress.trace.core.views import Atoms, Kind, View, depth, shards
+from jcompress.trace.recording import meetings
+from jcompress.trace.recording.meetings import UnreadError, Use
 
 Moments = dict[str, jax.Array]
 LARGEST = ("absmax", "output_absmax")
@@ -39,7 +33,6 @@ class Found:
 
     Attributes:
       wanted: the names of the moments of each path; the others are followed and not recorded.
-      constants: what closed-over arrays are: activations, where a function has no other arguments.
       largest: the most features of which a Gram matrix is kept, or None.
       unread: paths whose products cannot be read, each with the reason.
       met: paths that met an activation in a product or a lookup.
@@ -48,12 +41,17 @@ class Found:
     """
 
     wanted: Mapping[str, frozenset[str]]
-    constants: Activation | None = None
     largest: int | None = None
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
     met: dict[str, None] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     levels: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def meets(self, view: View, *others: Kind) -> None:
+        """Say that a parameter meets an activation in a product or a lookup."""
+        self.met[view.path] = None
+        level = depth(others) + view.level
+        self.levels[view.path] = min(level, self.levels.get(view.path, level))
 
     def cannot(self, path: str, reason: str) -> None:
         """Say that a path is unread; the first reason stays."""
@@ -63,9 +61,8 @@ class Found:
 class Tape:
     """What was recorded in one body: moments by use."""
 
-    def __init__(self, found: Found, loop: int = 0) -> None:
+    def __init__(self, found: Found) -> None:
         self.found = found
-        self.loop = loop
         self.moments: dict[Use, Moments] = {}
         self._parts: dict[Use, dict[Atoms, set[int]]] = {}
         self._same: dict[Any, tuple[Any, Moments]] = {}
@@ -74,26 +71,23 @@ class Tape:
         """Count moments under a use."""
         self.moments[use] = merge(self.moments[use], moments) if use in self.moments else moments
 
-    def product(self, eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, kind: Kind, y: Any) -> Kind:
-        """Record that a parameter meets ``x`` and gives ``y``; returns what ``y`` is."""
-        path = view.path
+    def product(self, step: Step, view: View, side: int, x: Any, y: Any) -> None:
+        """Record that a parameter meets ``x`` and gives ``y``."""
+        path, met, other = view.path, step.flow, step.ins[1 - side]
+        assert isinstance(met, Contraction)
         names = self.found.wanted.get(path, frozenset())
-        level = depth([kind]) + (1 if path in self.found.wanted else 0)
-        self.found.met[path] = None
-        self.found.levels[path] = min(level, self.found.levels.get(path, level))
+        self.found.meets(view, other)
         try:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise UnreadError(f"it meets an activation of dtype {x.dtype}, expected floating point")
-            convolution = eqn.primitive.name == "conv_general_dilated"
-            met = products.of_convolution(eqn, view, x, y) if convolution else products.of_dot(eqn, view, side, x, y)
+            meeting = met.meeting(step.eqn, view, side, x, y)
             if names:
-                use = dataclasses.replace(met.use, shards=tuple(sorted(shards([kind]))))
-                self._count(x, met._replace(use=use), names, id(eqn) if convolution else 0)
+                use = dataclasses.replace(meeting.use, shards=tuple(sorted(shards([other]))))
+                self._count(x, meeting._replace(use=use), names, id(step.eqn) if meeting.is_derived else 0)
         except UnreadError as reason:
             self.found.cannot(path, str(reason))
-        return Activation(level, shards([kind, view]))
 
-    def _count(self, x: Any, met: products.Meeting, names: frozenset[str], site: int) -> None:
+    def _count(self, x: Any, met: meetings.Meeting, names: frozenset[str], site: int) -> None:
         if met.part is not None:
             # Parts of the outputs that meet one activation (the gates of a cell) are one use, not several.
             parts = self._parts.setdefault(met.use, {})
@@ -106,13 +100,13 @@ class Tape:
         # Kernels that read one activation (queries, keys and values) share its moments.
         key = (id(x), site, met.labels, met.use.lead, names)
         if key not in self._same:
-            self._same[key] = (x, products.moments(met.x, met.labels, met.use.lead, names))
+            self._same[key] = (x, meetings.moments(met.x, met.labels, met.use.lead, names))
         outputs = {}
         if met.part is None and "outputs" in names:
-            outputs = products.of_outputs(met.y, met.outputs, met.use.lead)
+            outputs = meetings.of_outputs(met.y, met.outputs, met.use.lead)
         self.add(met.use, self._same[key][1] | outputs)
 
-    def _affordable(self, met: products.Meeting, names: frozenset[str]) -> frozenset[str]:
+    def _affordable(self, met: meetings.Meeting, names: frozenset[str]) -> frozenset[str]:
         k = math.prod(a.size for a in met.labels if a is not None and a not in met.use.lead)
         if "gram" not in names or self.found.largest is None or k <= self.found.largest:
             return names

@@ -1,35 +1,14 @@
-"""The rules of primitives that call a function once.
-
-What is called keeps its kind: ``remat`` and ``shard_map`` stay what they were.
-"""
+"""The rules of primitives that call a function once, on its operands as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-from jax.extend import core as jax_core
-
-from jcompress.trace.core import walk
-from jcompress.trace.coupled import dims as terms
-from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import (
-    NOWHERE,
-    At,
-    Build,
-    Cut,
-    Frame,
-    Hold,
-    Rule,
-    Site,
-    State,
-    Value,
-    Versions,
-    free_leaves,
-    read_states,
-    run,
-)  # fmt: skip
+from jcompress.trace.core import bodies
+from jcompress.trace.coupled.dims import Dims
+from jcompress.trace.coupled.frames import NOWHERE, At, Build, Cut, Frame, Rule, Site, Value, Versions, read_states, run
+from jcompress.trace.coupled.states import Hold, State, free_leaves
 
 
 def demoted(states: Sequence[State], dims: Sequence[Dims]) -> list[State]:
@@ -54,11 +33,13 @@ def run_arrays(cut: Cut, frame: Frame, arrays: Sequence[Any]) -> list[Any]:
 
 
 class Call(Rule):
-    """A call without a meaning of its own, ``jit`` among them: its equations are taken in."""
+    """A call without a meaning of its own, such as that of a compiled function: its equations are taken in."""
+
+    def __init__(self, bodies: bodies.Call) -> None:
+        self.bodies = bodies
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        closed = walk.called(site.eqn)
-        assert closed is not None
+        (closed,) = self.bodies.closed(site.eqn)
         site.frames = [build.frame(closed, site.ins)]
         return site.frames[0].outs
 
@@ -86,54 +67,7 @@ class Remat(Wrapped):
     """``remat`` with its policy, around the smaller function."""
 
     def call(self, cut: Cut, site: Site, crossing: Versions, at: At) -> list[Any]:
-        params = site.params
-        keep = {name: params[name] for name in ("policy", "prevent_cse") if name in params}
-
         def again(*arrays: Any) -> list[Any]:
             return [v.at(at) for v in run(cut, site.frames[0], crossing.values(arrays))]
 
-        return jax.checkpoint(again, **keep)(*crossing.arrays)
-
-
-class ShardMap(Rule):
-    """The body sees the axes that are not divided; those that are stay."""
-
-    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        p, reason = site.params, "shard_map divides it"
-        if "in_specs" not in p:
-            return super().dims(build, site)
-        body, ins = jax_core.ClosedJaxpr(p["jaxpr"], ()), []
-        for value, spec, v in zip(site.ins, p["in_specs"], p["jaxpr"].invars, strict=True):
-            divided = [i < len(spec) and spec[i] is not None for i in range(len(value))]
-            terms.pin([d for d, yes in zip(value, divided, strict=True) if yes], reason)
-            shape = walk.aval(v).shape
-            inner = [Dim(n, pinned=reason) if yes else d for n, d, yes in zip(shape, value, divided, strict=True)]
-            ins.append(tuple(inner))
-        site.frames = [build.frame(body, ins)]
-        outs = []
-        for value, spec, v in zip(site.frames[0].outs, p["out_specs"], site.eqn.outvars, strict=True):
-            divided = [i < len(spec) and spec[i] is not None for i in range(len(value))]
-            terms.pin([d for d, yes in zip(value, divided, strict=True) if yes], reason)
-            shape = walk.aval(v).shape
-            outs.append([Dim(n, pinned=reason) if yes else d for n, d, yes in zip(shape, value, divided, strict=True)])
-        return [tuple(x) for x in outs]
-
-    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
-        if not site.frames:
-            return super().states(site, ins)
-        return demoted(read_states(site.frames[0], demoted(ins, site.ins)), site.outs)
-
-    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
-        if not site.frames:
-            return super().run(cut, site, ins, at)
-        p = site.params
-        names = frozenset(p.get("newly_manual_axes") or p["mesh"].axis_names)
-        mapped = jax.shard_map(
-            lambda *arrays: run_arrays(cut, site.frames[0], arrays),
-            mesh=p["mesh"],
-            in_specs=tuple(p["in_specs"]),
-            out_specs=list(p["out_specs"]),
-            axis_names=names,
-            check_vma=p.get("check_vma", True),
-        )
-        return list(mapped(*[v.at(NOWHERE) for v in ins]))
+        return self.bodies.around(site.eqn, crossing.arrays, [again])

@@ -13,22 +13,9 @@ from jax.extend import core as jax_core
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import (
-    NOWHERE,
-    At,
-    Build,
-    Cut,
-    Hold,
-    Site,
-    State,
-    Value,
-    Versions,
-    all_hold,
-    free_leaves,
-    read_states,
-    run,
-)  # fmt: skip
+from jcompress.trace.coupled.frames import NOWHERE, At, Build, Cut, Site, Value, Versions, read_states, run
 from jcompress.trace.coupled.rules.calls import Wrapped, demoted, run_arrays
+from jcompress.trace.coupled.states import Hold, State, all_hold, free_leaves
 
 
 def _is_float(aval: Any) -> bool:
@@ -95,7 +82,7 @@ class Custom(Wrapped):
     """A function with derivatives of its own; they are traced, read and run at the new sizes as it is."""
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        key = f"{site.eqn.primitive.name} {walk.called(site.eqn)}"
+        key = f"{site.eqn.primitive.name} {self.bodies.closed(site.eqn)[0]}"
         if key in build.open:
             return self._within(build.open[key], site)
         outs, site.note = super().dims(build, site), _Derivative(site.eqn)

@@ -8,19 +8,9 @@ from typing import Any
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import (
-    At,
-    Build,
-    Cut,
-    Rule,
-    Site,
-    State,
-    Value,
-    free_leaves,
-    joined,
-    site_bind,
-)
-from jcompress.trace.coupled.rules.moves import Joins
+from jcompress.trace.coupled.frames import At, Build, Cut, Rule, Site, Value, site_bind
+from jcompress.trace.coupled.rules.joins import Joins
+from jcompress.trace.coupled.states import State, free_leaves, joined
 
 
 class Gather(Rule):

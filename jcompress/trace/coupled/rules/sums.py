@@ -11,19 +11,8 @@ import numpy as np
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import (
-    At,
-    Build,
-    Cut,
-    Hold,
-    Rule,
-    Site,
-    State,
-    Value,
-    free_leaves,
-    site_bind,
-    subsets,
-)
+from jcompress.trace.coupled.frames import At, Build, Cut, Rule, Site, Value, site_bind, subsets
+from jcompress.trace.coupled.states import Hold, State, free_leaves
 
 
 def _region(cut: Cut, x: Any, dims: Dims, axes: Sequence[int], at: At, leaves: At) -> Any:
@@ -38,14 +27,8 @@ def _region(cut: Cut, x: Any, dims: Dims, axes: Sequence[int], at: At, leaves: A
     return x
 
 
-COMBINE: dict[str, Callable[[Any, Any, int], Any]] = {
-    "reduce_sum": lambda total, x, n: total + x * jnp.asarray(n, x.dtype),
-    "reduce_max": lambda total, x, n: jnp.maximum(total, x),
-    "reduce_min": lambda total, x, n: jnp.minimum(total, x),
-    "reduce_prod": lambda total, x, n: total * x**n,
-    "reduce_and": lambda total, x, n: total & x,
-    "reduce_or": lambda total, x, n: total | x,
-}
+Combine = Callable[[Any, Any, int], Any]
+"""What stays, one slice of what was cut, and how often it was there -> both together."""
 
 
 def _check_one_axis(dims: Dims, axes: Sequence[int]) -> None:
@@ -56,7 +39,15 @@ def _check_one_axis(dims: Dims, axes: Sequence[int]) -> None:
 
 
 class Reduce(Rule):
-    """Sums and the like over some axes: what was cut takes part with one slice, as often as it was there."""
+    """Sums and the like over some axes: what was cut takes part with one slice, as often as it was there.
+
+    Args:
+      combine: puts both together.
+      neutral: whether zeros take no part.
+    """
+
+    def __init__(self, combine: Combine, neutral: bool) -> None:
+        self.combine, self.neutral = combine, neutral
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         axes = site.params["axes"]
@@ -67,21 +58,21 @@ class Reduce(Rule):
         for leaf in free_leaves(tuple(dims[a] for a in axes)):
             if ins[0].at(leaf) is Hold.VARIED:
                 terms.pin([leaf], f"{name} runs over it, and its slices differ")
-            elif not (ins[0].at(leaf) is Hold.ZERO and name == "reduce_sum"):
+            elif not (ins[0].at(leaf) is Hold.ZERO and self.neutral):
                 _check_one_axis(dims, axes)
-        if ins[0].constant == 0 and name in ("reduce_sum", "reduce_max", "reduce_min"):
+        if ins[0].constant == 0:
             return [State(0)]
         return [State(held={x: ins[0].at(x) for x in free_leaves(site.outs[0])})]
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
-        (x,), axes, name = ins, site.params["axes"], site.eqn.primitive.name
+        (x,), axes = ins, site.params["axes"]
         (total,) = site_bind(site, [x.at(at)])
         for leaves in subsets(cut.leaves(tuple(x.dims[a] for a in axes)))[1:]:
-            if name == "reduce_sum" and x.zero_at(leaves):
+            if self.neutral and x.zero_at(leaves):
                 continue
             part = _region(cut, x.at(at | leaves), x.dims, axes, at | leaves, leaves)
             if part.size:
-                total = COMBINE[name](total, site_bind(site, [part])[0], cut.count(leaves))
+                total = self.combine(total, site_bind(site, [part])[0], cut.count(leaves))
         return [total]
 
 

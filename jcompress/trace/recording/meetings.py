@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
-from jcompress.trace.core.views import Atom, Atoms, View, regroup
+from jcompress.trace.core.layouts import regroup
+from jcompress.trace.core.views import Atom, Atoms, View
 
 OCTAVES = (-24, 16)
 BINS_PER_OCTAVE = 8
@@ -55,6 +56,7 @@ class Meeting(NamedTuple):
       y: the product, split alike.
       outputs: labels of its axes.
       part: the free atoms, if they are not all there are; else None.
+      is_derived: whether ``x`` was made for this product, as patches are, and not only laid out anew.
     """
 
     use: Use
@@ -63,6 +65,11 @@ class Meeting(NamedTuple):
     y: Any
     outputs: tuple[Label, ...]
     part: Atoms | None
+    is_derived: bool = False
+
+
+Meet = Callable[..., Meeting]
+"""``(eqn, view, side, x, y)``: what meets the parameter in the product of an equation."""
 
 
 class UnreadError(Exception):
@@ -120,7 +127,7 @@ def _use(view: View, contracted: Sequence[Atom], batch: Sequence[Atom], free: Se
 
 
 def of_dot(eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, y: Any) -> Meeting:
-    """The meeting in a ``dot_general`` whose operand ``side`` is the parameter."""
+    """The meeting in a dot product whose operand ``side`` is the parameter."""
     contract, batch = eqn.params["dimension_numbers"]
     wc, xc, wb, xb = contract[side], contract[1 - side], batch[side], batch[1 - side]
     free_dims = [d for d in range(len(view.dims)) if d not in wc and d not in wb]
@@ -137,22 +144,11 @@ def of_dot(eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, y: Any) -> Mee
     return Meeting(use, *_split(x, dims), *_split(y, outputs), part)
 
 
-def outputs_of(eqn: jax_core.JaxprEqn, side: int, dim: int) -> int | None:
-    """The axis of the product along which axis ``dim`` of operand ``side`` gives outputs, or None if it gives none."""
-    if eqn.primitive.name == "conv_general_dilated":
-        numbers = eqn.params["dimension_numbers"]
-        is_out = dim == numbers.rhs_spec[0] and eqn.params["feature_group_count"] == 1
-        return numbers.out_spec[1] if is_out else None
-    contract, batch = eqn.params["dimension_numbers"]
-    avals: list[Any] = [v.aval for v in eqn.invars]
-    free = [d for d in range(avals[side].ndim) if d not in contract[side] and d not in batch[side]]
-    others = avals[0].ndim - len(contract[0]) - len(batch[0]) if side else 0
-    return len(batch[0]) + others + free.index(dim) if dim in free else None
-
-
-def of_convolution(eqn: jax_core.JaxprEqn, view: View, x: Any, y: Any) -> Meeting:
+def of_convolution(eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, y: Any) -> Meeting:
     """The meeting in a convolution whose kernel is the parameter: the activation becomes patches."""
     p = eqn.params
+    if side == 0:
+        raise UnreadError("it is what a convolution slides over")
     if p["batch_group_count"] != 1:
         raise UnreadError("its convolution groups the batch")
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
@@ -169,7 +165,7 @@ def of_convolution(eqn: jax_core.JaxprEqn, view: View, x: Any, y: Any) -> Meetin
     dims = [*positions, *(view.dims[d] for d in window), (*lead, *view.dims[in_dim])]
     outputs: list[tuple[Label, ...]] = [(None,)] * y.ndim
     outputs[numbers.out_spec[1]] = (*lead, *free)
-    return Meeting(use, *_split(x, dims), *_split(y, outputs), part)
+    return Meeting(use, *_split(x, dims), *_split(y, outputs), part, is_derived=True)
 
 
 def _patches(x: Any, eqn: jax_core.JaxprEqn, out_shape: Sequence[int]) -> Any:

@@ -1,0 +1,151 @@
+"""What the results of a primitive have to do with the parameters, by what the primitive does with its operands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from jax.extend import core as jax_core
+
+from jcompress.trace.core.contraction import Convolution, Dot
+from jcompress.trace.core.views import (
+    Activation,
+    Derived,
+    Joined,
+    Kind,
+    View,
+    computed,
+    depth,
+    has_parameters,
+    is_activation,
+    parameters,
+    shards,
+)
+
+Kinds = list[Kind]
+
+
+class Reader(Protocol):
+    """Reads the bodies inside an equation."""
+
+    @property
+    def loop(self) -> int:
+        """How many loops, branches and meshes are around."""
+        ...
+
+    def body(self, closed: jax_core.ClosedJaxpr, kinds: Sequence[Kind]) -> Any:
+        """A body whose inputs have these kinds."""
+        ...
+
+    def deeper(self) -> Reader:
+        """The reader of what is inside one more of them."""
+        ...
+
+
+class Flow:
+    """Results computed from the operands, entry by entry or not: made of parameters if all operands are.
+
+    Attributes:
+      meets: whether a parameter and an activation may meet in it without a product over an axis of the parameter.
+    """
+
+    meets = True
+
+    def bodies(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], reader: Reader) -> list[Any]:
+        """The bodies of equations inside, read."""
+        return []
+
+    def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
+        """The kinds of the results."""
+        return [computed(eqn.primitive.name, kinds)] * len(eqn.outvars)
+
+
+class Opaque(Flow):
+    """Nothing is known of what it does with a parameter that meets an activation."""
+
+    meets = False
+
+
+class Lookup(Flow):
+    """Entries of the first operand at places that the others tell.
+
+    Args:
+      counts: whether it reads rows, as embeddings are read, which is a level of its own.
+    """
+
+    def __init__(self, counts: bool = False) -> None:
+        self.counts = counts
+
+    def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
+        name, (first, *places) = eqn.primitive.name, kinds
+        if not has_parameters(first) or not any(map(is_activation, places)):
+            return [computed(name, kinds)] * len(eqn.outvars)
+        level = depth(kinds) + (first.level if self.counts and isinstance(first, View) else 0)
+        reasons = tuple((path, name) for path in parameters([first], lookups=True))
+        return [Derived(reasons, level, lookup=True, shards=shards(kinds))] * len(eqn.outvars)
+
+
+class Collective(Flow):
+    """The values of several devices together.
+
+    Args:
+      same: whether devices hold the same values afterwards.
+    """
+
+    def __init__(self, same: bool = False) -> None:
+        self.same = same
+
+    def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
+        kind = computed(eqn.primitive.name, kinds)
+        names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+        names = frozenset(names if isinstance(names, (tuple, list, frozenset)) else (names,))
+        if isinstance(kind, (Activation, Derived)):
+            same = self.same and not eqn.params.get("axis_index_groups")
+            kind = dataclasses.replace(kind, shards=kind.shards - names if same else kind.shards | names)
+        return [kind] * len(eqn.outvars)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction(Flow):
+    """Sums of products over axes of two operands.
+
+    Attributes:
+      of: the product of an equation whose operand 0 or 1 is the weight.
+      meeting: what meets the weight in it, with its axes told apart: ``meeting(eqn, view, side, x, y)``.
+    """
+
+    of: Callable[[jax_core.JaxprEqn, int], Dot | Convolution]
+    meeting: Callable[..., Any]
+
+    def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
+        made, side = computed(eqn.primitive.name, kinds), weight_side(kinds)
+        if side is None:
+            return [made]
+        weight, x = kinds[side], kinds[1 - side]
+        level = depth([x]) + max((part.level for part in _views(weight)), default=0)
+        return [Activation(max(level, depth([made])), shards([*kinds, made]))]
+
+
+def weight_side(kinds: Sequence[Kind]) -> int | None:
+    """Which of two operands of a product is the weight, or None: what is counted, recorded and multiplied as one.
+
+    A weight is made of parameters, and not looked up in them. It meets an activation; or it is a parameter as it is,
+    and meets what was computed from parameters (learned queries after a norm).
+    """
+    for side in (1, 0):
+        if is_weight(kinds[side]) and is_activation(kinds[1 - side]):
+            return side
+    for side in (1, 0):
+        if isinstance(kinds[side], (View, Joined)) and isinstance(kinds[1 - side], Derived):
+            return side
+    return None
+
+
+def is_weight(kind: Kind) -> bool:
+    """Whether a value is made of parameters, and not looked up in them."""
+    return has_parameters(kind) and not is_activation(kind)
+
+
+def _views(kind: Kind) -> tuple[View, ...]:
+    return kind.parts if isinstance(kind, Joined) else (kind,) if isinstance(kind, View) else ()
