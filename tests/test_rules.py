@@ -118,7 +118,7 @@ def test_nnx_paths_hide_the_variable():
 
     class Model(nnx.Module):
         def __init__(self, rngs):
-            self.block = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
+            self.block = getattr(nnx, "List", list)([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
 
         def __call__(self, x):
             return self.block[1](nnx.relu(self.block[0](x)))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jcompress.core import Context
 
 Score = Callable[[jax.Array, Context], jax.Array]
+"""A score: (w, context) -> an array of the shape of w; the larger value is kept."""
 _Score = TypeVar("_Score", bound=Callable[..., Any])
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jcompress.numeric import dominance
 
 Fitness = Callable[[jax.Array], jax.Array]
+"""A fitness: a boolean mask (length,) -> a number, higher is better."""
 
 
 class Found(NamedTuple):
