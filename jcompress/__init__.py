@@ -11,6 +11,7 @@ from jcompress.projection import ProjectState, project
 from jcompress.rules import Plan, paths, plan
 from jcompress.sequential import compress_sequentially
 from jcompress.trace import accelerate, calibrate, shrink
+from jcompress.transforms import nodes
 from jcompress.version import __version__
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "measure",
     "merge",
     "nbits",
+    "nodes",
     "paths",
     "plan",
     "project",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core, rules
+from jcompress import core, rules, transforms
 from jcompress.apply import check_paths, check_plan, contexts_of, fit, fit_unit
 from jcompress.core import Context, PyTree
 from jcompress.numeric.surrogates import straight_through
@@ -19,12 +19,31 @@ from jcompress.rules import Plan
 
 
 class ProjectState(NamedTuple):
-    """State of :func:`project`: the steps taken, what the nodes hold fixed, and the key and inner state, if any."""
+    """State of :func:`project`.
+
+    Attributes:
+      steps: the steps taken.
+      held: ``{path: node}``: what the last refit fixed, trainable leaves left out; a node whose projection does not cost
+        linear time is whole.
+      strayed: -1, or the number, in the order of their names, of the first held leaf that was found off the set.
+      key: the PRNG key, if any.
+      inner: the state of the wrapped optimizer, if any.
+    """
 
     steps: jax.Array
     held: PyTree
+    strayed: jax.Array
     key: jax.Array | None = None
     inner: PyTree = None
+
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """What is held, its trainable leaves fitted to the parameters.
+
+        Raises:
+          ValueError: if the parameters were found off the set during training.
+        """
+        _check_strayed(self.strayed, self.held)
+        return {path: _nearest(node, params[path]) for path, node in self.held.items()}
 
 
 def project(
@@ -76,40 +95,34 @@ def project(
       [[2.5, 0.0]]
     """
     check_plan("project", plan)
-    if every < 1:
-        raise ValueError(f"project: every={every} must be a positive number of steps")
-
+    transforms.check_every("project", every)
     optimizer = None if inner is None else optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> ProjectState:
         grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
-        leaves, steps = rules.leaves(params), jnp.zeros((), jnp.int32)
-        nodes = fit(leaves, plan, contexts_of(params, steps, key, stats, grads))
+        leaves, steps = rules.leaves(params), transforms.steps()
+        nodes = fit(leaves, _here(plan, params), contexts_of(params, steps, key, stats, grads))
         started = None if optimizer is None else optimizer.init(params)
-        # A copy: a training step that donates its state must not delete the caller's key.
-        return ProjectState(steps, core.split(nodes)[1], None if key is None else jnp.copy(key), started)
+        return ProjectState(steps, _fixed(nodes), jnp.full((), -1, jnp.int32), transforms.copied(key), started)
 
     def update(
         updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
     ) -> tuple[PyTree, ProjectState]:
-        if params is None:
-            raise ValueError("project needs the parameters: call tx.update(grads, state, params)")
-        check_paths(rules.leaves(params), plan)
+        transforms.need("project", params)
+        leaves, here = rules.leaves(params), _here(plan, params)
+        check_paths(leaves, here)
         if optimizer is not None and grads is None:
             grads = updates
         contexts = contexts_of(params, state.steps, state.key, stats, grads)
+        strayed = _strayed(state, leaves, every)
         if optimizer is None:
-            change, held, after = *_chained(plan, every, state, params, updates, contexts), None
+            change, held, after = *_chained(here, every, state, params, updates, contexts), None
         else:
-            change, held, after = _around(optimizer, plan, every, state, params, updates, contexts, extra)
-        updates = jax.tree.unflatten(jax.tree.structure(updates), list(change.values()))
-        return updates, ProjectState(optax.safe_increment(state.steps), held, state.key, after)
+            change, held, after = _around(optimizer, here, every, state, params, updates, contexts, extra)
+        updates = rules.rebuild(updates, change, like=params)
+        return updates, ProjectState(optax.safe_increment(state.steps), held, strayed, state.key, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _by_path(leaves: list[tuple[str, Any]], tree: PyTree) -> dict[str, Any]:
-    return dict(zip([path for path, _ in leaves], jax.tree.leaves(tree), strict=True))
 
 
 def _needs(plan: Plan, name: str) -> bool:
@@ -123,15 +136,85 @@ def _is_linear(node: Any) -> bool:
     return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
 
 
+def _fixed(nodes: dict[str, Any]) -> dict[str, Any]:
+    """What is held of nodes between refits."""
+    return {path: core.split(node)[1] if _is_linear(node) else node for path, node in nodes.items()}
+
+
+def _nearest(node: Any, w: jax.Array) -> Any:
+    """The point of the set that is nearest to an array: the projection, or the node of the last refit as it is."""
+    found = node.project(w)
+    if _is_linear(node):
+        return found
+    # What is held inside factors fits these factors alone: others, as good, may differ from them by a rotation.
+    nearer = _distance(node, w) <= _distance(found, w)
+    return jax.tree.map(lambda old, new: jnp.where(nearer, old, new), node, found)
+
+
+def _distance(node: Any, w: jax.Array) -> jax.Array:
+    return jnp.square(node.materialize().astype(jnp.float32) - w.astype(jnp.float32)).sum()
+
+
+def _here(plan: Plan, params: PyTree) -> Plan:
+    """The plan without the leaves that ``optax.masked`` or ``partition`` keeps from this transform."""
+    hidden = [p for p, x in rules.paths(params, is_leaf=_is_hidden) if _is_hidden(x)]
+    if not hidden:
+        return plan
+    kept = {p: m for p, m in plan.items() if not any(p == h or p.startswith(f"{h}/") for h in hidden)}
+    return Plan(kept, {p: plan.groups[p] for p in kept}, {p: s for p, s in plan.shapes.items() if p in kept}, plan.notes)
+
+
+def _is_hidden(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _strayed(state: ProjectState, params: dict[str, jax.Array], every: int) -> jax.Array:
+    """Whether the parameters left the set since the last step, and which: looked at on steps 1, 2, 4, 8, ...
+
+    So a transform behind this one is found out at next to no cost, under a ramp that starts at nothing too.
+    """
+    held = dict(sorted(state.held.items()))
+    look = (state.steps > 0) & (state.steps & (state.steps - 1) == 0) & (state.strayed < 0)
+
+    def first() -> jax.Array:
+        fresh = transforms.is_due(state.steps - 1, every)
+        off = jnp.stack([_is_off(node, params[path], fresh) for path, node in held.items()])
+        return jnp.where(off.any(), jnp.argmax(off), -1).astype(jnp.int32)
+
+    if not held:
+        return state.strayed
+    held, params = jax.lax.stop_gradient((held, params))
+    strayed = jax.lax.cond(look, first, lambda: state.strayed)
+    _check_strayed(strayed, held)
+    return strayed
+
+
+def _is_off(node: Any, w: jax.Array, fresh: jax.Array) -> jax.Array:
+    """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit."""
+    limit = max(1e-4, 4 * float(jnp.finfo(w.dtype).eps))
+    far = _distance(node.project(w) if _is_linear(node) else node, w) > limit**2 * jnp.square(w.astype(jnp.float32)).sum()
+    # Between refits a projection that is not linear lets the parameters leave the set.
+    return far if _is_linear(node) else far & fresh
+
+
+def _check_strayed(strayed: jax.Array, held: PyTree) -> None:
+    if core.is_concrete(strayed) and (number := int(strayed)) >= 0:
+        raise ValueError(
+            f"{sorted(held)[number]}: the parameters left the compressed set after a step of jc.project, so nothing "
+            "holds them there; let it be the last link, optax.chain(optimizer, jc.project(plan)), and change "
+            "parameters by it alone"
+        )
+
+
 def _chained(
     plan: Plan, every: int, state: ProjectState, params: PyTree, updates: PyTree, contexts: dict[str, Context]
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The updates onto the set, and what is held, given the updates of the optimizer."""
     leaves = rules.paths(params)
-    arrays, change = dict(leaves), _by_path(leaves, updates)
+    arrays, change = dict(leaves), rules.beside(params, updates)
     held: dict[str, Any] = {}
     values: dict[str, jax.Array] = {}
-    due, nothing = state.steps % every == 0, _zero(state.steps)
+    due, nothing = transforms.is_due(state.steps, every), _zero(state.steps)
     # One unit behind the other, so that the updates of the whole model need not be in memory at once: of 5 million
     # parameters these would be so large that on a CPU every step would fetch its memory anew.
     for unit in plan.units():
@@ -178,7 +261,7 @@ def _looped(
         new = {path: optax.apply_updates(arrays[path], moved[path]) for path in unit}
         nodes, zero = _anew([unit], plan, held, new, contexts), _zero(state.steps)
         # Touched, or XLA would take the updates from before the loop, and compute them again after it.
-        return jnp.zeros_like(due), core.split(nodes)[1], {path: _tied(x, zero) for path, x in moved.items()}, zero
+        return jnp.zeros_like(due), _fixed(nodes), {path: _tied(x, zero) for path, x in moved.items()}, zero
 
     _, held, moved, zero = jax.lax.while_loop(lambda carry: carry[0], turn, (due, held, operand, nothing))
     return held, {path: straight_through(change[path], moved[path]) for path in unit}, zero
@@ -199,14 +282,14 @@ def _around(
     arrays = dict(leaves)
     held: dict[str, Any] = {}
     values: dict[str, jax.Array] = {}
-    due, nothing = state.steps % every == 0, _zero(state.steps)
+    due, nothing = transforms.is_due(state.steps, every), _zero(state.steps)
 
     @jax.jit  # traced once, for all conditionals
     def stepped(nothing: jax.Array) -> tuple[PyTree, PyTree]:
         return optimizer.update(jax.tree.map(lambda g: _tied(g, nothing), grads), state.inner, params, **extra)
 
     def moved(nothing: jax.Array) -> dict[str, jax.Array]:
-        change = _by_path(leaves, stepped(nothing)[0])
+        change = rules.beside(params, stepped(nothing)[0])
         return {path: optax.apply_updates(x, change[path]) for path, x in leaves}
 
     for units in _batches(plan.units(), arrays):
@@ -214,7 +297,7 @@ def _around(
         held, values = held | now, values | more
     # Behind the conditionals, which read the state that the optimizer writes over: else it would be copied.
     updates, after = stepped(nothing)
-    change = _by_path(leaves, updates)
+    change = rules.beside(params, updates)
     return change | _onto(held, values, arrays, change), held, after
 
 
@@ -258,7 +341,7 @@ def _refitted(
     def fitted(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
         nodes = _anew(units, plan, held, moved(nothing), contexts)
         values = {path: nodes[path].materialize() for path in rest}
-        return core.split(nodes)[1], values, _zero(state.steps)
+        return _fixed(nodes), values, _zero(state.steps)
 
     def kept(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
         new = moved(nothing) if rest else {}
@@ -285,10 +368,6 @@ def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, chan
     for path in held:
         new = optax.apply_updates(params[path], change[path])
         value = values[path] if path in values else held[path].project(new).materialize()
-        found[path] = _towards(value, new, params[path], change[path])
+        found[path] = transforms.towards(value, new, params[path], change[path])
     return found
 
-
-def _towards(value: jax.Array, new: jax.Array, old: jax.Array, change: jax.Array) -> jax.Array:
-    """The update from ``old`` to ``value``; the old update wherever that leads there already."""
-    return jnp.where(value == new, change, (value - old).astype(change.dtype))

@@ -22,7 +22,7 @@ def _key_name(key: Any) -> str:
     return jax.tree_util.keystr((key,), simple=True)
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
     """A Flax NNX variable: a box around one array, which paths should not show."""
     # Every version of Flax has the first; newer ones have `get_value`, older ones `raw_value`.
     return hasattr(type(x), "get_metadata") and (hasattr(type(x), "get_value") or hasattr(type(x), "raw_value"))
@@ -49,8 +49,8 @@ def paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tu
       >>> [path for path, _ in jc.paths({"block": [{"kernel": jnp.ones((2, 2))}, {"kernel": jnp.ones((2, 2))}]})]
       ['block/0/kernel', 'block/1/kernel']
     """
-    boxed = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0]
-    boxes = {path for path, x in boxed if _is_variable(x)}
+    boxed = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
+    boxes = {path for path, x in boxed if is_variable(x)}
 
     def stop(x: Any) -> bool:
         return core.is_node(x) or (is_leaf is not None and is_leaf(x))
@@ -109,7 +109,7 @@ def matching(params: PyTree | Mapping[str, Any], match: str, name: str = "match"
     known = leaves(params)
     found = {path: x for path, x in known.items() if _pattern(match).fullmatch(path)}
     if not found:
-        raise ValueError(f"{name}: {match!r} matches no parameter; {_closest(match, known)}")
+        raise ValueError(f"{name}: {match!r} matches no parameter; {closest(match, known)}")
     return found
 
 
@@ -153,7 +153,7 @@ class Plan(Mapping):
         """
         for path, method in changes.items():
             if path not in self._methods:
-                raise ValueError(f"{path}: not in the plan; {_closest(path, self._methods)}")
+                raise ValueError(f"{path}: not in the plan; {closest(path, self._methods)}")
             _check_method(path, method)
             if method is not None and path in self.shapes:
                 core.check(method, path, self.shapes[path], jnp.float32)
@@ -239,7 +239,7 @@ def plan(params: PyTree, rules: Iterable[Rule]) -> Plan:
     known = [path for path, _ in found]
     for i, (pattern, _) in enumerate(ordered):
         if not matched[i]:
-            raise ValueError(f"rule {i} {pattern.pattern!r} matches no parameter; {_closest(pattern.pattern, known)}")
+            raise ValueError(f"rule {i} {pattern.pattern!r} matches no parameter; {closest(pattern.pattern, known)}")
     notes = [
         f"rule {i} {p.pattern!r}: earlier rules took all of its leaves"
         for i, (p, _) in enumerate(ordered)
@@ -283,7 +283,7 @@ def _pattern(pattern: str) -> re.Pattern:
         raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
+def closest(name: str, known: Iterable[str]) -> str:
     """What to write in place of a pattern, or a path, that is not among those known."""
     known = list(known)
     if not known:
