@@ -11,7 +11,7 @@ from jcompress.prune.dynamic.rewiring import RewiringState, deep_rewiring
 from jcompress.prune.dynamic.supermasks import EdgePopup, Movement, Piggyback, score_penalty, select
 from jcompress.prune.dynamic.tickets import EarlyBird, Ticket, early_bird, lottery_ticket, mask_distance
 from jcompress.prune.dynamic.training import SparseState, sparse
-from jcompress.prune.dynamic.views import LatentState, Surgery, TopKAST, View, latent
+from jcompress.prune.dynamic.views import LatentState, LatentView, Surgery, TopKAST, latent
 
 __all__ = [
     "DSR",
@@ -21,6 +21,7 @@ __all__ = [
     "EarlyBird",
     "EdgePopup",
     "LatentState",
+    "LatentView",
     "Leaf",
     "Movement",
     "NeST",
@@ -34,7 +35,6 @@ __all__ = [
     "Surgery",
     "Ticket",
     "TopKAST",
-    "View",
     "asap",
     "deep_rewiring",
     "early_bird",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core, rules
+from jcompress import core, rules, transforms
 from jcompress.core import PyTree
+from jcompress.prune.dynamic.held import lay
 
 
 class AnnealedState(NamedTuple):
@@ -19,30 +21,37 @@ class AnnealedState(NamedTuple):
     masks: dict[str, jax.Array]
     inner: PyTree
 
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """Nothing: a logit whose alternative is cut is not 0."""
+        return {}
+
 
 def asap(
-    optimizer: optax.GradientTransformation,
+    inner: optax.GradientTransformation,
     temperature: optax.ScalarOrSchedule,
     threshold: optax.ScalarOrSchedule,
+    every: int = 1,
     *,
     grace: int = 0,
-    every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """ASAP: train the logits of alternatives, anneal them, and cut those of low probability (Noy et al. 2019).
 
     An optax transform for a tree of logits, beside the weights and their optimizer: the last axis of each array lists
     the alternatives of one place, operations, blocks or groups of channels, whose outputs the model weighs by
-    :func:`gates`; the paper trains them on data that the weights do not see. On steps ``every``, ``2 * every``, ...,
-    after ``grace``, alternatives with a probability below the threshold are cut for good, the most probable one never;
-    what is cut has a gate of exactly 0, and its logit stays as it is. As the temperature falls, probabilities part,
-    until one alternative is left (arXiv:1904.04123).
+    :func:`gates`; the paper trains them on data that the weights do not see. On steps 0, ``every``, ``2 * every``, ...,
+    from ``grace`` on, alternatives with a probability below the threshold are cut for good, the most probable one
+    never; what is cut has a gate of exactly 0, and its logit stays as it is. As the temperature falls, probabilities
+    part, until one alternative is left (arXiv:1904.04123).
+
+    A logit of 0 would be a gate above 0, so :func:`jcompress.nodes` leaves logits as they are: ``state.masks`` says
+    which alternatives to build the model from.
 
     Args:
-      optimizer: of the logits.
+      inner: the optimizer of the logits.
       temperature: of the softmax, positive: a number or a schedule, such as ``optax.exponential_decay(1.3, 100, 0.9)``.
       threshold: a number or a schedule, in the unit of a probability; below 1 / (number of alternatives) at first.
-      grace: steps before the first cut.
       every: steps between cuts.
+      grace: steps before the first cut.
 
     Returns:
       A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``.
@@ -63,23 +72,20 @@ def asap(
       >>> state.masks["place"].tolist()
       [True, True, False]
     """
-    if every < 1:
-        raise ValueError(f"asap: every={every} must be a positive number of steps")
-    tx = optax.with_extra_args_support(optimizer)
+    transforms.check_every("asap", every)
+    tx = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> AnnealedState:
         masks = {path: jnp.ones(jnp.shape(x), jnp.bool_) for path, x in rules.paths(params)}
-        return AnnealedState(jnp.zeros((), jnp.int32), masks, tx.init(params))
+        return AnnealedState(transforms.steps(), masks, tx.init(params))
 
     def update(
         updates: PyTree, state: AnnealedState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, AnnealedState]:
-        if params is None:
-            raise ValueError("asap needs the logits: call tx.update(grads, state, params)")
-        updates, inner = tx.update(_laid(updates, state.masks), state.inner, params, **extra)
-        updates = _laid(updates, state.masks)
-        steps = optax.safe_increment(state.steps)
-        due = (steps % every == 0) & (steps > grace)
+        transforms.need("asap", params)
+        updates, inner = tx.update(lay(updates, state.masks, params), state.inner, params, **extra)
+        updates = lay(updates, state.masks, params)
+        due = transforms.is_due(state.steps, every) & (state.steps >= grace)
         found = _probabilities(
             optax.apply_updates(params, updates), state.masks, core.value_at(temperature, state.steps)
         )
@@ -88,7 +94,7 @@ def asap(
             path: mask & (~due | (found[path] >= least) | (found[path] == found[path].max(-1, keepdims=True)))
             for path, mask in state.masks.items()
         }
-        return updates, AnnealedState(steps, masks, inner)
+        return updates, AnnealedState(optax.safe_increment(state.steps), masks, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -102,13 +108,9 @@ def gates(logits: PyTree, state: AnnealedState, temperature: optax.ScalarOrSched
       temperature: as given to it; a schedule is read at the steps taken.
     """
     found = _probabilities(logits, state.masks, core.value_at(temperature, state.steps))
-    return jax.tree.unflatten(jax.tree.structure(logits), list(found.values()))
+    return rules.rebuild(logits, found)
 
 
 def _probabilities(logits: PyTree, masks: dict[str, jax.Array], temperature: Any) -> dict[str, jax.Array]:
     return {path: jax.nn.softmax(x / temperature, where=masks[path]) for path, x in rules.paths(logits)}
 
-
-def _laid(updates: PyTree, masks: dict[str, jax.Array]) -> PyTree:
-    leaves, treedef = jax.tree.flatten(updates)
-    return jax.tree.unflatten(treedef, [jnp.where(mask, x, 0) for x, mask in zip(leaves, masks.values(), strict=True)])

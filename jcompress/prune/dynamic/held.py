@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import apply, rules
+from jcompress import apply, rules, transforms
 from jcompress.core import PyTree
 from jcompress.formats import Masked
 from jcompress.rules import Plan
@@ -23,9 +23,9 @@ def initial(params: PyTree, source: Plan | Masks, key: jax.Array | None) -> dict
       ValueError: if a method gives something other than a mask, or a mask fits no parameter.
     """
     if not isinstance(source, Plan):
-        _check(dict(rules.paths(params)), source)
+        _check(rules.leaves(params), source)
         return {path: jnp.copy(mask) for path, mask in source.items()}
-    nodes = dict(rules.paths(apply.compress(params, source, key=key)))
+    nodes = rules.leaves(apply.compress(params, source, step=0, key=key))
     found = {}
     for path, method in source.items():
         if method is None:
@@ -51,39 +51,44 @@ def _check(found: Mapping[str, Any], given: Masks) -> None:
             )
 
 
-def lay(params: PyTree, masks: Masks) -> PyTree:
+def lay(params: PyTree, masks: Masks, like: PyTree = None) -> PyTree:
     """The parameters, or anything of their structure, with 0.0 where a mask is False.
+
+    Args:
+      params: a pytree of arrays.
+      masks: ``{path: boolean array}`` that broadcasts; other leaves stay as they are.
+      like: the parameters, where the paths of the first tree are not theirs.
+
+    Returns:
+      A tree like the first.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> jc.prune.dynamic.lay({"w": jnp.ones(3)}, {"w": jnp.array([True, False, True])})["w"].tolist()
       [1.0, 0.0, 1.0]
     """
-    leaves, treedef = jax.tree.flatten(params)
-    named = zip([path for path, _ in rules.paths(params)], leaves, strict=True)
-    return jax.tree.unflatten(
-        treedef, [jnp.where(masks[p], x, jnp.zeros_like(x)) if p in masks else x for p, x in named]
-    )
+    found = rules.beside(params if like is None else like, params)
+    laid = {path: jnp.where(mask, found[path], jnp.zeros_like(found[path])) for path, mask in masks.items()}
+    return rules.rebuild(params, laid, like=like)
 
 
 def masks(state: PyTree) -> dict[str, jax.Array]:
-    """The masks held in the state of an optimizer, however deep :func:`sparse` or its kin stand in it.
+    """The masks held in the state of an optimizer, however deep they stand in it.
+
+    Args:
+      state: of :func:`sparse` or its kin, or of :func:`jcompress.project` where its plan gives masks.
+
+    Returns:
+      ``{path: boolean array}``. For the nodes themselves see :func:`jcompress.nodes`.
 
     Raises:
       ValueError: if the state holds none.
     """
-    for x in jax.tree.leaves(state, is_leaf=_holds_masks):
-        if _holds_masks(x):
-            return dict(x.masks)
-    raise ValueError("found no masks in this state; expected the state of an optimizer made with jc.prune.dynamic")
-
-
-def _holds_masks(x: Any) -> bool:
-    return isinstance(x, tuple) and "masks" in getattr(x, "_fields", ())
-
-
-def moved(params: PyTree, updates: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
-    """The updates with those of some leaves replaced."""
-    leaves, treedef = jax.tree.flatten(updates)
-    named = zip([path for path, _ in rules.paths(params)], leaves, strict=True)
-    return jax.tree.unflatten(treedef, [new.get(path, x) for path, x in named])
+    found: dict[str, jax.Array] = {}
+    for x in transforms.holders(state):
+        found |= getattr(x, "masks", {})
+        held = getattr(x, "held", {})
+        found |= {path: node.mask for path, node in held.items() if isinstance(node, Masked)}
+    if not found:
+        raise ValueError("found no masks in this state; expected that of jc.project or of a transform of jc.prune")
+    return found

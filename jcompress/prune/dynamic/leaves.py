@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +21,7 @@ class Leaf(NamedTuple):
       grad: the dense gradient, also of weights that are not active.
       momentum: the moving average of dense gradients, or None if the rule reads none.
       step: the steps taken.
-      key: a PRNG key of this leaf's and this step's own.
+      key: a PRNG key of this leaf's and this step's own, or None if training was given none.
     """
 
     w: jax.Array
@@ -30,7 +29,7 @@ class Leaf(NamedTuple):
     grad: jax.Array
     momentum: jax.Array | None
     step: jax.Array
-    key: jax.Array
+    key: jax.Array | None
 
 
 @runtime_checkable
@@ -63,8 +62,10 @@ def grow_largest(survivors: jax.Array, values: jax.Array, number: jax.Array) -> 
     return survivors | keep_largest([values], number, among=[~survivors], by=jnp.abs)[0]
 
 
-def grow_random(survivors: jax.Array, key: jax.Array, number: jax.Array) -> jax.Array:
+def grow_random(survivors: jax.Array, key: jax.Array | None, number: jax.Array) -> jax.Array:
     """The survivors and ``number`` of the other weights, drawn at random."""
+    if key is None:
+        raise ValueError("the rule draws at random and has no key; give sparse(..., key=jax.random.key(0))")
     return survivors | keep_random(~survivors, number, key)
 
 
@@ -104,7 +105,3 @@ def _filled(total: jax.Array, room: jax.Array) -> jax.Array:
     before = jnp.cumsum(room, dtype=jnp.uint32) - room
     return jnp.minimum(room, jnp.where(total > before, total - before, 0))
 
-
-def leaf_key(key: jax.Array, path: str) -> jax.Array:
-    """A key that depends on the path."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core, rules
+from jcompress import core, rules, transforms
 from jcompress.core import PyTree
+from jcompress.formats import Masked
 from jcompress.numeric.counting import count_true
 from jcompress.numeric.threshold import keep_largest
-from jcompress.prune.dynamic import leaves, moments
-from jcompress.prune.dynamic.held import Masks, initial, lay, moved
+from jcompress.prune.dynamic import entries
+from jcompress.prune.dynamic.held import Masks, initial, lay
 from jcompress.prune.masks.selection import Scope
 from jcompress.rules import Plan
 
@@ -27,16 +29,20 @@ class RewiringState(NamedTuple):
     key: jax.Array
     inner: PyTree
 
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Masked]:
+        """The active weights."""
+        return transforms.masked(params, self.masks)
+
 
 def deep_rewiring(
-    optimizer: optax.GradientTransformation,
+    inner: optax.GradientTransformation,
     masks: Plan | Masks,
     *,
+    key: jax.Array,
     learning_rate: optax.ScalarOrSchedule,
     l1: float = 0.0,
     temperature: float = 0.0,
     scope: Scope = "leaf",
-    key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Deep rewiring, DeepR (Bellec et al. 2018, arXiv:1711.05136), around any optimizer.
 
@@ -46,13 +52,13 @@ def deep_rewiring(
     become active at 0.0 with fresh moments. So the number of active weights is the same after every step.
 
     Args:
-      optimizer: gives ``update``; plain descent at rate eta in the paper.
+      inner: the optimizer; gives ``update``; plain descent at rate eta in the paper.
       masks: as for :func:`sparse`.
+      key: a PRNG key; every step draws anew.
       learning_rate: eta, a number or an optax schedule.
       l1: the rate at which all active weights shrink.
       temperature: of the random walk; the noise has variance ``2 * eta * temperature``.
       scope: whether the number of active weights is kept in each leaf, or ``"global"``, in all together.
-      key: ``jax.random.key(0)`` by default.
 
     Returns:
       A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``. Every step draws one normal number a
@@ -62,39 +68,40 @@ def deep_rewiring(
       ValueError: as :func:`sparse` does, or for an unknown scope.
 
     Example:
-      >>> import jax.numpy as jnp, optax, jcompress as jc
+      >>> import jax, jax.numpy as jnp, optax, jcompress as jc
       >>> params = {"w": jnp.array([1.0, -2.0, 3.0, 0.5])}
       >>> plan = jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])
-      >>> tx = jc.prune.dynamic.deep_rewiring(optax.sgd(1.0), plan, learning_rate=1.0)
+      >>> tx = jc.prune.dynamic.deep_rewiring(optax.sgd(1.0), plan, key=jax.random.key(0), learning_rate=1.0)
       >>> updates, state = tx.update({"w": jnp.array([0.0, -3.0, 1.0, 0.0])}, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)["w"].tolist()  # -2 would have become positive
+      >>> params = optax.apply_updates(params, updates)
+      >>> params["w"].tolist()  # -2 would have become positive
       [0.0, 0.0, 2.0, 0.0]
+      >>> jc.save("weights.jc", jc.nodes(params, state))
     """
     if scope not in ("leaf", "global"):
         raise ValueError(f"deep_rewiring: scope={scope!r} is unknown; use 'leaf' or 'global'")
-    tx = optax.with_extra_args_support(optimizer)
-    seed = jax.random.key(0) if key is None else key
+    tx = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> RewiringState:
-        first, weights = initial(params, masks, seed), dict(rules.paths(params))
+        first, weights = initial(params, masks, key), rules.leaves(params)
         negative = {path: weights[path] < 0 for path in first}
-        return RewiringState(jnp.zeros((), jnp.int32), first, negative, jnp.copy(seed), tx.init(lay(params, first)))
+        started = tx.init(lay(params, first))
+        return RewiringState(transforms.steps(), first, negative, jnp.copy(key), started)
 
     def update(
         updates: PyTree, state: RewiringState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, RewiringState]:
-        if params is None:
-            raise ValueError("deep_rewiring needs the parameters: call tx.update(grads, state, params)")
-        updates, inner = tx.update(lay(updates, state.masks), state.inner, lay(params, state.masks), **extra)
-        change = dict(zip([p for p, _ in rules.paths(params)], jax.tree.leaves(updates), strict=True))
+        transforms.need("deep_rewiring", params)
+        updates, inner = tx.update(lay(updates, state.masks, params), state.inner, lay(params, state.masks), **extra)
+        change = rules.beside(params, updates)
         eta = core.value_at(learning_rate, state.steps)
         walks, alive = {}, {}
         for path, w in rules.paths(params):
             if path in state.masks:
                 walks[path], alive[path] = _walk(w, change[path], state, path, eta * l1, 2 * eta * temperature)
-        inner = moments.reset(tx.init, inner, params, alive)
+        inner = entries.reset(tx.init, inner, params, alive)
         new = _reactivated(state, alive, scope)
-        return moved(params, updates, walks), state._replace(
+        return rules.rebuild(updates, walks, like=params), state._replace(
             steps=optax.safe_increment(state.steps), masks=new, inner=inner
         )
 
@@ -102,7 +109,7 @@ def deep_rewiring(
 
 
 def _key(state: RewiringState, path: str, use: int) -> jax.Array:
-    return jax.random.fold_in(leaves.leaf_key(jax.random.fold_in(state.key, state.steps), path), use)
+    return jax.random.fold_in(rules.key_of(jax.random.fold_in(state.key, state.steps), path), use)
 
 
 def _walk(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jcompress import rules
+from jcompress import rules, transforms
 from jcompress.core import PyTree
+from jcompress.formats import Masked
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic.held import Masks, lay
 from jcompress.prune.masks.selection import Scope, kept
@@ -30,6 +30,10 @@ class Ticket(NamedTuple):
     params: PyTree
     masks: dict[str, jax.Array]
     trained: PyTree
+
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Masked]:
+        """The parameters under the masks: ``jc.nodes(ticket.params, ticket)``, or of the ticket once it is trained."""
+        return transforms.masked(params, self.masks)
 
 
 def lottery_ticket(
@@ -60,7 +64,7 @@ def lottery_ticket(
       rate: the part of the remaining weights that each round prunes, in (0, 1).
       rewind: the parameters of an early step, to go back to; ``params`` by default.
       scope: one threshold for all leaves, or one for each ``"leaf"``.
-      match: the paths of the pruned leaves, a regular expression for ``re.fullmatch``.
+      match: a regular expression for the whole paths of the pruned leaves.
       report: called with the round, from 1, and its ticket.
 
     Returns:
@@ -74,19 +78,19 @@ def lottery_ticket(
       >>> params = {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}
       >>> def train(params, masks):
       ...     return jax.tree.map(lambda w: -w, params)
-      >>> jc.prune.dynamic.lottery_ticket(train, params, rounds=2, rate=0.5).params["w"].tolist()
+      >>> ticket = jc.prune.dynamic.lottery_ticket(train, params, rounds=2, rate=0.5)
+      >>> ticket.params["w"].tolist()
       [0.0, 0.0, 0.0, 4.0]
+      >>> jc.save("ticket.jc", jc.nodes(train(ticket.params, ticket.masks), ticket))
     """
     _check(rounds, rate, scope)
     target = params if rewind is None else rewind
-    masks = {path: jnp.ones_like(x, jnp.bool_) for path, x in rules.paths(params) if re.fullmatch(match, path)}
-    if not masks:
-        known = [path for path, _ in rules.paths(params)][:5]
-        raise ValueError(f"lottery_ticket: match={match!r} matches no parameter; there are {known}")
+    found = rules.matching(params, match, "lottery_ticket: match")
+    masks = {path: jnp.ones_like(x, jnp.bool_) for path, x in found.items()}
     start = params
     for number in range(1, rounds + 1):
         trained = train(start, masks)
-        masks = _pruned(dict(rules.paths(trained)), masks, 1 - (1 - rate) ** number, scope)
+        masks = _pruned(rules.leaves(trained), masks, 1 - (1 - rate) ** number, scope)
         start = lay(target, masks)
         ticket = Ticket(start, masks, trained)
         if report is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import rules
+from jcompress import rules, transforms
 from jcompress.core import PyTree
-from jcompress.prune.dynamic import leaves, moments
+from jcompress.formats import Masked
+from jcompress.prune.dynamic import entries
 from jcompress.prune.dynamic.exchange import Static
-from jcompress.prune.dynamic.held import Masks, initial, lay, moved
+from jcompress.prune.dynamic.held import Masks, initial, lay
 from jcompress.prune.dynamic.leaves import Leaf, Rule
 from jcompress.rules import Plan
 
@@ -25,18 +27,22 @@ class SparseState(NamedTuple):
 
     steps: jax.Array
     masks: dict[str, jax.Array]
-    key: jax.Array
+    key: jax.Array | None
     memory: PyTree
     momentum: dict[str, jax.Array]
     inner: PyTree
 
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Masked]:
+        """The active weights."""
+        return transforms.masked(params, self.masks)
+
 
 def sparse(
-    optimizer: optax.GradientTransformation,
+    inner: optax.GradientTransformation,
     rule: Rule,
     masks: Plan | Masks,
-    *,
     every: int = 100,
+    *,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train sparse weights, their number constant, while ``rule`` moves the mask every so often (``NeST`` changes it).
@@ -45,7 +51,7 @@ def sparse(
     weight that is not active is exactly 0.0. Its share of the optimizer's state is as new whenever the optimizer
     moves, so what is dropped leaves nothing behind, and what is grown starts at 0.0 with fresh moments. The optimizer
     meets the gradients of active weights only: a clipped norm or an orthogonalized momentum is that of the sparse
-    network. The rule reads the dense gradients. The masks change before the optimizer moves, on steps ``every``,
+    network. The rule reads the dense gradients. The masks change before the optimizer moves, on steps 0, ``every``,
     ``2 * every``, ...; weights grown in a step move from the next one on. In between the cost is that of reading the
     masks.
 
@@ -55,13 +61,13 @@ def sparse(
     all that ``optax.flatten`` makes one vector of.
 
     Args:
-      optimizer: any optax optimizer.
+      inner: any optax optimizer.
       rule: :class:`SET`, :class:`RigL`, :class:`SparseMomentum`, :class:`DSR`, :class:`NeST`, :class:`Static`, or a
         function of the same form, ``(leaves, memory) -> (masks, memory)``.
       masks: a plan whose methods choose the first masks, such as ``jc.prune.Random(sparsity=0.9)``; or the masks
         themselves, ``{path: boolean array}``.
       every: the steps between two changes of the masks.
-      key: for rules and methods that draw random numbers; ``jax.random.key(0)`` by default. Every change draws anew.
+      key: for rules (:class:`SET`, :class:`DSR`) and methods that draw random numbers. Every change draws anew.
 
     Returns:
       A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``. The rule reads the gradients given as
@@ -80,59 +86,48 @@ def sparse(
       >>> for _ in range(5):
       ...     updates, state = jax.jit(tx.update)({"w": -jnp.ones(8)}, state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> int((params["w"] != 0).sum()), int(jc.prune.dynamic.masks(state)["w"].sum())
+      >>> small = jc.nodes(params, state)
+      >>> int((params["w"] != 0).sum()), int(small["w"].mask.sum())
       (4, 4)
+      >>> jc.save("weights.jc", small)
     """
-    if every < 1:
-        raise ValueError(f"sparse: every={every} must be a positive number of steps")
-    tx = optax.with_extra_args_support(optimizer)
-    seed = jax.random.key(0) if key is None else key
+    transforms.check_every("sparse", every)
+    tx = optax.with_extra_args_support(inner)
     decay = getattr(rule, "decay", None)
 
     def init(params: PyTree) -> SparseState:
-        first = initial(params, masks, seed)
+        first, weights = initial(params, masks, key), rules.leaves(params)
         memory = rule.memory() if hasattr(rule, "memory") else ()
-        weights = dict(rules.paths(params))
         momentum = {} if decay is None else {path: jnp.zeros_like(weights[path]) for path in first}
-        # A copy: a training step that donates its state must not delete the caller's key.
-        return SparseState(
-            jnp.zeros((), jnp.int32), first, jnp.copy(seed), memory, momentum, tx.init(lay(params, first))
-        )
+        started = tx.init(lay(params, first))
+        return SparseState(transforms.steps(), first, transforms.copied(key), memory, momentum, started)
 
     def update(
         updates: PyTree, state: SparseState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
     ) -> tuple[PyTree, SparseState]:
-        if params is None:
-            raise ValueError("sparse needs the parameters: call tx.update(grads, state, params)")
+        transforms.need("sparse", params)
         raw = updates if grads is None else grads
         extra = extra if grads is None else {**extra, "grads": grads}
-        momentum = _averaged(state.momentum, _by_path(params, raw), decay)
+        momentum = _averaged(state.momentum, rules.beside(params, raw), decay)
         new, active, memory = _changed(rule, every, state._replace(momentum=momentum), params, raw)
         # Before the optimizer, not after: one that works weight by weight leaves a fresh entry as it is under a
         # gradient of zero, and it can write over its state only if what it moves by is what it keeps.
-        fresh = moments.reset(tx.init, state.inner, params, active)
-        updates, inner = tx.update(lay(updates, active), fresh, lay(params, active), **extra)
-        updates = _onto(params, updates, active)
+        fresh = entries.reset(tx.init, state.inner, params, active)
+        updates, inner = tx.update(lay(updates, active, params), fresh, lay(params, active), **extra)
+        old, change = rules.leaves(params), rules.beside(params, updates)
+        # To exactly 0.0 where a weight is not active; the others move as the optimizer says.
+        laid = {path: jnp.where(mask, change[path], -old[path]) for path, mask in active.items()}
+        updates = rules.rebuild(updates, laid, like=params)
         steps = optax.safe_increment(state.steps)
         return updates, SparseState(steps, new, state.key, memory, momentum, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _by_path(params: PyTree, tree: PyTree) -> dict[str, jax.Array]:
-    return dict(zip([path for path, _ in rules.paths(params)], jax.tree.leaves(tree), strict=True))
-
-
 def _averaged(momentum: dict[str, jax.Array], grads: dict[str, jax.Array], decay: float | None) -> dict[str, jax.Array]:
     if decay is None:
         return {}
     return {path: (decay * m + (1 - decay) * grads[path]).astype(m.dtype) for path, m in momentum.items()}
-
-
-def _onto(params: PyTree, updates: PyTree, active: Masks) -> PyTree:
-    """The updates, and for weights that are not active the step to exactly 0.0."""
-    old, change = dict(rules.paths(params)), _by_path(params, updates)
-    return moved(params, updates, {path: jnp.where(mask, change[path], -old[path]) for path, mask in active.items()})
 
 
 def _changed(
@@ -147,9 +142,9 @@ def _changed(
         return state.masks, state.masks, state.memory
     # Masks have no derivative; a loop may stand in what is differentiated only where nothing flows through it.
     weights, gradients, memory, momentum = jax.lax.stop_gradient(
-        (dict(rules.paths(params)), _by_path(params, grads), state.memory, state.momentum)
+        (rules.leaves(params), rules.beside(params, grads), state.memory, state.momentum)
     )
-    key = jax.random.fold_in(state.key, state.steps)
+    key = None if state.key is None else jax.random.fold_in(state.key, state.steps)
 
     def anew(carry: tuple) -> tuple:
         _, masks, _, memory = carry
@@ -160,7 +155,7 @@ def _changed(
                 grad=gradients[path],
                 momentum=momentum.get(path),
                 step=state.steps,
-                key=leaves.leaf_key(key, path),
+                key=rules.key_of(key, path),
             )
             for path, mask in masks.items()
         ]
@@ -168,5 +163,5 @@ def _changed(
         new = dict(zip(masks, chosen, strict=True))
         return jnp.zeros_like(due), new, {path: mask & new[path] for path, mask in masks.items()}, memory
 
-    due = (state.steps % every == 0) & (state.steps > 0)
+    due = transforms.is_due(state.steps, every)
     return jax.lax.while_loop(lambda carry: carry[0], anew, (due, state.masks, state.masks, memory))[1:]

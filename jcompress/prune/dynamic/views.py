@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core, rules
+from jcompress import core, rules, transforms
 from jcompress.core import PyTree
+from jcompress.formats import Masked
 from jcompress.numeric.threshold import keep_largest
-from jcompress.prune.dynamic.held import lay, moved
+from jcompress.prune.dynamic.held import lay
 from jcompress.prune.masks import selection
 
 
 @runtime_checkable
-class View(Protocol):
+class LatentView(Protocol):
     """How the masks follow the latent weights.
 
     ``__call__(w, mask, step)`` gives two masks: of the weights that the network sees, and of those that learn, or None
@@ -118,20 +119,24 @@ class LatentState(NamedTuple):
     learning: dict[str, jax.Array | None]
     inner: PyTree
 
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Masked]:
+        """What the network sees."""
+        return transforms.masked(params, self.masks)
+
 
 def latent(
-    optimizer: optax.GradientTransformation, view: View, match: str = ".*", *, every: int = 1
+    inner: optax.GradientTransformation, view: LatentView, every: int = 1, *, match: str = ".*"
 ) -> optax.GradientTransformationExtraArgs:
     """Train dense weights of which the network sees a masked view.
 
     The parameters are the view, exactly 0.0 where masked; the latent weights are held in the state. The optimizer
-    moves the latent weights by the gradient at the view, the masks follow them every so often.
+    moves the latent weights by the gradient at the view, the masks follow them on steps 0, ``every``, ``2 * every``, ...
 
     Args:
-      optimizer: any optax optimizer.
-      view: :class:`Surgery`, :class:`TopKAST`, or another :class:`View`.
-      match: the paths of the masked leaves, a regular expression for ``re.fullmatch``.
+      inner: any optax optimizer.
+      view: :class:`Surgery`, :class:`TopKAST`, or another :class:`LatentView`.
       every: the steps between two changes of the masks.
+      match: a regular expression for the whole paths of the masked leaves.
 
     Returns:
       A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``.
@@ -150,65 +155,57 @@ def latent(
       ...     print(params["w"].tolist(), state.weights["w"].tolist())
       [1.0, 0.0] [1.0, 0.5]
       [1.0, 0.75] [1.0, 0.75]
+      >>> jc.save("weights.jc", jc.nodes(params, state))  # what the network sees, without the latent weights
     """
-    if every < 1:
-        raise ValueError(f"latent: every={every} must be a positive number of steps")
-    tx = optax.with_extra_args_support(optimizer)
+    transforms.check_every("latent", every)
+    tx = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> LatentState:
-        weights = {path: jnp.copy(x) for path, x in rules.paths(params) if re.fullmatch(match, path)}
-        if not weights:
-            raise ValueError(f"latent: match={match!r} matches no parameter; there are {_some(params)}")
+        weights = {path: jnp.copy(x) for path, x in rules.matching(params, match, "latent: match").items()}
         whole = {path: jnp.ones_like(w, jnp.bool_) for path, w in weights.items()}
-        steps = jnp.zeros((), jnp.int32)
+        steps = transforms.steps()
         seen, learning = _views(view, weights, whole, steps)
         return LatentState(steps, weights, seen, learning, tx.init(params))
 
     def update(
         updates: PyTree, state: LatentState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, LatentState]:
-        if params is None:
-            raise ValueError("latent needs the parameters: call tx.update(grads, state, params)")
-        dense = moved(params, params, state.weights)
+        transforms.need("latent", params)
+        dense = rules.rebuild(params, state.weights)
         updates, inner = tx.update(_pulled(view, state, updates, params), state.inner, dense, **extra)
         weights = _learned(state, params, updates)
-        due = state.steps % every == 0
+        due = transforms.is_due(state.steps, every)
         seen, learning = jax.lax.cond(
             due, lambda: _views(view, weights, state.masks, state.steps), lambda: (state.masks, state.learning)
         )
-        views = lay(weights, seen)
-        old = dict(rules.paths(params))
+        views, old = lay(weights, seen), rules.leaves(params)
         change = {path: jnp.where(seen[path], views[path] - old[path], -old[path]) for path in views}
         steps = optax.safe_increment(state.steps)
-        return moved(params, updates, change), LatentState(steps, weights, seen, learning, inner)
+        return rules.rebuild(updates, change, like=params), LatentState(steps, weights, seen, learning, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _some(params: PyTree) -> list[str]:
-    return [path for path, _ in rules.paths(params)][:5]
-
-
 def _views(
-    view: View, weights: dict[str, jax.Array], masks: dict[str, jax.Array], step: Any
+    view: LatentView, weights: dict[str, jax.Array], masks: dict[str, jax.Array], step: Any
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array | None]]:
     both = {path: view(w, masks[path], step) for path, w in weights.items()}
     return {path: x[0] for path, x in both.items()}, {path: x[1] for path, x in both.items()}
 
 
-def _pulled(view: View, state: LatentState, grads: PyTree, params: PyTree) -> PyTree:
+def _pulled(view: LatentView, state: LatentState, grads: PyTree, params: PyTree) -> PyTree:
     """The gradients that the optimizer meets: those of the weights that learn."""
-    found = dict(zip([path for path, _ in rules.paths(params)], jax.tree.leaves(grads), strict=True))
+    found = rules.beside(params, grads)
     pulled = {}
     for path, w in state.weights.items():
         learning = state.learning[path]
         g = (found[path] + view.pull(w, state.masks[path], learning)).astype(found[path].dtype)
         pulled[path] = g if learning is None else jnp.where(learning, g, jnp.zeros_like(g))
-    return moved(params, grads, pulled)
+    return rules.rebuild(grads, pulled, like=params)
 
 
 def _learned(state: LatentState, params: PyTree, updates: PyTree) -> dict[str, jax.Array]:
-    change = dict(zip([path for path, _ in rules.paths(params)], jax.tree.leaves(updates), strict=True))
+    change = rules.beside(params, updates)
     new = {}
     for path, w in state.weights.items():
         learning, moving = state.learning[path], optax.apply_updates(w, change[path])
