@@ -23,8 +23,8 @@ class ProjectState(NamedTuple):
 
     Attributes:
       steps: the steps taken.
-      held: ``{path: node}``: what the last refit fixed, trainable leaves left out; a node whose projection does not cost
-        linear time is whole.
+      held: ``{path: node}``: what the last refit fixed, trainable leaves left out; nodes whose projection does not cost
+        linear time are whole.
       strayed: -1, or the number, in the order of their names, of the first held leaf that was found off the set.
       key: the PRNG key, if any.
       inner: the state of the wrapped optimizer, if any.
@@ -161,7 +161,9 @@ def _here(plan: Plan, params: PyTree) -> Plan:
     if not hidden:
         return plan
     kept = {p: m for p, m in plan.items() if not any(p == h or p.startswith(f"{h}/") for h in hidden)}
-    return Plan(kept, {p: plan.groups[p] for p in kept}, {p: s for p, s in plan.shapes.items() if p in kept}, plan.notes)
+    return Plan(
+        kept, {p: plan.groups[p] for p in kept}, {p: s for p, s in plan.shapes.items() if p in kept}, plan.notes
+    )
 
 
 def _is_hidden(x: Any) -> bool:
@@ -192,7 +194,9 @@ def _strayed(state: ProjectState, params: dict[str, jax.Array], every: int) -> j
 def _is_off(node: Any, w: jax.Array, fresh: jax.Array) -> jax.Array:
     """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit."""
     limit = max(1e-4, 4 * float(jnp.finfo(w.dtype).eps))
-    far = _distance(node.project(w) if _is_linear(node) else node, w) > limit**2 * jnp.square(w.astype(jnp.float32)).sum()
+    far = (
+        _distance(node.project(w) if _is_linear(node) else node, w) > limit**2 * jnp.square(w.astype(jnp.float32)).sum()
+    )
     # Between refits a projection that is not linear lets the parameters leave the set.
     return far if _is_linear(node) else far & fresh
 
@@ -370,4 +374,3 @@ def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, chan
         value = values[path] if path in values else held[path].project(new).materialize()
         found[path] = transforms.towards(value, new, params[path], change[path])
     return found
-

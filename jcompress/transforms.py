@@ -127,7 +127,9 @@ def _holds(x: Any) -> bool:
 
 def masked(params: Mapping[str, jax.Array], masks: Mapping[str, jax.Array]) -> dict[str, Masked]:
     """The parameters under masks, exactly 0.0 where these are False."""
-    return {path: Masked(jnp.where(mask, params[path], 0).astype(params[path].dtype), mask) for path, mask in masks.items()}
+    return {
+        path: Masked(jnp.where(mask, params[path], 0).astype(params[path].dtype), mask) for path, mask in masks.items()
+    }
 
 
 def by_zeros(params: Mapping[str, jax.Array], paths: Iterable[str]) -> dict[str, Masked]:
@@ -203,9 +205,7 @@ def towards(value: jax.Array, new: jax.Array, old: jax.Array, change: jax.Array)
 Moved = Callable[[dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
 
 
-def moving(
-    name: str, paths: Callable[[PyTree], Iterable[str]], moved: Moved
-) -> optax.GradientTransformationExtraArgs:
+def moving(name: str, paths: Callable[[PyTree], Iterable[str]], moved: Moved) -> optax.GradientTransformationExtraArgs:
     """A transform that replaces some of the parameters that the updates lead to.
 
     Args:

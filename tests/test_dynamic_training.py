@@ -37,6 +37,8 @@ RULES = {
 }
 SIZE, KEPT = {"a/kernel": 48, "b/kernel": 24}, {"a/kernel": 14, "b/kernel": 7}
 
+KEY = jax.random.key(0)
+
 
 def parameters(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 2)
@@ -113,7 +115,7 @@ def test_any_optimizer_trains_at_a_constant_count_with_fresh_moments(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_rule_keeps_its_count_under_any_optimizer(name, rule):
     params = parameters()
-    tx = dynamic.sparse(OPTIMIZERS[name], RULES[rule], random_masks(), every=2)
+    tx = dynamic.sparse(OPTIMIZERS[name], RULES[rule], random_masks(), every=2, key=KEY)
     step, state, moved = stepper(tx), tx.init(params), 0
     for i in range(7):
         before = state.masks
@@ -162,11 +164,11 @@ def test_half_precision_and_outer_wrappers():
     inner = dynamic.sparse(optax.adamw(1e-2), roll, random_masks(), every=1)
     tx = optax.MultiSteps(optax.chain(optax.clip(1.0), inner), 2).gradient_transformation()
     step, state = stepper(tx), tx.init(params)
-    params = dynamic.lay(params, dynamic.masks(state))
+    params = dynamic.lay(params, dynamic.masks_of(state))
     for i in range(6):
         params, state, _ = step(params, state, jax.random.key(i))
         for path, w in kernels(params).items():
-            mask = dynamic.masks(state)[path]
+            mask = dynamic.masks_of(state)[path]
             assert int(mask.sum()) == KEPT[path]
             assert bool((jnp.where(mask, 0, w) == 0).all())
     assert params["a"]["kernel"].dtype == jnp.bfloat16
@@ -257,7 +259,7 @@ def test_sparse_momentum_moves_weights_to_where_the_momentum_is():
 def test_the_momentum_is_the_average_of_dense_gradients():
     params = parameters()
     rule = dynamic.SparseMomentum(fraction=0.5, decay=0.5)
-    tx = dynamic.sparse(optax.sgd(0.1), rule, random_plan(params), every=2)
+    tx = dynamic.sparse(optax.sgd(0.1), rule, random_plan(params), every=2, key=KEY)
     step, state, expected = stepper(tx), tx.init(params), 0.0
     for i in range(4):
         params, state, grads = step(params, state, jax.random.key(i))
@@ -287,7 +289,8 @@ def test_only_scalars_cross_devices(rule):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P(None, "model"))
     params = {"w": jax.device_put(jax.random.normal(jax.random.key(0), (64, 64)), sharding)}
-    tx = dynamic.sparse(optax.adam(1e-2), rule, jc.plan(params, [(".*", jc.prune.Magnitude(sparsity=0.8))]), every=1)
+    plan = jc.plan(params, [(".*", jc.prune.Magnitude(sparsity=0.8))])
+    tx = dynamic.sparse(optax.adam(1e-2), rule, plan, every=1, key=KEY)
     state = jax.jit(tx.init)(params)
     lowered = jax.jit(tx.update).lower(params, state, params).compile()
     assert max(size for _, size in collectives(lowered.as_text())) <= 16
@@ -300,7 +303,7 @@ def test_masks_may_be_given_and_are_found_again():
     mask = jnp.array([True, False, True, False])
     tx = optax.chain(dynamic.sparse(optax.sgd(0.5), dynamic.Static(), {"w": mask}), optax.identity())
     state = tx.init(params)
-    np.testing.assert_array_equal(dynamic.masks(state)["w"], mask)
+    np.testing.assert_array_equal(dynamic.masks_of(state)["w"], mask)
     updates, state = tx.update(params, state, params)
     assert optax.apply_updates(params, updates)["w"].tolist() == [0.5, 0.0, 0.5, 0.0]
 
@@ -320,7 +323,9 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="u: a mask is given but there is no such parameter"):
         dynamic.sparse(optax.sgd(1.0), dynamic.SET(), {"u": jnp.ones(3, bool)}).init(params)
     with pytest.raises(ValueError, match="found no masks"):
-        dynamic.masks(optax.adam(1.0).init(params))
+        dynamic.masks_of(optax.adam(1.0).init(params))
+    with pytest.raises(ValueError, match="has no key; give sparse"):
+        tx.update(params, tx.init(params), params)
     with pytest.raises(ValueError, match="momentum, which is missing"):
         dynamic.SparseMomentum()([leaf()], ())
 
@@ -333,7 +338,7 @@ def test_steps_can_be_differentiated_also_where_the_masks_change(rule):
 
     @jax.jit
     def after(rate, params):
-        tx = dynamic.sparse(optax.sgd(rate, momentum=0.9), RULES[rule], plan, every=2)
+        tx = dynamic.sparse(optax.sgd(rate, momentum=0.9), RULES[rule], plan, every=2, key=KEY)
         state = tx.init(params)
         for _ in range(3):
             updates, state = tx.update(jax.grad(loss)(params, batch), state, params)

@@ -8,14 +8,14 @@ import pytest
 from scipy import stats
 
 import jcompress as jc
-from jcompress.prune.penalties import curvature, noise
+from jcompress.prune import penalties
 
 KEY = jax.random.key(11)
 
 
 @pytest.mark.parametrize("alpha", [0.7, 1.0, 1.5, 1.9, 2.0])
 def test_the_characteristic_function_is_that_of_a_stable_law(alpha):
-    x = np.asarray(jax.jit(lambda a: noise.stable(KEY, a, (40_000,)))(alpha), np.float64)
+    x = np.asarray(jax.jit(lambda a: penalties.stable(KEY, a, (40_000,)))(alpha), np.float64)
     assert np.isfinite(x).all()
     for t in (0.2, 0.7, 1.5, 3.0):
         assert abs(np.exp(1j * t * x).mean() - np.exp(-(t**alpha))) < 0.015
@@ -23,14 +23,14 @@ def test_the_characteristic_function_is_that_of_a_stable_law(alpha):
 
 @pytest.mark.parametrize(("alpha", "law"), [(2.0, stats.norm(scale=np.sqrt(2))), (1.0, stats.cauchy())])
 def test_the_known_members_of_the_family(alpha, law):
-    assert stats.kstest(np.asarray(noise.stable(KEY, alpha, (5_000,))), law.cdf).pvalue > 0.01
+    assert stats.kstest(np.asarray(penalties.stable(KEY, alpha, (5_000,))), law.cdf).pvalue > 0.01
 
 
 def test_a_few_heavy_tailed_weights_carry_nearly_all_of_the_norm():
     """What is left of the norm without the largest tenth falls with n for heavy tails, and stays for Gaussian ones."""
 
     def left(alpha, n):
-        x = np.sort(np.abs(np.asarray(noise.stable(KEY, alpha, (20, n)), np.float64)))
+        x = np.sort(np.abs(np.asarray(penalties.stable(KEY, alpha, (20, n)), np.float64)))
         return np.median(np.linalg.norm(x[:, : -n // 10], axis=1) / np.linalg.norm(x, axis=1))
 
     heavy, light = [left(1.2, n) for n in (100, 1_000, 10_000)], [left(2.0, n) for n in (100, 1_000, 10_000)]
@@ -41,7 +41,7 @@ def test_a_few_heavy_tailed_weights_carry_nearly_all_of_the_norm():
 def test_the_transform_adds_scaled_noise_that_differs_by_step_and_leaf():
     params = {"a": jnp.zeros((100, 50)), "b": jnp.zeros((100, 50), jnp.bfloat16)}
     rate, alpha = optax.linear_schedule(0.4, 0.1, 1), 1.5
-    tx = noise.add_stable_noise(rate, 0.3, alpha, KEY)
+    tx = penalties.add_stable_noise(0.3, rate, alpha, KEY)
     state, update = tx.init(params), jax.jit(tx.update)
     drawn = []
     for step in range(2):
@@ -59,9 +59,9 @@ def test_the_transform_adds_scaled_noise_that_differs_by_step_and_leaf():
 def test_an_index_outside_its_range_is_refused():
     for bad in (0.0, 2.5, -1.0):
         with pytest.raises(ValueError, match=rf"alpha={bad} is outside \(0, 2\]"):
-            noise.stable(KEY, bad)
+            penalties.stable(KEY, bad)
         with pytest.raises(ValueError, match=rf"alpha={bad} is outside \(0, 2\]"):
-            noise.add_stable_noise(0.1, 0.1, bad, KEY)
+            penalties.add_stable_noise(0.1, 0.1, bad, KEY)
 
 
 # Curvature.
@@ -82,7 +82,7 @@ def exact(loss, params):
 def test_the_estimate_is_unbiased(problem):
     loss, params = problem
     drawn = jax.jit(
-        jax.vmap(lambda k: curvature.hessian_square_norm(loss, params, k)),
+        jax.vmap(lambda k: penalties.hessian_square_norm(loss, params, k)),
     )(jax.random.split(KEY, 4_000))
     error = float(drawn.std()) / np.sqrt(4_000)
     assert error < 0.05 * float(exact(loss, params))
@@ -96,7 +96,7 @@ def test_many_samples_come_near_the_exact_value_and_gradient():
     p = jnp.array([0.7, -1.2])
 
     def estimate(p):
-        return curvature.hessian_square_norm(loss, p, KEY, samples=20_000)
+        return penalties.hessian_square_norm(loss, p, KEY, samples=20_000)
 
     value, gradient = jax.value_and_grad(estimate)(p)
     np.testing.assert_allclose(value, exact(loss, p), rtol=0.02)
@@ -109,7 +109,7 @@ def test_the_penalty_flattens(problem):
 
     def train(strength):
         def objective(p, key):
-            return loss(p) + strength * jnp.sqrt(curvature.hessian_square_norm(loss, p, key))
+            return loss(p) + strength * jnp.sqrt(penalties.hessian_square_norm(loss, p, key))
 
         def step(carry, key):
             p, state = carry
@@ -135,7 +135,7 @@ def test_what_is_trained_under_the_penalty_loses_less_by_rounding(rng):
         p = {"a": jax.random.normal(first, (3, 8)), "b": 0.5 * jax.random.normal(second, (8,))}
 
         def objective(p, key):
-            return (1 - c) * loss(p) + c * jnp.sqrt(curvature.hessian_square_norm(loss, p, key))
+            return (1 - c) * loss(p) + c * jnp.sqrt(penalties.hessian_square_norm(loss, p, key))
 
         def step(carry, key):
             p, state = carry
@@ -160,4 +160,4 @@ def test_what_is_trained_under_the_penalty_loses_less_by_rounding(rng):
 
 def test_no_samples_are_refused(problem):
     with pytest.raises(ValueError, match="samples=0 must be positive"):
-        curvature.hessian_square_norm(*problem, KEY, samples=0)
+        penalties.hessian_square_norm(*problem, KEY, samples=0)

@@ -8,19 +8,17 @@ import pytest
 from sklearn.isotonic import IsotonicRegression
 from test_conformance import collectives
 
-import jcompress as jc
 from jcompress.numeric import shrinkage
-from jcompress.prune import structured
-from jcompress.prune.penalties import proximal
+from jcompress.prune import penalties, structured
 
 PENALTIES = {
-    "l1": proximal.L1(0.7),
-    "elastic net": proximal.ElasticNet(0.5, 0.8),
-    "rows": proximal.GroupLasso(0.9),
-    "columns, weighted": proximal.GroupLasso(0.4, axes=(-2,), weighted=True),
-    "all": proximal.GroupLasso(1.1, axes=(-2, -1)),
-    "growl": proximal.GrOWL(0.3, 0.25),
-    "growl, columns": proximal.GrOWL(0.3, 0.25, axis=-1),
+    "l1": penalties.L1(0.7),
+    "elastic net": penalties.ElasticNet(0.5, 0.8),
+    "rows": penalties.GroupLasso(0.9),
+    "columns, weighted": penalties.GroupLasso(0.4, axes=(-2,), weighted=True),
+    "all": penalties.GroupLasso(1.1, axes=(-2, -1)),
+    "growl": penalties.GrOWL(0.3, 0.25),
+    "growl, columns": penalties.GrOWL(0.3, 0.25, axis=-1),
 }
 
 
@@ -77,14 +75,14 @@ def test_pooling_works_under_vmap_and_on_nothing(rng):
 
 def test_growl_without_slope_is_the_group_lasso(rng):
     x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
-    lasso = proximal.GroupLasso(0.8)
-    np.testing.assert_allclose(proximal.GrOWL(0.8, 0.0).prox(x, 1.5), lasso.prox(x, 1.5), atol=1e-6)
-    np.testing.assert_allclose(proximal.GrOWL(0.8, 0.0)(x), lasso(x), rtol=1e-6)
+    lasso = penalties.GroupLasso(0.8)
+    np.testing.assert_allclose(penalties.GrOWL(0.8, 0.0).prox(x, 1.5), lasso.prox(x, 1.5), atol=1e-6)
+    np.testing.assert_allclose(penalties.GrOWL(0.8, 0.0)(x), lasso(x), rtol=1e-6)
 
 
 def test_rows_of_norms_near_each_other_become_equal():
     rows = jnp.array([[3.0, 4.0], [4.8, 0.0], [0.0, 5.2], [0.1, 0.0], [20.0, 0.0]])
-    found = np.linalg.norm(proximal.GrOWL(0.2, 0.4).prox(rows, 1.0), axis=1)
+    found = np.linalg.norm(penalties.GrOWL(0.2, 0.4).prox(rows, 1.0), axis=1)
     np.testing.assert_allclose(found[:3], found[0], rtol=1e-6)
     assert found[3] == 0
     assert found[4] > found[0] > 0
@@ -99,15 +97,15 @@ def test_groups_of_one_array_shrink_as_coupled_groups_do(rng):
     still = jax.tree.map(jnp.zeros_like, params)
     tx = structured.group_lasso_proximal(group, 0.5 * 3.0)
     expected, _ = tx.update(still, tx.init(params), params)
-    tx = proximal.transform(proximal.GroupLasso(3.0, axes=(-2,)), 0.5)
+    tx = penalties.proximal(penalties.GroupLasso(3.0, axes=(-2,)), 0.5)
     found, _ = tx.update(still, tx.init(params), params)
     np.testing.assert_allclose(found["kernel"], expected["kernel"], atol=1e-6)
-    value = proximal.GroupLasso(1.0, axes=(-2,))(params["kernel"])
+    value = penalties.GroupLasso(1.0, axes=(-2,))(params["kernel"])
     np.testing.assert_allclose(value, structured.group_lasso(params, group), rtol=1e-6)
 
 
 def test_the_gradient_at_a_group_of_zeros_is_zero():
-    gradient = jax.grad(proximal.GroupLasso(1.0))(jnp.array([[0.0, 0.0], [3.0, 4.0]]))
+    gradient = jax.grad(penalties.GroupLasso(1.0))(jnp.array([[0.0, 0.0], [3.0, 4.0]]))
     np.testing.assert_allclose(gradient, [[0, 0], [0.6, 0.8]], atol=1e-6)
 
 
@@ -116,12 +114,12 @@ def test_growl_gathers_norms_and_leaves_the_array_where_it_is(axis, rng):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec(*["model" if i == axis else None for i in range(2)])
     w = jax.device_put(jnp.asarray(rng.normal(size=(16, 64)), jnp.float32), jax.sharding.NamedSharding(mesh, spec))
-    prox = jax.jit(lambda w: proximal.GrOWL(0.1, 0.1).prox(w, 1.0))
+    prox = jax.jit(lambda w: penalties.GrOWL(0.1, 0.1).prox(w, 1.0))
     sizes = [size for _, size in collectives(prox.lower(w).compile().as_text())]
     assert max(sizes) <= 16
     found = prox(w)
     assert found.sharding.is_equivalent_to(w.sharding, 2)
-    np.testing.assert_allclose(found, proximal.GrOWL(0.1, 0.1).prox(jax.device_get(w), 1.0), atol=1e-6)
+    np.testing.assert_allclose(found, penalties.GrOWL(0.1, 0.1).prox(jax.device_get(w), 1.0), atol=1e-6)
 
 
 # Descent.
@@ -145,7 +143,7 @@ def descend(tx, x, y, strength, steps, read):
 def test_an_orthonormal_design_has_the_closed_form(rng):
     x = jnp.asarray(np.linalg.qr(rng.normal(size=(20, 6)))[0], jnp.float32)
     y = jnp.asarray(rng.normal(size=20), jnp.float32)
-    tx = optax.chain(optax.sgd(1.0), proximal.transform(proximal.L1(0.3), 1.0))
+    tx = optax.chain(optax.sgd(1.0), penalties.proximal(penalties.L1(0.3), 1.0))
     _, ws = descend(tx, x, y, 0.3, 3, lambda params, state: params)
     exact = shrinkage.soft_threshold(x.T @ y, 0.3)
     np.testing.assert_allclose(ws[-1], exact, atol=1e-6)
@@ -155,8 +153,8 @@ def test_an_orthonormal_design_has_the_closed_form(rng):
 def test_the_objective_falls_at_every_step_and_faster_with_momentum(lasso):
     x, y = lasso
     rate, strength = 1 / float(jnp.linalg.norm(x, 2) ** 2), 0.5
-    plain = optax.chain(optax.sgd(rate), proximal.transform(proximal.L1(strength), rate))
-    quick = proximal.accelerated(proximal.L1(strength), rate)
+    plain = optax.chain(optax.sgd(rate), penalties.proximal(penalties.L1(strength), rate))
+    quick = penalties.accelerated(penalties.L1(strength), rate)
     slow, _ = descend(plain, x, y, strength, 400, lambda params, state: params)
     fast, ws = descend(quick, x, y, strength, 400, lambda params, state: state.iterate)
     assert bool((jnp.diff(slow) <= 1e-4).all())
@@ -173,7 +171,7 @@ def test_the_objective_falls_at_every_step_and_faster_with_momentum(lasso):
 def test_any_optimizer_and_schedule_and_exact_zeros(rng):
     params = {"a": jnp.asarray(rng.normal(size=(6, 4)), jnp.bfloat16), "bias": jnp.full(4, 0.01)}
     rate = optax.linear_schedule(0.1, 0.0, 3)
-    tx = optax.chain(optax.adamw(rate), proximal.transform(proximal.L1(3.0), rate, match="a"))
+    tx = optax.chain(optax.adamw(rate), penalties.proximal(penalties.L1(3.0), rate, match="a"))
     state = tx.init(params)
 
     @jax.jit
@@ -194,12 +192,11 @@ def test_any_optimizer_and_schedule_and_exact_zeros(rng):
 def test_what_cannot_be_done_is_refused_by_name():
     params = {"layer": {"bias": jnp.ones(3)}}
     with pytest.raises(ValueError, match=r"layer/bias: found shape \(3,\), which has no axes \[-2\] .* match="):
-        tx = proximal.transform(proximal.GroupLasso(1.0, axes=(-2,)), 0.1)
+        tx = penalties.proximal(penalties.GroupLasso(1.0, axes=(-2,)), 0.1)
         tx.update(params, tx.init(params), params)
-    with pytest.raises(ValueError, match="transform: match='kernel' matches no parameter"):
-        tx = proximal.transform(proximal.L1(1.0), 0.1, match="kernel")
+    with pytest.raises(ValueError, match="proximal: match: 'kernel' matches no parameter"):
+        tx = penalties.proximal(penalties.L1(1.0), 0.1, match="kernel")
         tx.update(params, tx.init(params), params)
-    tx = proximal.accelerated(proximal.L1(1.0), 0.1)
+    tx = penalties.accelerated(penalties.L1(1.0), 0.1)
     with pytest.raises(ValueError, match="accelerated needs the parameters"):
         tx.update(params, tx.init(params))
-    assert jc.prune.proximal is proximal

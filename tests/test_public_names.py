@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(jc.__file__).parent
 # One word, two readings: a score of weights under ``scores``, the same score of units under ``structured``.
 TWO_READINGS = {"hessian", "random", "taylor"}
 SAME_NAME = TWO_READINGS | {"Group", "correct_biases"}
-SAME_AS_A_MODULE = {"activations", "diffusion", "gradients", "masks", "moments", "spectral"}
+SAME_AS_A_MODULE = {"activations", "diffusion", "spectral"}
 # What stands before the parameters: the program they are arguments of, or the plan made from them.
 BEFORE_PARAMS = {"fn", "loss", "train", "plan", "keep"}
 # These numbers are written to the file, and give the same matrix back in another process.

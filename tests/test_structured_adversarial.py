@@ -7,8 +7,7 @@ import optax
 import pytest
 
 import jcompress as jc
-from jcompress.prune import structured
-from jcompress.prune.penalties import proximal
+from jcompress.prune import penalties, structured
 
 
 def normal(rng, *shape):
@@ -111,7 +110,7 @@ def play(strength, steps=300):
     params = {"weights": weights, "masks": {name: jnp.ones(10)}}
     judge = {"u": normal(rng, 4, 16) / 2, "v": normal(rng, 16) / 4}
     rate, kinds = 0.02, {"weights": "weights", "masks": "masks"}
-    fista = proximal.accelerated(proximal.L1(strength), rate)
+    fista = penalties.accelerated(penalties.L1(strength), rate)
     tx, ours = optax.partition({"weights": optax.sgd(1e-3), "masks": fista}, kinds), optax.adam(1e-3)
 
     def logits(judge, y):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
+
 import jcompress as jc
 from experiments.benchmarks.train_step import NEVER, SPARSITY, Model, Side, Trainer, adamw, bound, run
 from jcompress.prune import dynamic
@@ -24,7 +26,7 @@ RULES = {
 
 def sparse(model: Model, rule: Any, sparsity: float, every: int) -> Trainer:
     plan = jc.plan(model.params, [(".*kernel", jc.prune.Random(sparsity=sparsity))])
-    return Trainer(model, dynamic.sparse(adamw(), rule, plan, every=every))
+    return Trainer(model, dynamic.sparse(adamw(), rule, plan, every=every, key=jax.random.key(0)))
 
 
 def _sides(model: Model, args: Any) -> list[Side]:

@@ -19,7 +19,7 @@ from jcompress.quantize.squeezed import S2FP8
 from jcompress.quantize.stochastic import Stochastic
 from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Table
 from jcompress.quantize.ternary import ABCNet, Ternary
-from jcompress.quantize.training.optimizer import gradients, moments
+from jcompress.quantize.training.optimizer import moments, round_gradients
 
 __all__ = [
     "AWQ",
@@ -47,8 +47,8 @@ __all__ = [
     "Table",
     "Ternary",
     "activations",
-    "gradients",
     "moments",
     "ranges",
+    "round_gradients",
     "training",
 ]

@@ -3,12 +3,12 @@
 from jcompress.prune.dynamic.annealing import AnnealedState, asap, gates
 from jcompress.prune.dynamic.exchange import SET, RigL, Static
 from jcompress.prune.dynamic.growth import NeST
-from jcompress.prune.dynamic.held import lay, masks
+from jcompress.prune.dynamic.held import lay, masks_of
 from jcompress.prune.dynamic.leaves import Leaf, Rule
 from jcompress.prune.dynamic.redistribution import DSR, SparseMomentum
 from jcompress.prune.dynamic.reparametrization import STR
 from jcompress.prune.dynamic.rewiring import RewiringState, deep_rewiring
-from jcompress.prune.dynamic.supermasks import EdgePopup, Movement, Piggyback, score_penalty, select
+from jcompress.prune.dynamic.supermasks import EdgePopup, Movement, Piggyback, choose_masks, score_penalty
 from jcompress.prune.dynamic.tickets import EarlyBird, Ticket, early_bird, lottery_ticket, mask_distance
 from jcompress.prune.dynamic.training import SparseState, sparse
 from jcompress.prune.dynamic.views import LatentState, LatentView, Surgery, TopKAST, latent
@@ -36,6 +36,7 @@ __all__ = [
     "Ticket",
     "TopKAST",
     "asap",
+    "choose_masks",
     "deep_rewiring",
     "early_bird",
     "gates",
@@ -43,8 +44,7 @@ __all__ = [
     "lay",
     "lottery_ticket",
     "mask_distance",
-    "masks",
+    "masks_of",
     "score_penalty",
-    "select",
     "sparse",
 ]

@@ -113,4 +113,3 @@ def gates(logits: PyTree, state: AnnealedState, temperature: optax.ScalarOrSched
 
 def _probabilities(logits: PyTree, masks: dict[str, jax.Array], temperature: Any) -> dict[str, jax.Array]:
     return {path: jax.nn.softmax(x / temperature, where=masks[path]) for path, x in rules.paths(logits)}
-

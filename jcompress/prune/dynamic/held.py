@@ -72,7 +72,7 @@ def lay(params: PyTree, masks: Masks, like: PyTree = None) -> PyTree:
     return rules.rebuild(params, laid, like=like)
 
 
-def masks(state: PyTree) -> dict[str, jax.Array]:
+def masks_of(state: PyTree) -> dict[str, jax.Array]:
     """The masks held in the state of an optimizer, however deep they stand in it.
 
     Args:

@@ -104,4 +104,3 @@ def _filled(total: jax.Array, room: jax.Array) -> jax.Array:
     room = jnp.minimum(room, total)
     before = jnp.cumsum(room, dtype=jnp.uint32) - room
     return jnp.minimum(room, jnp.where(total > before, total - before, 0))
-

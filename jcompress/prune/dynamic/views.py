@@ -130,7 +130,7 @@ def latent(
     """Train dense weights of which the network sees a masked view.
 
     The parameters are the view, exactly 0.0 where masked; the latent weights are held in the state. The optimizer
-    moves the latent weights by the gradient at the view, the masks follow them on steps 0, ``every``, ``2 * every``, ...
+    moves the latent weights by the gradient at the view; the masks follow on steps 0, ``every``, ``2 * every``, ...
 
     Args:
       inner: any optax optimizer.

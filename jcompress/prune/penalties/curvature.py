@@ -9,8 +9,6 @@ import jax.numpy as jnp
 
 from jcompress.core import PyTree
 
-__all__ = ["hessian_square_norm"]
-
 
 def hessian_square_norm(
     loss: Callable[[PyTree], jax.Array], params: PyTree, key: jax.Array, samples: int = 1
@@ -35,9 +33,9 @@ def hessian_square_norm(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jcompress.prune.penalties import curvature
+      >>> from jcompress.prune import penalties
       >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([1.0, 2.0, 3.0]) * p["w"] ** 2)
-      >>> float(curvature.hessian_square_norm(loss, {"w": jnp.ones(3)}, jax.random.key(0)))
+      >>> float(penalties.hessian_square_norm(loss, {"w": jnp.ones(3)}, jax.random.key(0)))
       14.0
     """
     if samples < 1:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import rules
+from jcompress import core, rules, transforms
 from jcompress.core import Context, PyTree
 from jcompress.prune import scores
 
 
 class AccumulatedScores(NamedTuple):
-    """State of :func:`accumulate`: ``{path: float32 array}``."""
+    """State of :func:`accumulate`.
+
+    Attributes:
+      scores: ``{path: float32 array}``.
+    """
 
     scores: dict[str, jax.Array]
+
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """Nothing: scores choose afterwards."""
+        return {}
 
 
 def accumulate(score: scores.Score, decay: float | None = None) -> optax.GradientTransformationExtraArgs:
@@ -47,8 +56,13 @@ def accumulate(score: scores.Score, decay: float | None = None) -> optax.Gradien
       >>> updates, state = tx.update({"w": jnp.array([-1.0, -1.0])}, tx.init(params), params)
       >>> state[0].scores["w"].tolist()
       [2.0, -2.0]
+
+      Pruning by what was gathered:
+
+      >>> by = jc.prune.ByScore(sparsity=0.5, score=jc.prune.scores.lookup(state[0].scores))
+      >>> jc.save("weights.jc", jc.compress(params, jc.plan(params, [("w", by)])))
     """
-    if decay is not None and not 0 <= decay < 1:
+    if decay is not None and core.is_concrete(decay) and not 0 <= decay < 1:
         raise ValueError(f"accumulate: decay={decay} is outside [0, 1)")
 
     def init(params: PyTree) -> AccumulatedScores:
@@ -57,11 +71,10 @@ def accumulate(score: scores.Score, decay: float | None = None) -> optax.Gradien
     def update(
         updates: PyTree, state: AccumulatedScores, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, AccumulatedScores]:
-        if params is None:
-            raise ValueError("accumulate needs the parameters: call tx.update(grads, state, params)")
-        found = {}
-        for (path, w), grad in zip(rules.paths(params), jax.tree.leaves(updates), strict=True):
-            now = scores.evaluate(score, w, Context(grad=grad, path=path)).astype(jnp.float32)
+        transforms.need("accumulate", params)
+        found, grads = {}, rules.beside(params, updates)
+        for path, w in rules.leaves(params).items():
+            now = scores.evaluate(score, w, Context(grad=grads[path], path=path)).astype(jnp.float32)
             old = state.scores[path]
             found[path] = old + now if decay is None else decay * old + (1 - decay) * now
         return updates, AccumulatedScores(found)

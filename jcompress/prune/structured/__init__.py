@@ -13,7 +13,7 @@ from jcompress.prune.structured.linearization import linearity_penalty, prelu
 from jcompress.prune.structured.propagation import apoz, nisp
 from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
 from jcompress.prune.structured.redundancy import geometric_median
-from jcompress.prune.structured.training import add_l1, group_lasso, group_lasso_proximal, l1_proximal, soft_filter
+from jcompress.prune.structured.training import add_l1, group_lasso, group_lasso_proximal, soft_filter
 from jcompress.prune.structured.walks import diffusion, weighted_penalty
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "importance",
     "keep",
     "l1",
-    "l1_proximal",
     "l2",
     "lasso",
     "linearity_penalty",

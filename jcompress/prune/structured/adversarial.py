@@ -89,7 +89,7 @@ def generator_loss(student: jax.Array, teacher: jax.Array, judged: jax.Array, ad
     ``mean ||student - teacher||**2 / 2 - adversarial * mean log D(student)``: the outputs are those of the teacher, and
     the discriminator takes them for the teacher's. No labels are read. Of the two common forms of the second term this
     is the one whose gradient does not vanish where the discriminator is sure. The l1 penalty is left to FISTA,
-    :func:`jcompress.prune.proximal.accelerated`, under which masks become exactly zero; take them from its
+    :func:`jcompress.prune.penalties.accelerated`, under which masks become exactly zero; take them from its
     ``state.iterate``.
 
     Args:
@@ -108,8 +108,7 @@ def generator_loss(student: jax.Array, teacher: jax.Array, judged: jax.Array, ad
       A step of the network, with its masks beside its weights, where ``judge`` is any discriminator:
 
       >>> import jax, jax.numpy as jnp, optax, jcompress as jc
-      >>> from jcompress.prune.penalties import proximal
-      >>> from jcompress.prune import structured
+      >>> from jcompress.prune import penalties, structured
       >>> weights = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 1))}
       >>> groups = {"hidden": jc.trace.Group(size=2, producers=(("a", 1),), consumers=(("b", 0),))}
       >>> params = {"weights": weights, "masks": {"hidden": jnp.array([1.0, 0.04])}}
@@ -117,7 +116,7 @@ def generator_loss(student: jax.Array, teacher: jax.Array, judged: jax.Array, ad
       >>> def loss(p):
       ...     y = model(structured.scaled(p["weights"], groups, p["masks"]), x)
       ...     return structured.generator_loss(y, model(weights, x), judge(y))
-      >>> fista = proximal.accelerated(proximal.L1(50.0), 0.01)
+      >>> fista = penalties.accelerated(penalties.L1(50.0), 0.01)
       >>> kinds = {"weights": optax.sgd(0.01), "masks": fista}
       >>> tx = optax.partition(kinds, {"weights": "weights", "masks": "masks"})
       >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params)

@@ -183,8 +183,8 @@ def l2(params: PyTree, groups: Groups, members: Members = "kernels", match: str 
 def slimming(params: PyTree, groups: Groups, match: str = ".*scale") -> dict[str, jax.Array]:
     """The magnitude of each channel's scale in batch norm, ``s_j = |gamma_j|`` (Liu et al. 2017, arXiv:1708.06519).
 
-    Meant for scales that were trained with :func:`add_l1` or :func:`l1_proximal`, and for one threshold over all
-    groups: ``keep(..., scope="global")``. Where a group has several norms, their mean counts.
+    Meant for scales that were trained with :func:`add_l1` or :func:`jcompress.prune.penalties.proximal`, and for one
+    threshold over all groups: ``keep(..., scope="global")``. Where a group has several norms, their mean counts.
 
     Args:
       params: a pytree of arrays.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core, rules
+from jcompress import core, rules, transforms
 from jcompress.core import PyTree
+from jcompress.formats import Masked
 from jcompress.layers import units
 from jcompress.layers.groups import Group, Groups, Member
 from jcompress.layers.units import Members
@@ -19,10 +19,15 @@ from jcompress.numeric import shrinkage
 from jcompress.prune.structured import choice
 
 
-class StepState(NamedTuple):
-    """The steps taken."""
+class FilterState(NamedTuple):
+    """State of :func:`soft_filter`: the steps taken, and ``{path: mask}`` of the filters that the last cut kept."""
 
     steps: jax.Array
+    masks: dict[str, jax.Array]
+
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Masked]:
+        """The parameters without the filters of the last cut, also where these have returned since."""
+        return transforms.masked(params, self.masks)
 
 
 def group_lasso(
@@ -67,10 +72,11 @@ def group_lasso(
 def group_lasso_proximal(
     groups: Groups,
     strength: optax.ScalarOrSchedule,
+    *,
     members: Members = "kernels",
     match: str = ".*",
     weighted: bool = False,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The proximal step of :func:`group_lasso`, an optax transform, last in the chain.
 
     After each step every unit shrinks, ``w_g <- w_g max(1 - strength / ||w_g||, 0)``, the minimum of
@@ -84,7 +90,7 @@ def group_lasso_proximal(
       weighted: as for :func:`group_lasso`.
 
     Returns:
-      A ``GradientTransformation``; ``update`` must be given ``params``.
+      A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``.
 
     Raises:
       ValueError: if a weight would belong to two units, for then the step has no closed form, or ``update`` is called
@@ -96,9 +102,11 @@ def group_lasso_proximal(
       >>> params = {"a": jnp.array([[3.0, 0.1], [4.0, 0.0]])}
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),))
       >>> tx = optax.chain(optax.sgd(0.1), structured.group_lasso_proximal({"hidden": hidden}, 2.5))
-      >>> updates, _ = tx.update({"a": jnp.zeros((2, 2))}, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)["a"].tolist()
+      >>> updates, state = tx.update({"a": jnp.zeros((2, 2))}, tx.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> params["a"].tolist()
       [[1.5, 0.0], [2.0, 0.0]]
+      >>> jc.save("weights.jc", jc.nodes(params, state))  # masks of what is not zero
     """
 
     def shrink(new: dict[str, jax.Array], steps: jax.Array) -> dict[str, jax.Array]:
@@ -118,31 +126,39 @@ def group_lasso_proximal(
                 factors[path] = factors.get(path, jnp.ones(())) * along
         return {path: (new[path] * factor).astype(new[path].dtype) for path, factor in factors.items()}
 
-    return moving("group_lasso_proximal", shrink)
+    def paths(params: PyTree) -> list[str]:
+        found = rules.leaves(params)
+        picked = [m for name, g in units.prunable(groups).items() for m in units.chosen(name, g, members, match, found)]
+        return sorted({path for path, _ in picked})
+
+    return transforms.moving("group_lasso_proximal", paths, shrink)
 
 
 def soft_filter(
     groups: Groups,
     sparsity: Any,
     every: int = 1,
+    *,
     members: Members = "kernels",
     match: str = ".*",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Soft filter pruning: weak filters are set to zero every so often and go on training (He et al. 2018, 1808.06866).
 
-    An optax transform, last in the chain. After steps ``every``, ``2 * every``, ... the filters of smallest norm in
+    An optax transform, last in the chain. After steps 0, ``every``, ``2 * every``, ... the filters of smallest norm in
     each group are exactly zero; in between all weights move as the optimizer says, so a filter can return. Only the
     kernels are set to zero by default: with a bias of exactly zero as well, a ReLU would pass no gradient back.
+
+    :func:`jcompress.nodes` gives the parameters without the filters that the last cut chose, wherever training stands.
 
     Args:
       groups: from ``jc.trace.coupling``.
       sparsity: the fraction of filters, in [0, 1], or an optax schedule of it.
-      every: the steps between two times; an epoch, in the paper.
+      every: the steps between two cuts; an epoch, in the paper.
       members: which weights of a unit are measured and set to zero, as for :func:`importance`.
       match: as for :func:`importance`.
 
     Returns:
-      A ``GradientTransformation``; ``update`` must be given ``params``.
+      A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``.
 
     Raises:
       ValueError: for a sparsity outside [0, 1], ``every`` below 1, or if ``update`` is called without ``params``.
@@ -154,62 +170,56 @@ def soft_filter(
       >>> hidden = jc.trace.Group(size=2, producers=(("a", 1),))
       >>> tx = optax.chain(optax.sgd(1.0), structured.soft_filter({"hidden": hidden}, sparsity=0.5))
       >>> updates, state = tx.update({"a": jnp.array([[0.5, 0.5]])}, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)["a"].tolist()
+      >>> params = optax.apply_updates(params, updates)
+      >>> params["a"].tolist()
       [[2.5, 0.0]]
+      >>> jc.save("weights.jc", jc.nodes(params, state))
     """
-    if every < 1:
-        raise ValueError(f"soft_filter: every={every} must be a positive number of steps")
+    transforms.check_every("soft_filter", every)
 
-    def cut(new: dict[str, jax.Array], steps: jax.Array) -> dict[str, jax.Array]:
-        due, changed = (steps + 1) % every == 0, dict[str, jax.Array]()
+    def masks(found: dict[str, jax.Array], fraction: Any) -> dict[str, jax.Array]:
+        kept = dict[str, jax.Array]()
         for name, group in units.prunable(groups).items():
-            picked = units.chosen(name, group, members, match, new)
-            square, _ = _squares(name, group, picked, new)
-            fraction = core.value_at(sparsity, steps)
-            stays = choice.keep({name: square}, groups, fraction, at_least=0)[name] | ~due
+            picked = units.chosen(name, group, members, match, found)
+            square, _ = _squares(name, group, picked, found)
+            stays = choice.keep({name: square}, groups, fraction, at_least=0)[name]
             for path, axis in picked:
-                along = units.spread(stays, axis, group.maps[path, axis], new[path].ndim, True)
-                changed[path] = jnp.where(along, changed.get(path, new[path]), 0)
-        return changed
+                along = units.spread(stays, axis, group.maps[path, axis], found[path].ndim, True)
+                kept[path] = kept[path] & along if path in kept else along
+        return kept
 
-    return moving("soft_filter", cut)
+    def init(params: PyTree) -> FilterState:
+        return FilterState(transforms.steps(), masks(rules.leaves(params), 0.0))
 
+    def update(
+        updates: PyTree, state: FilterState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, FilterState]:
+        transforms.need("soft_filter", params)
+        old, change = rules.leaves(params), rules.beside(params, updates)
+        new = {path: optax.apply_updates(w, change[path]) for path, w in old.items()}
+        due, found = transforms.is_due(state.steps, every), masks(new, core.value_at(sparsity, state.steps))
+        cut = {path: jnp.where(due & ~mask, 0, new[path]).astype(new[path].dtype) for path, mask in found.items()}
+        held = {path: jnp.where(due, mask, state.masks[path]) for path, mask in found.items()}
+        return transforms.onto(params, updates, cut), FilterState(optax.safe_increment(state.steps), held)
 
-def l1_proximal(strength: optax.ScalarOrSchedule, match: str = ".*scale") -> optax.GradientTransformation:
-    """Soft thresholding after each step: the proximal form of an l1 penalty, an optax transform, last in the chain.
-
-    ``w <- sign(w) max(|w| - strength, 0)``. Scales of batch norm become exactly zero, where the subgradient of
-    :func:`add_l1` leaves them near it (Liu et al. 2017, arXiv:1708.06519, name both).
-
-    Args:
-      strength: the learning rate times the penalty, or an optax schedule of that product.
-      match: a regular expression for the paths of the parameters, by default the scales of norms.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from jcompress.prune import structured
-      >>> params = {"norm": {"scale": jnp.array([1.0, -0.05]), "bias": jnp.array([0.01, 0.01])}}
-      >>> tx = structured.l1_proximal(0.25)
-      >>> updates, _ = tx.update({"norm": {"scale": jnp.zeros(2), "bias": jnp.zeros(2)}}, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)["norm"]["scale"].tolist()
-      [0.75, 0.0]
-    """
-
-    def shrink(new: dict[str, jax.Array], steps: jax.Array) -> dict[str, jax.Array]:
-        limit = core.value_at(strength, steps)
-        return {path: shrinkage.soft_threshold(x, limit) for path, x in matching("l1_proximal", new, match).items()}
-
-    return moving("l1_proximal", shrink)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def add_l1(strength: float, match: str = ".*scale") -> optax.GradientTransformation:
+def add_l1(strength: float, match: str = ".*scale") -> optax.GradientTransformationExtraArgs:
     """Add the subgradient of an l1 penalty, ``strength * sign(w)``, to gradients: first in the chain.
 
-    Network slimming trains the scales of batch norm with it (Liu et al. 2017, arXiv:1708.06519).
+    Network slimming trains the scales of batch norm with it (Liu et al. 2017, arXiv:1708.06519). It leads near zero;
+    :func:`jcompress.prune.penalties.proximal` leads there.
 
     Args:
       strength: of the penalty ``strength * sum |w|``.
-      match: a regular expression for the paths of the parameters, by default the scales of norms.
+      match: a regular expression for the whole paths of the parameters, by default the scales of norms.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``.
+
+    Raises:
+      ValueError: if nothing matches, or ``update`` is called without ``params``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -220,50 +230,19 @@ def add_l1(strength: float, match: str = ".*scale") -> optax.GradientTransformat
       [0.5, -0.5, 0.0]
     """
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        found, changes = _both("add_l1", updates, params)
-        chosen = matching("add_l1", found, match)
-        added = {
-            path: changes[path] + (strength * jnp.sign(x)).astype(changes[path].dtype) for path, x in chosen.items()
-        }
-        return units.replace(updates, added), state
+    def init(params: PyTree) -> transforms.HoldsNothing:
+        rules.matching(params, match, "add_l1: match")
+        return transforms.HoldsNothing()
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    def update(
+        updates: PyTree, state: transforms.HoldsNothing, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, transforms.HoldsNothing]:
+        transforms.need("add_l1", params)
+        grads, found = rules.beside(params, updates), rules.matching(params, match, "add_l1: match")
+        added = {path: grads[path] + (strength * jnp.sign(x)).astype(grads[path].dtype) for path, x in found.items()}
+        return rules.rebuild(updates, added, like=params), state
 
-
-def matching(name: str, found: dict[str, Any], match: str) -> dict[str, Any]:
-    """The parameters whose paths match; raises if there are none, in the name of what asked."""
-    chosen = {path: x for path, x in found.items() if re.fullmatch(match, path)}
-    if not chosen:
-        raise ValueError(f"{name}: match={match!r} matches no parameter; {units.closest(match, found)}")
-    return chosen
-
-
-def _both(name: str, updates: PyTree, params: PyTree | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters and their updates by path."""
-    if params is None:
-        raise ValueError(f"{name} needs the parameters: call tx.update(grads, state, params)")
-    return dict(rules.paths(params)), dict(rules.paths(updates))
-
-
-def moving(
-    name: str, moved: Callable[[dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
-) -> optax.GradientTransformation:
-    """A transform that replaces some of the parameters that the updates lead to."""
-
-    def init(params: PyTree) -> StepState:
-        return StepState(jnp.zeros((), jnp.int32))
-
-    def update(updates: PyTree, state: StepState, params: PyTree | None = None) -> tuple[PyTree, StepState]:
-        found, changes = _both(name, updates, params)
-        new = {path: optax.apply_updates(found[path], change) for path, change in changes.items()}
-        for path, value in moved(new, state.steps).items():
-            # Where nothing moved the update stays as it was, to the last bit; a zero is reached exactly.
-            step = (value - found[path]).astype(changes[path].dtype)
-            changes[path] = jnp.where(value == new[path], changes[path], step)
-        return units.replace(updates, changes), StepState(optax.safe_increment(state.steps))
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _squares(name: str, group: Group, picked: list[Member], found: dict[str, Any]) -> tuple[jax.Array, jax.Array]:

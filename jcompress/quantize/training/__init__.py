@@ -6,7 +6,7 @@ Weights: a method gives a node to train (:class:`LSQ`, :class:`DSQ`, :class:`DoR
 Activations: functions, to be called in the model.
 
 Straight-through training with ranges of each step is ``jc.simulate``. The penalty of curvature-aware training is
-:func:`jcompress.prune.curvature.hessian_square_norm`. Self-distilled quantization is a loss: the task's, plus
+:func:`jcompress.prune.penalties.hessian_square_norm`. Self-distilled quantization is a loss: the task's, plus
 ``jc.distill.soft_targets`` against the logits of the dense network, plus the squared distance to its layers' outputs.
 """
 
@@ -17,7 +17,7 @@ from jcompress.quantize.training.dorefa import DoReFa
 from jcompress.quantize.training.loss_error import elq
 from jcompress.quantize.training.loss_scale import loss_scaled
 from jcompress.quantize.training.noise import QuantNoise
-from jcompress.quantize.training.proximal import Relaxed
+from jcompress.quantize.training.relaxed import Relaxed
 from jcompress.quantize.training.soft import DSQ, assignment_entropy, soft_assign, temper
 from jcompress.quantize.training.steps import LSQ, lsq, lsq_plus
 from jcompress.quantize.training.ternary import TTQ

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core
+from jcompress import core, transforms
 from jcompress.core import Context, Method, PyTree
 from jcompress.formats import Binarized, Frozen
 from jcompress.quantize import grids
@@ -50,8 +51,17 @@ class BinaryConnect(Method):
         return node if self.learned else dataclasses.replace(node, scale=Frozen.of(node.scale))
 
 
-def clip_values() -> optax.GradientTransformation:
+def clip_values() -> optax.GradientTransformationExtraArgs:
     """An optax transform, last in the chain: the values of :class:`Binarized` nodes stay within -1 and 1.
+
+    The parameters are nodes already, so :func:`jcompress.nodes` gives them as they are; ``jc.finalize`` turns them into
+    their storage form.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``; ``update`` must be given ``params``.
+
+    Raises:
+      ValueError: if ``update`` is called without ``params``.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc, optax
@@ -60,6 +70,7 @@ def clip_values() -> optax.GradientTransformation:
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> updates["w"].values.tolist()
       [-0.5, 0.8999999761581421]
+      >>> jc.save("weights.jc", jc.finalize(optax.apply_updates(params, updates)))
     """
 
     def clip(params: PyTree, change: PyTree) -> PyTree:
@@ -68,12 +79,16 @@ def clip_values() -> optax.GradientTransformation:
         new = jnp.clip(params.values + change.values, -1, 1)
         return dataclasses.replace(change, values=(new - params.values).astype(change.values.dtype))
 
-    def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None) -> tuple[PyTree, optax.OptState]:
-        if params is None:
-            raise ValueError("clip_values needs the parameters: call tx.update(grads, state, params)")
+    def init(params: PyTree) -> transforms.HoldsNothing:
+        return transforms.HoldsNothing()
+
+    def update(
+        updates: PyTree, state: transforms.HoldsNothing, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, transforms.HoldsNothing]:
+        transforms.need("clip_values", params)
         return jax.tree.map(clip, params, updates, is_leaf=core.is_node), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def concave_penalty(w: jax.Array, scale: float | jax.Array = 1.0) -> jax.Array:

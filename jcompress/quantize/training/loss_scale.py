@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jcompress import core
 from jcompress.core import PyTree
 
 
@@ -17,6 +19,10 @@ class LossScaleState(NamedTuple):
     scale: jax.Array
     steps: jax.Array
     inner: optax.OptState
+
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """Nothing of its own; what the optimizer's state holds is found inside."""
+        return {}
 
 
 def loss_scaled(
@@ -54,7 +60,10 @@ def loss_scaled(
       >>> float(updates["w"]), float(state.scale)
       (0.0, 4.0)
     """
-    if start < 1 or factor <= 1 or patience < 1:
+    known = {
+        name: x for name, x in (("start", start), ("factor", factor), ("patience", patience)) if core.is_concrete(x)
+    }
+    if known.get("start", 1) < 1 or known.get("factor", 2) <= 1 or known.get("patience", 1) < 1:
         raise ValueError(
             f"loss_scaled: found start={start}, factor={factor}, patience={patience}; expected a start of 1 or more, a "
             "factor above 1 and a positive patience"

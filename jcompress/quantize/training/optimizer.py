@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jcompress import core, transforms
 from jcompress.core import PyTree
 from jcompress.formats import Quantized
 from jcompress.formats.quantized import pool, spread
@@ -21,8 +23,12 @@ class GradientsState(NamedTuple):
     steps: jax.Array
     key: jax.Array
 
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """Nothing: the parameters are what the optimizer makes them."""
+        return {}
 
-def gradients(bits: int, key: jax.Array) -> optax.GradientTransformation:
+
+def round_gradients(bits: int, key: jax.Array) -> optax.GradientTransformationExtraArgs:
     """Updates in a few bits, rounded at random, without bias: an optax transform, first in the chain.
 
     Each leaf has ``2**bits`` levels from ``-max |g|`` to ``max |g|``, and ``E Q(g) = g`` (Zhou et al. 2016,
@@ -33,24 +39,28 @@ def gradients(bits: int, key: jax.Array) -> optax.GradientTransformation:
       bits: 1 to 8.
       key: for the rounding. Every step and every leaf draws from a key of its own.
 
+    Returns:
+      A ``GradientTransformationExtraArgs``; the dtypes of updates stay.
+
     Raises:
       ValueError: for bits outside 1 to 8.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jcompress as jc
-      >>> tx = optax.chain(jc.quantize.gradients(2, jax.random.key(0)), optax.sgd(1.0))
+      >>> tx = optax.chain(jc.quantize.round_gradients(2, jax.random.key(0)), optax.sgd(1.0))
       >>> grads = {"w": jnp.array([3.0, -3.0])}
       >>> tx.update(grads, tx.init(grads))[0]["w"].tolist()
       [-3.0, 3.0]
     """
     if not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ValueError(f"gradients: bits={bits!r} is not an integer from 1 to 8")
+        raise ValueError(f"round_gradients: bits={bits!r} is not an integer from 1 to 8")
 
     def init(params: PyTree) -> GradientsState:
-        # A copy: a training step that donates its state must not delete the caller's key.
-        return GradientsState(jnp.zeros((), jnp.int32), jnp.copy(key))
+        return GradientsState(transforms.steps(), transforms.copied(key))
 
-    def update(updates: PyTree, state: GradientsState, params: PyTree | None = None) -> tuple[PyTree, GradientsState]:
+    def update(
+        updates: PyTree, state: GradientsState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, GradientsState]:
         now = jax.random.fold_in(state.key, state.steps)
         leaves, treedef = jax.tree.flatten(updates)
         rounded = [
@@ -58,13 +68,23 @@ def gradients(bits: int, key: jax.Array) -> optax.GradientTransformation:
         ]
         return jax.tree.unflatten(treedef, rounded), GradientsState(optax.safe_increment(state.steps), state.key)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Moment(NamedTuple):
     """A leaf of an optimizer's state between steps: its signed root, ``sign(x) * sqrt(|x|)``, as integers."""
 
     root: Quantized
+
+
+class MomentsState(NamedTuple):
+    """The optimizer's state with its large arrays as :class:`Moment`."""
+
+    inner: PyTree
+
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """Nothing: it is the state that is small, not the parameters."""
+        return {}
 
 
 def moments(
@@ -93,6 +113,9 @@ def moments(
       smallest: arrays of fewer elements are left alone.
       squares: fields of the state that hold means or sums of squares.
 
+    Returns:
+      A ``GradientTransformationExtraArgs``, whose state has the optimizer's as ``.inner``.
+
     Raises:
       ValueError: for other bits, or a group size that is not positive.
 
@@ -103,28 +126,28 @@ def moments(
       >>> jc.nbits(plain.init(params)) - 32, jc.nbits(small.init(params)) - 32
       (262144, 66560)
     """
-    if bits == 32:
-        return optax.with_extra_args_support(inner)
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
+    if not isinstance(bits, int) or not (2 <= bits <= 8 or bits == 32):
         raise ValueError(f"moments: bits={bits!r} is not an integer from 2 to 8, or 32")
-    if group_size < 1:
+    if core.is_concrete(group_size) and group_size < 1:
         raise ValueError(f"moments: group_size={group_size} must be positive")
     optimizer = optax.with_extra_args_support(inner)
 
     def packed(path: Any, x: Any) -> Any:
         floating = hasattr(x, "dtype") and x.dtype == jnp.float32
-        if not floating or x.ndim < 2 or x.size < smallest:
+        if bits == 32 or not floating or x.ndim < 2 or x.size < smallest:
             return x
         return Moment(_encoded(x, bits, group_size, any(getattr(key, "name", None) in squares for key in path)))
 
-    def pack(state: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(packed, state)
+    def pack(state: PyTree) -> MomentsState:
+        return MomentsState(jax.tree_util.tree_map_with_path(packed, state))
 
-    def init(params: PyTree) -> PyTree:
+    def init(params: PyTree) -> MomentsState:
         return pack(optimizer.init(params))
 
-    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        whole = jax.tree.map(_decoded, state, is_leaf=lambda x: isinstance(x, Moment))
+    def update(
+        updates: PyTree, state: MomentsState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, MomentsState]:
+        whole = jax.tree.map(_decoded, state.inner, is_leaf=lambda x: isinstance(x, Moment))
         updates, whole = optimizer.update(updates, whole, params, **extra)
         return updates, pack(whole)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core
+from jcompress import core, transforms
 from jcompress.core import PyTree
-
-__all__ = ["NoiseState", "add_stable_noise", "stable"]
 
 
 def stable(key: jax.Array, alpha: Any, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
@@ -32,8 +31,8 @@ def stable(key: jax.Array, alpha: Any, shape: tuple[int, ...] = (), dtype: Any =
 
     Example:
       >>> import jax
-      >>> from jcompress.prune.penalties import noise
-      >>> noise.stable(jax.random.key(0), 1.5, (3,)).shape
+      >>> from jcompress.prune import penalties
+      >>> penalties.stable(jax.random.key(0), 1.5, (3,)).shape
       (3,)
     """
     _check(alpha)
@@ -46,15 +45,24 @@ def stable(key: jax.Array, alpha: Any, shape: tuple[int, ...] = (), dtype: Any =
 
 
 class NoiseState(NamedTuple):
-    """The steps taken and the key."""
+    """State of :func:`add_stable_noise`.
+
+    Attributes:
+      steps: the steps taken.
+      key: the PRNG key.
+    """
 
     steps: jax.Array
     key: jax.Array
 
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """Nothing: noise makes no zeros; prune afterwards."""
+        return {}
+
 
 def add_stable_noise(
-    learning_rate: optax.ScalarOrSchedule, scale: optax.ScalarOrSchedule, alpha: Any, key: jax.Array
-) -> optax.GradientTransformation:
+    scale: optax.ScalarOrSchedule, learning_rate: optax.ScalarOrSchedule, alpha: Any, key: jax.Array
+) -> optax.GradientTransformationExtraArgs:
     """Add ``scale * learning_rate**(1 / alpha) * x`` to the updates, with alpha-stable x: an optax transform.
 
     Behind ``optax.sgd(learning_rate)`` this is the discretisation of a gradient flow driven by a stable process. Heavy
@@ -63,8 +71,8 @@ def add_stable_noise(
     arXiv:2306.08125, who then keep the largest columns).
 
     Args:
-      learning_rate: that of the optimizer, or the same schedule.
       scale: of the noise, or a schedule.
+      learning_rate: that of the optimizer, or the same schedule.
       alpha: the tail index, in (0, 2].
       key: a PRNG key. Every step and every leaf draws from a key of its own.
 
@@ -73,8 +81,9 @@ def add_stable_noise(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from jcompress.prune.penalties import noise
-      >>> tx = optax.chain(optax.sgd(0.1), noise.add_stable_noise(0.1, 0.01, 1.8, jax.random.key(0)))
+      >>> from jcompress.prune import penalties
+      >>> noise = penalties.add_stable_noise(0.01, 0.1, alpha=1.8, key=jax.random.key(0))
+      >>> tx = optax.chain(optax.sgd(0.1), noise)
       >>> params = {"w": jnp.ones((2, 3))}
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> updates["w"].shape
@@ -83,10 +92,11 @@ def add_stable_noise(
     _check(alpha)
 
     def init(params: PyTree) -> NoiseState:
-        # A copy: a training step that donates its state must not delete the caller's key.
-        return NoiseState(jnp.zeros((), jnp.int32), jnp.copy(key))
+        return NoiseState(transforms.steps(), transforms.copied(key))
 
-    def update(updates: PyTree, state: NoiseState, params: PyTree | None = None) -> tuple[PyTree, NoiseState]:
+    def update(
+        updates: PyTree, state: NoiseState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, NoiseState]:
         rate, size = core.value_at(learning_rate, state.steps), core.value_at(scale, state.steps)
         now = jax.random.fold_in(state.key, state.steps)
         leaves, treedef = jax.tree.flatten(updates)
@@ -96,7 +106,7 @@ def add_stable_noise(
         ]
         return jax.tree.unflatten(treedef, noisy), NoiseState(optax.safe_increment(state.steps), state.key)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check(alpha: Any) -> None:
