@@ -61,6 +61,10 @@ def project(
     weight is exactly 0.0 after any optimizer, momentum and weight decay included; a kept weight moves exactly as
     it would have moved. Formats whose projection does not cost linear time (low rank) are projected at refits only.
 
+    Inside ``optax.masked`` or ``partition`` the plan may be that of the whole tree: leaves that are not shown are left
+    out, and a global threshold is that of the others. Something behind it in the chain, which would move pruned weights
+    again, is found out on steps 1, 2, 4, 8, ...: outside ``jit`` as an error, under ``jit`` by :func:`jcompress.nodes`.
+
     Args:
       plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
       every: steps between refits.
@@ -76,7 +80,8 @@ def project(
       gradients, for methods that grow by gradient.
 
     Raises:
-      ValueError: if ``every`` is not positive, or ``update`` is called without ``params``.
+      ValueError: if ``every`` is not positive, ``update`` is called without ``params``, or the parameters left the set
+        since the last step.
 
     Example:
       >>> import jax.numpy as jnp, optax, jcompress as jc
@@ -84,8 +89,10 @@ def project(
       >>> plan = jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])
       >>> tx = optax.chain(optax.sgd(0.5), jc.project(plan))
       >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)["w"].tolist()
+      >>> trained = optax.apply_updates(params, updates)
+      >>> trained["w"].tolist()
       [[2.5, 0.0]]
+      >>> size = jc.save("weights.jc", jc.nodes(trained, state))
 
       The same, wrapped around the optimizer:
 

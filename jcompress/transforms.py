@@ -63,9 +63,10 @@ def nodes(params: PyTree, state: PyTree) -> PyTree:
       ...     params = optax.apply_updates(params, updates)
       >>> small = jc.nodes(params, state)
       >>> small["w"], jc.nbits(small["w"])
-      (Masked(values=float32[2,2], mask=bool[2,2]), 68)
+      (Masked(values=float32[2,2], mask=bool[2,2]), 66)
       >>> bool((jc.materialize(small)["w"] == params["w"]).all())
       True
+      >>> size = jc.save("weights.jc", small)
     """
     leaves = rules.leaves(params)
     found: dict[str, tuple[str, Any]] = {}

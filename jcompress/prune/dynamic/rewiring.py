@@ -76,7 +76,7 @@ def deep_rewiring(
       >>> params = optax.apply_updates(params, updates)
       >>> params["w"].tolist()  # -2 would have become positive
       [0.0, 0.0, 2.0, 0.0]
-      >>> jc.save("weights.jc", jc.nodes(params, state))
+      >>> size = jc.save("weights.jc", jc.nodes(params, state))
     """
     if scope not in ("leaf", "global"):
         raise ValueError(f"deep_rewiring: scope={scope!r} is unknown; use 'leaf' or 'global'")

@@ -81,7 +81,7 @@ def lottery_ticket(
       >>> ticket = jc.prune.dynamic.lottery_ticket(train, params, rounds=2, rate=0.5)
       >>> ticket.params["w"].tolist()
       [0.0, 0.0, 0.0, 4.0]
-      >>> jc.save("ticket.jc", jc.nodes(train(ticket.params, ticket.masks), ticket))
+      >>> size = jc.save("ticket.jc", jc.nodes(train(ticket.params, ticket.masks), ticket))
     """
     _check(rounds, rate, scope)
     target = params if rewind is None else rewind

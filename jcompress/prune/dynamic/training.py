@@ -89,7 +89,7 @@ def sparse(
       >>> small = jc.nodes(params, state)
       >>> int((params["w"] != 0).sum()), int(small["w"].mask.sum())
       (4, 4)
-      >>> jc.save("weights.jc", small)
+      >>> size = jc.save("weights.jc", small)
     """
     transforms.check_every("sparse", every)
     tx = optax.with_extra_args_support(inner)

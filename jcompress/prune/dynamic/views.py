@@ -155,7 +155,7 @@ def latent(
       ...     print(params["w"].tolist(), state.weights["w"].tolist())
       [1.0, 0.0] [1.0, 0.5]
       [1.0, 0.75] [1.0, 0.75]
-      >>> jc.save("weights.jc", jc.nodes(params, state))  # what the network sees, without the latent weights
+      >>> size = jc.save("weights.jc", jc.nodes(params, state))  # what the network sees, without the latent weights
     """
     transforms.check_every("latent", every)
     tx = optax.with_extra_args_support(inner)

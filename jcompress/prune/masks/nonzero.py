@@ -30,7 +30,7 @@ class Nonzero(core.Method):
       >>> small = jc.compress(params, jc.plan(params, [("w", jc.prune.Nonzero())]))
       >>> small["w"].mask.tolist(), bool((jc.materialize(small)["w"] == params["w"]).all())
       ([False, True, False, True], True)
-      >>> jc.save("weights.jc", small)
+      >>> size = jc.save("weights.jc", small)
     """
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:

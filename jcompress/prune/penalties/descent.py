@@ -58,7 +58,7 @@ def proximal(
       >>> params = optax.apply_updates(params, updates)
       >>> params["w"].tolist()
       [0.25, 0.0]
-      >>> jc.save("weights.jc", jc.nodes(params, state))  # masks of what is not zero
+      >>> size = jc.save("weights.jc", jc.nodes(params, state))  # masks of what is not zero
     """
 
     def shrink(new: dict[str, jax.Array], steps: jax.Array) -> dict[str, jax.Array]:
@@ -126,7 +126,7 @@ def accelerated(
       ...     params = optax.apply_updates(params, updates)
       >>> state.iterate["w"].round(2).tolist()
       [1.5, 0.0]
-      >>> jc.save("weights.jc", jc.nodes(params, state))
+      >>> size = jc.save("weights.jc", jc.nodes(params, state))
     """
 
     def init(params: PyTree) -> AcceleratedState:

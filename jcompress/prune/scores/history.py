@@ -60,7 +60,7 @@ def accumulate(score: scores.Score, decay: float | None = None) -> optax.Gradien
       Pruning by what was gathered:
 
       >>> by = jc.prune.ByScore(sparsity=0.5, score=jc.prune.scores.lookup(state[0].scores))
-      >>> jc.save("weights.jc", jc.compress(params, jc.plan(params, [("w", by)])))
+      >>> size = jc.save("weights.jc", jc.compress(params, jc.plan(params, [("w", by)])))
     """
     if decay is not None and core.is_concrete(decay) and not 0 <= decay < 1:
         raise ValueError(f"accumulate: decay={decay} is outside [0, 1)")

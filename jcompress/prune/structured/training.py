@@ -106,7 +106,7 @@ def group_lasso_proximal(
       >>> params = optax.apply_updates(params, updates)
       >>> params["a"].tolist()
       [[1.5, 0.0], [2.0, 0.0]]
-      >>> jc.save("weights.jc", jc.nodes(params, state))  # masks of what is not zero
+      >>> size = jc.save("weights.jc", jc.nodes(params, state))  # masks of what is not zero
     """
 
     def shrink(new: dict[str, jax.Array], steps: jax.Array) -> dict[str, jax.Array]:
@@ -173,7 +173,7 @@ def soft_filter(
       >>> params = optax.apply_updates(params, updates)
       >>> params["a"].tolist()
       [[2.5, 0.0]]
-      >>> jc.save("weights.jc", jc.nodes(params, state))
+      >>> size = jc.save("weights.jc", jc.nodes(params, state))
     """
     transforms.check_every("soft_filter", every)
 

@@ -70,7 +70,7 @@ def clip_values() -> optax.GradientTransformationExtraArgs:
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> updates["w"].values.tolist()
       [-0.5, 0.8999999761581421]
-      >>> jc.save("weights.jc", jc.finalize(optax.apply_updates(params, updates)))
+      >>> size = jc.save("weights.jc", jc.finalize(optax.apply_updates(params, updates)))
     """
 
     def clip(params: PyTree, change: PyTree) -> PyTree:
