@@ -28,6 +28,12 @@ class ProjectState(NamedTuple):
       strayed: -1, or the number, in the order of their names, of the first held leaf that was found off the set.
       key: the PRNG key, if any.
       inner: the state of the wrapped optimizer, if any.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> jc.project(jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])).init(params).held["w"].mask.tolist()
+      [False, True]
     """
 
     steps: jax.Array

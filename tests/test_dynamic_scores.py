@@ -54,7 +54,7 @@ def trained(method, steps=20):
     tx = optax.adamw(0.05, weight_decay=0.5)
 
     def loss(train, held):
-        node = dynamic.choose_masks(jc.merge(train, held), plan)["w"]
+        node = dynamic.select(jc.merge(train, held), plan)["w"]
         return jnp.sum((node.materialize() - array(seed=2)) ** 2)
 
     @jax.jit
@@ -65,7 +65,7 @@ def trained(method, steps=20):
     state, first = tx.init(train), loss(train, held)
     for _ in range(steps):
         train, state = step(train, state)
-    return tree["w"], dynamic.choose_masks(jc.merge(train, held), plan)["w"], float(first), float(loss(train, held))
+    return tree["w"], dynamic.select(jc.merge(train, held), plan)["w"], float(first), float(loss(train, held))
 
 
 @pytest.mark.parametrize("signs", [False, True])
@@ -83,7 +83,7 @@ def test_a_swapped_edge_lowers_the_loss_to_first_order():
     plan, tree = compressed(dynamic.EdgePopup(sparsity=0.5), w)
     node = tree["w"]
     moved = dataclasses.replace(node, scores=node.scores - 0.05 * pulled(node, g).scores)
-    after = dynamic.choose_masks({"w": moved}, plan)["w"]
+    after = dynamic.select({"w": moved}, plan)["w"]
     entered, left = after.mask & ~node.mask, node.mask & ~after.mask
     assert int(entered.sum()) == int(left.sum()) > 0
     # Every score that overtook another fell less: its part of the gradient is the smaller.
@@ -98,7 +98,7 @@ def test_an_edge_that_harms_falls_out_whatever_the_sign_of_its_score(signs):
     for scores in ([[0.3, -0.9], [0.2, -0.1]], [[-0.9, -0.8], [-0.1, -0.2]]):
         node = dataclasses.replace(tree["w"], scores=jnp.array(scores))
         moved = dataclasses.replace(node, scores=node.scores - 2 * pulled(node, g).scores)
-        assert dynamic.choose_masks({"w": moved}, plan)["w"].mask.tolist() == [[False, False], [True, True]]
+        assert dynamic.select({"w": moved}, plan)["w"].mask.tolist() == [[False, False], [True, True]]
 
 
 def whole(method, scales=(0.3, 3.0, 0.1)):
@@ -121,7 +121,7 @@ def whole(method, scales=(0.3, 3.0, 0.1)):
 )
 def test_a_global_scope_has_one_threshold_for_all_leaves(method):
     plan, tree = whole(method)
-    after = jax.jit(lambda tree: dynamic.choose_masks(tree, plan))(tree)
+    after = jax.jit(lambda tree: dynamic.select(tree, plan))(tree)
     flat = np.sort(np.concatenate([np.ravel(x.scores) for x in tree.values()]))
     limit = flat[round(0.7 * 144)]
     for name, node in after.items():
@@ -139,7 +139,7 @@ def test_a_global_scope_has_one_threshold_for_all_leaves(method):
 def test_a_global_scope_follows_its_schedule_and_begins_so():
     ramp = optax.linear_schedule(0.0, 0.9, 3)
     plan, tree = whole(dynamic.EdgePopup(ramp, scope="global"))
-    selected = jax.jit(lambda tree, step: dynamic.choose_masks(tree, plan, step))
+    selected = jax.jit(lambda tree, step: dynamic.select(tree, plan, step))
     for step in range(5):
         kept = sum(int(x.mask.sum()) for x in selected(tree, step).values())
         assert kept == 144 - round(144 * float(ramp(step)))
@@ -157,7 +157,7 @@ def test_stacked_layers_share_a_threshold_with_the_same_layer_of_other_leaves():
     plan = jc.plan(params, [(".*", jc.stacked(dynamic.Movement(0.5, scope="global")))])
     tree = jc.compress(params, plan)
     drawn = {name: dataclasses.replace(x, scores=array(x.scores.shape, seed=7)) for name, x in tree.items()}
-    after = dynamic.choose_masks(drawn, plan)
+    after = dynamic.select(drawn, plan)
     for i in range(2):
         scores = np.concatenate([np.ravel(drawn[name].scores[i]) for name in "ab"])
         masks = np.concatenate([np.ravel(after[name].mask[i]) for name in "ab"])
@@ -167,7 +167,7 @@ def test_stacked_layers_share_a_threshold_with_the_same_layer_of_other_leaves():
 def test_rules_of_the_same_method_have_thresholds_of_their_own():
     params, method = {"a": array(), "b": array(seed=1)}, dynamic.Movement(0.5, scope="global")
     plan = jc.plan(params, [("a", method), ("b", method)])
-    after = dynamic.choose_masks(jc.compress(params, plan), plan)
+    after = dynamic.select(jc.compress(params, plan), plan)
     assert [int(x.mask.sum()) for x in after.values()] == [24, 24]
 
 
@@ -196,12 +196,12 @@ def test_multi_prize_tickets_of_one_bit_beat_random_masks_of_the_same_density(sc
 
     def step(carry, t):
         train, state = carry
-        grads = jax.grad(lambda train: loss(dynamic.choose_masks(jc.merge(train, held), plan, t)))(train)
+        grads = jax.grad(lambda train: loss(dynamic.select(jc.merge(train, held), plan, t)))(train)
         updates, state = tx.update(grads, state, train)
         return (optax.apply_updates(train, updates), state), None
 
     train = jax.jit(lambda train: jax.lax.scan(step, (train, tx.init(train)), jnp.arange(200))[0][0])(train)
-    ticket = dynamic.choose_masks(jc.merge(train, held), plan, 200)
+    ticket = dynamic.select(jc.merge(train, held), plan, 200)
     total = sum(x.mask.size for x in ticket.values())
     assert abs(sum(int(x.mask.sum()) for x in ticket.values()) - total / 2) <= 1
     for name, node in ticket.items():
@@ -236,7 +236,7 @@ def test_multi_prize_tickets_have_three_values_and_alpha():
 def test_stacked_layers_choose_and_scale_apart():
     w = jnp.stack([array(), 10 * array(seed=1)])
     plan, tree = compressed(jc.stacked(dynamic.EdgePopup(0.5, signs=True)), w)
-    again = dynamic.choose_masks({"w": dataclasses.replace(tree["w"], scores=tree["w"].scores + 0.1)}, plan)["w"]
+    again = dynamic.select({"w": dataclasses.replace(tree["w"], scores=tree["w"].scores + 0.1)}, plan)["w"]
     assert again.mask.sum((1, 2)).tolist() == [24, 24]
     for i in range(2):
         kept = jnp.abs(w[i])[again.mask[i]]
@@ -248,7 +248,7 @@ def test_movement_scores_accumulate_minus_rate_gradient_weight():
     plan, tree = compressed(dynamic.Movement(sparsity=ramp))
     expected, node, g, rate = np.zeros((8, 6)), tree["w"], array(seed=1), 0.1
     for t in range(6):
-        node = dynamic.choose_masks({"w": node}, plan, t)["w"]
+        node = dynamic.select({"w": node}, plan, t)["w"]
         assert int((~node.mask).sum()) == round(48 * float(ramp(t)))
         found = pulled(node, g)
         expected = expected - rate * np.asarray(g * node.weights)
@@ -280,7 +280,7 @@ def test_soft_movement_prunes_under_its_penalty():
     np.testing.assert_allclose(np.asarray(gradient), 0.25)
     moved = dataclasses.replace(tree["w"], scores=-0.3 * gradient)
     assert bool(tree["w"].mask.all())
-    assert not bool(dynamic.choose_masks({"w": moved}, plan)["w"].mask.any())
+    assert not bool(dynamic.select({"w": moved}, plan)["w"].mask.any())
 
 
 def test_two_tasks_share_the_weights_of_piggyback():
@@ -292,7 +292,7 @@ def test_two_tasks_share_the_weights_of_piggyback():
         np.testing.assert_array_equal(np.asarray(node.materialize()), np.asarray(w))
         for _ in range(30):
             node = dataclasses.replace(node, scores=node.scores - 1e-3 * pulled(node, node.materialize() - goal).scores)
-            node = dynamic.choose_masks({"w": node}, plan)["w"]
+            node = dynamic.select({"w": node}, plan)["w"]
         ends.append(node)
     assert bool((ends[0].mask != ends[1].mask).any())
     for node, goal in zip(ends, goals, strict=True):
@@ -355,7 +355,7 @@ def test_errors_name_what_is_wrong():
         jc.compress({"w": array()}, jc.plan({"w": array()}, [("w", dynamic.EdgePopup(sparsity=0.5))]))
     _, tree = compressed(dynamic.Movement(sparsity=0.5))
     with pytest.raises(ValueError, match=r"w: found Magnitude.* for a Scored node"):
-        dynamic.choose_masks(tree, jc.plan({"w": array()}, [("w", jc.prune.Magnitude(sparsity=0.5))]))
+        dynamic.select(tree, jc.plan({"w": array()}, [("w", jc.prune.Magnitude(sparsity=0.5))]))
 
 
 def test_asap_cuts_alternatives_as_they_cool_and_leaves_the_best():

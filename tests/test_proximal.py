@@ -8,6 +8,7 @@ import pytest
 from sklearn.isotonic import IsotonicRegression
 from test_conformance import collectives
 
+import jcompress as jc
 from jcompress.numeric import shrinkage
 from jcompress.prune import penalties, structured
 

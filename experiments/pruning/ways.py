@@ -230,7 +230,7 @@ def _learned(
 
             def loss(trained: PyTree) -> jax.Array:
                 plan = lab.plan(method(level))
-                tree = dynamic.choose_masks(jc.merge(trained, fixed), plan, state.step)
+                tree = dynamic.select(jc.merge(trained, fixed), plan, state.step)
                 dense = jc.materialize(tree, key=jax.random.fold_in(key, state.step))
                 return lab.loss(dense, x[index], y[index]) + penalty(tree, level, state.step / steps)
 

@@ -24,7 +24,7 @@ class Scored(Compressed):
     Forward this is ``mask * weights``, or ``scale * mask * sign(weights)`` where a scale is given. Backward the mask
     counts as the identity of the scores: for a gradient ``g`` of the dense array, weights get ``mask * g`` and scores
     get ``g * weights``, also where the mask is False, so that a weight can come back. The mask is held; what chose it
-    chooses it again from the scores (:func:`jcompress.prune.dynamic.choose_masks`).
+    chooses it again from the scores (:func:`jcompress.prune.dynamic.select`).
 
     Attributes:
       weights: float array, or a node: :class:`Frozen` if only the scores are to learn.

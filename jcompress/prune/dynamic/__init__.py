@@ -8,7 +8,7 @@ from jcompress.prune.dynamic.leaves import Leaf, Rule
 from jcompress.prune.dynamic.redistribution import DSR, SparseMomentum
 from jcompress.prune.dynamic.reparametrization import STR
 from jcompress.prune.dynamic.rewiring import RewiringState, deep_rewiring
-from jcompress.prune.dynamic.supermasks import EdgePopup, Movement, Piggyback, choose_masks, score_penalty
+from jcompress.prune.dynamic.supermasks import EdgePopup, Movement, Piggyback, score_penalty, select
 from jcompress.prune.dynamic.tickets import EarlyBird, Ticket, early_bird, lottery_ticket, mask_distance
 from jcompress.prune.dynamic.training import SparseState, sparse
 from jcompress.prune.dynamic.views import LatentState, LatentView, Surgery, TopKAST, latent
@@ -36,7 +36,6 @@ __all__ = [
     "Ticket",
     "TopKAST",
     "asap",
-    "choose_masks",
     "deep_rewiring",
     "early_bird",
     "gates",
@@ -46,5 +45,6 @@ __all__ = [
     "mask_distance",
     "masks_of",
     "score_penalty",
+    "select",
     "sparse",
 ]

@@ -83,6 +83,13 @@ def masks_of(state: PyTree) -> dict[str, jax.Array]:
 
     Raises:
       ValueError: if the state holds none.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jcompress as jc
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> tx = optax.chain(optax.sgd(0.1), jc.project(jc.plan(params, [("w", jc.prune.Magnitude(sparsity=0.5))])))
+      >>> jc.prune.dynamic.masks_of(tx.init(params))["w"].tolist()
+      [False, True]
     """
     found: dict[str, jax.Array] = {}
     for x in transforms.holders(state):

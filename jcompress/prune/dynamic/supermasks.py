@@ -167,7 +167,7 @@ class Piggyback(Method):
         return Scored(Frozen.of(w), scores, *self.masks([scores]))
 
 
-def choose_masks(tree: PyTree, plan: Plan, step: Any = None) -> PyTree:
+def select(tree: PyTree, plan: Plan, step: Any = None) -> PyTree:
     """Choose the masks of all :class:`jcompress.formats.Scored` nodes anew from their scores, those of a rule together.
 
     Call it on the merged tree inside the loss, for masks that follow the scores at every step, or outside now and
@@ -191,7 +191,7 @@ def choose_masks(tree: PyTree, plan: Plan, step: Any = None) -> PyTree:
       >>> plan = jc.plan(params, [("w", jc.prune.dynamic.Movement(sparsity=0.5))])
       >>> small = jc.compress(params, plan)
       >>> learned = {"w": dataclasses.replace(small["w"], scores=jnp.array([0.0, 1.0]))}
-      >>> jc.materialize(jc.prune.dynamic.choose_masks(learned, plan))["w"].tolist()
+      >>> jc.materialize(jc.prune.dynamic.select(learned, plan))["w"].tolist()
       [0.0, 2.0]
     """
     found, treedef = rules.paths(tree), jax.tree.structure(tree, is_leaf=core.is_node)

@@ -20,10 +20,15 @@ from jcompress.prune.masks import selection
 
 @runtime_checkable
 class LatentView(Protocol):
-    """How the masks follow the latent weights.
+    """How the masks follow the latent weights, as in network surgery (Guo et al. 2016, arXiv:1608.04493).
 
     ``__call__(w, mask, step)`` gives two masks: of the weights that the network sees, and of those that learn, or None
     for all. ``pull(w, seen, learning)`` gives what is added to the gradient.
+
+    Example:
+      >>> import jcompress as jc
+      >>> isinstance(jc.prune.dynamic.Surgery(low=0.5, high=0.75), jc.prune.dynamic.LatentView)
+      True
     """
 
     def __call__(self, w: jax.Array, mask: jax.Array, step: Any, /) -> tuple[jax.Array, jax.Array | None]:

@@ -76,6 +76,12 @@ class AcceleratedState(NamedTuple):
       t: Nesterov's t.
       iterate: the iterate, whose zeros are exact.
       paths: those of the parameters that are penalized.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jcompress.prune import penalties
+      >>> penalties.accelerated(penalties.L1(0.5), 0.5).init({"w": jnp.zeros(2)}).paths
+      {'w': None}
     """
 
     steps: jax.Array

@@ -13,7 +13,14 @@ from jcompress.numeric import shrinkage
 
 
 class Penalty(Protocol):
-    """A penalty on one array."""
+    """A penalty on one array, with its proximal operator (Parikh & Boyd 2014, Proximal algorithms).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jcompress.prune import penalties
+      >>> float(penalties.L1(2.0)(jnp.array([1.0, -1.0])))
+      4.0
+    """
 
     def __call__(self, x: jax.Array, /) -> jax.Array:
         """The value, a float32 scalar."""

@@ -26,6 +26,9 @@ def stable(key: jax.Array, alpha: Any, shape: tuple[int, ...] = (), dtype: Any =
       shape: of the samples.
       dtype: of the samples, a float.
 
+    Returns:
+      An array of this shape and dtype.
+
     Raises:
       ValueError: for an alpha outside (0, 2] that is known now.
 
@@ -50,6 +53,12 @@ class NoiseState(NamedTuple):
     Attributes:
       steps: the steps taken.
       key: the PRNG key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import penalties
+      >>> int(penalties.add_stable_noise(0.01, 0.1, 1.8, jax.random.key(0)).init({"w": jnp.zeros(2)}).steps)
+      0
     """
 
     steps: jax.Array
@@ -75,6 +84,9 @@ def add_stable_noise(
       learning_rate: that of the optimizer, or the same schedule.
       alpha: the tail index, in (0, 2].
       key: a PRNG key. Every step and every leaf draws from a key of its own.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``.
 
     Raises:
       ValueError: for an alpha outside (0, 2].
