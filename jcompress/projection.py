@@ -114,7 +114,7 @@ def project(
     def init(params: PyTree) -> ProjectState:
         grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
         leaves, steps = rules.leaves(params), transforms.steps()
-        nodes = fit(leaves, _here(plan, params), contexts_of(params, steps, key, stats, grads))
+        nodes = fit(leaves, transforms.shown(plan, params), contexts_of(params, steps, key, stats, grads))
         started = None if optimizer is None else optimizer.init(params)
         return ProjectState(steps, _fixed(nodes), jnp.full((), -1, jnp.int32), transforms.copied(key), started)
 
@@ -122,7 +122,7 @@ def project(
         updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
     ) -> tuple[PyTree, ProjectState]:
         transforms.need("project", params)
-        leaves, here = rules.leaves(params), _here(plan, params)
+        leaves, here = rules.leaves(params), transforms.shown(plan, params)
         check_paths(leaves, here)
         if optimizer is not None and grads is None:
             grads = updates
@@ -166,21 +166,6 @@ def _nearest(node: Any, w: jax.Array) -> Any:
 
 def _distance(node: Any, w: jax.Array) -> jax.Array:
     return jnp.square(node.materialize().astype(jnp.float32) - w.astype(jnp.float32)).sum()
-
-
-def _here(plan: Plan, params: PyTree) -> Plan:
-    """The plan without the leaves that ``optax.masked`` or ``partition`` keeps from this transform."""
-    hidden = [p for p, x in rules.paths(params, is_leaf=_is_hidden) if _is_hidden(x)]
-    if not hidden:
-        return plan
-    kept = {p: m for p, m in plan.items() if not any(p == h or p.startswith(f"{h}/") for h in hidden)}
-    return Plan(
-        kept, {p: plan.groups[p] for p in kept}, {p: s for p, s in plan.shapes.items() if p in kept}, plan.notes
-    )
-
-
-def _is_hidden(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _strayed(state: ProjectState, params: dict[str, jax.Array], every: int) -> jax.Array:

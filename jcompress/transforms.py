@@ -17,6 +17,7 @@ import optax
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.formats import Masked
+from jcompress.rules import Plan
 
 
 @runtime_checkable
@@ -184,6 +185,27 @@ def copied(key: jax.Array | None) -> jax.Array | None:
     return None if key is None else jnp.copy(key)
 
 
+def is_hidden(path: str, params: PyTree) -> bool:
+    """Whether ``optax.masked`` or ``partition`` keeps a leaf from this transform."""
+    return any(path == p or path.startswith(f"{p}/") for p in _hidden(params))
+
+
+def _hidden(params: PyTree) -> list[str]:
+    def stop(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    return [path for path, x in rules.paths(params, is_leaf=stop) if stop(x)]
+
+
+def shown(plan: Plan, params: PyTree) -> Plan:
+    """The plan without the leaves that ``optax.masked`` or ``partition`` keeps from this transform."""
+    if not _hidden(params):
+        return plan
+    kept = {path: method for path, method in plan.items() if not is_hidden(path, params)}
+    groups, shapes = ({path: x for path, x in found.items() if path in kept} for found in (plan.groups, plan.shapes))
+    return Plan(kept, groups, shapes, plan.notes)
+
+
 def onto(params: PyTree, updates: PyTree, values: Mapping[str, jax.Array]) -> PyTree:
     """The updates, those at some paths replaced by what leads from the parameters to new values."""
     old, change = rules.leaves(params), rules.beside(params, updates)
@@ -212,7 +234,7 @@ def moving(name: str, paths: Callable[[PyTree], Iterable[str]], moved: Moved) ->
     Args:
       name: of the transform, for error messages.
       paths: those of the parameters that it may set to zero.
-      moved: of these, where the updates lead, and the steps taken: the new values.
+      moved: of where the updates lead, by path, and the steps taken: the new values at these paths.
     """
 
     def init(params: PyTree) -> ZerosState:
@@ -223,7 +245,7 @@ def moving(name: str, paths: Callable[[PyTree], Iterable[str]], moved: Moved) ->
     ) -> tuple[PyTree, ZerosState]:
         need(name, params)
         old, change = rules.leaves(params), rules.beside(params, updates)
-        new = {path: optax.apply_updates(old[path], change[path]) for path in state.paths}
+        new = {path: optax.apply_updates(w, change[path]) for path, w in old.items()}
         return onto(params, updates, moved(new, state.steps)), state._replace(steps=optax.safe_increment(state.steps))
 
     return optax.GradientTransformationExtraArgs(init, update)

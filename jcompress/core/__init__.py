@@ -1,20 +1,6 @@
 """The one noun, a compressed parameter; what a method is; and the verbs that need to know nothing else."""
 
-from jcompress.core.methods import (
-    Context,
-    Method,
-    check,
-    compiled,
-    fit,
-    is_joint,
-    method_repr,
-    needs,
-    same,
-    unit,
-    value_at,
-    wrapped,
-)
-from jcompress.core.nodes import (
+from jcompress.core.compressed import (
     Compressed,
     Part,
     PyTree,
@@ -31,6 +17,20 @@ from jcompress.core.nodes import (
     nbits,
     parts,
     split,
+)
+from jcompress.core.methods import (
+    Context,
+    Method,
+    check,
+    compiled,
+    fit,
+    is_joint,
+    method_repr,
+    needs,
+    same,
+    unit,
+    value_at,
+    wrapped,
 )
 
 __all__ = [

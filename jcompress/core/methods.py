@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jcompress.core.nodes import is_concrete
+from jcompress.core.compressed import is_concrete
 
 
 @jax.tree_util.register_dataclass

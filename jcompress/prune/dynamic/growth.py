@@ -46,13 +46,13 @@ class NeST:
       >>> rule = jc.prune.dynamic.NeST(turn=2, growth=0.5, pruning=0.7)
       >>> tx = jc.prune.dynamic.sparse(optax.sgd(1.0), rule, seed, every=1)
       >>> state = tx.init(params)
-      >>> for step in range(3):  # the first two steps grow, the third prunes
+      >>> for step in range(3):  # the first grows, at 0.0, the second has no more to grow, the third prunes
       ...     updates, state = tx.update({"w": jnp.array([0.0, 0.0, 0.1, -3.0])}, state, params)
       ...     params = optax.apply_updates(params, updates)
       ...     print(params["w"].tolist(), jc.nodes(params, state)["w"].mask.tolist())
-      [2.0, 1.0, 0.0, 0.0] [True, True, False, False]
       [2.0, 1.0, 0.0, 0.0] [True, True, False, True]
-      [2.0, 0.0, 0.0, 0.0] [True, False, False, False]
+      [2.0, 1.0, 0.0, 3.0] [True, True, False, True]
+      [0.0, 0.0, 0.0, 6.0] [False, False, False, True]
     """
 
     turn: Any = None

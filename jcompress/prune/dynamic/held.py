@@ -23,8 +23,10 @@ def initial(params: PyTree, source: Plan | Masks, key: jax.Array | None) -> dict
       ValueError: if a method gives something other than a mask, or a mask fits no parameter.
     """
     if not isinstance(source, Plan):
-        _check(rules.leaves(params), source)
-        return {path: jnp.copy(mask) for path, mask in source.items()}
+        given = {path: mask for path, mask in source.items() if not transforms.is_hidden(path, params)}
+        _check(rules.leaves(params), given)
+        return {path: jnp.copy(mask) for path, mask in given.items()}
+    source = transforms.shown(source, params)
     nodes = rules.leaves(apply.compress(params, source, step=0, key=key))
     found = {}
     for path, method in source.items():

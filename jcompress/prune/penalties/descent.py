@@ -61,11 +61,14 @@ def proximal(
       >>> size = jc.save("weights.jc", jc.nodes(params, state))  # masks of what is not zero
     """
 
+    def chosen(params: PyTree) -> dict[str, jax.Array]:
+        return rules.matching(params, match, "proximal: match")
+
     def shrink(new: dict[str, jax.Array], steps: jax.Array) -> dict[str, jax.Array]:
         rate = core.value_at(learning_rate, steps)
-        return {path: _prox(penalty, path, x, rate) for path, x in new.items()}
+        return {path: _prox(penalty, path, x, rate) for path, x in chosen(new).items()}
 
-    return transforms.moving("proximal", lambda params: rules.matching(params, match, "proximal: match"), shrink)
+    return transforms.moving("proximal", chosen, shrink)
 
 
 class AcceleratedState(NamedTuple):
