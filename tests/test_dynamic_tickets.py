@@ -107,7 +107,7 @@ def test_errors_name_what_is_wrong():
         ({"rate": 1.0}, r"rate=1.0 is outside \(0, 1\)"),
         ({"rounds": 0}, "rounds=0 must be positive"),
         ({"scope": "all"}, "scope='all' is unknown"),
-        ({"match": "c"}, "match='c' matches no parameter"),
+        ({"match": "c"}, "lottery_ticket: match: 'c' matches no parameter"),
     ]:
         with pytest.raises(ValueError, match=message):
             dynamic.lottery_ticket(train, params, **{"rounds": 1, "rate": 0.5, **kwargs})
