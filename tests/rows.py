@@ -63,6 +63,8 @@ METHODS = [
     Row("magnitude-columns", M(sparsity=0.5, pattern=jc.prune.Block((None, 1)))),
     Row("magnitude-blocks", M(sparsity=0.7, pattern=jc.prune.Block((4, 2))), shape=(3, 16, 8)),
     Row("magnitude-shared", M(pattern=jc.prune.Shared(jc.prune.NM(2, 4)))),
+    Row("nonzero", jc.prune.Nonzero()),
+    Row("nonzero-int8", jc.chain(jc.prune.Nonzero(), Int(bits=8))),
     Row("score", jc.prune.ByScore(sparsity=0.7, score=jc.prune.scores.squared)),
     Row("sampled", jc.prune.Sampled(sparsity=0.7)),
     Row("sampled-reweighted", jc.prune.Sampled(sparsity=0.7, reweight=True), adjusts=True),
