@@ -135,9 +135,9 @@ def test_the_nodes_of_a_state_are_what_it_holds(row, tmp_path):
 
 @every_row
 def test_wrappers_change_nothing(row):
-    tx = optax.apply_if_finite(optax.chain(optax.identity(), row.make(row.params())), 3)
-    tx = optax.inject_hyperparams(lambda rate: optax.chain(tx, optax.scale(rate)))(rate=1.0)
-    params, state = run(optax.named_chain(("first", optax.identity()), ("then", tx)), row.params())
+    finite = optax.apply_if_finite(optax.chain(optax.identity(), row.make(row.params())), 3)
+    injected = optax.inject_hyperparams(lambda rate: optax.chain(finite, optax.scale(rate)))(rate=1.0)
+    params, state = run(optax.named_chain(("first", optax.identity()), ("then", injected)), row.params())
     assert_close(params, trained(row)[0])
     assert_close(jc.nodes(params, state), jc.nodes(*trained(row)))
 

@@ -148,7 +148,7 @@ TRANSFORMS = [
     ),
     Row(
         "group_lasso_proximal", "prune.structured.group_lasso_proximal",
-        behind(lambda: structured.group_lasso_proximal(GROUPS, 0.5)), ("a/kernel",),
+        behind(lambda: structured.group_lasso_proximal(GROUPS, 0.8)), ("a/kernel",),
         inject=(lambda x: structured.group_lasso_proximal(GROUPS, x), 0.5),
     ),
     Row(
