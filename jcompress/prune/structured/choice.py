@@ -160,7 +160,10 @@ def _normalized(x: Scores, normalize: Normalize | None) -> Scores:
     if normalize is None:
         return x
     xp: Any = np if isinstance(x, np.ndarray) else jnp
-    by = xp.mean(x) if normalize == "mean" else xp.max(x) if normalize == "max" else xp.linalg.norm(x)
+    found = xp.where(
+        x == -xp.inf, xp.float32(0), x
+    )  # -inf says that a unit must go; its group has a scale all the same
+    by = xp.mean(found) if normalize == "mean" else xp.max(found) if normalize == "max" else xp.linalg.norm(found)
     return x / xp.where(by == 0, xp.float32(1), by)
 
 
