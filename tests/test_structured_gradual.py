@@ -50,7 +50,7 @@ def test_the_cost_follows_its_schedule_and_ends_in_a_smaller_network(task, scope
     cut = structured.prune_units(groups, every=5, cost=ramp, scope=scope, normalize="mean")
     whole, before = groups.multiply_adds({}), None
     for i, (now, state) in enumerate(trained(params, x, y, optax.chain(optax.adamw(1e-2), cut), 30)):
-        keep = structured.kept(state)
+        keep = structured.kept_units(state)
         target = float(ramp(i - i % 5))
         sizes = {name: int(kept.sum()) for name, kept in keep.items()}
         near = [groups.multiply_adds({**sizes, n: s + d}) for n, s in sizes.items() for d in (-1, 1)]
@@ -78,8 +78,8 @@ def test_the_first_choice_is_that_of_keep_and_others_units_move_as_they_would(ta
     updates, state = tx.update(grads, tx.init(params), params)
     moved = optax.apply_updates(params, alone.update(grads, alone.init(params))[0])
     keep = structured.keep(score(moved), groups, 0.25)
-    assert list(structured.kept(state)) == [name]
-    np.testing.assert_array_equal(structured.kept(state)[name], keep[name])
+    assert list(structured.kept_units(state)) == [name]
+    np.testing.assert_array_equal(structured.kept_units(state)[name], keep[name])
     expected = jc.trace.mask(moved, groups, keep)
     for a, b in zip(jax.tree.leaves(optax.apply_updates(params, updates)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -97,7 +97,7 @@ def test_the_state_gives_nodes_and_a_part_of_the_tree_will_do(task):
         np.testing.assert_array_equal(nodes[path].materialize(), leaf)
         assert nodes[path].mask.shape == leaf.shape
     small_fn, small = jc.shrink(
-        lambda v, x: mlp(v["params"], x), variables | {"params": now}, structured.kept(state), x
+        lambda v, x: mlp(v["params"], x), variables | {"params": now}, structured.kept_units(state), x
     )
     np.testing.assert_allclose(small_fn(small, x), mlp(now, x), rtol=1e-5, atol=1e-6)
 
@@ -114,6 +114,6 @@ def test_mistakes_are_explained(task):
         bare = structured.prune_units(groups)
         bare.update(params, bare.init(params), params)
     with pytest.raises(ValueError, match="found 0 states of prune_units"):
-        structured.kept(optax.adam(1e-3).init(params))
+        structured.kept_units(optax.adam(1e-3).init(params))
     with pytest.raises(ValueError, match="there is no such group"):
         structured.prune_units(groups, cost=0.5, score=lambda p: {"elsewhere": jnp.ones(3)}).init(params)

@@ -10,7 +10,7 @@ from jcompress.prune.structured.adversarial import discriminator_loss, generator
 from jcompress.prune.structured.channels import lasso, thinet
 from jcompress.prune.structured.choice import keep
 from jcompress.prune.structured.eigenvalues import spectral
-from jcompress.prune.structured.gradual import UnitsState, kept, prune_units
+from jcompress.prune.structured.gradual import UnitsState, kept_units, prune_units
 from jcompress.prune.structured.linearization import linearity_penalty, prelu
 from jcompress.prune.structured.propagation import apoz, nisp
 from jcompress.prune.structured.ranking import hessian, importance, l1, l2, random, slimming, taylor
@@ -31,7 +31,7 @@ __all__ = [
     "hessian",
     "importance",
     "keep",
-    "kept",
+    "kept_units",
     "l1",
     "l2",
     "lasso",

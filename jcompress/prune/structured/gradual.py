@@ -63,7 +63,7 @@ def prune_units(
 
     On steps 0, ``every``, ``2 * every``, ... the units are chosen as :func:`keep` chooses them, by the scores of the
     parameters as they then are. What is cut is exactly zero after every step, in all members of its group, whatever
-    the optimizer does, and stays so. At the end ``jc.shrink(fn, params, structured.kept(state), *args)`` cuts it out,
+    the optimizer does, and stays so. At the end ``jc.shrink(fn, params, structured.kept_units(state), *args)`` cuts it out,
     and the shrunk network costs what the schedule ended at. A gradual schedule loses less than one cut (Zhu & Gupta
     2017, arXiv:1710.01878, for weights).
 
@@ -98,9 +98,9 @@ def prune_units(
       >>> for _ in range(4):
       ...     updates, state = tx.update(jax.grad(lambda p: fn(p, x).sum())(params), state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> params["up"].astype(int).tolist(), structured.kept(state)["up[1]"].tolist()
+      >>> params["up"].astype(int).tolist(), structured.kept_units(state)["up[1]"].tolist()
       ([[3, 0, 2, 0]], [True, False, True, False])
-      >>> small_fn, small = jc.shrink(fn, params, structured.kept(state), x)
+      >>> small_fn, small = jc.shrink(fn, params, structured.kept_units(state), x)
       >>> jc.trace.cost(small_fn, small, x).total.multiply_adds / jc.trace.cost(fn, params, x).total.multiply_adds
       0.5
     """
@@ -156,7 +156,7 @@ def _masks(params: PyTree, groups: Mapping[str, Group], keep: Mapping[str, jax.A
     return masks
 
 
-def kept(state: PyTree) -> dict[str, jax.Array]:
+def kept_units(state: PyTree) -> dict[str, jax.Array]:
     """The units that an optimizer's state keeps, for ``jc.shrink``.
 
     Args:
@@ -173,11 +173,13 @@ def kept(state: PyTree) -> dict[str, jax.Array]:
       >>> from jcompress.prune import structured
       >>> params, groups = {"a": jnp.ones((1, 2))}, {"hidden": jc.trace.Group(size=2, producers=(("a", 1),))}
       >>> tx = optax.chain(optax.sgd(0.1), structured.prune_units(groups, sparsity=0.5))
-      >>> structured.kept(tx.init(params))["hidden"].tolist()
+      >>> structured.kept_units(tx.init(params))["hidden"].tolist()
       [True, True]
     """
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, UnitsState))
     found = [x for x in leaves if isinstance(x, UnitsState)]
     if len(found) != 1:
-        raise ValueError(f"kept: found {len(found)} states of prune_units, expected one; give the optimizer's state")
+        raise ValueError(
+            f"kept_units: found {len(found)} states of prune_units, expected one; give the optimizer's state"
+        )
     return dict(found[0].keep)
