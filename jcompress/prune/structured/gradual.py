@@ -63,9 +63,9 @@ def prune_units(
 
     On steps 0, ``every``, ``2 * every``, ... the units are chosen as :func:`keep` chooses them, by the scores of the
     parameters as they then are. What is cut is exactly zero after every step, in all members of its group, whatever
-    the optimizer does, and stays so. At the end ``jc.shrink(fn, params, structured.kept_units(state), *args)`` cuts it out,
-    and the shrunk network costs what the schedule ended at. A gradual schedule loses less than one cut (Zhu & Gupta
-    2017, arXiv:1710.01878, for weights).
+    the optimizer does, and stays so. At the end ``jc.shrink(fn, params, structured.kept_units(state), *args)`` cuts
+    it out, and the shrunk network costs what the schedule ended at. After gradual magnitude pruning, which does this
+    to weights (Zhu & Gupta 2017, arXiv:1710.01878).
 
     Args:
       groups: from ``jc.trace.coupling``; where the optimizer gets a part of the tree, such as the ``params`` of Flax
