@@ -12,13 +12,13 @@ import numpy as np
 from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
-from jcompress.layers.groups import Group, Groups
+from jcompress.layers.groups import Group
 from jcompress.prune.masks import selection
 
 
 def p_pruning(
     params: PyTree,
-    groups: Groups,
+    groups: Mapping[str, Group],
     stats: Mapping[str, Any],
     sparsity: Any,
     scores: Mapping[str, jax.Array] | None = None,

@@ -12,12 +12,12 @@ import numpy as np
 from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.groups import Group, Groups
+from jcompress.layers.groups import Group
 from jcompress.prune.masks import selection
 
 
 def merge_neurons(
-    params: PyTree, groups: Groups, sparsity: Any, match: str = ".*"
+    params: PyTree, groups: Mapping[str, Group], sparsity: Any, match: str = ".*"
 ) -> tuple[dict[str, jax.Array], PyTree]:
     """Merge the neurons that are most alike, without data (Srinivas & Babu 2015, arXiv:1507.06149).
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
-from jcompress.layers.groups import Groups
+from jcompress.layers.groups import Group
 from jcompress.layers.matrices import Contraction
 
 
 def reconstruct(
     params: PyTree,
-    groups: Groups,
+    groups: Mapping[str, Group],
     keep: Mapping[str, jax.Array],
     stats: Mapping[str, Any],
     ridge: float | jax.Array = 0.0,
@@ -85,7 +85,7 @@ def reconstruct(
 
 def liar(
     params: PyTree,
-    groups: Groups,
+    groups: Mapping[str, Group],
     keep: Mapping[str, jax.Array],
     stats: Mapping[str, Any],
     ridge: float | jax.Array = 1e-4,
@@ -126,7 +126,7 @@ def liar(
 
 def fold_constants(
     params: PyTree,
-    groups: Groups,
+    groups: Mapping[str, Group],
     keep: Mapping[str, jax.Array],
     constants: Mapping[str, jax.Array],
 ) -> PyTree:
@@ -190,7 +190,7 @@ def _summed_to(x: jax.Array, path: str, target: str, shape: tuple[int, ...]) -> 
 
 
 def _cut(
-    groups: Groups, keep: Mapping[str, jax.Array], found: Mapping[str, Any], stats: Mapping[str, Any]
+    groups: Mapping[str, Group], keep: Mapping[str, jax.Array], found: Mapping[str, Any], stats: Mapping[str, Any]
 ) -> dict[str, tuple[Contraction, jax.Array]]:
     """The kernels that read cut units, each with the mask of its k inputs; two groups may share one kernel."""
     layers: dict[str, tuple[Contraction, jax.Array]] = {}

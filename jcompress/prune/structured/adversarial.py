@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.groups import Groups
+from jcompress.layers.groups import Group
 
 
-def scaled(params: PyTree, groups: Groups, masks: Mapping[str, jax.Array]) -> PyTree:
+def scaled(params: PyTree, groups: Mapping[str, Group], masks: Mapping[str, jax.Array]) -> PyTree:
     """The parameters of a network whose units are multiplied by soft masks: what reads a unit is scaled by its mask.
 
     Differentiable in both. A mask of 0 is what ``jc.trace.mask`` does to the outputs of a unit, so where masks are zero

@@ -11,11 +11,11 @@ import numpy as np
 
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
-from jcompress.layers.groups import Group, Groups
+from jcompress.layers.groups import Group
 
 
 def lasso(
-    params: PyTree, groups: Groups, stats: Mapping[str, Any], penalties: int = 100, smallest: float = 1e-4
+    params: PyTree, groups: Mapping[str, Group], stats: Mapping[str, Any], penalties: int = 100, smallest: float = 1e-4
 ) -> dict[str, jax.Array]:
     """How early a channel enters the lasso path of the next layer's outputs (He et al. 2017, arXiv:1707.06168).
 
@@ -56,7 +56,7 @@ def lasso(
     }
 
 
-def thinet(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str, jax.Array]:
+def thinet(params: PyTree, groups: Mapping[str, Group], stats: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Cut channels one by one, each time the one that changes the next layer's outputs least.
 
     With T the channels cut so far, greedily ``min_i ||sum_{j in T + i} X_j W_j||**2`` (ThiNet; Luo et al. 2017,

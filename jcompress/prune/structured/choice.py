@@ -177,7 +177,7 @@ def _rounded(count: Any, size: int, multiple_of: int, at_least: int) -> Any:
 
 def _global_counts(scores: dict[str, Scores], sparsity: Any, at_least: int) -> dict[str, jax.Array]:
     """How many units of each group are among the highest of all, once each group has its least."""
-    forced = [keep_largest([x], min(at_least, x.size))[0] for x in scores.values()]
+    forced = [keep_largest([jnp.asarray(x)], min(at_least, x.size))[0] for x in scores.values()]
     least = sum(min(at_least, x.size) for x in scores.values())
     # Those that stay in any case go below all others, so that the rest of the count is spent on the others.
     low = jnp.finfo(jnp.float32).min

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from jcompress.core import PyTree
 from jcompress.formats import Spectral
 from jcompress.layers import units
-from jcompress.layers.groups import Groups
+from jcompress.layers.groups import Group
 
 
-def spectral(params: PyTree, groups: Groups) -> dict[str, jax.Array]:
+def spectral(params: PyTree, groups: Mapping[str, Group]) -> dict[str, jax.Array]:
     """The magnitude of each unit's eigenvalue, ``|lambda|`` (Buffoni et al. 2021, arXiv:2108.00940).
 
     Read from the :class:`jcompress.formats.Spectral` nodes that write a unit; where several do, their eigenvalues are

@@ -116,7 +116,7 @@ def prune_units(
 
     def chosen(params: PyTree, keep: dict[str, jax.Array], steps: jax.Array) -> dict[str, jax.Array]:
         alive = {name: jnp.where(keep[name], x, -jnp.inf) for name, x in scored(params).items()}
-        aim = {name: None if x is None else core.value_at(x, steps) for name, x in aims.items()}
+        aim: dict[str, Any] = {name: None if x is None else core.value_at(x, steps) for name, x in aims.items()}
         # A share that rises again brings nothing back: what is cut is zero in all members.
         found = choice.keep(alive, groups, **aim, **options)
         return {name: mask & keep[name] for name, mask in found.items()}

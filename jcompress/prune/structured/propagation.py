@@ -12,10 +12,10 @@ import numpy as np
 
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
-from jcompress.layers.groups import Group, Groups
+from jcompress.layers.groups import Group
 
 
-def apoz(params: PyTree, groups: Groups, stats: Mapping[str, Any]) -> dict[str, jax.Array]:
+def apoz(params: PyTree, groups: Mapping[str, Group], stats: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The share of positions at which a unit is not zero: ``1 - APoZ`` (Hu et al. 2016, arXiv:1607.03250).
 
     APoZ, the average percentage of zeros, is ``mean 1[output = 0]`` over examples and positions, as the next layers
@@ -59,7 +59,7 @@ def _zeros(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[str
 
 
 def nisp(
-    params: PyTree, groups: Groups, chain: Sequence[str], final: jax.Array | Mapping[str, jax.Array]
+    params: PyTree, groups: Mapping[str, Group], chain: Sequence[str], final: jax.Array | Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Importance carried back from the last layer, ``s_k = |W_{k+1}|' s_{k+1}`` (NISP; Yu et al. 2018, 1711.05908).
 
@@ -102,7 +102,7 @@ def nisp(
 
 
 def _outputs(
-    path: str, w: jax.Array, groups: Groups, scores: Mapping[str, jax.Array], ends: Mapping[str, jax.Array]
+    path: str, w: jax.Array, groups: Mapping[str, Group], scores: Mapping[str, jax.Array], ends: Mapping[str, jax.Array]
 ) -> jax.Array:
     """The importance of a kernel's outputs, along its last axis."""
     known = [jnp.broadcast_to(jnp.asarray(ends[path], jnp.float32), w.shape[-1:])] if path in ends else []

@@ -12,7 +12,7 @@ import numpy as np
 from jcompress import core, rules
 from jcompress.core import Context, PyTree
 from jcompress.layers import units
-from jcompress.layers.groups import Groups
+from jcompress.layers.groups import Group
 from jcompress.layers.units import Members
 from jcompress.prune import scores
 
@@ -21,7 +21,7 @@ Reduce = Literal["sum", "mean", "max", "norm", "signed"]
 
 def importance(
     params: PyTree,
-    groups: Groups,
+    groups: Mapping[str, Group],
     score: scores.Score = scores.magnitude,
     reduce: Reduce = "sum",
     *,
@@ -107,7 +107,7 @@ def _reduced(parts: list[tuple[jax.Array, int, np.ndarray]], size: int, reduce: 
     return {"norm": jnp.sqrt, "signed": jnp.abs}.get(reduce, jnp.asarray)(total)
 
 
-def random(groups: Groups, key: jax.Array) -> dict[str, jax.Array]:
+def random(groups: Mapping[str, Group], key: jax.Array) -> dict[str, jax.Array]:
     """Uniform scores of units: a control for methods that claim to choose well.
 
     Each group's scores depend on the key and the group's name only.
@@ -131,7 +131,9 @@ def random(groups: Groups, key: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def l1(params: PyTree, groups: Groups, members: Members = "kernels", match: str = ".*") -> dict[str, jax.Array]:
+def l1(
+    params: PyTree, groups: Mapping[str, Group], members: Members = "kernels", match: str = ".*"
+) -> dict[str, jax.Array]:
     """The sum of magnitudes of each unit's weights, ``s_j = sum |W[..., j]|``.
 
     By default of the kernels that compute the unit, as for filters (Li et al. 2017, arXiv:1608.08710).
@@ -156,7 +158,9 @@ def l1(params: PyTree, groups: Groups, members: Members = "kernels", match: str 
     return importance(params, groups, scores.magnitude, members=members, match=match)
 
 
-def l2(params: PyTree, groups: Groups, members: Members = "kernels", match: str = ".*") -> dict[str, jax.Array]:
+def l2(
+    params: PyTree, groups: Mapping[str, Group], members: Members = "kernels", match: str = ".*"
+) -> dict[str, jax.Array]:
     """The Euclidean norm of each unit's weights, ``s_j = ||W[..., j]||``.
 
     With ``members="all"`` it is the norm of everything that would be cut (Fang et al. 2023, arXiv:2301.12900).
@@ -180,7 +184,7 @@ def l2(params: PyTree, groups: Groups, members: Members = "kernels", match: str 
     return importance(params, groups, scores.magnitude, "norm", members=members, match=match)
 
 
-def slimming(params: PyTree, groups: Groups, match: str = ".*scale") -> dict[str, jax.Array]:
+def slimming(params: PyTree, groups: Mapping[str, Group], match: str = ".*scale") -> dict[str, jax.Array]:
     """The magnitude of each channel's scale in batch norm, ``s_j = |gamma_j|`` (Liu et al. 2017, arXiv:1708.06519).
 
     Meant for scales that were trained with :func:`add_l1` or :func:`jcompress.prune.penalties.proximal`, and for one
@@ -207,7 +211,7 @@ def slimming(params: PyTree, groups: Groups, match: str = ".*scale") -> dict[str
 
 def taylor(
     params: PyTree,
-    groups: Groups,
+    groups: Mapping[str, Group],
     grads: PyTree,
     members: Members = "consumers",
     match: str = ".*",
@@ -248,7 +252,11 @@ def taylor(
 
 
 def hessian(
-    params: PyTree, groups: Groups, stats: Mapping[str, Any], members: Members = "kernels", match: str = ".*"
+    params: PyTree,
+    groups: Mapping[str, Group],
+    stats: Mapping[str, Any],
+    members: Members = "kernels",
+    match: str = ".*",
 ) -> dict[str, jax.Array]:
     """The change of the loss, to second order at a minimum, if a unit were cut: ``sum h w**2 / 2``.
 

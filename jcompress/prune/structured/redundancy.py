@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.groups import Groups
+from jcompress.layers.groups import Group
 from jcompress.layers.units import Members
 
 
 def geometric_median(
-    params: PyTree, groups: Groups, members: Members = "kernels", match: str = ".*"
+    params: PyTree, groups: Mapping[str, Group], members: Members = "kernels", match: str = ".*"
 ) -> dict[str, jax.Array]:
     """The sum of distances to all other units, ``s_j = sum_k ||w_j - w_k||``; the smallest is the most replaceable.
 

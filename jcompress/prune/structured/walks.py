@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress.core import PyTree
 from jcompress.layers import units
-from jcompress.layers.groups import Group, Groups
+from jcompress.layers.groups import Group
 from jcompress.layers.units import Members
 
 Edges = list[tuple[str, str, jax.Array]]
@@ -18,7 +18,7 @@ Edges = list[tuple[str, str, jax.Array]]
 
 def diffusion(
     params: PyTree,
-    groups: Groups,
+    groups: Mapping[str, Group],
     chain: Sequence[str],
     restart: Mapping[str, jax.Array] | None = None,
     damping: float = 0.85,
@@ -98,7 +98,9 @@ def _fixed_point(step: Any, start: dict[str, jax.Array], tolerance: float) -> di
     return jax.lax.while_loop(lambda s: (s[2] > tolerance) & (s[0] < 10_000), body, state)[1]
 
 
-def _edges(found: Mapping[str, Any], groups: Groups, chain: Sequence[str]) -> Iterator[tuple[str, str, jax.Array]]:
+def _edges(
+    found: Mapping[str, Any], groups: Mapping[str, Group], chain: Sequence[str]
+) -> Iterator[tuple[str, str, jax.Array]]:
     """What feeds what: (group that is read, group that is written, magnitudes between their units)."""
     for path in chain:
         w = jnp.abs(units.leaf(found, path, "chain").astype(jnp.float32))
@@ -124,7 +126,7 @@ def _between(w: jax.Array, axis: int, source: Group, out: Group, path: str) -> j
 
 
 def _start(
-    groups: Groups, names: list[str], edges: Edges, restart: Mapping[str, jax.Array] | None
+    groups: Mapping[str, Group], names: list[str], edges: Edges, restart: Mapping[str, jax.Array] | None
 ) -> dict[str, jax.Array]:
     """Where the walker starts, summing to 1."""
     if restart is None:
@@ -141,7 +143,7 @@ def _start(
 
 def weighted_penalty(
     params: PyTree,
-    groups: Groups,
+    groups: Mapping[str, Group],
     scores: Mapping[str, jax.Array],
     l1: float | jax.Array,
     l2: float | jax.Array = 0.0,
