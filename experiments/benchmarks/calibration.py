@@ -9,8 +9,10 @@ the compiled update needs, and what the process holds on its devices after 4 and
 
 from __future__ import annotations
 
+import argparse
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -87,42 +89,56 @@ def after(model: Model, names: tuple[str, ...], batches: int) -> int:
     return live_bytes() - before
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=7)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128, help="of a text, in bytes")
-    parser.add_argument("--texts", type=int, default=8, help="in a batch")
-    parser.add_argument("--batches", type=int, default=4, help="in one timed calibration")
-    args = parser.parse_args(argv)
+STATISTICS = {
+    "Gram matrices": ("gram",),
+    "all defaults": ("gram", "count", "sum", "absmax", "norm", "zeros", "outputs", "counts"),
+}
+
+
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
+    model = transformer(args.width, args.depth, args.heads, args.texts, args.length)
+    for label, names in STATISTICS.items():
+        title, target = f"{label}, {args.depth} layers of {args.width}", "<= 1.5" if label == "Gram matrices" else ""
+        make = functools.partial(sides, model, names, args.batches)
+        yield timing.Case(title, "forward + Gram", "calibrate", make, target)
+    make = functools.partial(plain_sides, model, args.batches)
+    yield timing.Case("Gram products alone", "forward", "forward + Gram", make)
+
+
+def sides(model: Model, names: tuple[str, ...], batches: int) -> tuple:
+    """The passes with the Gram products alone, and calibration with what it takes."""
+    alone = Passes(*both(model, activations(model)), batches)
+    ours = Passes(calibration(model, names), (model.params, *model.batch), batches)
+    temporaries, state = ours.memory()
+    extra = {"temporaries": temporaries, "state": state}
+    return alone, ours, extra | {f"left_after_{n}": after(model, names, n) for n in (4, 16)}
+
+
+def plain_sides(model: Model, batches: int) -> tuple:
+    plain = Passes(forward(model), (model.params, *model.batch), batches)
+    return plain, Passes(*both(model, activations(model)), batches)
+
+
+def traced(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds to trace the pass that gathers statistics."""
     model = transformer(args.width, args.depth, args.heads, args.texts, args.length)
     start = time.perf_counter()
     jax.make_jaxpr(lambda *a: observe(model.loss, *a))(model.params, *model.batch)
-    traced = time.perf_counter() - start
-    plain = Passes(forward(model), (model.params, *model.batch), args.batches)
-    alone = Passes(*both(model, activations(model)), args.batches)
-    rows = []
-    for label, names, target in [
-        ("Gram matrices", ("gram",), "<= 1.5"),
-        ("all defaults", ("gram", "count", "sum", "absmax", "norm", "zeros", "outputs", "counts"), ""),
-    ]:
-        ours = Passes(calibration(model, names), (model.params, *model.batch), args.batches)
-        temporaries, state = ours.memory()
-        times = timing.paired(alone, ours, args.pairs)
-        rows.append(
-            timing.row(
-                f"{label}, {args.depth} layers of {args.width}", ("forward + Gram", times[0]), ("calibrate", times[1]),
-                target, temporaries=temporaries, state=state, left_after_4=after(model, names, 4),
-                left_after_16=after(model, names, 16), trace_s=traced,
-            )
-        )  # fmt: skip
-    times = timing.paired(plain, alone, args.pairs)
-    rows.append(timing.row("Gram products alone", ("forward", times[0]), ("forward + Gram", times[1])))
-    timing.finish("calibration", rows, args.out, **{k: v for k, v in vars(args).items() if k != "out"})
-    for r in rows[:2]:
-        told = {k: f"{v / 1e6:.1f} MB" for k, v in r.extra.items() if k != "trace_s"}
-        print(f"{r.name}: {told}, traced in {traced:.2f} s")
+    return {"trace_s": time.perf_counter() - start}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = {
+        "width": (128, "of the transformer"),
+        "depth": (12, "of the transformer"),
+        "heads": (4, "of the transformer"),
+        "length": (128, "of a text, in bytes"),
+        "texts": (8, "in a batch"),
+        "batches": (4, "in one timed calibration"),
+    }
+    for r in timing.run("calibration", __doc__, cases, options, argv, pairs=7, about=traced):
+        if r.extra:
+            print(f"{r.name}: { ({k: f'{v / 1e6:.1f} MB' for k, v in r.extra.items()}) }")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Rows with no update due time the ordinary step; rows with an update move the mas
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,8 +42,8 @@ def _sides(model: Model, args: Any) -> list[Side]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    run("dynamic", __doc__, argv, _sides, sparsity=SPARSITY)
+def main(argv: Sequence[str] | None = None) -> None:
+    run("dynamic", __doc__, argv, _sides, SPARSITY)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ factor, and both give codes and scales. Weights and activations are random; the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import argparse
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def stacked(params: dict[str, jax.Array], stats: dict[str, jc.trace.Stats], widt
     return together, known
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size"))
+@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
 def by_columns(w: jax.Array, gram: jax.Array, bits: int, group_size: int | None) -> tuple[jax.Array, jax.Array]:
     """Codes and scales, one input after the other."""
     k, most = len(w), 2 ** (bits - 1) - 1
@@ -73,10 +74,19 @@ def by_columns(w: jax.Array, gram: jax.Array, bits: int, group_size: int | None)
     return jax.lax.fori_loop(0, k, one, start)[1:]
 
 
-def compared(
-    label: str, width: int, layers: int, bits: int, group_size: int | None, scan: bool, pairs: int
-) -> timing.Row:
-    """Ours against the loop, and how far the codes agree."""
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
+    for layers in sorted({1, args.layers}):
+        for group in (None, args.group_size):
+            label = f"{layers} layers of {args.width}, " + (f"groups of {group}" if group else "one scale an output")
+            make = functools.partial(sides, args.width, layers, args.bits, group, scan=False)
+            yield timing.Case(label, "GPTQ", "columns", make, ">= 2")
+    label = f"{args.layers} layers of {args.width} stacked, groups of {args.group_size}"
+    make = functools.partial(sides, args.width, args.layers, args.bits, args.group_size, scan=True)
+    yield timing.Case(label, "GPTQ", "columns", make, ">= 2")
+
+
+def sides(width: int, layers: int, bits: int, group_size: int | None, *, scan: bool) -> tuple:
+    """Ours and the loop, and how far the codes agree."""
     params, stats = matrices(width, layers)
     tree, known = stacked(params, stats, width) if scan else (params, stats)
     method = jc.quantize.GPTQ(bits=bits, group_size=group_size)
@@ -90,29 +100,19 @@ def compared(
 
     small, plain = ours(), loop()
     same = [np.mean(np.asarray(small[p].codes) == np.asarray(plain[p][0])) for p in params if not scan]
-    times = timing.paired(ours, loop, pairs)
-    return timing.row(
-        label, ("GPTQ", times[0]), ("columns", times[1]), ">= 2", codes_agree=float(np.mean(same)) if same else None
-    )
+    return ours, loop, {"codes_agree": float(np.mean(same)) if same else None}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=5)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
-    args = parser.parse_args(argv)
-    rows = []
-    for layers in sorted({1, args.layers}):
-        for group in (None, args.group_size):
-            label = f"{layers} layers of {args.width}, " + (f"groups of {group}" if group else "one scale an output")
-            rows.append(compared(label, args.width, layers, args.bits, group, False, args.pairs))
-    label = f"{args.layers} layers of {args.width} stacked, groups of {args.group_size}"
-    rows.append(compared(label, args.width, args.layers, args.bits, args.group_size, True, args.pairs))
-    timing.finish("gptq", rows, args.out, **{k: v for k, v in vars(args).items() if k != "out"})
-    growth = rows[2].left_s / rows[0].left_s if args.layers > 1 else 1.0
-    print(f"{args.layers} layers take {growth:.2f} times the time of one")
+    options = {
+        "width": (384, "of the encoder"),
+        "layers": (6, "how many"),
+        "bits": (4, "of a weight"),
+        "group-size": (64, "inputs that share a scale"),
+    }
+    rows = timing.run("gptq", __doc__, cases, options, argv, pairs=5)
+    if len(rows) == 5:
+        print(f"all layers take {rows[2].left_s / rows[0].left_s:.2f} times the time of one")
 
 
 if __name__ == "__main__":

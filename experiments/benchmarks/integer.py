@@ -9,9 +9,10 @@ the float model in the Frobenius norm.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 import jcompress as jc
 from experiments.benchmarks import timing
-from experiments.benchmarks.train_step import attention, kernel, norm
+from experiments.benchmarks.train_step import MODELS, attention, kernel, norm
 
 Model = tuple[str, Callable, Any, tuple]
 
@@ -68,56 +69,51 @@ def planned(params: Any) -> jc.Plan:
     return jc.plan(params, [*kept, (kernels, jc.quantize.Int(bits=8))])
 
 
-def compared(model: Model, pairs: int, target: str) -> list[timing.Row]:
-    name, fn, params, args = model
+SIDES = {
+    "static": lambda fn, tree, params, args, stats: (tree, jc.quantize.activations(fn, tree, *args, stats=stats)),
+    "per tensor": lambda fn, tree, params, args, stats: (tree, jc.quantize.activations(fn, tree, *args)),
+    "per row": lambda fn, tree, params, args, stats: (tree, jc.quantize.activations(fn, tree, *args, scale="row")),
+    "weights on the fly": lambda fn, tree, params, args, stats: (
+        params,
+        jc.quantize.activations(fn, params, *args, stats=stats),
+    ),
+    "weights only (accelerate)": lambda fn, tree, params, args, stats: (tree, jc.accelerate(fn)),
+}
+
+
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
+    for name in args.models:
+        make = {
+            "mlp": lambda: mlp(args.widths, args.batch),
+            "transformer": lambda: transformer(args.width, args.depth, args.heads, args.texts, args.length),
+        }[name]
+        model = make()
+        size = sum(x.size for x in jax.tree.leaves(model[2])) / 1e6
+        for label in SIDES:
+            target = "<= 0.75" if label in ("static", "per tensor") else ""
+            title = f"{model[0]}, {size:.1f}M, {label}"
+            yield timing.Case(title, "float32", "jcompress", functools.partial(sides, model, label), target)
+
+
+def sides(model: Model, label: str) -> tuple:
+    """The float model and the quantized one, with its error and how many of its products are of integers."""
+    _, fn, params, args = model
     tree = jc.compress(params, planned(params))
     stats = jc.calibrate(fn, params, [args], statistics=("absmax",))
-    sides = {
-        "static": (tree, jc.quantize.activations(fn, tree, *args, stats=stats)),
-        "per tensor": (tree, jc.quantize.activations(fn, tree, *args)),
-        "per row": (tree, jc.quantize.activations(fn, tree, *args, scale="row")),
-        "weights on the fly": (params, jc.quantize.activations(fn, params, *args, stats=stats)),
-        "weights only (accelerate)": (tree, jc.accelerate(fn)),
+    given, quantized = SIDES[label](fn, tree, params, args, stats)
+    ours, plain = jax.jit(quantized), jax.jit(fn)
+    y = plain(params, *args)
+    report = quantized.report(given, *args)
+    extra = {
+        "relative_error": float(jnp.linalg.norm(ours(given, *args) - y) / jnp.linalg.norm(y)),
+        "integer_products": sum("int32" in row.how for row in report.rows),
+        "products": len(report.rows),
     }
-    float_ = jax.jit(fn)
-    y = float_(params, *args)
-    size = sum(x.size for x in jax.tree.leaves(params))
-    rows = []
-    for label, (given, quantized) in sides.items():
-        ours = jax.jit(quantized)
-        error = float(jnp.linalg.norm(ours(given, *args) - y) / jnp.linalg.norm(y))
-        right = functools.partial(ours, given, *args)
-        times = timing.paired(functools.partial(float_, params, *args), right, pairs)
-        report = quantized.report(given, *args)
-        integers = sum("int32" in row.how for row in report.rows)
-        rows.append(
-            timing.row(
-                f"{name}, {size / 1e6:.1f}M, {label}", ("float32", times[0]), ("jcompress", times[1]),
-                target if label in ("static", "per tensor") else "", relative_error=error,
-                integer_products=integers, products=len(report.rows),
-            )
-        )  # fmt: skip
-    return rows
+    return functools.partial(plain, params, *args), functools.partial(ours, given, *args), extra
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=15)
-    parser.add_argument("--widths", type=int, nargs="+", default=[784, 1024, 2048, 1024, 10])
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--only", choices=("mlp", "transformer"), default=None)
-    args = parser.parse_args(argv)
-    rows = []
-    if args.only != "transformer":
-        rows += compared(mlp(args.widths, args.batch), args.pairs, "<= 0.75")
-    if args.only != "mlp":
-        model = transformer(args.width, args.depth, args.heads, args.texts, args.length)
-        rows += compared(model, args.pairs, "<= 0.75")
-    timing.finish("integer", rows, args.out, **{k: v for k, v in vars(args).items() if k != "out"})
+def main(argv: Sequence[str] | None = None) -> None:
+    timing.run("integer", __doc__, cases, MODELS, argv, pairs=15)
 
 
 if __name__ == "__main__":

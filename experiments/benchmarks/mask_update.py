@@ -7,7 +7,8 @@ Every pair of masks is compared before it is timed. Memory is what the compiled 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,59 +56,48 @@ def memory_ratio(fn: Callable, *args: Any) -> float:
     return (used.temp_size_in_bytes + used.output_size_in_bytes) / given
 
 
-def compare(name: str, ours: Callable, theirs: Callable, w: Any, target: str, args: Any, exact: bool = True) -> Any:
-    ours, theirs = jax.jit(ours), jax.jit(theirs)
-    a, b = jax.tree.leaves(ours(w)), jax.tree.leaves(theirs(w))
-    differ = sum(int((x != y).sum()) for x, y in zip(a, b, strict=True))
-    if exact and differ:
-        raise AssertionError(f"{name}: the two masks differ in {differ} entries")
-    calls = max(1, args.calls)
-    times = timing.paired(lambda: ours(w), lambda: theirs(w), args.pairs, (calls, 1))
-    memory = memory_ratio(ours, w)
-    return timing.row(
-        name, ("jcompress", times[0]), (name.rsplit(" vs ", 1)[1], times[1]), target,
-        memory=memory, memory_met=memory <= 2.5, differing_entries=differ, kept=int(sum(x.sum() for x in a)),
-    )  # fmt: skip
+def case(
+    name: str, ours: Callable, theirs: Callable, w: Callable[[], Any], target: str, calls: int, exact: bool = True
+) -> timing.Case:
+    """Ours against another on the weights that ``w()`` gives; named ``<what> vs <the other>``."""
+
+    def make() -> tuple:
+        weights, left, right = w(), jax.jit(ours), jax.jit(theirs)
+        a, b = jax.tree.leaves(left(weights)), jax.tree.leaves(right(weights))
+        differ = sum(int((x != y).sum()) for x, y in zip(a, b, strict=True))
+        if exact and differ:
+            raise AssertionError(f"{name}: the two masks differ in {differ} entries")
+        memory, kept = memory_ratio(left, weights), int(sum(x.sum() for x in a))
+        extra = {"memory": memory, "memory_met": memory <= 2.5, "differing_entries": differ, "kept": kept}
+        return lambda: left(weights), lambda: right(weights), extra
+
+    return timing.Case(name, "jcompress", name.rsplit(" vs ", 1)[1], make, target, (max(1, calls), 1))
 
 
-def leaf_rows(size: int, dtype: Any, args: Any) -> list[timing.Row]:
+def of_a_leaf(size: int, dtype: Any, args: argparse.Namespace) -> Iterator[timing.Case]:
     columns = 1000 if size % 4000 == 0 else 10
-    w = jax.random.normal(jax.random.key(0), (size // columns, columns), dtype)
     s, label = args.sparsity, f"{size / 1e6:g}M {jnp.dtype(dtype).name}"
+
+    def w() -> jax.Array:
+        return jax.random.normal(jax.random.key(0), (size // columns, columns), dtype)
+
+    def unstructured(w: jax.Array) -> jax.Array:
+        return magnitude([w], s, "leaf")[0]
+
     # A plain threshold keeps too many where magnitudes tie, which they do in float32 already at this size.
-    return [
-        compare(
-            f"unstructured {label} vs sort",
-            lambda w: magnitude([w], s, "leaf")[0],
-            lambda w: by_sort(w, s),
-            w,
-            ">= 15",
-            args,
-            exact=False,
-        ),
-        compare(
-            f"unstructured {label} vs argsort",
-            lambda w: magnitude([w], s, "leaf")[0],
-            lambda w: by_argsort(w, s),
-            w,
-            ">= 15",
-            args,
-        ),
-        compare(
-            f"2:4 {label} vs top_k",
-            lambda w: jc.prune.NM(2, 4).mask(jnp.abs(w)),
-            lambda w: by_top_k(w, 2, 4),
-            w,
-            ">= 25",
-            args,
-        ),
-    ]
+    name = f"unstructured {label}"
+    yield case(f"{name} vs sort", unstructured, lambda w: by_sort(w, s), w, ">= 15", args.calls, exact=False)
+    yield case(f"{name} vs argsort", unstructured, lambda w: by_argsort(w, s), w, ">= 15", args.calls)
+    ours, theirs = lambda w: jc.prune.NM(2, 4).mask(jnp.abs(w)), lambda w: by_top_k(w, 2, 4)
+    yield case(f"2:4 {label} vs top_k", ours, theirs, w, ">= 25", args.calls)
 
 
-def global_row(size: int, args: Any) -> timing.Row:
+def of_all_leaves(size: int, args: argparse.Namespace) -> timing.Case:
     """One threshold for six leaves of unequal scale, against a sort of them all joined."""
-    rows = [size // 20, size // 10, size // 10, size // 4, size // 4, size // 4]
-    ws = [jax.random.normal(jax.random.key(i), (n // 10, 10)) * (i + 1) for i, n in enumerate(rows)]
+    rows = [n // 10 for n in (size // 20, size // 10, size // 10, size // 4, size // 4, size // 4)]
+
+    def ws() -> list[jax.Array]:
+        return [jax.random.normal(jax.random.key(i), (n, 10)) * (i + 1) for i, n in enumerate(rows)]
 
     def joined(ws: list[jax.Array]) -> list[jax.Array]:
         mask = by_argsort(jnp.concatenate([w.reshape(-1) for w in ws]), args.sparsity)
@@ -117,41 +107,39 @@ def global_row(size: int, args: Any) -> timing.Row:
             ends += w.size
         return out
 
-    total = sum(w.size for w in ws)
-    return compare(
-        f"global, 6 leaves, {total / 1e6:g}M float32 vs argsort",
-        lambda ws: magnitude(ws, args.sparsity, "global"),
-        joined,
-        ws,
-        ">= 15",
-        args,
-    )
+    name = f"global, 6 leaves, {10 * sum(rows) / 1e6:g}M float32 vs argsort"
+    return case(name, lambda ws: magnitude(ws, args.sparsity, "global"), joined, ws, ">= 15", args.calls)
 
 
-def linear_row(size: int, args: Any) -> timing.Row:
+def linear(size: int, args: argparse.Namespace) -> timing.Case:
     """The mask of a leaf against that of one ten times as large."""
-    small, large = (jax.random.normal(jax.random.key(0), (n // 1000, 1000)) for n in (size, 10 * size))
-    ours = jax.jit(lambda w: magnitude([w], args.sparsity, "leaf")[0])
-    times = timing.paired(lambda: ours(small), lambda: ours(large), args.pairs, (args.calls, 1))
-    label = f"{size / 1e6:g}M to {size / 1e5:g}M float32"
-    return timing.row(f"ten times as large: {label}", ("small", times[0]), ("large", times[1]), "<= 12")
+
+    def make() -> tuple:
+        small, large = (jax.random.normal(jax.random.key(0), (n // 1000, 1000)) for n in (size, 10 * size))
+        ours = jax.jit(lambda w: magnitude([w], args.sparsity, "leaf")[0])
+        return lambda: ours(small), lambda: ours(large)
+
+    name = f"ten times as large: {size / 1e6:g}M to {size / 1e5:g}M float32"
+    return timing.Case(name, "small", "large", make, "<= 12", (max(1, args.calls), 1))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=7)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000], help="parameters in a leaf")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="fraction of zeros")
-    parser.add_argument("--calls", type=int, default=10, help="calls of our side for each call of the sort")
-    args = parser.parse_args(argv)
-    rows = []
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
     for size in args.sizes:
         for dtype in (jnp.float32, jnp.bfloat16):
-            rows += leaf_rows(size, dtype, args)
-    rows.append(global_row(max(args.sizes), args))
-    rows += [linear_row(size, args) for size in args.sizes]
-    timing.finish("mask_update", rows, args.out, sizes=args.sizes, sparsity=args.sparsity)
-    for r in (r for r in rows if "memory" in r.extra):
-        print(f"{r.name}: temporaries + output = {r.extra['memory']:.2f} x the parameters")
+            yield from of_a_leaf(size, dtype, args)
+    yield of_all_leaves(max(args.sizes), args)
+    yield from (linear(size, args) for size in args.sizes)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = {
+        "sizes": ([1_000_000, 10_000_000], "parameters in a leaf"),
+        "sparsity": (0.9, "fraction of zeros"),
+        "calls": (10, "calls of our side for each call of the sort"),
+    }
+    for row in timing.run("mask_update", __doc__, cases, options, argv, pairs=7):
+        if "memory" in row.extra:
+            print(f"{row.name}: temporaries + output = {row.extra['memory']:.2f} x the parameters")
 
 
 if __name__ == "__main__":

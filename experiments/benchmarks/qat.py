@@ -8,6 +8,7 @@ Straight-through with ranges taken anew at each step (``simulate``), and learned
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jcompress as jc
@@ -36,8 +37,8 @@ def _sides(model: Model, args: Any) -> list[Side]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    run("qat", __doc__, argv, _sides, bits={"type": int, "default": 8, "help": "of a weight"})
+def main(argv: Sequence[str] | None = None) -> None:
+    run("qat", __doc__, argv, _sides, {"bits": (8, "of a weight")})
 
 
 if __name__ == "__main__":

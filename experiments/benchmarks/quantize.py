@@ -9,9 +9,10 @@ qwix can be imported, its conversion to the same format is timed against ours.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import sys
-from collections.abc import Callable
-from importlib import metadata
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import jcompress as jc
 from experiments.benchmarks import timing
 from experiments.benchmarks.train_step import transformer
+from experiments.environment import version
 
 Kernels = dict[str, jax.Array]
 Convert = Callable[[Kernels], Any]
@@ -54,13 +56,6 @@ def qwix(dtype: str, group_size: int | None) -> Convert | None:
     return lambda tree: jax.tree.map(lambda w: peer.quantize(w, dtype, channelwise_axes=(1,), tiled_axes=tiles), tree)
 
 
-def peer_version() -> str | None:
-    try:
-        return metadata.version("qwix")
-    except metadata.PackageNotFoundError:
-        return None
-
-
 FORMATS = {
     "int8": (jc.quantize.Int(bits=8), lambda: qwix("int8", None)),
     "int4, groups of 64": (jc.quantize.Int(bits=4, group_size=64), lambda: qwix("int4", 64)),
@@ -69,34 +64,28 @@ FORMATS = {
 }
 
 
-def compare(
-    name: str, left: tuple[str, Convert], right: tuple[str, Convert], tree: Kernels, pairs: int, target: str = ""
-) -> timing.Row:
-    base, side = jax.jit(left[1]), jax.jit(right[1])
-    times = timing.paired(lambda: base(tree), lambda: side(tree), pairs)
-    found = timing.row(name, (left[0], times[0]), (right[0], times[1]), target)
-    print(timing.table([found]).splitlines()[1], flush=True)
-    return found
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=21)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--only", default="", help="formats whose name has this in it")
-    args = parser.parse_args(argv)
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
     tree = jax.block_until_ready(kernels(args.width, args.depth))
     size = sum(w.size for w in tree.values()) / 1e6
-    rows = []
     for name, (method, peer) in FORMATS.items():
-        if args.only not in name:
-            continue
-        mine, convert = ("jcompress", ours(method)), peer()
-        rows.append(compare(f"{size:.1f}M: {name}", ("plain pass", plain), mine, tree, args.pairs))
-        if convert is not None:
-            rows.append(compare(f"{size:.1f}M: {name}", mine, ("qwix", convert), tree, args.pairs, ">= 1"))
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
-    timing.finish("quantize", rows, args.out, qwix=peer_version(), **settings)
+        make = functools.partial(sides, tree, lambda: plain, lambda method=method: ours(method))
+        yield timing.Case(f"{size:.1f}M: {name}", "plain pass", "jcompress", make)
+        make = functools.partial(sides, tree, lambda method=method: ours(method), peer)
+        yield timing.Case(f"{size:.1f}M: {name}", "jcompress", "qwix", make, ">= 1")
+
+
+def sides(tree: Kernels, left: Callable[[], Convert | None], right: Callable[[], Convert | None]) -> tuple | None:
+    made = left(), right()
+    if None in made:
+        return None
+    a, b = map(jax.jit, made)
+    return lambda: a(tree), lambda: b(tree)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = {"width": (384, "of the transformer"), "depth": (6, "of the transformer")}
+    about = {"qwix": version("qwix")}
+    timing.run("quantize", __doc__, cases, options, argv, pairs=21, about=lambda args: about)
 
 
 if __name__ == "__main__":

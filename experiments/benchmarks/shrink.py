@@ -9,9 +9,10 @@ transformers of 12, 24 and 48 unrolled layers, and for the same depths under ``s
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -112,13 +113,19 @@ def halved(fn: Callable, params: PyTree, args: tuple, multiple: int, target: flo
     raise ValueError("no cut reaches the target")
 
 
-def speed(name: str, model: tuple, pairs: int, multiple: int) -> timing.Row:
-    fn, params, args = model
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
+    for name, model in (
+        ("CNN, batch 16", lambda: cnn_model(jax.random.key(0))),
+        ("transformer, 4 x 128 tokens", lambda: transformer(jax.random.key(1), 384, 6, 6, 4, 128)),
+    ):
+        yield timing.Case(name, "shrunk", "dense", functools.partial(sides, model, args.multiple), ">= 1.7")
+
+
+def sides(model: Callable[[], tuple], multiple: int) -> tuple:
+    fn, params, args = model()
     small, cut_params, stays = halved(fn, params, args, multiple)
     left, right = jax.jit(small), jax.jit(fn)
-    times = timing.paired(lambda: left(cut_params, *args), lambda: right(params, *args), pairs)
-    sides = (f"shrunk to {100 * stays:.0f}% of the multiply-adds", times[0]), ("dense", times[1])
-    return timing.row(name, *sides, ">= 1.7", part_of_multiply_adds=stays)
+    return lambda: left(cut_params, *args), lambda: right(params, *args), {"part_of_multiply_adds": stays}
 
 
 def coupling_times(depths: list[int]) -> list[dict[str, Any]]:
@@ -136,18 +143,14 @@ def coupling_times(depths: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=21)
-    parser.add_argument("--multiple", type=int, default=8, help="sizes are rounded to a multiple of this")
-    parser.add_argument("--depths", type=int, nargs="+", default=[12, 24, 48])
-    args = parser.parse_args(argv)
-    make = functools.partial(speed, pairs=args.pairs, multiple=args.multiple)
-    rows = [
-        make("CNN, batch 16", cnn_model(jax.random.key(0))),
-        make("transformer, 4 x 128 tokens", transformer(jax.random.key(1), 384, 6, 6, 4, 128)),
-    ]
-    depths = coupling_times(args.depths)
-    timing.finish("shrink", rows, args.out, depths=depths, pairs=args.pairs, multiple=args.multiple)
+def main(argv: Sequence[str] | None = None) -> None:
+    options = {
+        "multiple": (8, "sizes are rounded to a multiple of this"),
+        "depths": ([12, 24, 48], "layers of the transformers whose coupling is timed"),
+    }
+    about = {"about": lambda args: {"coupling": coupling_times(args.depths)}}
+    for row in timing.run("shrink", __doc__, cases, options, argv, pairs=21, **about):
+        print(f"{row.name}: {100 * row.extra['part_of_multiply_adds']:.0f}% of the multiply-adds stay")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ before it, at the same precision: the arithmetic of the sweep without the choice
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -46,34 +48,30 @@ def layer(k: int, n: int) -> tuple[jax.Array, jax.Array]:
     return jax.random.normal(keys[3], (k, n)) / k**0.5, x.T @ x
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=9)
-    parser.add_argument("--shapes", nargs="+", default=["1024x4096", "4096x1024"], help="inputs x outputs")
-    args = parser.parse_args(argv)
-    rows = []
+METHODS = {
+    "50%": jc.prune.SparseGPT(sparsity=0.5),
+    "2:4": jc.prune.SparseGPT(pattern=jc.prune.NM(2, 4)),
+    "50% and 4 bits": jc.prune.SparseGPT(sparsity=0.5, quantizer=jc.quantize.Int(bits=4)),
+}
+
+
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
     for shape in args.shapes:
-        k, n = map(int, shape.split("x"))
-        w, gram = layer(k, n)
-        stats = {"w": jc.trace.Stats(gram=gram, axes=(-2,))}
-        for name, method in {
-            "50%": jc.prune.SparseGPT(sparsity=0.5),
-            "2:4": jc.prune.SparseGPT(pattern=jc.prune.NM(2, 4)),
-            "50% and 4 bits": jc.prune.SparseGPT(sparsity=0.5, quantizer=jc.quantize.Int(bits=4)),
-        }.items():
-            plan = jc.plan({"w": w}, [("w", method)])
-            ours = jax.jit(lambda w, stats, plan=plan: jc.compress({"w": w}, plan, stats=stats))
+        w, gram = layer(*map(int, shape.split("x")))
+        for name, method in METHODS.items():
+            make, target = functools.partial(sides, w, gram, method), "<= 1.5" if name == "50%" else ""
+            yield timing.Case(f"{shape}, {name}", "Cholesky and products", "SparseGPT", make, target)
 
-            def least(w: jax.Array = w, gram: jax.Array = gram) -> Any:
-                return bound(w, gram)
 
-            def whole(ours: Any = ours, w: jax.Array = w, stats: Any = stats) -> Any:
-                return ours(w, stats)
+def sides(w: jax.Array, gram: jax.Array, method: Any) -> tuple:
+    stats, plan = {"w": jc.trace.Stats(gram=gram, axes=(-2,))}, jc.plan({"w": w}, [("w", method)])
+    ours = jax.jit(lambda w, stats: jc.compress({"w": w}, plan, stats=stats))
+    return lambda: bound(w, gram), lambda: ours(w, stats)
 
-            a, b = timing.paired(least, whole, args.pairs)
-            target = "<= 1.5" if name == "50%" else ""
-            rows.append(timing.row(f"{shape}, {name}", ("Cholesky and products", a), ("SparseGPT", b), target))
-            print(timing.table(rows[-1:]).splitlines()[1], flush=True)
-    timing.finish("sparsegpt", rows, args.out, **{k: v for k, v in vars(args).items() if k != "out"})
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = {"shapes": (["1024x4096", "4096x1024"], "inputs x outputs")}
+    timing.run("sparsegpt", __doc__, cases, options, argv, pairs=9)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ counted and nothing is timed.
 
 from __future__ import annotations
 
+import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,28 +23,8 @@ from jcompress.numeric import threshold
 from jcompress.numeric.counting import Count, magnitude_bits
 
 PARTS = (
-    0.0,
-    1e-6,
-    1e-5,
-    1e-4,
-    1e-3,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    0.95,
-    0.99,
-    0.999,
-    1.0,
-)
+    0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0,
+)  # fmt: skip
 
 
 def distributions(n: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -108,54 +89,56 @@ def summary(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def times(sizes: list[int], sorted_up_to: int, pairs: int) -> list[timing.Row]:
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
     """The search against a sort, a partition and one read, at 90 percent zeros."""
-    rows = []
-    for n in sizes:
+    for n in args.sizes:
         for name, values in distributions(n):
             if name not in ("Gaussian", "Student's t, 3 degrees", "uniform", "90% zeros"):
                 continue
-            x, k = jnp.asarray(values), wanted(n, 0.1)
-            ours = functools.partial(search, x, Count.of(k))
             label = f"{n / 1e6:g}M {name}"
+            if n <= args.sort:
+                make = functools.partial(sides, values, "jnp.sort")
+                yield timing.Case(f"{label}: jnp.sort / ours", "ours", "jnp.sort", make, ">= 60", part=1 / 3)
+            for other, target in (("np.partition", ">= 5"), ("one read", "")):
+                make = functools.partial(sides, values, other)
+                yield timing.Case(f"{label}: {other} / ours", "ours", other, make, target)
 
-            def partition(values: np.ndarray = values, place: int = n - k) -> Any:
-                return np.partition(values, place)[place]
 
-            compared = [("np.partition", partition, ">= 5"), ("one read", functools.partial(_read, x), "")]
-            if n <= sorted_up_to:
-                compared.insert(0, ("jnp.sort", functools.partial(_sorted, x), ">= 60"))
-            for other, side, target in compared:
-                few = max(pairs // 3, 2) if other == "jnp.sort" else pairs
-                a, b = timing.paired(ours, side, few)
-                rows.append(timing.row(f"{label}: {other} / ours", ("ours", a), (other, b), target))
-                print(timing.table(rows[-1:]).splitlines()[1], flush=True)
-    return rows
+def sides(values: np.ndarray, other: str) -> tuple:
+    x, k = jnp.asarray(values), wanted(len(values), 0.1)
+    place = len(values) - k
+    others = {
+        "jnp.sort": functools.partial(_sorted, x),
+        "np.partition": lambda: np.partition(values, place)[place],
+        "one read": functools.partial(_read, x),
+    }
+    return functools.partial(search, x, Count.of(k)), others[other]
 
 
 _read = jax.jit(lambda x: jnp.abs(x).sum())
 _sorted = jax.jit(jnp.sort)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=9)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000, 100_000_000])
-    parser.add_argument("--sort", type=int, default=10_000_000, help="largest size to sort as well")
-    parser.add_argument("--reads", type=int, default=100_000_000, help="largest size to count reads at")
-    args = parser.parse_args(argv)
+def counted(args: argparse.Namespace) -> dict[str, Any]:
+    """How often values are read, in all and by case."""
     found = reads([n for n in args.sizes if n <= args.reads])
+    if not found:
+        return {}
     print("\n".join(summary(found)), flush=True)
-    rows = times(args.sizes, args.sort, args.pairs) if args.pairs else []
-    mean = {other: float(np.median([r.ratio for r in rows if f": {other} " in r.name])) for other in _others(rows)}
-    if rows:
-        print("median ratio:", ", ".join(f"{other} {ratio:.1f}x" for other, ratio in mean.items()))
     number = [r["reads"] for r in found]
     about = {"mean": float(np.mean(number)), "95th": float(np.percentile(number, 95)), "most": max(number)}
-    timing.finish("threshold", rows, args.out, reads=about, reads_by_case=summary(found), median_ratios=mean)
+    return {"reads": about, "reads_by_case": summary(found)}
 
 
-def _others(rows: list[timing.Row]) -> list[str]:
-    return list(dict.fromkeys(r.right for r in rows))
+def main(argv: Sequence[str] | None = None) -> None:
+    options = {
+        "sizes": ([1_000_000, 10_000_000, 100_000_000], "numbers of values"),
+        "sort": (10_000_000, "largest size to sort as well"),
+        "reads": (100_000_000, "largest size to count reads at"),
+    }
+    rows = timing.run("threshold", __doc__, cases, options, argv, pairs=9, about=counted)
+    for other in dict.fromkeys(row.right for row in rows):
+        print(f"median ratio, {other}: {np.median([r.ratio for r in rows if r.right == other]):.1f}x")
 
 
 if __name__ == "__main__":

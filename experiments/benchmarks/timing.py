@@ -1,22 +1,53 @@
-"""Paired timing: two sides take turns, so the noise of the machine hits both, and only their ratio is reported."""
+"""The skeleton of all benchmarks: flags, cases, paired timing, table and JSON.
+
+A benchmark is a list of flags and a function that gives its cases; :func:`run` does the rest. In a case two sides take
+turns, so the noise of the machine hits both, and only their ratio is reported.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import platform
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-import jcompress as jc
+from experiments import flags, tables
+from experiments.environment import environment
+from experiments.runner import refuse
+from experiments.workdir import write as write_file
 
 Side = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Two sides to compare; they are built only where ``--only`` does not leave the case out.
+
+    Attributes:
+      name: of the row.
+      left: the name of the left side.
+      right: the name of the right side.
+      make: ``make() -> (left, right)`` or ``(left, right, extra)``, with more values for the row; None where a side
+        cannot be had.
+      target: ``">= x"`` or ``"<= x"`` for the ratio.
+      calls: of each side for one time.
+      part: of the pairs, where a side is slow.
+    """
+
+    name: str
+    left: str
+    right: str
+    make: Callable[[], tuple | None]
+    target: str = ""
+    calls: tuple[int, int] = (1, 1)
+    part: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +73,91 @@ class Row:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class Names(tuple):
+    """Names of which a flag takes some; all of them by default."""
+
+
+def run(
+    name: str,
+    doc: str | None,
+    cases: Callable[[argparse.Namespace], Iterable[Case]],
+    options: Mapping[str, tuple[Any, str]],
+    argv: Sequence[str] | None = None,
+    *,
+    pairs: int,
+    about: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda args: {},
+) -> list[Row]:
+    """A benchmark from its command line to its table and JSON, which is written after every row.
+
+    Args:
+      name: of the benchmark.
+      doc: its docstring, for the help.
+      cases: from the flags to what is compared.
+      options: more flags, each with its default and help. A list takes several values of the type of its first.
+      argv: the command line.
+      pairs: how often the two sides take turns by default; with 0 nothing is timed.
+      about: more values for the JSON, measured before the cases.
+    """
+    args = parse(doc, options, argv, pairs)
+    try:
+        return _measured(name, args, cases(args) if args.pairs else (), about)
+    except KeyboardInterrupt:
+        print("interrupted; the rows so far are written", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(refuse(error))
+
+
+def _measured(
+    name: str,
+    args: argparse.Namespace,
+    cases: Iterable[Case],
+    about: Callable[[argparse.Namespace], Mapping[str, Any]],
+) -> list[Row]:
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
+    settings |= about(args)
+    rows: list[Row] = []
+    path = write(name, rows, args.out, **settings)
+    for case in cases:
+        sides = case.make() if args.only.lower() in case.name.lower() else None
+        if sides is not None:
+            times = paired(*sides[:2], max(round(args.pairs * case.part), min(args.pairs, 2)), case.calls)
+            extra = sides[2] if len(sides) > 2 else {}
+            rows.append(row(case.name, (case.left, times[0]), (case.right, times[1]), case.target, **extra))
+            print(table(rows[-1:]).splitlines()[1], flush=True)
+            write(name, rows, args.out, **settings)
+    print(f"\n{table(rows)}\nwrote {path}")
+    return rows
+
+
+def parse(
+    doc: str | None, options: Mapping[str, tuple[Any, str]], argv: Sequence[str] | None, pairs: int
+) -> argparse.Namespace:
+    """The flags of a benchmark."""
+    found = flags.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--pairs", type=int, default=pairs, help="how often the two sides take turns")
+    found.add_argument("--out", help="the JSON file to write")
+    found.add_argument("--only", default="", help="rows whose name has this in it")
+    for option, (default, text) in options.items():
+        many = isinstance(default, (list, tuple))
+        how: dict[str, Any] = {"nargs": "+", "type": type(default[0])} if many else {"type": type(default)}
+        if isinstance(default, Names):
+            how["choices"] = list(default)
+        found.add_argument(f"--{option}", default=default, help=f"{text} ({default})", **how)
+    args = found.parse_args(argv)
+    if args.pairs < 0:
+        found.error(f"--pairs={args.pairs} must not be negative")
+    return args
+
+
 def seconds(side: Side) -> float:
     start = time.perf_counter()
     jax.block_until_ready(side())
     return time.perf_counter() - start
 
 
-def paired(left: Side, right: Side, pairs: int, inner: tuple[int, int] = (1, 1)) -> tuple[np.ndarray, np.ndarray]:
-    """Times of ``left`` and ``right`` taken in turns, each the mean of ``inner`` calls, after two calls to warm up.
+def paired(left: Side, right: Side, pairs: int, calls: tuple[int, int] = (1, 1)) -> tuple[np.ndarray, np.ndarray]:
+    """Times of ``left`` and ``right`` taken in turns, each the mean of ``calls`` calls, after two calls to warm up.
 
     The side that goes first changes from pair to pair.
     """
@@ -59,7 +167,7 @@ def paired(left: Side, right: Side, pairs: int, inner: tuple[int, int] = (1, 1))
     times = np.zeros((2, pairs))
     for pair in range(pairs):
         for i in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[i, pair] = np.mean([seconds(sides[i]) for _ in range(inner[i])])
+            times[i, pair] = np.mean([seconds(sides[i]) for _ in range(calls[i])])
     return times[0], times[1]
 
 
@@ -96,44 +204,11 @@ def table(rows: Sequence[Row]) -> str:
                 f"{r.ratio:.3g} [{r.low:.3g}, {r.high:.3g}]", r.target, {True: "yes", False: "NO", None: ""}[r.met],
             )
         )  # fmt: skip
-    widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(f"{x:<{w}}" for x, w in zip(c, widths, strict=True)).rstrip() for c in cells)
+    return tables.aligned(cells, range(len(cells[0])))
 
 
 def _ms(median: float, quartiles: tuple[float, float]) -> str:
     return f"{1e3 * median:.4g} [{1e3 * quartiles[0]:.4g}, {1e3 * quartiles[1]:.4g}]"
-
-
-def environment() -> dict[str, Any]:
-    """Versions and the device."""
-    device = jax.devices()[0]
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jcompress": jc.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "backend": device.platform,
-        "device": device.device_kind,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
-
-
-def finish(name: str, rows: Sequence[Row], out: str | None, **settings: Any) -> None:
-    """Print the table and write the JSON."""
-    print(table(rows))
-    print(f"wrote {write(name, rows, out, **settings)}")
 
 
 def write(name: str, rows: Sequence[Row], out: str | None, **settings: Any) -> Path:
@@ -142,12 +217,5 @@ def write(name: str, rows: Sequence[Row], out: str | None, **settings: Any) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, "settings": settings, "environment": environment()}
     record["rows"] = [dataclasses.asdict(r) for r in rows]
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_file(path, json.dumps(record, indent=1) + "\n")
     return path
-
-
-def parser(description: str | None, pairs: int) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    found.add_argument("--pairs", type=int, default=pairs, help="how often the two sides take turns")
-    found.add_argument("--out", default=None, help="the JSON file to write")
-    return found

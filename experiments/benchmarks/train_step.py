@@ -9,9 +9,10 @@ its mask update is timed beside ours.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,8 +147,6 @@ class Peer(Trainer):
     """jaxpruner's magnitude pruning with a mask update at every step: its optimizer wrapper, then its own hook."""
 
     def __init__(self, model: Model, sparsity: float) -> None:
-        import functools
-
         import jaxpruner
 
         if not hasattr(jax, "tree_map"):  # jaxpruner calls it, jax has it no more
@@ -176,53 +175,53 @@ def peer(model: Model, sparsity: float) -> Trainer | None:
         return None
 
 
-def compare(model: Model, sides: Iterable[Side], args: Any) -> Iterator[timing.Row]:
-    """Dense adamw against each side whose name has ``args.only`` in it: name, how to build it, target of the ratio."""
-    for name, make, target in sides:
-        side = make() if args.only in name else None
-        if side is not None:
-            times = timing.paired(Trainer(model, adamw()), side, args.pairs)
-            label = f"{model.name} {model.size / 1e6:.1f}M: {name}"
-            found = timing.row(label, ("dense", times[0]), ("with", times[1]), target)
-            print(timing.table([found]).splitlines()[1], flush=True)
-            yield found
-
-
 def run(
-    name: str, doc: str | None, argv: list[str] | None, sides: Callable[[Model, Any], Iterable[Side]], **options: Any
+    name: str,
+    doc: str | None,
+    argv: Sequence[str] | None,
+    sides: Callable[[Model, Any], Iterable[Side]],
+    options: Mapping[str, tuple[Any, str]],
+    pairs: int = 31,
 ) -> None:
-    """A benchmark of training steps on the MLP and the transformer: arguments, rows, table and JSON.
+    """A benchmark of training steps on the MLP and the transformer, each against dense adamw.
 
     Args:
       name: of the benchmark.
       doc: its docstring, for the help.
       argv: the command line.
-      sides: ``sides(model, args)``, the rows of a model.
-      **options: ``add_argument`` of more arguments: ``{name: {"type": ..., "default": ..., "help": ...}}``.
+      sides: ``sides(model, args)``, the rows of a model: name, how to build the side, target of the ratio.
+      options: more flags, as for :func:`timing.run`.
+      pairs: how often the two sides take turns by default.
     """
-    parser = timing.parser(doc, pairs=31)
-    parser.add_argument("--models", nargs="+", choices=["mlp", "transformer"], default=["mlp", "transformer"])
-    parser.add_argument("--only", default="", help="rows whose name has this in it")
-    for option, how in options.items():
-        parser.add_argument(f"--{option}", **how)
-    parser.add_argument("--widths", type=int, nargs="+", default=[784, 1024, 2048, 1024, 10], help="of the MLP")
-    parser.add_argument("--batch", type=int, default=128, help="of the MLP")
-    parser.add_argument("--width", type=int, default=384, help="of the transformer")
-    parser.add_argument("--depth", type=int, default=8, help="of the transformer")
-    parser.add_argument("--heads", type=int, default=6, help="of the transformer")
-    parser.add_argument("--length", type=int, default=128, help="of a text, in bytes")
-    parser.add_argument("--texts", type=int, default=8, help="in a batch of the transformer")
-    args = parser.parse_args(argv)
-    models = {
-        "mlp": lambda: mlp(args.widths, args.batch),
-        "transformer": lambda: transformer(args.width, args.depth, args.heads, args.texts, args.length),
-    }
-    found, settings = [], {k: v for k, v in vars(args).items() if k != "out"}
-    for model in (models[each]() for each in args.models):
-        for row in compare(model, sides(model, args), args):
-            found.append(row)
-            timing.write(name, found, args.out, **settings)  # a run that is cut short keeps its rows
-    timing.finish(name, found, args.out, **settings)
+
+    def cases(args: Any) -> Iterator[timing.Case]:
+        models = {
+            "mlp": lambda: mlp(args.widths, args.batch),
+            "transformer": lambda: transformer(args.width, args.depth, args.heads, args.texts, args.length),
+        }
+        for model in (models[each]() for each in args.models):
+            for label, make, target in sides(model, args):
+                title = f"{model.name} {model.size / 1e6:.1f}M: {label}"
+                yield timing.Case(title, "dense", "with", functools.partial(_against_dense, model, make), target)
+
+    timing.run(name, doc, cases, {**MODELS, **options}, argv, pairs=pairs)
+
+
+def _against_dense(model: Model, make: Callable[[], Any]) -> tuple | None:
+    side = make()
+    return None if side is None else (Trainer(model, adamw()), side)
+
+
+MODELS = {
+    "models": (timing.Names(("mlp", "transformer")), "which of them"),
+    "widths": ([784, 1024, 2048, 1024, 10], "of the MLP"),
+    "batch": (128, "of the MLP"),
+    "width": (384, "of the transformer"),
+    "depth": (8, "of the transformer"),
+    "heads": (6, "of the transformer"),
+    "length": (128, "of a text, in bytes"),
+    "texts": (8, "in a batch of the transformer"),
+}
 
 
 def bound(model: Model, of_mlp: float, of_transformer: float) -> str:
@@ -230,7 +229,7 @@ def bound(model: Model, of_mlp: float, of_transformer: float) -> str:
     return f"<= {of_mlp if model.name == 'MLP' else of_transformer:.2f}"
 
 
-SPARSITY = {"type": float, "default": 0.9, "help": "fraction of zeros"}
+SPARSITY = {"sparsity": (0.9, "fraction of zeros")}
 
 
 def _sides(model: Model, args: Any) -> list[Side]:
@@ -248,8 +247,8 @@ def _sides(model: Model, args: Any) -> list[Side]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    run("train_step", __doc__, argv, _sides, sparsity=SPARSITY)
+def main(argv: Sequence[str] | None = None) -> None:
+    run("train_step", __doc__, argv, _sides, SPARSITY)
 
 
 if __name__ == "__main__":

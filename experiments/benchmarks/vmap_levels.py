@@ -8,6 +8,10 @@ The other sides are ten calls of the jitted function of one level, which is comp
 
 from __future__ import annotations
 
+import argparse
+import functools
+from collections.abc import Iterator, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -27,37 +31,35 @@ def leaves(size: int) -> dict[str, jax.Array]:
     return {f"kernel{i}": jax.random.normal(jax.random.key(i), (n, 100)) for i, n in enumerate(rows)}
 
 
-def rows(size: int, count: int, pairs: int) -> list[timing.Row]:
+def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
+    for size in args.sizes:
+        label = f"{args.levels} levels of {size / 1e6:g}M"
+        for name, jitted in (("ten jitted calls", True), ("ten calls outside jit", False)):
+            make = functools.partial(sides, size, args.levels, jitted)
+            yield timing.Case(f"{label}: {name}", "one vmap", name, make, ">= 1")
+
+
+def sides(size: int, count: int, jitted: bool) -> tuple:
+    """The levels together and apart, once they agree."""
     params, levels = leaves(size), jnp.linspace(0.5, 0.95, count)
     together, one = jax.jit(jax.vmap(compress, (None, 0))), jax.jit(compress)
 
     def apart() -> list[dict]:
-        return [one(params, level) for level in levels]
-
-    def eager() -> list[dict]:
-        return [compress(params, float(level)) for level in levels]
+        return [one(params, level) if jitted else compress(params, float(level)) for level in levels]
 
     for i, found in enumerate(apart()):
         for path, x in together(params, levels).items():
             if bool((x[i] != found[path]).any()):
                 raise AssertionError(f"{path}: level {i} differs between vmap and the single call")
-    label, sides = f"{count} levels of {size / 1e6:g}M", []
-    for name, side in (("ten jitted calls", apart), ("ten calls outside jit", eager)):
-        times = timing.paired(lambda: together(params, levels), side, pairs)
-        sides.append(timing.row(f"{label}: {name}", ("one vmap", times[0]), (name, times[1]), ">= 1"))
     together(params, levels[::-1])
     if together._cache_size() != 1:
         raise AssertionError(f"vmap compiled {together._cache_size()} times")
-    return sides
+    return lambda: together(params, levels), apart
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = timing.parser(__doc__, pairs=15)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[50_000, 1_000_000], help="parameters in all")
-    parser.add_argument("--levels", type=int, default=10)
-    args = parser.parse_args(argv)
-    found = [row for size in args.sizes for row in rows(size, args.levels, args.pairs)]
-    timing.finish("vmap_levels", found, args.out, levels=args.levels, sizes=args.sizes)
+def main(argv: Sequence[str] | None = None) -> None:
+    options = {"sizes": ([50_000, 1_000_000], "parameters in all"), "levels": (10, "of sparsity")}
+    timing.run("vmap_levels", __doc__, cases, options, argv, pairs=15)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,17 @@ Spearman correlations is printed with its 90% interval. ``--workdir`` is that of
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import jcompress as jc
+from experiments import flags
 from experiments.models import minilm
 from experiments.quantization import sts
+from experiments.runner import refuse
 
 Scored = list[tuple[np.ndarray, np.ndarray]]
 
@@ -41,22 +45,31 @@ def interval(first: Scored, second: Scored, draws: int = 2000, seed: int = 0) ->
     return difference([np.arange(n) for n in sizes]), float(low), float(high)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs=2, help="two rows of the table")
     parser.add_argument("--model_dir", required=True)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--workdir", default="runs/minilm")
     args = parser.parse_args(argv)
+    try:
+        difference, low, high = measured(args)
+    except (ValueError, OSError, ImportError) as error:
+        return refuse(error)
+    print(f"{args.rows[0]} - {args.rows[1]}: {difference:+.4f}, 90% of draws in [{low:+.4f}, {high:+.4f}]")
+    return 0
+
+
+def measured(args: argparse.Namespace) -> tuple[float, float, float]:
+    """What :func:`interval` gives for the two stored encoders."""
     encoder, _ = minilm.load(args.model_dir)
     sets = {name: sts.read(Path(args.data_dir) / f"sts2015_{name}.tsv", encoder) for name in ("images", "headlines")}
     judge, scored = sts.Judge(encoder), []
     for row in args.rows:
         params = jc.materialize(jc.load(Path(args.workdir) / "models" / f"{row}.jc"))
         scored.append([(judge.pairs(params, pairs), pairs.scores) for pairs in sts.labelled(sets).values()])
-    difference, low, high = interval(*scored)
-    print(f"{args.rows[0]} - {args.rows[1]}: {difference:+.4f}, 90% of draws in [{low:+.4f}, {high:+.4f}]")
+    return interval(*scored)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
