@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jcompress import core, rules
+from jcompress import core, rules, transforms
 from jcompress.core import PyTree
 from jcompress.formats import Masked
 from jcompress.layers import units
@@ -104,8 +104,7 @@ def prune_units(
       >>> jc.trace.cost(small_fn, small, x).total.multiply_adds / jc.trace.cost(fn, params, x).total.multiply_adds
       0.5
     """
-    if every < 1:
-        raise ValueError(f"prune_units: every={every} must be a positive number of steps")
+    transforms.check_every("prune_units", every)
     aims = {"cost": cost, "sparsity": sparsity}
     options: dict[str, Any] = {
         "scope": scope, "multiple_of": multiple_of, "at_least": at_least, "normalize": normalize, "of": of,
@@ -124,15 +123,14 @@ def prune_units(
     def init(params: PyTree) -> UnitsState:
         keep = {name: jnp.ones(x.shape, bool) for name, x in jax.eval_shape(scored, params).items()}
         choice.keep(keep, groups, sparsity=0.0)  # names and sizes are checked before training starts
-        return UnitsState(jnp.zeros((), jnp.int32), keep, _masks(params, groups, keep))
+        return UnitsState(transforms.steps(), keep, _masks(params, groups, keep))
 
     def update(
         updates: PyTree, state: UnitsState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, UnitsState]:
-        if params is None:
-            raise ValueError("prune_units needs the parameters: call tx.update(grads, state, params)")
+        transforms.need("prune_units", params)
         new = optax.apply_updates(params, updates)
-        due = state.steps % every == 0
+        due = transforms.is_due(state.steps, every)
         keep = jax.lax.cond(due, lambda: chosen(new, state.keep, state.steps), lambda: state.keep)
         masks, old = _masks(params, groups, keep), rules.leaves(params)
         change = rules.beside(params, updates)
