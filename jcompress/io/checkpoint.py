@@ -182,7 +182,7 @@ def _leaves(tree: PyTree) -> dict[str, Any]:
         inner = [(join(path, name), y) for name, y in inner_leaves(x)] if core.is_node(x) else [(path or "state", x)]
         for name, y in inner:
             if name in leaves:
-                raise StorageError(f"{name}: two leaves have this path; rename one")
+                raise StorageError(f"{name}: found two leaves of this path; rename one")
             leaves[name] = y
     return leaves
 

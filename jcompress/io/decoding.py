@@ -16,7 +16,17 @@ import numpy as np
 from jcompress import core, formats
 from jcompress.core import Compressed, Part
 from jcompress.io.encoding import in_order
-from jcompress.io.manifest import DEPTH, Formats, Reader, StorageError, is_name, key_impl, placeholder, too_deep
+from jcompress.io.manifest import (
+    DEPTH,
+    Formats,
+    Reader,
+    StorageError,
+    check_nest,
+    is_name,
+    key_impl,
+    placeholder,
+    too_deep,
+)
 from jcompress.numeric import packing
 
 _COUNTS = {"axes", "axis", "bits", "ndim", "window"}
@@ -216,7 +226,8 @@ def _to_jax(x: np.ndarray, spec: str) -> Any:
 
 def _build(spec: dict[str, Any], leaf: Callable[[str, str], Any], known: Formats, prefix: str = "") -> Compressed:
     """The node that ``spec`` describes, its arrays given by name."""
-    cls = _format(spec["$"], known)
+    check_nest(prefix)
+    cls = _format(spec.get("$"), known)
     statics = {f.name: bool(f.metadata.get("static")) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     fields = {}
     for name, x in spec.items():

@@ -13,7 +13,7 @@ import numpy as np
 
 from jcompress import core, formats, rules
 from jcompress.core import Compressed, Part
-from jcompress.io.manifest import DEPTH, StorageError, array_spec, is_key, is_number, join, too_deep
+from jcompress.io.manifest import DEPTH, StorageError, array_spec, check_nest, is_key, is_number, join, too_deep
 
 _MOST_DIGITS = 4000  # of an integer; Python reads no text of more than 4300
 
@@ -158,6 +158,7 @@ def inner_leaves(node: Any) -> list[tuple[str, Any]]:
 
 def node_spec(node: Compressed, path: str, parts: Mapping[str, Part], prefix: str = "") -> dict[str, Any]:
     """The JSON value that describes a node: its format, its arrays, and the static fields that are not the default."""
+    check_nest(prefix)
     cls = type(node)
     if getattr(formats, cls.__name__, cls) is not cls:
         raise StorageError(f"{path}: this {cls.__name__} is not jcompress.formats.{cls.__name__}; rename the class")

@@ -30,6 +30,8 @@ Reader = Callable[[Part], np.ndarray]
 
 DEPTH = 256
 """Levels of containers and nodes in a tree. The interpreter's own limit on recursion is not far above."""
+NEST = 32
+"""Levels of nodes in one another."""
 
 _SHAPE = r"(?:[0-9]{1,18}(?:,[0-9]{1,18})*)?"
 _ARRAY = re.compile(rf"(?P<dtype>\w+)(?:<(?P<impl>\w+)>)?\[(?P<shape>{_SHAPE})\](?: (?P<code>.+))?", re.ASCII)
@@ -48,6 +50,14 @@ def too_deep(found: Any = None) -> StorageError:
     """The error for a tree of too many levels."""
     what = "a tree nested too deep for Python" if found is None else f"{found} levels"
     return StorageError(f"found {what}, expected at most {DEPTH}; flatten it, as into a dictionary by path")
+
+
+def check_nest(prefix: str) -> None:
+    """Raise for a node whose name among those around it shows too many levels."""
+    if prefix.count("/") > NEST:
+        raise StorageError(
+            f"found nodes in nodes, {prefix.count('/')} levels, expected at most {NEST}; materialize some"
+        )
 
 
 def join(path: str, name: Any) -> str:

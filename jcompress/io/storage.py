@@ -150,15 +150,19 @@ def _integers(part: Part) -> tuple[np.ndarray, int]:
     ):  # another array of the same buffers, that the copy on the host goes with it
         x = jax.device_put(x, x.sharding)
     values = np.asarray(x)
-    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if part.code is not None:
         return packing.encode_mask(values, part.code), part.width
     if part.where is not None:
         values = values[part.where]
-    if values.dtype == np.complex128:
-        return np.ascontiguousarray(values).view(np.float64), part.width // 2
+    if values.dtype.kind == "c" and values.dtype.itemsize == 16:
+        return np.ascontiguousarray(values, np.complex128).view(np.float64), part.width // 2
     _check_fits(part, values)
     return values, part.width
+
+
+def _on_host(x: jax.Array) -> bool:
+    """Whether NumPy sees the array where it is."""
+    return len(devices := x.sharding.device_set) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def _check_fits(part: Part, values: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_CHUNK = 1 << 17
+_CHUNK = 1 << 15
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
 
@@ -204,7 +204,7 @@ def encode_mask(mask: np.ndarray, code: MaskCode) -> np.ndarray:
     if code.scheme == "bits":
         return core.reshape(-1)
     if code.scheme == "gaps":
-        return np.concatenate([np.zeros(0, np.uint32), *(_escape(gaps, (1 << code.width) - 1) for gaps in _gaps(core))])
+        return np.concatenate([np.zeros(0, np.uint16), *(_escape(gaps, (1 << code.width) - 1) for gaps in _gaps(core))])
     groups = _groups(core, code.m).reshape(-1, code.m)
     out = np.zeros(len(groups), np.uint32)
     for start in range(0, len(groups), _CHUNK):
@@ -255,7 +255,7 @@ def _escape(gaps: np.ndarray, top: int) -> np.ndarray:
     """Each gap as its number of escapes ``top`` and a rest below it."""
     escapes = gaps // top
     ends = np.cumsum(escapes + 1) - 1
-    out = np.full(int(ends[-1]) + 1 if ends.size else 0, top, np.uint32)
+    out = np.full(int(ends[-1]) + 1 if ends.size else 0, top, np.uint16)
     out[ends] = gaps - escapes * top
     return out
 
