@@ -285,7 +285,7 @@ def _parts(x: Any, name: str, where: np.ndarray | None, width: int | None, coded
     x = _without_key_type(x)
     if where is not None:
         where = np.broadcast_to(where, x.shape)
-    if coded and jnp.result_type(x) == jnp.bool_ and where is None:
+    if coded and x.dtype == jnp.bool_ and where is None:
         code = packing.mask_code(np.asarray(x))
         yield Part(name, x, packing.mask_count(code)[1], code=code)
     else:
