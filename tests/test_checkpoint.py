@@ -270,3 +270,92 @@ def test_a_checkpoint_of_another_library_is_refused(tmp_path):
         manager.save(1, args=ocp.args.StandardSave({"x": jnp.ones(1)}))
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(StorageError, match="no manifest of jcompress"):
         checkpoints.restore({"x": jnp.zeros(1)})
+
+
+def ramp(params, schedule):
+    return jc.plan(params, [("w", jc.chain(jc.prune.Magnitude(sparsity=schedule), jc.quantize.Int(bits=4)))])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            optax.linear_schedule(0.0, 0.9, 10),
+            r"w: found .*sparsity = 0\.05 at step 1 in the plan, expected 0\.09",
+        ),
+        (optax.linear_schedule(0.0, 0.5, 1000), "at step 1 in the plan"),
+        (optax.linear_schedule(0.0, 0.5, 10, transition_begin=5), "at step 1 in the plan"),
+        (optax.polynomial_schedule(0.0, 0.5, 3, 10), "at step 1 in the plan"),
+        (optax.join_schedules([optax.linear_schedule(0.0, 0.5, 10), lambda step: 0.9], [2000]), "at step 2584"),
+        (0.5, "w: found chain.*<schedule>.* in the plan, expected chain.*0.5"),
+    ],
+)
+def test_another_ramp_is_refused(tmp_path, other, message):
+    params = {"w": jnp.ones((8, 4)), "b": jnp.ones(3)}
+    with Checkpoints(tmp_path, ramp(params, optax.linear_schedule(0.0, 0.5, 10))) as checkpoints:
+        checkpoints.save(0, params)
+    with Checkpoints(tmp_path, ramp(params, other)) as checkpoints, pytest.raises(StorageError, match=message):
+        checkpoints.restore(params)
+    with Checkpoints(tmp_path, ramp(params, optax.linear_schedule(0.0, 0.5, 10))) as checkpoints:
+        assert_same(checkpoints.restore(params), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(jc.prune.Magnitude):
+    weights: object = None
+    rank_by: object = None
+
+
+def test_arrays_and_functions_of_plans_are_told_apart(tmp_path):
+    params = {"w": jnp.ones((8, 4))}
+
+    def plan(weights, rank_by=jnp.abs):
+        return {"w": Weighted(sparsity=0.5, weights=weights, rank_by=rank_by)}
+
+    with Checkpoints(tmp_path, plan(np.arange(2000.0))) as checkpoints:
+        checkpoints.save(0, params)
+    with Checkpoints(tmp_path, plan(np.arange(2000.0))) as checkpoints:
+        checkpoints.restore(params)
+    changed = plan(np.arange(2000.0) + (np.arange(2000) == 1000))
+    for other, message in ((changed, "weights = float64"), (plan(np.arange(2000.0), jnp.square), "rank_by")):
+        with Checkpoints(tmp_path, other) as checkpoints, pytest.raises(StorageError, match=f"w: found {message}"):
+            checkpoints.restore(params)
+
+
+def test_other_byte_orders_scalars_of_numpy_and_many_leaves(tmp_path):
+    state = {f"x{i}": np.float64(i + 1e-12) for i in range(100)}
+    state |= {"big": np.arange(3, dtype=">i4"), "one": np.int64(2**40), "wide": np.array(1e-300), "a.b": np.ones(1)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state)
+        again = checkpoints.restore({**state, "big": np.zeros(3, ">i4")})
+        assert_same(again, {**state, "big": np.arange(3, dtype=np.int32)})
+
+
+@pytest.mark.parametrize("x", [np.ones(2, np.longdouble), np.array(["x"]), np.ma.array([1.0], mask=[1])])
+def test_arrays_that_cannot_be_saved_are_named(tmp_path, x):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(StorageError, match="a/x: found "):
+        checkpoints.save(0, {"a": {"x": x}})
+
+
+def test_a_deep_state_is_saved_or_refused_in_a_sentence(tmp_path):
+    state = {"x": jnp.ones(1)}
+    for _ in range(5000):
+        state = {"a": state}
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(StorageError, match="expected at most 256"):
+        checkpoints.save(0, state)
+
+
+def test_damage_and_a_file_for_a_directory_are_told(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="found a file, expected a directory"):
+        Checkpoints(tmp_path / "file")
+    folder = tmp_path / "folder"
+    for what, damage in {"manifest": "{}", "state": ""}.items():
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(0, {"x": jnp.arange(1000.0)}, force=True)
+        for path in (folder / "0" / what).rglob("*"):
+            if path.is_file() and (what == "state" or path.name == "metadata"):
+                path.write_text(damage)
+        with Checkpoints(folder) as checkpoints, pytest.raises(StorageError, match=r"step 0 .*damaged"):
+            checkpoints.restore({"x": jnp.zeros(1000)})
+        shutil.rmtree(folder)
