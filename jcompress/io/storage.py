@@ -162,7 +162,8 @@ def _integers(part: Part) -> tuple[np.ndarray, int]:
 
 def _on_host(x: jax.Array) -> bool:
     """Whether NumPy sees the array where it is."""
-    return len(devices := x.sharding.device_set) == 1 and next(iter(devices)).platform == "cpu"
+    devices: Any = x.sharding.device_set
+    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
 def _check_fits(part: Part, values: np.ndarray) -> None:
