@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from experiments import data, train
+from experiments import data, lab
 
 
 def idx(array):
@@ -109,7 +109,7 @@ class TestBatches:
     def test_each_epoch_shows_each_example_once(self):
         import jax
 
-        found = train.batches(jax.random.key(0), 10, 5)
+        found = lab.batches(jax.random.key(0), 10, 5)
         epochs = [np.concatenate([next(found), next(found)]) for _ in range(3)]
         for epoch in epochs:
             assert sorted(epoch) == list(range(10))
@@ -118,9 +118,9 @@ class TestBatches:
     def test_start_anywhere(self):
         import jax
 
-        whole = train.batches(jax.random.key(0), 11, 3)
+        whole = lab.batches(jax.random.key(0), 11, 3)
         expected = [next(whole) for _ in range(9)]
         for start in range(9):
-            found = train.batches(jax.random.key(0), 11, 3, start)
+            found = lab.batches(jax.random.key(0), 11, 3, start)
             for index in expected[start:]:
                 np.testing.assert_array_equal(next(found), index)
