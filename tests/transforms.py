@@ -156,6 +156,12 @@ TRANSFORMS = [
         ("a/kernel",), every=3, inject=(lambda x: structured.soft_filter(GROUPS, x), 0.5),
     ),
     Row(
+        "prune_units", "prune.structured.prune_units",
+        behind(lambda: structured.prune_units(GROUPS, 3, sparsity=RAMP, score=lambda p: structured.l1(p, GROUPS))),
+        ("a/bias", "a/kernel", "b/kernel"), every=3,
+        inject=(lambda x: structured.prune_units(GROUPS, sparsity=x, score=lambda p: structured.l1(p, GROUPS)), 0.5),
+    ),
+    Row(
         "add_l1", "prune.structured.add_l1", before(lambda: structured.add_l1(0.1)), (),
         inject=(lambda x: structured.add_l1(x), 0.1),
     ),
