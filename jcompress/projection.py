@@ -191,10 +191,10 @@ def _strayed(state: ProjectState, params: dict[str, jax.Array], every: int) -> j
 
 def _is_off(node: Any, w: jax.Array, fresh: jax.Array) -> jax.Array:
     """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit."""
-    limit = max(1e-4, 4 * float(jnp.finfo(w.dtype).eps))
-    far = (
-        _distance(node.project(w) if _is_linear(node) else node, w) > limit**2 * jnp.square(w.astype(jnp.float32)).sum()
-    )
+    found = node.project(w) if _is_linear(node) else node
+    coarsest = max(float(jnp.finfo(x.dtype).eps) for x in (w, *jax.tree.leaves(found)) if core.is_trainable(x))
+    limit = max(1e-4, 4 * coarsest) ** 2 * jnp.square(w.astype(jnp.float32)).sum()
+    far = _distance(found, w) > limit
     # Between refits a projection that is not linear lets the parameters leave the set.
     return far if _is_linear(node) else far & fresh
 

@@ -180,7 +180,7 @@ def need(name: str, params: PyTree) -> None:
         raise ValueError(f"{name} needs the parameters: call tx.update(grads, state, params)")
 
 
-def copied(key: jax.Array | None) -> jax.Array | None:
+def copied(key: Any) -> Any:
     """A key for a state: a training step that donates its state must not delete the caller's."""
     return None if key is None else jnp.copy(key)
 
@@ -202,8 +202,8 @@ def shown(plan: Plan, params: PyTree) -> Plan:
     if not _hidden(params):
         return plan
     kept = {path: method for path, method in plan.items() if not is_hidden(path, params)}
-    groups, shapes = ({path: x for path, x in found.items() if path in kept} for found in (plan.groups, plan.shapes))
-    return Plan(kept, groups, shapes, plan.notes)
+    shapes = {path: shape for path, shape in plan.shapes.items() if path in kept}
+    return Plan(kept, {path: plan.groups[path] for path in kept}, shapes, plan.notes)
 
 
 def onto(params: PyTree, updates: PyTree, values: Mapping[str, jax.Array]) -> PyTree:

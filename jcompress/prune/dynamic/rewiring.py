@@ -109,7 +109,10 @@ def deep_rewiring(
 
 
 def _key(state: RewiringState, path: str, use: int) -> jax.Array:
-    return jax.random.fold_in(rules.key_of(jax.random.fold_in(state.key, state.steps), path), use)
+    now = jax.random.fold_in(jax.random.fold_in(state.key, state.steps), use)
+    key = rules.key_of(now, path)
+    assert key is not None
+    return key
 
 
 def _walk(
