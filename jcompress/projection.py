@@ -69,7 +69,7 @@ def project(
 
     Inside ``optax.masked`` or ``partition`` the plan may be that of the whole tree: leaves that are not shown are left
     out, and a global threshold is that of the others. Something behind it in the chain, which would move pruned weights
-    again, is found out on steps 1, 2, 4, 8, ...: outside ``jit`` as an error, under ``jit`` by :func:`jcompress.nodes`.
+    again, is found out on steps 1, 2, 4, 8, ...; the state remembers it, and :func:`jcompress.nodes` says so.
 
     Args:
       plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
@@ -86,8 +86,7 @@ def project(
       gradients, for methods that grow by gradient.
 
     Raises:
-      ValueError: if ``every`` is not positive, ``update`` is called without ``params``, or the parameters left the set
-        since the last step.
+      ValueError: if ``every`` is not positive, or ``update`` is called without ``params``.
 
     Example:
       >>> import jax.numpy as jnp, optax, jcompress as jc
@@ -184,9 +183,7 @@ def _strayed(state: ProjectState, params: dict[str, jax.Array], every: int) -> j
     if not held:
         return state.strayed
     held, params = jax.lax.stop_gradient((held, params))
-    strayed = jax.lax.cond(look, first, lambda: state.strayed)
-    _check_strayed(strayed, held)
-    return strayed
+    return jax.lax.cond(look, first, lambda: state.strayed)
 
 
 def _is_off(node: Any, w: jax.Array, fresh: jax.Array) -> jax.Array:
