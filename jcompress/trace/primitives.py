@@ -12,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.extend import core as jax_core
 
-from jcompress.trace.core import bodies
+from jcompress.trace.core import bodies, loops
 from jcompress.trace.core.contraction import Convolution, Dot
 from jcompress.trace.core.kinds import Collective, Contraction, Flow, Lookup, Opaque
 from jcompress.trace.core.layouts import (
@@ -60,7 +60,7 @@ _moved = Row(Identity(), SAME, ops.NONE)
 _summed_over_devices = Row(Identity(), Collective(same=True))
 _fixed = Row(Rule(), Opaque())
 _unread = UNREAD.rule
-_call, _scan, _while, _cond = bodies.Call(), bodies.Scan(), bodies.While(), bodies.Cond()
+_call, _scan, _while, _cond = bodies.Call(), loops.Scan(), loops.While(), loops.Cond()
 _remat, _mesh, _custom = bodies.Remat(), bodies.ShardMap(), bodies.Custom()
 _window = Row(moves.Window(), Opaque(), ops.window)
 _scatter = Row(lookups.Scatter(), Flow(), ops.updates)

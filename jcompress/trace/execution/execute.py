@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.trace.core import flow, walk
-from jcompress.trace.core.bodies import Bodies, Call, Custom, Remat, Scan, ShardMap, While
+from jcompress.trace.core.bodies import Bodies, Call, Custom, Remat, ShardMap
 from jcompress.trace.core.contraction import Product
 from jcompress.trace.core.flow import Body, Step
 from jcompress.trace.core.kinds import Contraction, weight_side
 from jcompress.trace.core.layouts import SideBySide
+from jcompress.trace.core.loops import Scan, While
 from jcompress.trace.core.views import Joined, Kind, View, parameters
 from jcompress.trace.execution.operands import dense, is_operand, of_leaf
 from jcompress.trace.execution.weights import Policy, Range, Weight, side_by_side

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcompress.trace.core import walk
-from jcompress.trace.core.bodies import Bodies, ShardMap, While
+from jcompress.trace.core.bodies import Bodies, ShardMap
 from jcompress.trace.core.flow import Body, Step
+from jcompress.trace.core.loops import While
 from jcompress.trace.core.views import parameters
 from jcompress.trace.recording.meetings import Use
 from jcompress.trace.recording.tape import LARGEST, Moments, Tape, merge

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jcompress.trace.core import bodies, walk
+from jcompress.trace.core import bodies, loops, walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import NOWHERE, At, Build, Cut, Rule, Site, Value, read_states
@@ -43,7 +43,7 @@ def _key(state: State, dims: Dims) -> Any:
 class Scan(Holds):
     """The carry keeps its dimensions from turn to turn; what is scanned over loses its first."""
 
-    bodies: bodies.Scan
+    bodies: loops.Scan
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         consts, carry, xs = self.bodies.parts(site.eqn, site.ins)
@@ -73,7 +73,7 @@ class Scan(Holds):
 class While(Holds):
     """The carry keeps its dimensions from turn to turn."""
 
-    bodies: bodies.While
+    bodies: loops.While
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         test, body, carry = self.bodies.parts(site.eqn, site.ins)
