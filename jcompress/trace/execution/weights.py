@@ -142,6 +142,12 @@ class Weight:
       bits: of integer codes; None where ``values`` are no integers.
       path: the parameter.
       note: why it is dense, where something else was given.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> w = jc.trace.Weight(jnp.array([[1.0, -1.0]]), dtype=jnp.float32, path="w")
+      >>> w.coded(jnp.array([[4, -4]], jnp.int8), jnp.array([[0.25, 0.25]]), bits=4).dense().tolist()
+      [[1.0, -1.0]]
     """
 
     values: Any
