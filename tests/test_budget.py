@@ -56,7 +56,7 @@ def test_greedy_is_exhaustive_on_a_separable_toy(rng):
 def test_cost_falls_by_the_step_and_ends_within_the_budget(model, kind):
     params, groups, x = model
     cost = (
-        jc.budget.multiply_adds(mlp, params, x)
+        jc.trace.coupling(mlp, params, x).multiply_adds
         if kind == "multiply-adds"
         else jc.budget.parameter_count(params, groups)
     )

@@ -1,7 +1,7 @@
 """Compression under a budget."""
 
 from jcompress.budget.allocation import Options, allocate, bit_operations, bits, mixed, options
-from jcompress.budget.costs import multiply_adds, parameter_count
+from jcompress.budget.costs import parameter_count
 from jcompress.budget.errors import (
     curvature_error,
     loss_change,
@@ -29,7 +29,6 @@ __all__ = [
     "loss_change",
     "measure_of",
     "mixed",
-    "multiply_adds",
     "netadapt",
     "options",
     "output_error",

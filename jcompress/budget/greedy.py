@@ -91,7 +91,7 @@ def netadapt(
       budget: the cost to reach.
       step: what a round is to save, in the unit of the cost.
       cost: ``cost(keep)`` of what stays, with ``keep`` empty or ``{name: bool (size,)}``; it must not rise as units are
-        cut. :func:`multiply_adds`, :func:`parameter_count`, or latency measured of the shrunk model::
+        cut. ``groups.multiply_adds``, :func:`parameter_count`, or latency measured of the shrunk model::
 
             def cost(keep):
                 small_fn, small = jc.shrink(fn, params, keep, *args)
