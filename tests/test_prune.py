@@ -1,5 +1,7 @@
 """Masks: exact counts, ties, patterns, scopes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -293,3 +295,38 @@ def test_a_large_choice_by_parts_is_that_of_a_stable_sort(rng, shape):
     assert int(total) == count and float(most) == x.max()
     mean = np.asarray(x, np.float64).ravel()[wanted].mean()
     assert float(mean_where(jnp.asarray(x), found)) == pytest.approx(mean, abs=1e-3)
+
+
+def _as_in(i, kind, rng):
+    shape = [(4, 4), (3,), (70, 80), (5, 5), (4, 4), (0, 3), ()][i % 7]
+    x = rng.integers(-3, 4, size=shape) if kind == "ties" else rng.normal(size=shape)
+    return jnp.asarray(x, jnp.bfloat16 if kind == "bfloat16" or (kind == "mixed" and i % 2) else jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "bfloat16", "mixed"])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_many_leaves_have_the_masks_of_one_sort(kind, chosen, rng):
+    xs = [_as_in(i, kind, rng) for i in range(30)]
+    among = [jnp.asarray(rng.random(x.shape) < 0.7) for x in xs]
+    flat = np.concatenate([np.abs(np.asarray(x, np.float32)).ravel() for x in xs])
+    if chosen:
+        flat = np.where(np.concatenate([np.ravel(m) for m in among]), flat, -1)
+    order = np.argsort(-flat, kind="stable")
+    for k in (0, 1, flat.size // 10, flat.size // 2, flat.size):
+        found = keep_largest(xs, k, among=among if chosen else None, by=jnp.abs)
+        assert [m.shape for m in found] == [x.shape for x in xs]
+        want = np.zeros(flat.size, bool)
+        want[order[:k]] = True
+        np.testing.assert_array_equal(np.concatenate([np.ravel(m) for m in found]), want)
+
+
+def test_a_global_threshold_is_one_program_for_many_leaves():
+    """What is compiled for each leaf is elementwise: searches and reductions do not grow with their number."""
+
+    def searches(number):
+        like = {f"layer{i}": jax.ShapeDtypeStruct([(40, 120), (8,), (9, 3)][i % 3], jnp.float32) for i in range(number)}
+        plan = jc.plan(like, [(".*", jc.prune.Magnitude(sparsity=0.5, scope="global"))])
+        text = jax.jit(lambda p: jc.materialize(jc.compress(p, plan))).lower(like).compile().as_text()
+        return len(re.findall(r" (?:while|reduce)\(", text))
+
+    assert searches(96) == searches(48)

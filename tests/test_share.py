@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jcompress as jc
+from jcompress.formats.codebook import cluster_totals
 from jcompress.share.optimal import optimal_codebook
 
 KMeans = jc.share.KMeans
@@ -118,3 +119,42 @@ def test_exact_under_jit_says_why_not():
 def test_bad_hyperparameters(kwargs):
     with pytest.raises(ValueError, match="KMeans"):
         KMeans(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "leaves", "dtype"), [(16, 1, "float32"), (256, 1, "bfloat16"), (300, 3, "float32")]
+)
+def test_memory_is_at_most_three_times_the_leaves(clusters, leaves, dtype):
+    like = {f"w{i}": jax.ShapeDtypeStruct((512, 768), dtype) for i in range(leaves)}
+    plan = jc.plan(like, [(".*", KMeans(clusters, scope="leaf" if leaves == 1 else "global"))])
+    program = jax.jit(lambda p: jc.compress(p, plan)).lower(like).compile()
+    given = sum(x.size * x.dtype.itemsize for x in like.values())
+    assert program.memory_analysis().temp_size_in_bytes <= 3 * given
+
+
+def test_totals_by_pieces_are_totals(rng):
+    for shape in ((9000,), (131, 64), (64, 131), (3, 3, 24, 32), (4099,), (2, 4096)):
+        x, index = rng.normal(size=shape), rng.integers(0, 7, size=shape)
+        shown = rng.random(shape) < 0.5
+        for where in (None, shown):
+            kept = np.ones(shape, bool) if where is None else where
+            total, count = cluster_totals(jnp.asarray(x, jnp.float32), jnp.asarray(index), 7, where)
+            np.testing.assert_array_equal(count, np.bincount(index[kept], minlength=7))
+            np.testing.assert_allclose(total, np.bincount(index[kept], x[kept], 7), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("scale", [3e38, 1e30, 1e-30])
+def test_codebooks_of_extreme_values(scale, exact, rng):
+    x = rng.uniform(-1, 1, size=400)
+    near, ordinary = (KMeans(clusters=8, exact=exact)(jnp.asarray(s * x, jnp.float32)).codebook for s in (scale, 1.0))
+    np.testing.assert_allclose(np.asarray(near, np.float64) / scale, ordinary, rtol=1e-4, atol=1e-5)
+
+
+def test_many_leaves_share_one_program():
+    def loops(number):
+        like = {f"layer{i}": jax.ShapeDtypeStruct([(40, 120), (8,)][i % 2], jnp.float32) for i in range(number)}
+        plan = jc.plan(like, [(".*", KMeans(clusters=20, scope="global"))])
+        return jax.jit(lambda p: jc.compress(p, plan)).lower(like).compile().as_text().count(" while(")
+
+    assert loops(64) == loops(32)

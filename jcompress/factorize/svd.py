@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import LowRank
 from jcompress.formats.lowrank import truncated_svd
+from jcompress.numeric import scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +95,17 @@ def _rank_for(matrix: jax.Array, energy: float, path: str) -> int:
         raise ValueError(
             f"{path}: SVD(energy={energy}) chooses its rank by the values, so it works outside jit only; give a rank"
         )
-    squares = jnp.linalg.svd(matrix.astype(jnp.float32), compute_uv=False) ** 2
-    parts = jnp.cumsum(squares) / jnp.maximum(squares.sum(), 1e-30)
-    return min(int((parts < energy * (1 - 1e-6)).sum()) + 1, squares.shape[0])
+    values = np.asarray(jnp.linalg.svd(scaling.unit([matrix]).divide(matrix), compute_uv=False), np.float64)
+    parts = np.cumsum(values**2) / max(float((values**2).sum()), 1e-300)
+    return min(int((parts < energy * (1 - 1e-6)).sum()) + 1, values.size)
 
 
 def _sketched(
     matrix: jax.Array, rank: int, key: jax.Array, iterations: int = 4, extra: int = 8
 ) -> tuple[jax.Array, jax.Array]:
     """Range finder with power iterations, then an exact decomposition of the small projection."""
-    a = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    unit = scaling.unit([matrix])
+    a = unit.divide(matrix)
     width = min(rank + extra, *a.shape)
     high = jax.lax.Precision.HIGHEST
     basis = jnp.linalg.qr(jnp.matmul(a, jax.random.normal(key, (a.shape[1], width), a.dtype), precision=high))[0]
@@ -110,4 +113,5 @@ def _sketched(
         back = jnp.linalg.qr(jnp.matmul(a.T, basis, precision=high))[0]
         basis = jnp.linalg.qr(jnp.matmul(a, back, precision=high))[0]
     u, v = truncated_svd(jnp.matmul(basis.T, a, precision=high), rank)
-    return jnp.matmul(basis, u, precision=high).astype(matrix.dtype), v.astype(matrix.dtype)
+    u, v = jnp.matmul(basis, u, precision=high) * unit.root, v * unit.root
+    return u.astype(matrix.dtype), v.astype(matrix.dtype)

@@ -13,6 +13,7 @@ from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats import gating
 from jcompress.formats.quantized import Quantized
+from jcompress.numeric import scaling
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +61,9 @@ class Binarized(Compressed):
             scale = core.dense(refitted)
         else:
             refitted = scale
-        values = jnp.clip(w / jnp.where(scale > 0, scale, 1.0), -1, 1).astype(w.dtype)
+        # XLA multiplies by the inverse, which is zero for scales above 2**126.
+        shift = jnp.where(scale > 2.0**100, jnp.float32(2.0**-60), jnp.float32(1))
+        values = jnp.clip(w * shift / jnp.where(scale > 0, scale * shift, 1.0), -1, 1).astype(w.dtype)
         return dataclasses.replace(self, values=gating.refitted(self.values, values), scale=refitted)
 
     def finalize(self) -> Quantized:
@@ -72,12 +75,15 @@ class Binarized(Compressed):
 def mean_magnitude(w: jax.Array, where: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
     """The mean of ``|w|`` over some axes, of the entries that count; float32, axes kept with length 1."""
     magnitude = jnp.abs(w.astype(jnp.float32))
+    unit = scaling.of(jnp.max(magnitude, axes, keepdims=True, initial=0))
+    magnitude = unit.divide(magnitude)
     if where is None:
         count = jnp.ones_like(magnitude)
     else:
         count = jnp.broadcast_to(where, w.shape).astype(jnp.float32)
         magnitude = jnp.where(where, magnitude, 0.0)
-    return magnitude.sum(axes, keepdims=True) / jnp.maximum(count.sum(axes, keepdims=True), 1.0)
+    mean = magnitude.sum(axes, keepdims=True) / jnp.maximum(count.sum(axes, keepdims=True), 1.0)
+    return unit.multiply(mean)
 
 
 @jax.custom_jvp

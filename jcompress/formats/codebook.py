@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
+from jcompress.numeric.pieces import totals
 
 
 @jax.tree_util.register_dataclass
@@ -62,14 +64,24 @@ class Codebook(Compressed):
 
 
 def cluster_totals(
-    w: jax.Array, indices: jax.Array, clusters: int, where: jax.Array | None = None
+    w: jax.Array,
+    indices: jax.Array | Callable[[jax.Array], jax.Array],
+    clusters: int,
+    where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum and number (clusters,) of the entries of ``w`` by their cluster.
+    """Sum and number, float32 (clusters,), of the entries of ``w`` by their cluster.
 
-    The array keeps its axes: flattened, it would be gathered where it is sharded along any axis but the first.
+    ``indices`` are given for each entry, or by a function of the entries, which is then asked piece by piece. The array
+    keeps its axes: flattened, it would be gathered where it is sharded along any axis but the first.
     """
-    x = w.astype(jnp.float32)
-    weight = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(jnp.float32)
-    x = x if where is None else jnp.where(where, x, 0.0)
-    zeros = jnp.zeros(clusters, jnp.float32)
-    return zeros.at[indices].add(x, mode="drop"), zeros.at[indices].add(weight, mode="drop")
+    given = [] if callable(indices) else [indices]
+    shown = [] if where is None else [jnp.broadcast_to(where, w.shape)]
+
+    def piece(x: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        place = indices(x) if callable(indices) else rest[0]
+        x, zeros = x.astype(jnp.float32), jnp.zeros(clusters, jnp.float32)
+        weight = rest[-1].astype(jnp.float32) if shown else jnp.ones_like(x)
+        x = jnp.where(rest[-1], x, 0.0) if shown else x
+        return zeros.at[place].add(x, mode="drop"), zeros.at[place].add(weight, mode="drop")
+
+    return totals(piece, w, *given, *shown)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
+from jcompress.numeric import scaling
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +50,17 @@ class LowRank(Compressed):
 
 
 def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """Factors ``u`` (..., m, rank) and ``v`` (..., rank, n) of the best approximation, sharing the singular values."""
-    u, s, v = jnp.linalg.svd(w.astype(jnp.promote_types(w.dtype, jnp.float32)), full_matrices=False)
+    """Factors ``u`` (..., m, rank) and ``v`` (..., rank, n) of the best approximation, sharing the singular values.
+
+    Decomposed in units of their own: near the ends of float32 the squares of entries would leave it.
+    """
+    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    if not w.size or wide.dtype != jnp.float32:
+        unit = scaling.ONE
+    else:
+        unit = scaling.of(jnp.max(jnp.abs(wide), axis=(-2, -1), keepdims=True))
+        wide = unit.divide(wide)
+    u, s, v = jnp.linalg.svd(wide, full_matrices=False)
     root = jnp.sqrt(s[..., :rank])
-    return (u[..., :rank] * root[..., None, :]).astype(w.dtype), (root[..., :, None] * v[..., :rank, :]).astype(w.dtype)
+    u, v = u[..., :rank] * root[..., None, :] * unit.root, root[..., :, None] * v[..., :rank, :] * unit.root
+    return u.astype(w.dtype), v.astype(w.dtype)

@@ -121,7 +121,9 @@ def nearest(
     """
     if table is not None:
         return _nearest_in_table(w, jnp.asarray(scale), np.asarray(table, np.float32)).astype(dtype)
-    scaled = w / scale
+    # XLA multiplies by the inverse, which is zero for scales above 2**126.
+    shift = jnp.where(jnp.abs(scale) > 2.0**100, jnp.float32(2.0**-60), jnp.float32(1))
+    scaled = (w * shift) / (scale * shift)
     if jnp.issubdtype(dtype, jnp.floating):
         most = float(jnp.finfo(dtype).max)
         return jnp.clip(scaled, -most, most).astype(dtype)

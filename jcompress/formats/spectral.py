@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
+from jcompress.numeric import scaling
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +54,9 @@ class Spectral(Compressed):
         weights that write its node. ``where`` is not used, as the kernel is met exactly.
         """
         stack = w.ndim - 2 - self.window
-        squares = jnp.square(w.astype(jnp.float32))
-        norms = jnp.sqrt(jnp.sum(squares, axis=tuple(range(stack, w.ndim - 1)), keepdims=True))
+        axes = tuple(range(stack, w.ndim - 1))
+        unit = scaling.of(jnp.max(jnp.abs(w), axes, keepdims=True, initial=0))
+        norms = unit.multiply(jnp.sqrt(jnp.sum(jnp.square(unit.divide(w)), axes, keepdims=True)))
         outputs = jnp.where(norms > 0, norms, 1).astype(w.dtype)
         vectors = -w / outputs
         return Spectral(

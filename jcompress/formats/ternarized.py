@@ -12,6 +12,7 @@ from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats import gating
 from jcompress.formats.codebook import Codebook
+from jcompress.numeric import scaling
 
 
 @jax.tree_util.register_dataclass
@@ -59,12 +60,14 @@ class Ternarized(Compressed):
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Ternarized:
         """The values become ``w``, each level the mean of its weights."""
         shown = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
-        signs, wide = self.signs(shown), shown.astype(jnp.float32)
+        unit = scaling.of(jnp.max(jnp.abs(shown), self._axes(), keepdims=True, initial=0))
+        signs, wide = self.signs(shown), unit.divide(shown)
 
         def level(sign: int) -> jax.Array:
             own = signs == sign
             total = jnp.sum(jnp.where(own, jnp.abs(wide), 0.0), self._axes(), keepdims=True)
-            return total / jnp.maximum(jnp.sum(own, self._axes(), jnp.float32, keepdims=True), 1.0)
+            count = jnp.sum(own, self._axes(), jnp.float32, keepdims=True)
+            return unit.multiply(total / jnp.maximum(count, 1.0))
 
         return dataclasses.replace(
             self,

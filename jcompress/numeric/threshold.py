@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jcompress.numeric.batches import Batch, apart, batches
 from jcompress.numeric.counting import (
     Count,
     count_true,
@@ -113,13 +115,16 @@ def _search(
 class _Values(NamedTuple):
     """Values of one leaf that are not in memory: ``rank(*arrays)`` are unsigned integers, the wanted ones largest.
 
-    Values that are not among those to choose from rank 0, which no other does. ``among`` says which they are.
+    Values that are not among those to choose from rank 0, which no other does. ``among`` says which they are. Of leaves
+    that are read as one, ``first`` are the places of their first entries, and ``inner`` is the shape of each.
     """
 
     rank: Callable[..., jax.Array]
     arrays: tuple[jax.Array, ...]
     shape: tuple[int, ...]
     among: jax.Array | None
+    first: jax.Array | None = None
+    inner: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -129,6 +134,12 @@ class _Values(NamedTuple):
         """The ranks, computed anew and not before ``later_than`` are known: shared, they would be written out."""
         arrays = lax.optimization_barrier((*self.arrays, *later_than))[: len(self.arrays)]
         return self.rank(*arrays)
+
+    def places(self, *later_than: jax.Array) -> jax.Array:
+        """The place of each entry in the order in which ties are kept, counted from the end; computed anew as well."""
+        first = jnp.uint32(self.size) if self.first is None else self.first
+        inner = self.shape if self.inner is None else self.inner
+        return _falling_rank(inner, lax.optimization_barrier((first, *later_than))[0])
 
 
 def _count_reaching(values: Sequence[_Values], probes: list[jax.Array]) -> list[Count]:
@@ -289,12 +300,14 @@ def keep_largest(
       Boolean masks in the shapes of ``scores``; the order of indices is that of the list, then C order.
 
     Memory beyond the masks is constant, time is a few reads of the scores, and under sharding only scalars cross
-    devices.
+    devices. More than 8 scores of fewer shapes are copied once, into one array for each shape (see
+    :mod:`jcompress.numeric.batches`), so that compiling takes as long for many as for few.
     """
     _check_sizes(scores)
     if not sum(x.size for x in scores):
         return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
-    return _keep(list(scores), None if among is None else list(among), Count.of(count), by)
+    layout = batches(scores) if sum(x.size for x in scores) < _LAST else tuple(Batch((i,)) for i in range(len(scores)))
+    return _keep(list(scores), None if among is None else list(among), Count.of(count), by, layout)
 
 
 def _check_sizes(scores: Sequence[jax.Array]) -> None:
@@ -323,15 +336,33 @@ def keep_random(among: jax.Array, count: int | jax.Array, key: jax.Array) -> jax
     return _draw(among, Count.of(count), key) if among.size else jnp.zeros(among.shape, jnp.bool_)
 
 
-@functools.partial(jax.jit, static_argnames="by")
+@functools.partial(jax.jit, static_argnames=("by", "layout"))
 def _keep(
     scores: list[jax.Array],
     among: list[jax.Array] | None,
     wanted: Count,
     by: Callable[[jax.Array], jax.Array] | None,
+    layout: tuple[Batch, ...],
 ) -> list[jax.Array]:
     """Compiled once for each set of shapes, also where it is called outside ``jit``."""
-    return _masks(*_ranked(scores, wanted, among, by), wanted)
+    if len(layout) == len(scores):
+        return _masks(*_ranked(scores, wanted, among, by), wanted)
+    shapes, scores = [x.shape for x in scores], _common_float(scores)
+    packed = [batch.pack(scores) for batch in layout]
+    values, found = _ranked(packed, wanted, None if among is None else [batch.pack(among) for batch in layout], by)
+    sizes = [math.prod(shape) for shape in shapes]
+    places = np.cumsum([0, *sizes[::-1]])[:0:-1].tolist()
+    inner = [() if batch.joined else shapes[batch.members[0]] for batch in layout]
+    values = [
+        x._replace(first=batch.falling(places, shapes), inner=shape)
+        for x, batch, shape in zip(values, layout, inner, strict=True)
+    ]
+    cut, _ = _cut_unless_exact(values, found, wanted, _wanted_ties(found, wanted))
+    each = _floats(scores, among, _ordering(by))
+    firsts = apart(places, found.reads < 0)
+    return [
+        _reaching(x._replace(first=first, inner=x.shape), found.low, cut) for x, first in zip(each, firsts, strict=True)
+    ]
 
 
 @jax.jit
@@ -363,43 +394,66 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 def _masks(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
-    """What reaches the threshold. That itself is kept whole where the count came out exactly, else in part."""
-    exact = found.low_count.equals(wanted)
-    left = wanted.left_after(pick(exact, Count.of(0), found.high_count))
+    """What reaches the threshold. That itself is kept whole where the count came out exactly, else in part.
+
+    One array after another keeps its ties, as long as any are wanted.
+    """
+    left = _wanted_ties(found, wanted)
     masks = []
     for x in values:
         if not x.size:
             masks.append(jnp.zeros(x.shape, jnp.bool_))
             continue
-        if any(is_explicit(y) for y in x.arrays):  # which a conditional under vmap refuses
-            cut, left = _cut(x, found.low, x.arrays, left)
-        else:
-            search = functools.partial(_cut, x, found.low)
-            cut, left = lax.cond(exact, lambda arrays, left: (jnp.uint32(0), left), search, x.arrays, left)
-        # One pass, from the arrays: shared with a comparison above, the ranks would be written out.
-        bits, level, size = x.bits(found.low, jnp.uint32(x.size), cut), found.low, jnp.uint32(x.size)
-        masks.append((bits > level) | ((bits == level) & (_falling_rank(x.shape, size) >= cut)))
+        cut, left = _cut_unless_exact([x], found, wanted, left)
+        masks.append(_reaching(x, found.low, cut))
     return masks
 
 
-def _cut(x: _Values, level: jax.Array, arrays: tuple[jax.Array, ...], count: Count) -> tuple[jax.Array, Count]:
-    """The falling rank down to which the first ``count`` values at ``level`` lie, and how many are left over."""
+def _wanted_ties(found: _Search, wanted: Count) -> Count:
+    return wanted.left_after(pick(found.low_count.equals(wanted), Count.of(0), found.high_count))
 
-    def ties(*later_than: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Which values are tied, and the falling rank of all, computed anew at each read."""
-        held = lax.optimization_barrier((*arrays, level, size, *later_than))
-        return x.rank(*held[: len(arrays)]) == held[len(arrays)], _falling_rank(x.shape, held[len(arrays) + 1])
+
+def _reaching(x: _Values, level: jax.Array, cut: jax.Array) -> jax.Array:
+    # One pass, from the arrays: shared with a comparison above, the ranks would be written out.
+    bits = x.bits(level, cut)
+    return (bits > level) | ((bits == level) & (x.places(level, cut) >= cut))
+
+
+def _cut_unless_exact(values: Sequence[_Values], found: _Search, wanted: Count, left: Count) -> tuple[jax.Array, Count]:
+    arrays = [x.arrays for x in values]
+    if any(is_explicit(y) for own in arrays for y in own):  # which a conditional under vmap refuses
+        return _cut(values, found.low, arrays, left)
+    search = functools.partial(_cut, values, found.low)
+    exact = found.low_count.equals(wanted)
+    return lax.cond(exact, lambda arrays, left: (jnp.uint32(0), left), search, arrays, left)
+
+
+def _cut(
+    values: Sequence[_Values], level: jax.Array, arrays: Sequence[tuple[jax.Array, ...]], count: Count
+) -> tuple[jax.Array, Count]:
+    """The place down to which the first ``count`` values at ``level`` lie, and how many are left over."""
+    values = [x._replace(arrays=own) for x, own in zip(values, arrays, strict=True)]
+
+    def ties(x: _Values, *later_than: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which values are tied, and the places of all, computed anew at each read."""
+        return x.bits(level, *later_than) == level, x.places(level, *later_than)
 
     def reaching(probes: list[jax.Array]) -> list[Count]:
-        flags, rank = ties(*probes)
-        reached = [(flags & (rank >= probe)).astype(jnp.uint32) for probe in probes]
-        return [Count.of(c) for c in reduce_together(reached, [zero] * _PROBES, [lax.add] * _PROBES)]
+        counts = []
+        for x in values:
+            flags, places = ties(x, *probes)
+            reached = [(flags & (places >= probe)).astype(jnp.uint32) for probe in probes]
+            counts.append(reduce_together(reached, [zero] * _PROBES, [lax.add] * _PROBES))
+        return [Count.total(column) for column in zip(*counts, strict=True)]
 
-    size, zero = jnp.uint32(x.size), jnp.uint32(0)
-    flags, rank = ties()
-    ends = [flags.astype(jnp.uint32), jnp.where(flags, rank, zero), jnp.where(flags, rank, size)]
-    total, first, last = reduce_together(ends, [zero, zero, size], [lax.add, lax.max, lax.min])
-    found = Count.of(total)
+    size, zero = jnp.uint32(sum(x.size for x in values)), jnp.uint32(0)
+    rows = []
+    for x in values:
+        flags, places = ties(x)
+        ends = [flags.astype(jnp.uint32), jnp.where(flags, places, zero), jnp.where(flags, places, size)]
+        rows.append(reduce_together(ends, [zero, zero, size], [lax.add, lax.max, lax.min]))
+    totals, firsts, lasts = (jnp.stack(column) for column in zip(*rows, strict=True))
+    found, first, last = Count.total(list(totals)), jnp.max(firsts), jnp.min(lasts)
     wanted = pick(found.reaches(count), count, found)
     none = wanted.equals(Count.of(0))
     start = _Search(

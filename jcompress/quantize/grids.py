@@ -13,6 +13,7 @@ import numpy as np
 from jcompress.core import Context
 from jcompress.formats import Quantized
 from jcompress.formats.quantized import nearest, pool, spread
+from jcompress.numeric import scaling
 
 
 class Range(NamedTuple):
@@ -52,9 +53,13 @@ class Grid:
 
     def over(self, ends: Range) -> tuple[jax.Array, jax.Array | None]:
         """Scales and, on an affine grid, zero points that fit the grid to a range."""
-        width = ends.high if ends.low is None else ends.high - ends.low
         # A product, because XLA turns a quotient into one in some programs only.
-        scale = positive(width * (1.0 / self.top))
+        part = 1.0 / self.top
+        scale = ends.high * part
+        if ends.low is not None:
+            width = ends.high - ends.low
+            scale = jnp.where(jnp.isfinite(width), width * part, scale - ends.low * part)
+        scale = positive(scale)
         if self.power is not None:
             scale = power_of_two(scale, up=self.power == "up")
         if ends.low is None:
@@ -88,6 +93,12 @@ class Problem:
     def spread(self, x: jax.Array) -> jax.Array:
         """Repeat what is shared until it broadcasts against ``x``."""
         return spread(x, self.x, self.group_size)
+
+    def normal(self) -> tuple[Problem, scaling.Unit]:
+        """The same in units of what shares each scale, where squares and sums of entries stay inside float32."""
+        unit = scaling.of(self.pool(jnp.abs(self.x), jnp.maximum))
+        spread = scaling.Unit(self.spread(unit.root))
+        return dataclasses.replace(self, x=spread.divide(self.x)), unit
 
     def count(self) -> jax.Array:
         """How many entries share each scale, as float32, 1 at least."""

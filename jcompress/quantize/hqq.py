@@ -75,13 +75,13 @@ class HQQ(Method):
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
         grid = grids.Grid(int(self.bits), np.dtype("uint8"), 2.0**self.bits - 1, affine=True)
-        problem = grids.pose(self, w, context, grid)
+        problem, unit = grids.pose(self, w, context, grid).normal()
         ends = problem.full()
         assert ends.low is not None
         scale, whole = grid.over(ends)
         zero = _zero(problem, scale, whole, -ends.low / scale, self.norm, self.beta, self.kappa, self.steps)
         node = problem.scaled(scale, zero, w.dtype)
-        return dataclasses.replace(node, zero=Frozen.of(zero.astype(jnp.float16)))
+        return dataclasses.replace(node, scale=unit.multiply(scale), zero=Frozen.of(zero.astype(jnp.float16)))
 
 
 @partial(jax.jit, static_argnames="steps")

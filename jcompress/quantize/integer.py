@@ -65,7 +65,8 @@ class Int(Method):
         """The node for one array."""
         problem = grids.pose(self, w, context, self._grid())
         if self.symmetric and self.bits == 1:
-            mean = problem.pool(jnp.abs(problem.x)) / problem.count()
+            normal, unit = problem.normal()
+            mean = unit.multiply(problem.pool(jnp.abs(normal.x)) / problem.count())
             return dataclasses.replace(problem.scaled(grids.positive(mean), dtype=w.dtype), scale=mean)
         return problem.node(ranges.of(self.clip)(problem), w.dtype)
 

@@ -24,8 +24,15 @@ Clip = Literal["minmax", "mse"] | Callable[[Problem], Range]
 def of(clip: Clip) -> Callable[[Problem], Range]:
     """The range method that ``clip`` names or is."""
     if isinstance(clip, str):
-        return MinMax() if clip == "minmax" else MSE()
-    return clip
+        clip = MinMax() if clip == "minmax" else MSE()
+    return partial(_in_units, clip) if isinstance(clip, (MSE, ACIQ, KL)) else clip
+
+
+def _in_units(clip: Callable[[Problem], Range], problem: Problem) -> Range:
+    """The range that is chosen where squares of entries stay inside float32."""
+    normal, unit = problem.normal()
+    low, high = clip(normal)
+    return Range(None if low is None else unit.multiply(low), unit.multiply(high))
 
 
 def validate(method: Any, grid: Grid) -> None:

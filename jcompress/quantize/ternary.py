@@ -57,15 +57,16 @@ class Ternary(Method):
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
-        problem = grids.pose(self, w, context, grids.Grid(2, np.dtype("int8"), 1.0))
+        problem, unit = grids.pose(self, w, context, grids.Grid(2, np.dtype("int8"), 1.0)).normal()
         if isinstance(self.threshold, str):
             threshold = _optimal(problem)
         else:
             threshold = self.threshold * problem.pool(jnp.abs(problem.x)) / problem.count()
         kept = jnp.abs(problem.x) > problem.spread(threshold)
         codes = jnp.where(kept, jnp.sign(problem.x), 0).astype(jnp.int8)
+        scale = unit.multiply(_mean_above(problem, threshold)[0])
         return Quantized(
-            codes, _mean_above(problem, threshold)[0], bits=2, axes=problem.axes, group_size=self.group_size,
+            codes, scale, bits=2, axes=problem.axes, group_size=self.group_size,
             dtype=np.dtype(w.dtype),
         )  # fmt: skip
 
@@ -137,7 +138,7 @@ class ABCNet(Method):
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:
         """The node for one array."""
-        problem = grids.pose(self, w, context, grids.Grid(1, np.dtype("int8"), 1.0))
+        problem, unit = grids.pose(self, w, context, grids.Grid(1, np.dtype("int8"), 1.0)).normal()
         shown = jnp.float32(1) if problem.where is None else problem.where.astype(jnp.float32)
         mean = problem.pool(problem.x) / problem.count()
         centred = (problem.x - problem.spread(mean)) * shown
@@ -152,4 +153,5 @@ class ABCNet(Method):
                     dtype=np.dtype(w.dtype),
                 )
             )  # fmt: skip
-        return Sum(tuple(nodes)).project(problem.x, problem.where)
+        terms = Sum(tuple(nodes)).project(problem.x, problem.where).terms
+        return Sum(tuple(dataclasses.replace(term, scale=unit.multiply(term.scale)) for term in terms))

@@ -15,6 +15,9 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Codebook
 from jcompress.formats.codebook import cluster_totals
+from jcompress.numeric import scaling
+from jcompress.numeric.batches import batches
+from jcompress.numeric.pieces import mapped, totals
 from jcompress.share.optimal import optimal_codebook
 
 
@@ -35,6 +38,7 @@ class KMeans(Method):
     Raises:
       ValueError: for fewer than 1 or more than 65,536 clusters, or ``exact`` under ``jit``.
 
+    Memory beyond the indices is small, for one leaf and for many of a rule: totals are taken a piece at a time.
     Where a mask stands around the array, only kept weights count. An array with fewer distinct values than
     clusters is represented exactly.
 
@@ -65,21 +69,22 @@ class KMeans(Method):
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Codebook]:
         """One node for each array of the rule."""
-        xs = [w.astype(jnp.float32) for w in arrays]
+        xs = list(arrays)
         wheres = [
             None if c.where is None else jnp.broadcast_to(c.where, w.shape)
             for w, c in zip(arrays, contexts, strict=True)
         ]
         if not sum(x.size for x in xs):
-            codebook = jnp.zeros(self.clusters, jnp.float32)
+            codebook, unit = jnp.zeros(self.clusters, jnp.float32), scaling.ONE
         elif self.exact:
-            codebook = self._optimum(xs, wheres, contexts[0].path)
+            codebook, unit = self._optimum(xs, wheres, contexts[0].path), scaling.ONE
         else:
-            codebook = _lloyd(xs, wheres, self.clusters, self.iterations)
+            unit = scaling.unit(xs)
+            codebook = _lloyd(*_batched(xs, wheres), unit, self.clusters, self.iterations)
         return [
             Codebook(
-                _nearest(w.astype(jnp.float32), codebook).astype(self._index_dtype),
-                codebook.astype(w.dtype),
+                mapped(lambda x: _nearest(unit.divide(x), codebook).astype(self._index_dtype), w),
+                unit.multiply(codebook).astype(w.dtype),
                 self.clusters,
                 w.ndim,
             )
@@ -102,32 +107,51 @@ class KMeans(Method):
         return jnp.asarray(optimal_codebook(np.concatenate(kept), self.clusters))
 
 
+def _batched(xs: list[jax.Array], wheres: list[jax.Array | None]) -> tuple[list[jax.Array], list[jax.Array | None]]:
+    """Many leaves as few arrays, which need not compile as many loops."""
+    layout = batches(xs)
+    if len(layout) == len(xs):
+        return xs, wheres
+    if all(where is None for where in wheres):
+        return [b.pack(xs) for b in layout], [None] * len(layout)
+    shown = [jnp.ones(x.shape, jnp.bool_) if where is None else where for x, where in zip(xs, wheres, strict=True)]
+    return [b.pack(xs) for b in layout], [b.pack(shown) for b in layout]
+
+
 @partial(jax.jit, static_argnames=("clusters", "iterations"))
-def _lloyd(xs: list[jax.Array], wheres: list[jax.Array | None], clusters: int, iterations: int) -> jax.Array:
-    """A sorted codebook that no round of Lloyd's algorithm moves, or that of the last round."""
+def _lloyd(
+    xs: list[jax.Array], wheres: list[jax.Array | None], unit: scaling.Unit, clusters: int, iterations: int
+) -> jax.Array:
+    """A sorted codebook, in units, that no round of Lloyd's algorithm moves, or that of the last round."""
 
     def step(state: tuple) -> tuple:
         i, codebook, _ = state
-        totals = [
-            cluster_totals(x, _nearest(x, codebook), clusters, where) for x, where in zip(xs, wheres, strict=True)
-        ]
-        total, count = (sum(column) for column in zip(*totals, strict=True))
+
+        def of_one(x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            def piece(x: jax.Array, *shown: jax.Array) -> tuple[jax.Array, jax.Array]:
+                x = unit.divide(x)
+                return cluster_totals(x, _nearest(x, codebook), clusters, *shown)
+
+            return totals(piece, x, *([] if where is None else [where]))
+
+        found = [of_one(x, where) for x, where in zip(xs, wheres, strict=True) if x.size]
+        total, count = (sum(column) for column in zip(*found, strict=True))
         means = jnp.where(count > 0, total / jnp.maximum(count, 1.0), codebook)
         return i + 1, jnp.sort(means), jnp.any(means != codebook)
 
     def moving(state: tuple) -> jax.Array:
         return (state[0] < iterations) & state[2]
 
-    start = (jnp.int32(0), _linear_start(xs, wheres, clusters), jnp.array(True))
+    start = (jnp.int32(0), _linear_start(xs, wheres, unit, clusters), jnp.array(True))
     return jax.lax.while_loop(moving, step, start)[1]
 
 
-def _linear_start(xs: list[jax.Array], wheres: list[jax.Array | None], clusters: int) -> jax.Array:
+def _linear_start(xs: list[jax.Array], wheres: list[jax.Array | None], unit: scaling.Unit, clusters: int) -> jax.Array:
     """Values spaced evenly from the smallest weight to the largest."""
     pairs = [(x, True if where is None else where) for x, where in zip(xs, wheres, strict=True)]
-    low = jnp.stack([jnp.min(x, where=where, initial=jnp.inf) for x, where in pairs]).min()
-    high = jnp.stack([jnp.max(x, where=where, initial=-jnp.inf) for x, where in pairs]).max()
-    low, high = (jnp.where(low <= high, end, 0.0) for end in (low, high))
+    low = jnp.stack([jnp.min(x, where=where, initial=jnp.inf).astype(jnp.float32) for x, where in pairs]).min()
+    high = jnp.stack([jnp.max(x, where=where, initial=-jnp.inf).astype(jnp.float32) for x, where in pairs]).max()
+    low, high = (unit.divide(jnp.where(low <= high, end, 0.0)) for end in (low, high))
     if clusters == 1:
         return ((low + high) / 2)[None]
     parts = jnp.arange(clusters) / (clusters - 1)
@@ -135,6 +159,14 @@ def _linear_start(xs: list[jax.Array], wheres: list[jax.Array | None], clusters:
 
 
 def _nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The index of the nearest value of a sorted codebook."""
+    """The index of the nearest value of a sorted codebook, int32: a search that is elementwise, so it is not stored."""
     middles = (codebook[1:] + codebook[:-1]) / 2
-    return jnp.searchsorted(middles, x, method="compare_all" if codebook.size <= 16 else "scan_unrolled")
+    if middles.size <= 16:
+        return sum(((x > m).astype(jnp.int32) for m in middles), start=jnp.zeros(x.shape, jnp.int32))
+    step = 1 << (middles.size.bit_length() - 1)
+    padded = jnp.concatenate([middles, jnp.full(2 * step - middles.size, jnp.inf)])
+    found = jnp.zeros(x.shape, jnp.int32)
+    while step:
+        found = found + jnp.where(x > padded[found + (step - 1)], step, 0)
+        step //= 2
+    return found

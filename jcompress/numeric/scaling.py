@@ -1,0 +1,57 @@
+"""Arrays near the ends of float32: a power of two is taken out of them, once, and put back exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_FAR = 32
+
+
+class Unit(NamedTuple):
+    """A power of four, as its root: the whole one may lie beyond float32.
+
+    Attributes:
+      root: float32 powers of two; they broadcast against what is scaled.
+    """
+
+    root: jax.Array
+
+    def divide(self, x: jax.Array) -> jax.Array:
+        """``x`` in units, float32; exact. Numbers below the least normal float are zero, as XLA treats them."""
+        inverse = 1 / self.root
+        return x.astype(jnp.float32) * inverse * inverse
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """What :meth:`divide` undoes."""
+        return x * self.root * self.root
+
+
+ONE = Unit(np.float32(1))  # type: ignore[arg-type]  # no array before a backend is chosen
+
+
+def unit(xs: Sequence[jax.Array]) -> Unit:
+    """The unit of arrays that belong together: about their largest magnitude, and 1 if that is no extreme.
+
+    In units no square, sum or ratio of entries leaves float32. Arrays whose largest magnitude lies within ``2**32`` of
+    one, and zeros, are left as they are, to the bit.
+    """
+    sizes = [x for x in xs if x.size]
+    if not sizes:
+        return ONE
+    largest = jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.float32) for x in sizes]).max()
+    return of(largest)
+
+
+def of(largest: jax.Array) -> Unit:
+    """The unit of each largest magnitude, float32 of any shape."""
+    bits = lax.bitcast_convert_type(largest.astype(jnp.float32), jnp.uint32)
+    exponent = (bits >> 23).astype(jnp.int32) - 127
+    far = (jnp.abs(exponent) > _FAR) & (bits > 0)
+    half = jnp.where(far, exponent // 2, 0)
+    return Unit(lax.bitcast_convert_type(((half + 127) << 23).astype(jnp.uint32), jnp.float32))
