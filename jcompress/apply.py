@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from jcompress import core, rules
 from jcompress.core import Context, PyTree
+from jcompress.formats import Masked, Sum
+from jcompress.numeric.packing import Expected
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
 
@@ -96,7 +99,42 @@ def fit(leaves: Mapping[str, Any], plan: Plan, contexts: Mapping[str, Context]) 
 def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: Mapping[str, Context]) -> dict[str, Any]:
     """The nodes of leaves that are decided together."""
     found = [_array(path, arrays[path]) for path in unit]
-    return dict(zip(unit, core.fit(plan[unit[0]], found, [contexts[p] for p in unit]), strict=True))
+    nodes = dict(zip(unit, core.fit(plan[unit[0]], found, [contexts[p] for p in unit]), strict=True))
+    for path, w in zip(unit, found, strict=True):
+        _check_finite(path, w, nodes[path], plan[path])
+    return {path: _foretold(node, plan[path], contexts[path].step) for path, node in nodes.items()}
+
+
+def _foretold(node: Any, method: Any, step: Any) -> Any:
+    """The node with what its method says of its masks before there are values, for sizes from shapes alone."""
+    if isinstance(node, Sum) and hasattr(method, "methods"):
+        pairs = zip(node.terms, method.methods, strict=False)
+        return dataclasses.replace(node, terms=tuple(_foretold(term, own, step) for term, own in pairs))
+    for name in ("first", "method"):
+        method = getattr(method, name, method)
+    if not isinstance(node, Masked) or not hasattr(method, "sparsity"):
+        return node
+    pattern = getattr(method, "pattern", None)
+    pattern = getattr(pattern, "pattern", None) or pattern
+    if getattr(pattern, "sparsity", None) is not None:
+        expected = Expected(1 - pattern.sparsity, getattr(pattern, "m", None))
+    else:
+        sparsity = None if callable(method.sparsity) and step is None else core.value_at(method.sparsity, step)
+        known = sparsity is not None and core.is_concrete(sparsity)
+        expected = Expected(1 - float(sparsity)) if known else Expected()
+    return dataclasses.replace(node, expected=expected)
+
+
+def _check_finite(path: str, w: jax.Array, node: Any, method: Any) -> None:
+    """Raise where a method rounded beyond what the leaf's dtype holds, as it can next to its greatest number only."""
+    if not core.is_concrete(w) or not w.size:
+        return
+    largest, most = float(jnp.max(jnp.abs(w))), float(jnp.finfo(w.dtype).max)
+    if largest > most / 16 and not bool(jnp.isfinite(core.dense(node)).all()):
+        raise ValueError(
+            f"{path}: found magnitudes up to {largest:.3g}, and {method!r} goes beyond {most:.3g}, the greatest number "
+            f"of {w.dtype}; divide the leaf by a power of two, or keep it dense"
+        )
 
 
 def check_paths(leaves: Iterable[str], plan: Plan) -> None:

@@ -339,3 +339,61 @@ def test_picture_writes_out_scores_below_the_axis():
 def test_picture_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no points"):
         measure.pareto([])
+
+
+def _shapes(params, plan):
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    return like, jax.eval_shape(lambda p: jc.compress(p, plan, step=0, key=jax.random.key(0)), like)
+
+
+@pytest.mark.parametrize(
+    ("method", "tolerance"),
+    [
+        (jc.quantize.Int(4, group_size=16), 0),
+        (jc.quantize.HQQ(3, group_size=16), 0),
+        (jc.share.KMeans(16), 0),
+        (jc.factorize.SVD(rank=4), 0),
+        (jc.prune.Magnitude(pattern=jc.prune.NM(2, 4)), 0),
+        (jc.chain(jc.prune.Magnitude(pattern=jc.prune.NM(1, 8)), jc.quantize.Int(4)), 0),
+        (jc.residual(jc.quantize.Int(2), jc.factorize.SVD(2)), 0),
+        (jc.prune.Magnitude(0.5), 0),
+        (jc.prune.Magnitude(0.97), 0.01),
+        (jc.prune.Magnitude(lambda step: 0.9), 0.01),
+        (jc.chain(jc.prune.Random(0.9), jc.quantize.Int(4)), 0.02),
+        (jc.residual(jc.prune.Magnitude(0.99), jc.quantize.Int(4)), 0.01),
+        (jc.stacked(jc.prune.Random(0.9)), 0.01),
+    ],
+    ids=repr,
+)
+def test_sizes_of_shapes_are_those_of_values(method, tolerance, rng):
+    params = {
+        "w": jnp.asarray(rng.normal(size=(128, 64, 16) if "stacked" in repr(method) else (512, 256)), jnp.float32)
+    }
+    plan = jc.plan(params, [("w", method)])
+    like, nodes = _shapes(params, plan)
+    true = jc.nbits(jc.compress(params, plan, step=0, key=jax.random.key(0)))
+    assert abs(jc.nbits(nodes) - true) <= tolerance * true
+    table = jc.report(like, nodes, plan)
+    assert 8 * table.total.stored_bytes == jc.nbits(nodes)
+    assert math.isnan(table.total.relative_error)
+    assert "nan" not in str(table)
+
+
+def test_a_mask_of_which_nothing_is_known_counts_as_whole(rng):
+    params = {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}
+    plan = jc.plan(params, [("w", jc.prune.Nonzero())])
+    assert jc.nbits(_shapes(params, plan)[1]) == 64 * 64 * 33 >= jc.nbits(jc.compress(params, plan))
+
+
+def test_densities_next_to_the_ends_are_not_rounded_to_them():
+    params = {"few": jnp.zeros(10_000).at[3].set(1), "most": jnp.ones(10_000).at[3].set(0), "all": jnp.ones(3)}
+    shown = {line.split()[0]: line.split()[2] for line in str(jc.report(params, params)).splitlines()}
+    assert (shown["few"], shown["most"], shown["all"]) == ("0.01%", ">99.9%", "100%")
+
+
+def test_long_paths_lose_their_middle():
+    path = "encoder_" + "x" * 60 + "_kernel"
+    shown = str(jc.report({path: jnp.ones(3)}, {path: jnp.ones(3)})).splitlines()[1].split()[0]
+    assert shown.startswith("encoder_")
+    assert shown.endswith("_kernel")
+    assert len(shown) == 36

@@ -237,7 +237,7 @@ class Part:
     name: str
     array: Any
     width: int
-    where: np.ndarray | None = None
+    where: Any = None
     code: packing.MaskCode | None = None
 
     @property
@@ -245,6 +245,8 @@ class Part:
         """The exact number of bits."""
         if self.code is not None:
             return self.code.nbits
+        if isinstance(self.where, packing.Expected):
+            return self.width * self.where.count(int(self.array.size))
         return self.width * (int(self.array.size) if self.where is None else int(self.where.sum()))
 
 
@@ -261,31 +263,45 @@ def dtype_bits(dtype: Any) -> int:
 
 def parts(node: Compressed, where: np.ndarray | None = None, prefix: str = "", *, coded: bool = True) -> Iterator[Part]:
     """The arrays of a node as they are stored, nested nodes in place; masks are given a code, or not, for speed."""
-    support, widths = node.support(), node.widths()
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node))
+    support = jax.eval_shape(lambda node: node.support(), node) if abstract else node.support()
+    widths = node.widths()
     for field in dataclasses.fields(node):  # type: ignore[arg-type]  # every format is a dataclass
         x, name = getattr(node, field.name), prefix + field.name
         if field.metadata.get("static") or x is None:
             continue
         inner = where if field.name in node.elementwise else None
         if field.name in support:
-            mask = np.asarray(support[field.name])
-            inner = mask if inner is None else mask & inner
+            inner = _both(node, support[field.name], inner)
         for suffix, y in _entries(x):
-            yield from _parts(y, name + suffix, inner, widths.get(field.name), coded)
+            known = getattr(node, "expected", packing.Expected())
+            yield from _parts(y, name + suffix, inner, widths.get(field.name), coded, known)
 
 
 def _entries(x: Any) -> list[tuple[str, Any]]:
     return [(f"/{i}", y) for i, y in enumerate(x)] if isinstance(x, tuple) else [("", x)]
 
 
-def _parts(x: Any, name: str, where: np.ndarray | None, width: int | None, coded: bool) -> Iterator[Part]:
+def _both(node: Compressed, mask: Any, where: Any) -> Any:
+    """Where both masks keep. Of masks without values the one that keeps less counts."""
+    if not isinstance(mask, jax.ShapeDtypeStruct):
+        mask = np.asarray(mask)
+        return mask if where is None else mask & where
+    found = [getattr(node, "expected", packing.Expected()), where]
+    known = [x for x in found if isinstance(x, packing.Expected) and x.density is not None]
+    return min(known, key=lambda x: x.density, default=packing.Expected())
+
+
+def _parts(x: Any, name: str, where: Any, width: int | None, coded: bool, expected: packing.Expected) -> Iterator[Part]:
     if is_node(x):
         yield from parts(x, where, name + "/", coded=coded)
         return
     x = _without_key_type(x)
-    if where is not None:
+    if where is not None and not isinstance(where, packing.Expected):
         where = np.broadcast_to(where, x.shape)
-    if coded and x.dtype == jnp.bool_ and where is None:
+    if isinstance(x, jax.ShapeDtypeStruct) and x.dtype == jnp.bool_ and where is None:
+        yield Part(name, x, 1, code=packing.MaskCode("bits", x.shape, expected.nbits(x.shape)))
+    elif coded and x.dtype == jnp.bool_ and where is None:
         code = packing.mask_code(np.asarray(x))
         yield Part(name, x, packing.mask_count(code)[1], code=code)
     else:
@@ -294,6 +310,17 @@ def _parts(x: Any, name: str, where: np.ndarray | None, width: int | None, coded
 
 def nbits(tree: PyTree) -> int:
     """The exact number of bits that ``tree`` takes when it is saved: nodes as they say, arrays by their dtype.
+
+    Works on shapes too, ``jc.nbits(jax.eval_shape(lambda p: jc.compress(p, plan), shapes))``: exact for N:M patterns
+    and wherever sizes do not depend on values. Another mask counts as entries kept at random, as many as its method
+    keeps; where that is unknown, as for learned masks or a step that is traced, as one that keeps all, which no mask
+    exceeds.
+
+    Args:
+      tree: any pytree of nodes, arrays and shapes.
+
+    Returns:
+      The number of bits, an ``int``.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc

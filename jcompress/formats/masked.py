@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
+from jcompress.numeric.packing import Expected
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +24,8 @@ class Masked(Compressed):
     Attributes:
       values: float array, or a node that stands for one; its hidden entries are never read.
       mask: boolean array that broadcasts to the shape of ``values``; True keeps.
+      expected: what the method knew of the mask beforehand. Read only where the mask has no values, as from
+        ``jax.eval_shape``; neither compared nor saved.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -33,6 +36,7 @@ class Masked(Compressed):
 
     values: Any
     mask: Any
+    expected: Expected = dataclasses.field(default=Expected(), metadata={"static": True})
     elementwise: ClassVar[tuple[str, ...]] = ("values",)
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:

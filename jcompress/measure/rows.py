@@ -39,8 +39,8 @@ class Row:
       scale_bytes: scales and zero points.
       dense_bytes: what the dense array took.
       ratio: ``dense_bytes / stored_bytes``.
-      relative_error: ``||w - w'|| / ||w||``, Frobenius norms; 0 if both are zero. The total's is over all
-        floating-point parameters as one vector.
+      relative_error: ``||w - w'|| / ||w||``, Frobenius norms; 0 if both are zero, NaN of shapes alone. The
+        total's is over all floating-point parameters as one vector.
       multiply_adds: of one call, by the cost that was given to the report; else None.
     """
 
@@ -85,6 +85,8 @@ class Measured(NamedTuple):
 
 def measure(w: Any, leaf: Any) -> Measured:
     """Compare one dense array with the node or array that stands for it."""
+    if is_abstract(w) or is_abstract(leaf):
+        return _measured_from_shapes(w, leaf)
     norms = jax.device_get(_norms(w, leaf))
     unit, counted = float(norms.unit) ** 2, jnp.issubdtype(w.dtype, jnp.inexact)
     return Measured(
@@ -95,6 +97,26 @@ def measure(w: Any, leaf: Any) -> Measured:
         square=unit * float(norms.square),
         error=unit * float(norms.error),
         counted=bool(counted),
+    )
+
+
+def is_abstract(x: Any) -> bool:
+    """Whether ``x`` is, or holds, the shape of an array in place of its values."""
+    return any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x))
+
+
+def _measured_from_shapes(w: Any, leaf: Any) -> Measured:
+    """The same of shapes: sizes as ``jc.nbits`` expects them, and no error."""
+    size = math.prod(w.shape)
+    expected = getattr(leaf, "expected", None)
+    return Measured(
+        size=size,
+        nonzeros=size if expected is None else expected.count(size),
+        bits=_bits(leaf),
+        dense_bits=core.leaf_nbits(w),
+        square=math.nan,
+        error=math.nan,
+        counted=bool(jnp.issubdtype(w.dtype, jnp.inexact)),
     )
 
 
@@ -171,4 +193,6 @@ def make_row(path: str, shape: tuple[int, ...], dtype: str, method: str, measure
 def _relative(error: float, square: float) -> float:
     if square == 0:
         return 0.0 if error == 0 else math.inf if error > 0 else math.nan
+    if math.isnan(square):
+        return math.nan
     return math.sqrt(error / square)

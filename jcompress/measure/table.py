@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,10 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None,
 
     Raises:
       ValueError: if the two differ in structure or shape, ``before`` holds nodes, the plan or the cost is for
-        other parameters, or the arrays are abstract, as under ``jit``. The message names the path.
+        other parameters, or the arrays are traced, as under ``jit``. The message names the path.
+
+    Shapes serve as well, before there are weights: ``jc.report(shapes, jax.eval_shape(compress, shapes), plan)``. Sizes
+    are then those of :func:`jcompress.nbits` for shapes, and no error is shown.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -96,6 +100,8 @@ def _named(path: str | None) -> str:
 
 
 def _as_array(path: str, x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
     if not core.is_concrete(x):
         raise ValueError(f"{path}: report reads values, found {type(x).__name__}; call it outside jit")
     if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
@@ -104,7 +110,7 @@ def _as_array(path: str, x: Any) -> Any:
 
 
 def _check_leaf(path: str, w: Any, leaf: Any) -> None:
-    if not all(map(core.is_concrete, jax.tree.leaves(leaf))):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf)):
         raise ValueError(f"{path}: report reads values, found an abstract {type(leaf).__name__}; call it outside jit")
     shape = jax.eval_shape(core.dense, leaf).shape
     if shape != w.shape:
@@ -169,17 +175,33 @@ class Report:
 def _row_cells(row: Row, kinds: list[str]) -> list[str]:
     is_total = not row.dtype
     return [
-        _clip(row.path, 36, keep_end=True),
+        _elided(row.path, 36),
         str(row.size) if is_total else "x".join(map(str, row.shape)) or "scalar",
-        f"{100 * row.density:.3g}%",
+        _percent(row.density),
         f"{row.bits_per_weight:.2f}",
         in_bytes(row.stored_bytes),
         *(in_bytes(cost) if cost else "-" for cost in (getattr(row, f"{kind}_bytes") for kind in kinds)),
         _ratio(row.ratio),
         *([] if row.multiply_adds is None else [in_thousands(row.multiply_adds)]),
-        f"{row.relative_error:.3g}",
+        "-" if math.isnan(row.relative_error) else f"{row.relative_error:.3g}",
         row.method,
     ]
+
+
+def _percent(density: float) -> str:
+    """Never 0% of what has an entry, nor 100% of what lacks one."""
+    shown = f"{100 * density:.3g}%"
+    if shown == "100%" and density < 1:
+        return ">99.9%"
+    return f"{100 * density:.1g}%" if 0 < density < 1e-3 else shown
+
+
+def _elided(path: str, width: int) -> str:
+    """A path with its middle left out, if it is long: its ends tell most."""
+    if len(path) <= width:
+        return path
+    kept = width - 1
+    return f"{path[: kept // 3]}…{path[-(kept - kept // 3) :]}"
 
 
 def _ratio(ratio: float) -> str:
@@ -193,10 +215,8 @@ def _aligned(cells: list[str], widths: list[int], head: list[str]) -> str:
     return "  ".join(x.ljust(width) if name in left else x.rjust(width) for x, width, name in columns).rstrip()
 
 
-def _clip(text: str, width: int, keep_end: bool = False) -> str:
-    if len(text) <= width:
-        return text
-    return "…" + text[1 - width :] if keep_end else text[: width - 1] + "…"
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _html_row(cells: list[str], tag: str) -> str:

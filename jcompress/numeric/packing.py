@@ -282,3 +282,43 @@ def _subsets(numbers: np.ndarray, n: int, m: int) -> np.ndarray:
     if rest.any() or left.any():
         raise ValueError(f"found a number beyond the {math.comb(m, n)} choices of {n} among {m}")
     return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Expected:
+    """What is known of a mask before it has values: nothing that tells one mask from another, so all are equal.
+
+    Attributes:
+      density: the part of entries kept; None if unknown.
+      group: the size of the groups along axis -2 that each keep that part, or None.
+    """
+
+    density: float | None = None
+    group: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Expected)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def count(self, size: int) -> int:
+        """How many of ``size`` entries are kept; all, where that is unknown."""
+        return size if self.density is None else round(self.density * size)
+
+    def nbits(self, shape: tuple[int, ...]) -> int:
+        """The bits of a mask of this shape: exact in groups, else expected of entries that are kept at random."""
+        size = math.prod(shape)
+        if self.density is None:
+            return size
+        if self.group is not None:
+            kept = round(self.density * self.group)
+            return size // self.group * (math.comb(self.group, kept) - 1).bit_length()
+        kept, hidden = self.count(size), 1 - self.density
+        if kept in (0, size):
+            return 1 if kept else 0  # a constant mask has one entry
+        gaps = []
+        for width in range(1, 17):
+            far = hidden ** ((1 << width) - 1)
+            gaps.append(round(width * kept * (1 + far / (1 - far))))
+        return min(size, *gaps)
