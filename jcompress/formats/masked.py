@@ -36,7 +36,7 @@ class Masked(Compressed):
 
     values: Any
     mask: Any
-    expected: Expected = dataclasses.field(default=Expected(), metadata={"static": True})
+    expected: Expected = dataclasses.field(default=Expected(), metadata={"static": True, "saved": False})
     elementwise: ClassVar[tuple[str, ...]] = ("values",)
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:

@@ -166,7 +166,7 @@ def node_spec(node: Compressed, path: str, parts: Mapping[str, Part], prefix: st
     for field in dataclasses.fields(node):  # type: ignore[arg-type]  # every format is a dataclass
         x = getattr(node, field.name)
         if field.metadata.get("static"):
-            if not _is_default(x, field):
+            if field.metadata.get("saved", True) and not _is_default(x, field):
                 spec[field.name] = _encode_static(x, join(path, field.name))
         elif not (x is None and field.default is None):
             spec[field.name] = _encode_field(x, path, parts, prefix + field.name)
