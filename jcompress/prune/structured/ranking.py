@@ -125,10 +125,8 @@ def random(groups: Mapping[str, Group], key: jax.Array) -> dict[str, jax.Array]:
       >>> structured.random({"hidden": jc.trace.Group(size=3)}, jax.random.key(0))["hidden"].shape
       (3,)
     """
-    return {
-        name: jax.random.uniform(rules.key_of(key, name), (group.size,))
-        for name, group in units.prunable(groups).items()
-    }
+    keys = {name: rules.key_of(key, name) for name in units.prunable(groups)}
+    return {name: jax.random.uniform(own, (groups[name].size,)) for name, own in keys.items() if own is not None}
 
 
 def l1(
