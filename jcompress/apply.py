@@ -116,12 +116,12 @@ def _foretold(node: Any, method: Any, step: Any) -> Any:
         return node
     pattern = getattr(method, "pattern", None)
     pattern = getattr(pattern, "pattern", None) or pattern
-    if getattr(pattern, "sparsity", None) is not None:
-        expected = Expected(1 - pattern.sparsity, getattr(pattern, "m", None))
-    else:
-        sparsity = None if callable(method.sparsity) and step is None else core.value_at(method.sparsity, step)
-        known = sparsity is not None and core.is_concrete(sparsity)
-        expected = Expected(1 - float(sparsity)) if known else Expected()
+    fixed = getattr(pattern, "sparsity", None)
+    if fixed is not None:
+        return dataclasses.replace(node, expected=Expected(1 - fixed, getattr(pattern, "m", None)))
+    sparsity: Any = None if callable(method.sparsity) and step is None else core.value_at(method.sparsity, step)
+    known = sparsity is not None and core.is_concrete(sparsity)
+    expected = Expected(1 - float(sparsity)) if known else Expected()
     return dataclasses.replace(node, expected=expected)
 
 

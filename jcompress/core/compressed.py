@@ -289,7 +289,7 @@ def _both(node: Compressed, mask: Any, where: Any) -> Any:
         return mask if where is None else mask & where
     found = [getattr(node, "expected", packing.Expected()), where]
     known = [x for x in found if isinstance(x, packing.Expected) and x.density is not None]
-    return min(known, key=lambda x: x.density, default=packing.Expected())
+    return min(known, key=lambda x: x.density or 0.0, default=packing.Expected())
 
 
 def _parts(x: Any, name: str, where: Any, width: int | None, coded: bool, expected: packing.Expected) -> Iterator[Part]:

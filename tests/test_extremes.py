@@ -1,0 +1,52 @@
+"""Numbers near the ends of float32: as good as at scale 1, or an error by path, never NaN without a word."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jcompress as jc
+
+Q = jc.quantize
+METHODS = [
+    jc.share.KMeans(4),
+    jc.share.KMeans(4, scope="global"),
+    jc.factorize.SVD(rank=3),
+    jc.factorize.SVD(energy=0.9),
+    jc.factorize.SVD(rank=3, randomized=True),
+    Q.Int(1),
+    Q.Int(8),
+    Q.Int(4, symmetric=False),
+    Q.Int(2, clip="mse"),
+    Q.Int(4, axis=None, clip=Q.ranges.KL(128)),
+    Q.HQQ(3, group_size=8),
+    Q.Ternary(),
+    Q.ABCNet(2),
+    Q.NF4(8),
+    jc.prune.Magnitude(0.5),
+]
+
+
+def error(method, x, dtype=jnp.float32):
+    params = {"w": jnp.asarray(x, jnp.float32).astype(dtype)}
+    small = jc.compress(params, jc.plan(params, [("w", method)]), key=jax.random.key(0))
+    w, found = (np.asarray(y["w"].astype(jnp.float32), np.float64) for y in (params, jc.materialize(small)))
+    assert np.isfinite(found).all()
+    return np.linalg.norm(w - found) / np.linalg.norm(w)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(3e38, "float32"), (1e30, "float32"), (1e-30, "float32"), (3e38, "bfloat16")]
+)
+def test_the_relative_error_is_that_at_scale_one(method, scale, dtype, rng):
+    x = rng.normal(size=(16, 8))
+    x /= np.abs(x).max()
+    assert error(method, scale * x, dtype) == pytest.approx(error(method, x, dtype), rel=0.02, abs=0.01)
+
+
+@pytest.mark.parametrize("method", [Q.Int(4, power_of_two=True), Q.PowersOfTwo(3)], ids=repr)
+def test_what_rounds_beyond_the_greatest_number_is_named(method):
+    params = {"layer": {"kernel": jnp.full((4, 4), 3e38)}}
+    with pytest.raises(ValueError, match=r"layer/kernel: found magnitudes up to 3e\+38.*divide the leaf"):
+        jc.compress(params, jc.plan(params, [(".*", method)]))
