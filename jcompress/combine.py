@@ -52,6 +52,9 @@ def chain(*methods: Method) -> Method:
     Returns:
       A method.
 
+    Raises:
+      ValueError: without a method.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> method = jc.chain(jc.prune.Magnitude(sparsity=0.5), jc.quantize.Int(bits=4))
@@ -141,6 +144,9 @@ def residual(*methods: Method) -> Method:
 
     Returns:
       A method.
+
+    Raises:
+      ValueError: for fewer than two methods.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc

@@ -127,6 +127,13 @@ class Plan(Mapping):
       groups: ``{path: number}``.
       shapes: ``{path: shape}``, where known.
       notes: what is worth telling about the rules.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"a": jnp.ones(4), "b": jnp.ones(4)}
+      >>> plan = jc.plan(params, [(".*", jc.prune.Magnitude(sparsity=0.5))])
+      >>> plan.replace({"a": None})["a"] is None, list(plan), plan["b"].sparsity
+      (True, ['a', 'b'], 0.5)
     """
 
     def __init__(

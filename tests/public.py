@@ -14,6 +14,17 @@ import jcompress as jc
 
 # Rooms whose methods come from the literature: their docstrings name the paper.
 LITERATURE = ("distill", "factorize", "prune", "quantize", "share")
+# Plain ways, and protocols.
+OF_NO_PAPER = (
+    "prune.dynamic.Rule",
+    "prune.dynamic.Static",
+    "quantize.Float",
+    "quantize.Table",
+    "quantize.ranges.Fixed",
+    "quantize.ranges.MSE",
+    "quantize.ranges.MinMax",
+    "quantize.ranges.Percentile",
+)
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Example")
 
 
@@ -105,6 +116,6 @@ def gaps(path, value):
             found.add("returns")
     if callable(value) and _raises(value) and "Raises" not in parts:
         found.add("raises")
-    if is_method(path, value) and not re.search(r"\b(19|20)\d\d\b", doc):
+    if is_method(path, value) and path not in OF_NO_PAPER and not re.search(r"\b(19|20)\d\d\b|\b\d{4}\.\d{5}\b", doc):
         found.add("paper")
     return found

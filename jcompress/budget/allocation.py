@@ -28,6 +28,12 @@ Costs = Callable[[PyTree], Mapping[str, float]]
 def bits(tree: PyTree) -> dict[str, int]:
     """The exact stored bits of each leaf, by path; their sum is ``jc.nbits(tree)``.
 
+    Args:
+      tree: any pytree of arrays and nodes.
+
+    Returns:
+      ``{path: bits}``.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> jc.budget.bits({"a": jnp.ones((2, 3)), "b": jc.quantize.Int(bits=4)(jnp.ones((2, 3)))})
@@ -65,6 +71,12 @@ class Options:
     Attributes:
       errors: ``{path: {name: error}}``.
       costs: ``{path: {name: cost}}``.
+
+    Example:
+      >>> from jcompress import budget
+      >>> known = budget.Options(errors={"w": {"int4": 0.5, "int8": 0.1}}, costs={"w": {"int4": 4, "int8": 8}})
+      >>> known.total({"w": "int4"})
+      (0.5, 4)
     """
 
     errors: dict[str, dict[str, float]]
@@ -113,6 +125,14 @@ def options(
     Raises:
       ValueError: without plans, for plans of other parameters, for a method that decides for several leaves, or where
         the measure has no statistics; the message names the path.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.array([[1.0, 0.4], [-7.0, 7.0]])}
+      >>> plans = {f"int{b}": jc.plan(params, [("w", jc.quantize.Int(bits=b))]) for b in (2, 8)}
+      >>> found = jc.budget.options(params, plans, measure="weight")
+      >>> found.costs["w"], found.errors["w"]["int2"] > found.errors["w"]["int8"]
+      ({'int2': 72, 'int8': 96}, True)
     """
     _check(params, plans)
     measured = measures.measure_of(measure, stats) if isinstance(measure, str) else measure

@@ -26,6 +26,9 @@ def parameter_count(params: PyTree, groups: Mapping[str, Group]) -> CostOfKeep:
     Returns:
       ``cost(keep)``, for :func:`netadapt`. Multiply-adds are counted by ``groups.multiply_adds``.
 
+    Returns:
+      ``count(keep) -> float``; ``{}`` keeps all.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}

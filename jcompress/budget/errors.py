@@ -17,7 +17,21 @@ Measure = Callable[[str, jax.Array, jax.Array], Any]
 
 
 def weight_error(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
-    """``||value - w||_F**2``."""
+    """``||value - w||_F**2``.
+
+    Args:
+      path: not read; all measures take it.
+      w: the dense array.
+      value: what it became, of the same shape.
+
+    Returns:
+      A float32 scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> float(jc.budget.weight_error("w", jnp.zeros(2), jnp.array([3.0, 4.0])))
+      25.0
+    """
     return jnp.square(value.astype(jnp.float32) - w.astype(jnp.float32)).sum()
 
 
@@ -55,6 +69,18 @@ def curvature_error(curvature: Mapping[str, Any]) -> Measure:
     Args:
       curvature: ``{path: h}``: the Hessian's largest eigenvalue, from :func:`top_eigenvalues`, or its mean trace, which
         HAWQ-V2 takes (arXiv:1911.03852): the mean of ``stats[path].hessian_diagonal``.
+
+    Returns:
+      ``measure(path, w, value)``, for :func:`options` and :func:`mixed`.
+
+    Raises:
+      ValueError: when it is asked for a path without a curvature.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> measure = jc.budget.curvature_error({"w": 2.0})
+      >>> float(measure("w", jnp.zeros(2), jnp.ones(2)))
+      4.0
     """
 
     def measure(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
@@ -72,6 +98,16 @@ def loss_change(loss: Callable[..., Any], params: PyTree, *batch: Any) -> Measur
       loss: ``loss(params, *batch)``, a scalar.
       params: the dense parameters.
       *batch: data.
+
+    Returns:
+      ``measure(path, w, value)``, for :func:`options` and :func:`mixed`.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> measure = jc.budget.loss_change(lambda p, x: (p["w"] * x).sum(), params, jnp.ones(2))
+      >>> float(measure("w", params["w"], jnp.array([1.0, 3.0])))
+      1.0
     """
     dense = rules.leaves(params)
     run = jax.jit(lambda arrays, batch: loss(rules.rebuild(params, arrays), *batch))
@@ -88,6 +124,21 @@ def measure_of(name: str, stats: Mapping[str, Any] | None) -> Measure:
 
     ``"weight"`` is :func:`weight_error`, ``"output"`` and ``"relative"`` are :func:`output_error`, and ``"trace"`` is
     :func:`curvature_error` with the mean of ``hessian_diagonal``.
+
+    Args:
+      name: ``"weight"``, ``"output"``, ``"relative"`` or ``"trace"``.
+      stats: from ``jc.calibrate``; ``"weight"`` needs none.
+
+    Returns:
+      ``measure(path, w, value)``, the error of one compressed leaf.
+
+    Raises:
+      ValueError: for another name, or without the statistics that it needs.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> float(jc.budget.measure_of("weight", None)("w", jnp.zeros(2), jnp.ones(2)))
+      2.0
     """
     if name == "weight":
         return weight_error
@@ -118,6 +169,9 @@ def top_eigenvalues(
 
     Returns:
       ``{path: eigenvalue}`` of all trainable leaves.
+
+    Raises:
+      ValueError: for fewer than one step.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc

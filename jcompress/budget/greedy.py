@@ -30,6 +30,11 @@ class Round:
       target: the cost that the round was to reach.
       score: of the model after the round.
       proposals: the score of each group's proposal.
+
+    Example:
+      >>> from jcompress import budget
+      >>> budget.Round("up[1]", kept=4, cost=50.0, target=50.0, score=0.9, proposals={"up[1]": 0.9}).kept
+      4
     """
 
     group: str
@@ -49,6 +54,14 @@ class Adapted:
       params: fine-tuned, of the old shapes, zero where units are cut.
       cost: of what stays.
       history: the rounds.
+
+    Example:
+      >>> import numpy as np
+      >>> from jcompress import budget
+      >>> first = budget.Round("up[1]", kept=4, cost=50.0, target=50.0, score=0.9, proposals={"up[1]": 0.9})
+      >>> found = budget.Adapted({"up[1]": np.arange(8) < 4}, params={}, cost=50.0, history=(first,))
+      >>> int(found.keep["up[1]"].sum()), found.history[0].kept
+      (4, 4)
     """
 
     keep: dict[str, np.ndarray]

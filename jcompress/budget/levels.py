@@ -166,6 +166,9 @@ def scan(
       plan: as for :func:`uniform`.
       levels: sparsities in [0, 1].
 
+    Returns:
+      ``{path: {sparsity: loss}}``, for :func:`by_sensitivity`.
+
     Raises:
       ValueError: for a level outside [0, 1], or a method without a sparsity.
 

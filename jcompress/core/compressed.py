@@ -29,6 +29,12 @@ class Compressed:
     say so, and its size, its file and its projection all follow from these two.
 
     A field may hold another node in place of an array, so nodes nest.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> node = jc.quantize.Int(bits=4)(jnp.ones((8, 2)))
+      >>> isinstance(node, jc.Compressed), node.shape, node.nbits()
+      (True, (8, 2), 128)
     """
 
     elementwise: ClassVar[tuple[str, ...]] = ()
@@ -144,6 +150,9 @@ def materialize(tree: PyTree, key: jax.Array | None = None) -> PyTree:
       key: for nodes that sample. Each node gets a key of its own; without one, a node gives its mean or
         test-time value.
 
+    Returns:
+      The tree with dense arrays in place of nodes.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> w = jnp.array([[1.0, -3.0], [0.5, 2.0]])
@@ -157,7 +166,20 @@ def materialize(tree: PyTree, key: jax.Array | None = None) -> PyTree:
 
 
 def finalize(tree: PyTree) -> PyTree:
-    """Turn training forms into storage forms, innermost first; storage forms stay as they are."""
+    """Turn training forms into storage forms, innermost first; storage forms stay as they are.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The tree with storage forms, such as ``Masked`` for a stochastic gate; ready for :func:`jcompress.save`.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> node = jc.prune.dynamic.Movement(sparsity=0.5)(jnp.array([1.0, -3.0]))
+      >>> type(node).__name__, type(jc.finalize({"w": node})["w"]).__name__
+      ('Scored', 'Masked')
+    """
 
     def inner(x: Any) -> Any:
         if not is_node(x):
@@ -186,6 +208,9 @@ def is_trainable(x: Any) -> bool:
 def split(tree: PyTree) -> tuple[PyTree, PyTree]:
     """Separate the leaves an optimizer may touch from the rest.
 
+    Args:
+      tree: any pytree of arrays and nodes.
+
     Returns:
       ``(train, held)``: two trees of the structure of ``tree``, with ``None`` where the other has a leaf.
 
@@ -207,8 +232,21 @@ def split(tree: PyTree) -> tuple[PyTree, PyTree]:
 def merge(train: PyTree, held: PyTree) -> PyTree:
     """Put together again what :func:`split` separated.
 
+    Args:
+      train: the leaves that train, or others of their structure, such as updated ones.
+      held: the rest.
+
+    Returns:
+      The tree that was split.
+
     Raises:
       ValueError: if the two trees are not halves of one.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> train, held = jc.split({"w": jc.quantize.Int(bits=8)(jnp.ones((4, 4)))})
+      >>> jc.merge(train, held)["w"]
+      Quantized(codes=int8[4,4], scale=float32[1,4], bits=8)
     """
 
     def either(path: Any, t: Any, h: Any) -> Any:

@@ -26,6 +26,12 @@ class Context:
       previous: the node that was fitted last time.
       where: entries of the array that matter, when a mask stands around it.
       path: the path of the leaf, for error messages.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> score = jc.prune.scores.taylor
+      >>> score(jnp.array([1.0, -2.0]), jc.Context(grad=jnp.array([3.0, 0.5]))).tolist()
+      [3.0, 1.0]
     """
 
     step: Any = None
@@ -46,6 +52,9 @@ class Method:
     ``joint`` and writes ``fit`` in place of ``__call__``. A method made of others names the fields that hold them in
     ``wraps``: their needs, checks and decisions are then its own. A sparsity, a scope and a pattern, where a method has
     them, are fields of these names.
+
+    Raises:
+      TypeError: when it is called, for a subclass that writes neither ``__call__`` nor ``fit``.
 
     Example:
       >>> import dataclasses, jax.numpy as jnp, jcompress as jc

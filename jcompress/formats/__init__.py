@@ -18,7 +18,7 @@ from jcompress.formats.rescaled import Rescaled
 from jcompress.formats.rotated import Rotated
 from jcompress.formats.scored import Scored
 from jcompress.formats.soft_threshold import SoftThreshold
-from jcompress.formats.spectral import Spectral
+from jcompress.formats.spectral_form import Spectral
 from jcompress.formats.squeezed import Squeezed
 from jcompress.formats.sum import Sum
 from jcompress.formats.ternarized import Ternarized

@@ -22,6 +22,12 @@ class Sum(Compressed):
 
     Attributes:
       terms: a tuple of nodes that stand for arrays of one shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> kept = jc.formats.Masked(jnp.array([5.0, 0.0]), jnp.array([True, False]))
+      >>> jc.formats.Sum((kept, jc.formats.LowRank(jnp.ones((1,)), jnp.ones((1, 2))))).materialize().tolist()
+      [6.0, 1.0]
     """
 
     terms: tuple[Any, ...]

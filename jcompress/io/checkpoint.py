@@ -42,6 +42,9 @@ class Checkpoints:
       max_to_keep: how many of the latest steps to keep, or None for all.
       options: an ``orbax.checkpoint.CheckpointManagerOptions`` instead of ``max_to_keep``, for all that Orbax offers.
 
+    Raises:
+      StorageError: if the directory is a file.
+
     Example:
       >>> import tempfile, jax.numpy as jnp, jcompress as jc
       >>> state = {"params": {"w": jnp.arange(3.0)}, "step": 7}

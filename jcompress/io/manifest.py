@@ -43,7 +43,19 @@ _MOST_ELEMENTS = 1 << 60
 
 
 class StorageError(ValueError):
-    """A tree that cannot be saved, or a file that cannot be loaded as asked."""
+    """A tree that cannot be saved, or a file that cannot be loaded as asked.
+
+    Example:
+      >>> import pathlib, tempfile, jcompress as jc
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "noise.jc"
+      ...     size = path.write_bytes(b"no model")
+      ...     try:
+      ...         tree = jc.load(path)
+      ...     except jc.io.StorageError as error:
+      ...         print("noise.jc" in str(error))
+      True
+    """
 
 
 def too_deep(found: Any = None) -> StorageError:

@@ -20,6 +20,12 @@ class Point:
 
     Raises:
       ValueError: for a size that is not positive, a score that is no number, or a negative deviation.
+
+    Example:
+      >>> from jcompress import measure
+      >>> points = [measure.Point("int8", 4000, 97), measure.Point("int4", 2000, 96), measure.Point("bad", 5000, 90)]
+      >>> len(measure.non_dominated(points))
+      2
     """
 
     label: str

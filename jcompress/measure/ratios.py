@@ -16,6 +16,9 @@ def compression_ratio(original: float, compressed: float) -> float:
       original: bytes, or any other size, before.
       compressed: the same size after. Where it is 0 the ratio is infinite, and 1 if both are.
 
+    Returns:
+      The ratio, above 1 where something was won.
+
     Raises:
       ValueError: for a negative size.
 
@@ -38,6 +41,9 @@ def space_saving(original: float, compressed: float) -> float:
       original: bytes, or any other size, before.
       compressed: the same size after.
 
+    Returns:
+      A fraction of the original size.
+
     Raises:
       ValueError: for a negative size, or one that grew from nothing.
 
@@ -56,6 +62,9 @@ def sparsity(tree: PyTree) -> float:
 
     Args:
       tree: any pytree of arrays and nodes. Integers and booleans count too. A tree without entries has sparsity 0.
+
+    Returns:
+      A fraction in [0, 1].
 
     Example:
       >>> import jax.numpy as jnp

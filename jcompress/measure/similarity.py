@@ -17,6 +17,9 @@ def linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
       x: (n, ...), one row an example; further axes are flattened.
       y: (n, ...), of any width.
 
+    Returns:
+      A float32 scalar in [0, 1].
+
     Raises:
       ValueError: if the numbers of examples differ.
 
@@ -59,6 +62,9 @@ def gaussian_wasserstein(x: jax.Array, y: jax.Array) -> jax.Array:
     Args:
       x: (n, d), one row a sample: of activations, or the neurons of a kernel.
       y: (m, d).
+
+    Returns:
+      A float32 scalar, not negative.
 
     Raises:
       ValueError: if the widths differ.

@@ -132,6 +132,13 @@ class Report:
     Attributes:
       rows: one :class:`Row` a parameter, in the order of the tree.
       total: all parameters together.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> w = {"w": jnp.ones((64, 32))}
+      >>> found = jc.report(w, jc.compress(w, jc.plan(w, [("w", jc.quantize.Int(bits=4))])))
+      >>> len(found.rows), found.total.stored_bytes
+      (1, 1152.0)
     """
 
     rows: tuple[Row, ...]

@@ -20,6 +20,11 @@ class Latency:
       low: the 10th percentile.
       high: the 90th percentile.
       n: how many were timed.
+
+    Example:
+      >>> from jcompress import measure
+      >>> measure.Latency.of([0.001, 0.002, 0.009]).median
+      0.002
     """
 
     median: float

@@ -50,6 +50,9 @@ def crowding(scores: jax.Array, rank: jax.Array) -> jax.Array:
       scores: (n, objectives).
       rank: (n,), from :func:`ranks`.
 
+    Returns:
+      float32 (n,).
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress import measure
@@ -76,6 +79,9 @@ def hypervolume(scores: np.ndarray, reference: np.ndarray) -> float:
     Args:
       scores: (n, objectives), higher is better. Dominated points add nothing.
       reference: (objectives,): what counts as worst. Points not above it in all objectives add nothing.
+
+    Returns:
+      The volume, in the product of the units of the objectives.
 
     Example:
       >>> import numpy as np

@@ -8,7 +8,21 @@ import jax.numpy as jnp
 
 @jax.custom_jvp
 def straight_through(w: jax.Array, value: jax.Array) -> jax.Array:
-    """``value`` forward, exactly; backward the identity in ``w`` (Bengio et al. 2013, arXiv:1308.3432)."""
+    """``value`` forward, exactly; backward the identity in ``w`` (Bengio et al. 2013, arXiv:1308.3432).
+
+    Args:
+      w: what gets the gradient.
+      value: of the shape of ``w``, what is computed with.
+
+    Returns:
+      ``value``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> rounded = lambda w: jc.straight_through(w, jnp.round(w))
+      >>> float(rounded(1.4)), float(jax.grad(rounded)(1.4))
+      (1.0, 1.0)
+    """
     return value
 
 

@@ -302,6 +302,12 @@ def keep_largest(
     Memory beyond the masks is constant, time is a few reads of the scores, and under sharding only scalars cross
     devices. More than 8 scores of fewer shapes are copied once, into one array for each shape (see
     :mod:`jcompress.numeric.batches`), so that compiling takes as long for many as for few.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> a, b = jc.prune.keep_largest([jnp.array([1.0, 5.0]), jnp.array([3.0, 4.0])], 2)
+      >>> a.tolist(), b.tolist()
+      ([False, True], [False, True])
     """
     _check_sizes(scores)
     if not sum(x.size for x in scores):

@@ -28,6 +28,12 @@ class ACIQ:
 
     Raises:
       ValueError: for another density, or on a grid that is not uniform.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> grid = jc.quantize.Int(bits=2, axis=None, clip=jc.quantize.ranges.ACIQ())
+      >>> bool(grid(jnp.array([0.1, -0.2, 0.1, 9.0])).materialize().max() < 9.0)
+      True
     """
 
     density: Literal["laplace", "gaussian"] = "laplace"
@@ -98,6 +104,12 @@ class KL:
 
     Raises:
       ValueError: on a grid that is not uniform and symmetric, or has more levels than there are bins.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> grid = jc.quantize.Int(bits=4, axis=None, clip=jc.quantize.ranges.KL(bins=128))
+      >>> bool(grid(jnp.sin(jnp.arange(1000.0)) ** 9).materialize().max() <= 1.0)
+      True
     """
 
     bins: int = 2048

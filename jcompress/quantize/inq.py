@@ -28,6 +28,9 @@ class INQ(Method):
         over the magnitudes: the ``s`` largest are frozen. Its schedule is that of the paper's parts.
       grid: the method that quantizes.
 
+    Raises:
+      ValueError: for a grid that gives no ``Quantized`` node, or one whose scales train.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> method = jc.quantize.INQ(free=jc.prune.Magnitude(sparsity=0.5))

@@ -48,7 +48,14 @@ def validate(method: Any, grid: Grid) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MinMax:
-    """The full range: nothing is clipped."""
+    """The full range: nothing is clipped.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> grid = jc.quantize.Int(bits=2, axis=None, clip=jc.quantize.ranges.MinMax())
+      >>> grid(jnp.array([1.0, -4.0])).materialize().tolist()
+      [0.0, -4.0]
+    """
 
     def __call__(self, problem: Problem) -> Range:
         """The range of each scale."""
@@ -144,6 +151,13 @@ class MSE:
 
     Attributes:
       candidates: parts of the range that the coarse search tries beside the whole; the fine one tries a third as many.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> x = jnp.array([1.0, -1.0, 1.0, -1.0, 1.6])
+      >>> error = lambda clip: float(jnp.square(jc.quantize.Int(2, axis=None, clip=clip)(x).materialize() - x).sum())
+      >>> error(jc.quantize.ranges.MSE()) < error("minmax")
+      True
     """
 
     candidates: int = 48
@@ -178,7 +192,19 @@ def _least_error(problem: Problem, candidates: int) -> Range:
 
 
 class Observed(NamedTuple):
-    """Moving averages of the ends of a range, and of the number 1; a pytree."""
+    """Moving averages of the ends of a range, and of the number 1; a pytree.
+
+    Attributes:
+      low: float32, the average of minima, not yet divided by ``weight``.
+      high: float32, likewise of maxima.
+      weight: float32 (), ``1 - d**steps``.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> observer = jc.quantize.ranges.MovingAverage(decay=0.5)
+      >>> observer.update(observer.init(), jnp.array([-1.0, 3.0]))
+      Observed(low=Array(-0.5, dtype=float32), high=Array(1.5, dtype=float32), weight=Array(0.5, dtype=float32))
+    """
 
     low: jax.Array
     high: jax.Array
@@ -195,6 +221,9 @@ class MovingAverage:
     Attributes:
       decay: ``d``, in [0, 1); a scalar, traced or not.
       axis: the axis that has a range for each index; None for one range.
+
+    Raises:
+      ValueError: for a decay outside [0, 1).
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc

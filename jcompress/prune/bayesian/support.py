@@ -106,6 +106,13 @@ class SupportPosterior(NamedTuple):
       mean: of each weight.
       variance: of each weight.
       bound: the evidence lower bound after each round, (rounds,); it never falls.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jcompress.prune import bayesian
+      >>> found = bayesian.structured_posterior(jnp.array([1.2, -0.9, 0.01, 0.02]), 1e-3, density=0.5, run=2.0)
+      >>> found.probability.shape, bool((found.bound[1:] >= found.bound[:-1] - 1e-4).all())
+      ((4,), True)
     """
 
     probability: jax.Array
@@ -147,6 +154,9 @@ def structured_posterior(
       kept: shape and rate of the gamma prior of precisions in the support.
       pruned: the same outside, where the expected precision, shape over rate, is large.
       rounds: how many.
+
+    Returns:
+      A :class:`SupportPosterior`.
 
     Example:
       >>> import jax.numpy as jnp

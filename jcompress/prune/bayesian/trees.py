@@ -53,6 +53,13 @@ def penalty(tree: PyTree) -> jax.Array:
 def at_step(tree: PyTree, step: Any) -> PyTree:
     """The tree with its annealed nodes told the training step; works under ``jit``.
 
+    Args:
+      tree: any pytree of arrays and nodes.
+      step: an integer, traced or not.
+
+    Returns:
+      The tree; other nodes stay as they are.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> node = jc.prune.AnnealedChannels(sparsity=0.5, steps=10)(jnp.ones((4, 16)))

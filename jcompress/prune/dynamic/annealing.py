@@ -106,6 +106,17 @@ def gates(logits: PyTree, state: AnnealedState, temperature: optax.ScalarOrSched
       logits: the tree that :func:`asap` trains.
       state: of it.
       temperature: as given to it; a schedule is read at the steps taken.
+
+    Returns:
+      A tree like ``logits``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jcompress.prune import dynamic
+      >>> logits = {"place": jnp.zeros(2)}
+      >>> state = dynamic.asap(optax.sgd(0.5), temperature=1.0, threshold=0.15).init(logits)
+      >>> dynamic.gates(logits, state, 1.0)["place"].tolist()
+      [0.5, 0.5]
     """
     found = _probabilities(logits, state.masks, core.value_at(temperature, state.steps))
     return rules.rebuild(logits, found)

@@ -16,7 +16,17 @@ from jcompress.prune.dynamic.leaves import Leaf
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """Masks that stay as they are: fixed sparse training, as of lottery tickets."""
+    """Masks that stay as they are: fixed sparse training, as of lottery tickets.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import dynamic
+      >>> w, mask = jnp.array([4.0, 0.1, 0.0, 0.0]), jnp.array([True, True, False, False])
+      >>> leaf = dynamic.Leaf(w, mask, jnp.array([0.0, 0.0, 0.0, 9.0]), None, jnp.int32(0), jax.random.key(0))
+      >>> (new,), _ = dynamic.Static()([leaf], None)
+      >>> new.tolist()
+      [True, True, False, False]
+    """
 
     def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
         """The same masks."""
@@ -32,6 +42,15 @@ class SET:
 
     Attributes:
       fraction: the part exchanged, in [0, 1], or an optax schedule of it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import dynamic
+      >>> w, mask = jnp.array([4.0, 0.1, 0.0, 0.0]), jnp.array([True, True, False, False])
+      >>> leaf = dynamic.Leaf(w, mask, jnp.array([0.0, 0.0, 0.0, 9.0]), None, jnp.int32(0), jax.random.key(0))
+      >>> (new,), _ = dynamic.SET(fraction=0.5)([leaf], None)
+      >>> bool(new[0]), int(new.sum())
+      (True, 2)
     """
 
     fraction: Any = 0.3
@@ -56,6 +75,15 @@ class RigL:
     Attributes:
       stop: the step after which masks stay; three quarters of the training, in the paper.
       fraction: the part exchanged at the start, or an optax schedule that takes the place of the cosine.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import dynamic
+      >>> w, mask = jnp.array([4.0, 0.1, 0.0, 0.0]), jnp.array([True, True, False, False])
+      >>> leaf = dynamic.Leaf(w, mask, jnp.array([0.0, 0.0, 0.0, 9.0]), None, jnp.int32(0), jax.random.key(0))
+      >>> (new,), _ = dynamic.RigL(stop=100, fraction=0.5)([leaf], None)
+      >>> new.tolist()
+      [True, False, False, True]
     """
 
     stop: Any

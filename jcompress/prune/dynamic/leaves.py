@@ -22,6 +22,14 @@ class Leaf(NamedTuple):
       momentum: the moving average of dense gradients, or None if the rule reads none.
       step: the steps taken.
       key: a PRNG key of this leaf's and this step's own, or None if training was given none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import dynamic
+      >>> w, mask = jnp.array([4.0, 0.1, 0.0, 0.0]), jnp.array([True, True, False, False])
+      >>> leaf = dynamic.Leaf(w, mask, jnp.array([0.0, 0.0, 0.0, 9.0]), None, jnp.int32(0), jax.random.key(0))
+      >>> leaf.mask.sum().item(), leaf.momentum is None
+      (2, True)
     """
 
     w: jax.Array
@@ -38,6 +46,16 @@ class Rule(Protocol):
 
     :class:`NeST` alone changes the number. Two things are optional: ``memory()`` gives what the rule remembers at the
     start, and ``decay`` says that the rule reads the momentum, and at what rate it is to be averaged.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import dynamic
+      >>> w, mask = jnp.array([4.0, 0.1, 0.0, 0.0]), jnp.array([True, True, False, False])
+      >>> leaf = dynamic.Leaf(w, mask, jnp.array([0.0, 0.0, 0.0, 9.0]), None, jnp.int32(0), jax.random.key(0))
+      >>> def rotate(leaves, memory):
+      ...     return [jnp.roll(leaf.mask, 1) for leaf in leaves], memory
+      >>> isinstance(rotate, dynamic.Rule), rotate([leaf], None)[0][0].tolist()
+      (True, [False, True, True, False])
     """
 
     def __call__(self, leaves: Sequence[Leaf], memory: Any, /) -> tuple[list[jax.Array], Any]:

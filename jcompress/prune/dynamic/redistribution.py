@@ -28,6 +28,15 @@ class SparseMomentum:
       fraction: the part dropped, in [0, 1], or an optax schedule of it.
       decay: the rate at which dense gradients are averaged: ``m <- decay * m + (1 - decay) * g``. The average is held
         beside the optimizer, so any optimizer will do.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import dynamic
+      >>> w, mask = jnp.array([4.0, 0.1, 0.0, 0.0]), jnp.array([True, True, False, False])
+      >>> leaf = dynamic.Leaf(w, mask, jnp.zeros(4), jnp.array([1.0, 1.0, 0.0, 9.0]), jnp.int32(0), jax.random.key(0))
+      >>> (new,), _ = dynamic.SparseMomentum(fraction=0.5)([leaf], None)
+      >>> new.tolist()
+      [True, False, False, True]
     """
 
     fraction: Any = 0.2
@@ -57,6 +66,16 @@ class DSR:
       fraction: the part of all active weights that should be dropped each time.
       tolerance: how far off that may be before the threshold moves.
       threshold: the first threshold.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import dynamic
+      >>> w, mask = jnp.array([4.0, 0.1, 0.0, 0.0]), jnp.array([True, True, False, False])
+      >>> leaf = dynamic.Leaf(w, mask, jnp.array([0.0, 0.0, 0.0, 9.0]), None, jnp.int32(0), jax.random.key(0))
+      >>> rule = dynamic.DSR(threshold=1.0)
+      >>> (new,), threshold = rule([leaf], rule.memory())
+      >>> bool(new[0]), int(new.sum())
+      (True, 2)
     """
 
     fraction: Any = 0.01

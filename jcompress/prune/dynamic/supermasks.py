@@ -223,6 +223,12 @@ def _chooser(path: str, method: Any, step: Any) -> Any:
 def score_penalty(tree: PyTree) -> jax.Array:
     """``sum(sigmoid(scores))`` over all ``Scored`` nodes: the penalty of soft movement pruning, to be scaled and added.
 
+    Args:
+      tree: any pytree of arrays and nodes.
+
+    Returns:
+      A scalar.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> node = jc.prune.dynamic.Movement(threshold=-2.0)(jnp.ones(4))

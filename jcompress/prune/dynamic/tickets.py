@@ -25,6 +25,13 @@ class Ticket(NamedTuple):
       params: the first or early parameters, bit for bit where the masks keep, exactly 0.0 elsewhere.
       masks: ``{path: mask}`` of the pruned leaves.
       trained: the parameters at the end of the training that chose the last masks.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> first, masks = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([True, False])}
+      >>> ticket = jc.prune.dynamic.Ticket(first, masks, trained={"w": jnp.ones(2)})
+      >>> jc.nodes(ticket.params, ticket)["w"].mask.tolist()
+      [True, False]
     """
 
     params: PyTree
@@ -119,6 +126,16 @@ def _pruned(trained: dict[str, jax.Array], masks: Masks, sparsity: float, scope:
 def mask_distance(a: Masks, b: Masks) -> jax.Array:
     """The fraction of entries in which two sets of masks differ: their Hamming distance over their size.
 
+    Args:
+      a: ``{path: boolean array}``.
+      b: of the same paths and shapes.
+
+    Returns:
+      A float32 scalar in [0, 1].
+
+    Raises:
+      ValueError: for other paths.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> a, b = {"w": jnp.array([True, True, False, False])}, {"w": jnp.array([True, False, True, False])}
@@ -137,6 +154,12 @@ class EarlyBird(NamedTuple):
     Attributes:
       masks: those of the last time.
       distances: the last distances between successive masks, the oldest first; infinite where there is none yet.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> state = jc.prune.dynamic.early_bird({"scale": jnp.array([True, False])}, window=1)
+      >>> state.update({"scale": jnp.array([False, True])}).distances.tolist()
+      [1.0]
     """
 
     masks: dict[str, jax.Array]
@@ -159,6 +182,9 @@ def early_bird(masks: Mapping[str, jax.Array], window: int = 5) -> EarlyBird:
       masks: the first masks, ``{path: boolean array}``: by the magnitude of batch-norm scales in the paper, by anything
         here.
       window: how many distances in a row must be small; one an epoch in the paper.
+
+    Returns:
+      An :class:`EarlyBird`.
 
     Raises:
       ValueError: if ``window`` is not positive.

@@ -51,6 +51,16 @@ class Surgery:
       low: a number or an optax schedule.
       high: a number or an optax schedule, above ``low``.
       relative: whether ``low`` and ``high`` count in means of ``|w|`` over the leaf.
+
+    Raises:
+      ValueError: unless ``0 <= low <= high``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jcompress.prune import dynamic
+      >>> tx = dynamic.latent(optax.sgd(0.1), dynamic.Surgery(low=0.5, high=1.0))
+      >>> tx.init({"w": jnp.array([0.1, 2.0])}).masks["w"].tolist()
+      [False, True]
     """
 
     low: Any
@@ -86,6 +96,16 @@ class TopKAST:
       forward: the fraction of zeros the network sees, a number or an optax schedule.
       backward: the fraction of weights that do not learn, at most ``forward``.
       decay: the strength of the penalty.
+
+    Raises:
+      ValueError: for sparsities outside [0, 1], or in the wrong order.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jcompress.prune import dynamic
+      >>> tx = dynamic.latent(optax.sgd(0.1), dynamic.TopKAST(0.5, 0.5))
+      >>> tx.init({"w": jnp.array([0.1, 2.0])}).masks["w"].tolist()
+      [False, True]
     """
 
     forward: Any

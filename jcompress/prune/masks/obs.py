@@ -28,6 +28,9 @@ def obs_saliency(w: jax.Array, inverse: jax.Array) -> jax.Array:
       w: (k,) weights, or (k, n) with outputs last that share the Hessian.
       inverse: (k, k), the inverse of the Hessian.
 
+    Returns:
+      The saliencies, in the shape of ``w``.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> jc.prune.obs_saliency(jnp.array([2.0, 4.0]), jnp.diag(jnp.array([1.0, 4.0]))).tolist()
@@ -49,6 +52,9 @@ def obs_step(w: jax.Array, inverse: jax.Array, index: Any) -> jax.Array:
       inverse: (k, k), the inverse of the Hessian.
       index: q, which may be traced.
 
+    Returns:
+      (k,), to be added to ``w``.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> inverse = jnp.array([[1.0, 0.5], [0.5, 1.0]])
@@ -67,6 +73,9 @@ def inverse_hessian(x: jax.Array, damping: Any = 1e-6) -> jax.Array:
     Args:
       x: (n, k), the gradients or inputs.
       damping: positive; a traced scalar works too.
+
+    Returns:
+      (k, k), of the dtype of ``x``.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc

@@ -47,6 +47,9 @@ class NM:
       n: how many are kept.
       m: of how many.
 
+    Raises:
+      ValueError: unless ``0 <= n <= m`` and ``m >= 1``.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> jc.prune.NM(2, 4).mask(jnp.array([[1.0], [4.0], [3.0], [2.0]])).ravel().tolist()
@@ -111,6 +114,9 @@ class Block:
 
     Attributes:
       shape: the block's size along the last axes; it must divide them. Further axes in front are of size 1.
+
+    Raises:
+      ValueError: for a size that is not positive.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc

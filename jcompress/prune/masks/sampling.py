@@ -21,6 +21,12 @@ def sampled(score: scores.Score) -> scores.Score:
     The weight drawn first is each with probability ``s / sum s``, the next in proportion among the rest, and so on
     (Efraimidis & Spirakis 2006; the same order as of ``log s`` plus Gumbel noise). What ``score`` reads, and a key.
 
+    Args:
+      score: one that is not negative.
+
+    Returns:
+      A score.
+
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
       >>> score = jc.prune.sampled(jc.prune.scores.magnitude)

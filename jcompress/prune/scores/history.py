@@ -19,6 +19,11 @@ class AccumulatedScores(NamedTuple):
 
     Attributes:
       scores: ``{path: float32 array}``.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> jc.prune.AccumulatedScores({"w": jnp.array([1.0, 3.0])}).scores["w"].tolist()
+      [1.0, 3.0]
     """
 
     scores: dict[str, jax.Array]

@@ -24,6 +24,12 @@ _Score = TypeVar("_Score", bound=Callable[..., Any])
 def reads(*needs: str) -> Callable[[_Score], _Score]:
     """Say what a score reads from its context.
 
+    Args:
+      *needs: names of the context: ``"grad"``, ``"key"``, ``"stats.gram"``.
+
+    Returns:
+      A decorator that marks a score.
+
     Example:
       >>> from jcompress.prune import scores
       >>> @scores.reads("grad")
@@ -41,15 +47,40 @@ def reads(*needs: str) -> Callable[[_Score], _Score]:
 
 
 def needs(score: Score) -> tuple[str, ...]:
-    """What a score reads from its context."""
+    """What a score reads from its context.
+
+    Args:
+      score: any score.
+
+    Returns:
+      Names of the context, such as ``("grad",)``; empty if it reads the array alone.
+
+    Example:
+      >>> from jcompress.prune import scores
+      >>> scores.needs(scores.taylor), scores.needs(scores.magnitude)
+      (('grad',), ())
+    """
     return tuple(getattr(score, "needs", ()))
 
 
 def evaluate(score: Score, w: jax.Array, context: Context) -> jax.Array:
     """The scores of one array, once what the score reads is known to be there.
 
+    Args:
+      score: any score.
+      w: the array.
+      context: what is known about it.
+
+    Returns:
+      The scores, in the shape of ``w``.
+
     Raises:
       ValueError: if something is missing; the message names the path.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> jc.prune.scores.evaluate(jc.prune.scores.magnitude, jnp.array([1.0, -2.0]), jc.Context()).tolist()
+      [1.0, 2.0]
     """
     for need in needs(score):
         found: Any = context
@@ -73,6 +104,13 @@ _HINTS = {
 def magnitude(w: jax.Array, context: Context = Context()) -> jax.Array:
     """``|w|`` (Han et al. 2015, arXiv:1506.02626).
 
+    Args:
+      w: the array.
+      context: not read.
+
+    Returns:
+      The scores, in the shape of ``w``.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.prune import scores
@@ -83,19 +121,53 @@ def magnitude(w: jax.Array, context: Context = Context()) -> jax.Array:
 
 
 def squared(w: jax.Array, context: Context = Context()) -> jax.Array:
-    """``w**2``: ranks single weights as the magnitude does, but adds up to energies over a group."""
+    """``w**2``: ranks single weights as the magnitude does, but adds up to energies over a group.
+
+    Args:
+      w: the array.
+      context: not read.
+
+    Returns:
+      The scores, in the shape of ``w``.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> jc.prune.scores.squared(jnp.array([1.0, -2.0])).tolist()
+      [1.0, 4.0]
+    """
     return jnp.square(w)
 
 
 @reads("key")
 def random(w: jax.Array, context: Context) -> jax.Array:
-    """Uniform in [0, 1), sharded as ``w`` is."""
+    """Uniform in [0, 1), sharded as ``w`` is.
+
+    Args:
+      w: the array.
+      context: with ``key``.
+
+    Returns:
+      float32 scores, in the shape of ``w``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> drawn = jc.prune.scores.random(jnp.ones(1000), jc.Context(key=jax.random.key(0)))
+      >>> drawn.shape, bool(0.4 < drawn.mean() < 0.6)
+      ((1000,), True)
+    """
     return jnp.zeros_like(w, jnp.float32) + jax.random.uniform(context.key, w.shape)
 
 
 @reads("grad")
 def taylor(w: jax.Array, context: Context) -> jax.Array:
     """``|g w|``: the change of the loss, to first order, if the weight were zero (Molchanov et al. 2017, 1611.06440).
+
+    Args:
+      w: the array.
+      context: with ``grad``.
+
+    Returns:
+      The scores, in the shape of ``w``.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -111,6 +183,18 @@ def signed_taylor(w: jax.Array, context: Context) -> jax.Array:
     """``g w``, with its sign: over a group these add up before a square or magnitude is taken.
 
     For single weights use :func:`taylor`; of these the negative ones would be cut first.
+
+    Args:
+      w: the array.
+      context: with ``grad``.
+
+    Returns:
+      The scores, in the shape of ``w``.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> jc.prune.scores.signed_taylor(jnp.array([1.0, -2.0]), jc.Context(grad=jnp.array([3.0, 0.5]))).tolist()
+      [3.0, -1.0]
     """
     return context.grad * w
 
@@ -120,6 +204,20 @@ def fisher(w: jax.Array, context: Context) -> jax.Array:
     """``g**2 w**2 / 2``, where ``g**2`` is the mean squared gradient, the diagonal of the empirical Fisher matrix.
 
     It stands for the Hessian in the change of the loss to second order (Theis et al. 2018, arXiv:1801.05787).
+
+    Args:
+      w: the array.
+      context: with ``stats.grad_square``.
+
+    Returns:
+      The scores, in the shape of ``w``.
+
+    Example:
+      >>> import types, jax.numpy as jnp, jcompress as jc
+      >>> from jcompress.prune import scores
+      >>> stats = types.SimpleNamespace(grad_square=jnp.array([2.0, 4.0]))
+      >>> scores.fisher(jnp.array([3.0, -1.0]), jc.Context(stats=stats)).tolist()
+      [9.0, 2.0]
     """
     return 0.5 * context.stats.grad_square * jnp.square(w)
 
@@ -127,6 +225,13 @@ def fisher(w: jax.Array, context: Context) -> jax.Array:
 @reads("stats.hessian_diagonal")
 def hessian(w: jax.Array, context: Context) -> jax.Array:
     """``h w**2 / 2``, the saliency of optimal brain damage (LeCun et al. 1990).
+
+    Args:
+      w: the array.
+      context: with ``stats.hessian_diagonal``.
+
+    Returns:
+      The scores, in the shape of ``w``.
 
     Example:
       >>> import types, jax.numpy as jnp, jcompress as jc
@@ -145,6 +250,18 @@ def movement(w: jax.Array, context: Context) -> jax.Array:
     Summed over training steps by :func:`jcompress.prune.accumulate` it is the score of movement pruning (Sanh et al.
     2020, arXiv:2005.07683), up to the learning rate. Its running mean with decay 0.8, summed over a unit's weights,
     is the relevance of skeletonization, ``-dL/da`` for a gate ``a`` on the unit (Mozer & Smolensky 1989).
+
+    Args:
+      w: the array.
+      context: with ``grad``.
+
+    Returns:
+      The scores, in the shape of ``w``.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> jc.prune.scores.movement(jnp.array([1.0, -2.0]), jc.Context(grad=jnp.array([3.0, 0.5]))).tolist()
+      [-3.0, 1.0]
     """
     return -context.grad * w
 
@@ -155,6 +272,13 @@ def layer_adaptive(w: jax.Array, context: Context = Context()) -> jax.Array:
     Layer-adaptive magnitude, arXiv:2010.07611: with ``scope="global"`` each leaf gets its own sparsity, and no leaf is
     emptied before all are down to one weight. It sorts the leaf, which gathers it where it is sharded;
     :func:`jcompress.budget.lamp` finds the sparsities once.
+
+    Args:
+      w: the array.
+      context: not read.
+
+    Returns:
+      float32 scores in [0, 1], in the shape of ``w``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,6 +296,12 @@ def layer_adaptive(w: jax.Array, context: Context = Context()) -> jax.Array:
 
 def lookup(table: Mapping[str, Any]) -> Score:
     """The score that is read from a table, ``{path: array}``, computed for the whole model beforehand.
+
+    Args:
+      table: ``{path: array}``, of the shapes of the parameters.
+
+    Returns:
+      A score.
 
     Raises:
       ValueError: when it is asked for a path that the table lacks, or an array of another shape.

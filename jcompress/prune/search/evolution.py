@@ -21,6 +21,13 @@ class Found(NamedTuple):
       best: the best mask or position seen, (length,).
       fitness: its fitness.
       history: the best fitness seen up to each step, (steps,).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import search
+      >>> found = search.genetic(lambda mask: mask.mean(), jax.random.key(0), 4, generations=10)
+      >>> found.best.tolist(), float(found.fitness), found.history.shape
+      ([True, True, True, True], 1.0, (10,))
     """
 
     best: jax.Array
@@ -35,6 +42,13 @@ class Front(NamedTuple):
       masks: (population, length), boolean.
       scores: (population, objectives).
       rank: (population,): 0 for masks that no other of them beats.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import search
+      >>> front = search.genetic_front(lambda m: jnp.stack([m.mean(), -m.mean()]), jax.random.key(0), 4, generations=2)
+      >>> front.masks.shape, front.scores.shape
+      ((64, 4), (64, 2))
     """
 
     masks: jax.Array
@@ -71,6 +85,9 @@ def genetic(
       mutation: the probability of a bit to flip, ``1 / length`` by default.
       elites: masks that go on unchanged.
       density: the expected fraction of ones at the start.
+
+    Returns:
+      A :class:`Found`.
 
     Raises:
       ValueError: for an unknown selection, or more elites than the population has members.
@@ -142,6 +159,9 @@ def genetic_front(
       crossover: as for :func:`genetic`.
       mutation: as for :func:`genetic`.
       density: as for :func:`genetic`.
+
+    Returns:
+      A :class:`Front`.
 
     Example:
       >>> import jax, jax.numpy as jnp

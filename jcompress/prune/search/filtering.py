@@ -11,7 +11,20 @@ from jcompress.prune.search.evolution import Fitness
 
 
 class Filtered(NamedTuple):
-    """What a particle filter leaves: particles, their weights, and the effective number of particles at each step."""
+    """What a particle filter leaves: particles, their weights, and the effective number of particles at each step.
+
+    Attributes:
+      masks: (particles, length), boolean.
+      weights: (particles,), which sum to one.
+      effective: (steps,), the effective number of particles.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jcompress.prune import search
+      >>> found = search.Filtered(jnp.array([[True, False], [True, True]]), jnp.array([0.75, 0.25]), jnp.array([1.6]))
+      >>> (found.weights @ found.masks).tolist()
+      [1.0, 0.25]
+    """
 
     masks: jax.Array
     weights: jax.Array
@@ -80,6 +93,9 @@ def systematic(key: jax.Array, weights: jax.Array) -> jax.Array:
     Args:
       key: for the one offset that is drawn.
       weights: (n,), not negative; they need not sum to one.
+
+    Returns:
+      int32 (n,), in rising order.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -41,6 +41,9 @@ def particle_swarm(
       best: how much it is drawn to that of the swarm.
       bounds: the box where particles start. They may leave it.
 
+    Returns:
+      A :class:`Found`, of real positions.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jcompress.prune import search
@@ -92,6 +95,9 @@ def anneal(
       chains: that run side by side.
       swap: exchange a one and a zero, so that the number kept stays; False flips one bit. A mask that is all ones or
         zeros has nothing to exchange and stays.
+
+    Returns:
+      A :class:`Found`, over all chains.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

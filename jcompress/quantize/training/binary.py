@@ -97,6 +97,13 @@ def concave_penalty(w: jax.Array, scale: float | jax.Array = 1.0) -> jax.Array:
     Added to the loss of plain weights, clipped to that range, with a strength that grows, it moves them to its ends, so
     that binary weights are trained without hidden ones (Paren & Poudel, BMVC 2022).
 
+    Args:
+      w: weights of any shape.
+      scale: the magnitude of the two values; a scalar, or an array that broadcasts against ``w``.
+
+    Returns:
+      A float32 scalar.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.quantize.training import binary

@@ -20,6 +20,9 @@ def pact(x: jax.Array, alpha: jax.Array, bits: int) -> jax.Array:
       alpha: where to clip, a positive scalar or an array that broadcasts against x.
       bits: 1 to 8.
 
+    Returns:
+      The activations on the grid, of the shape and dtype of ``x``.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.quantize.training import pact
@@ -35,6 +38,12 @@ def sign_ste(x: jax.Array) -> jax.Array:
     """1 where ``x >= 0``, else -1; the gradient passes where ``|x| <= 1`` (Hubara et al. 2016, arXiv:1602.02830).
 
     The activation of binarized networks. Products of two such vectors of length n are ``n - 2 * popcount(a ^ b)``.
+
+    Args:
+      x: float array.
+
+    Returns:
+      1 and -1, of the shape and dtype of ``x``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -53,6 +62,9 @@ def scaled_sign(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
     Args:
       x: float array.
       axis: the axes that share a scale, those that the next layer contracts.
+
+    Returns:
+      An array like ``x``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -53,6 +53,13 @@ class DoReFa(Method):
 def weight(w: jax.Array, bits: int) -> jax.Array:
     """``2 * Q(tanh(w) / (2 * max |tanh(w)|) + 1/2) - 1`` over the whole array; Q has derivative one.
 
+    Args:
+      w: float array.
+      bits: 1 to 8.
+
+    Returns:
+      Values in [-1, 1], of the shape of ``w``.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.quantize.training import dorefa
@@ -64,6 +71,13 @@ def weight(w: jax.Array, bits: int) -> jax.Array:
 
 def activation(x: jax.Array, bits: int) -> jax.Array:
     """``Q(clip(x, 0, 1))``; the gradient passes where ``0 < x < 1``.
+
+    Args:
+      x: float array.
+      bits: 1 to 8.
+
+    Returns:
+      Values in [0, 1], of the shape and dtype of ``x``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,6 +104,9 @@ def gradient(x: jax.Array, bits: int, key: jax.Array) -> jax.Array:
       x: float array (examples, ...).
       bits: 1 to 8.
       key: for the noise, of this place in the network and this step.
+
+    Returns:
+      ``x``.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -88,6 +88,9 @@ def assignment_entropy(p: jax.Array) -> jax.Array:
     Args:
       p: assignments (..., clusters) of :func:`soft_assign`.
 
+    Returns:
+      A scalar, in bits.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.quantize.training import assignment_entropy
@@ -110,6 +113,9 @@ def temper(params: PyTree, simulated: PyTree, temperature: Any, key: jax.Array) 
       simulated: what ``jc.simulate`` made of them.
       temperature: a number, not negative.
       key: for the noise.
+
+    Returns:
+      A tree like ``params``.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -99,6 +99,9 @@ def lsq(x: jax.Array, scale: jax.Array, bits: int, signed: bool = False) -> jax.
       bits: 2 to 8.
       signed: whether x has both signs.
 
+    Returns:
+      The activations on the grid, of the shape and dtype of ``x``.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jcompress.quantize.training import lsq
@@ -121,6 +124,9 @@ def lsq_plus(x: jax.Array, scale: jax.Array, offset: jax.Array, bits: int) -> ja
       scale: the step, a positive scalar or an array that broadcasts against x.
       offset: the least value of the grid, likewise.
       bits: 2 to 8.
+
+    Returns:
+      The activations on the grid, of the shape and dtype of ``x``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -29,6 +29,12 @@ class CostRow:
       activation_bytes: read and written by its products.
       bit_operations: multiply-adds x bits of a weight x bits of an activation, dense.
       compressed_bit_operations: the same of the node.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> row = jc.trace.cost(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))).rows[0]
+      >>> row.path, row.multiply_adds, row.parameter_bytes
+      ('w', 24.0, 24.0)
     """
 
     path: str
@@ -55,6 +61,12 @@ class Cost:
       transcendentals: exponentials, roots and the like.
       product_multiply_adds: of products between activations, such as attention scores; in no row.
       notes: what was counted in a way that a reader should know.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> cost = jc.trace.cost(lambda p, x: jnp.exp(x @ p["w"]), {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)))
+      >>> cost.total.multiply_adds, cost.transcendentals
+      (24.0, 8.0)
     """
 
     rows: tuple[CostRow, ...]
@@ -143,6 +155,12 @@ def node_products(x: Any) -> list[tuple[float, int]]:
 
     A mask counts its density, factors and the terms of a sum count one after the other; codes and codebooks multiply
     like the dense array, at their own width.
+
+    Args:
+      x: a node or an array.
+
+    Returns:
+      ``(part, bits)`` of each product; parts may sum to more or less than 1.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc

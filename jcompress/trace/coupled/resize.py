@@ -28,6 +28,17 @@ class Shrunk:
     Attributes:
       groups: of the original function.
       keep: ``{name: bool (size,)}``, what stays, of the groups that were cut.
+
+    Raises:
+      ValueError: when it is called, for parameters of other shapes than those it was made for.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
+      >>> keep = {"up[1]": jnp.arange(8) < 4}
+      >>> small_fn, small = jc.shrink(lambda p, x: x @ p["up"] @ p["down"], params, keep, jnp.ones((1, 3)))
+      >>> isinstance(small_fn, jc.trace.Shrunk), small_fn(small, jnp.ones((1, 3))).tolist()
+      (True, [[12.0, 12.0]])
     """
 
     def __init__(

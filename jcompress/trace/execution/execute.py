@@ -34,6 +34,13 @@ class ProductRow:
       primitive: its name.
       shape: of the weight in the product.
       how: what is multiplied, and why if it is dense.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> small = {"w": jc.factorize.SVD(rank=1)(jnp.ones((4, 4)))}
+      >>> row = jc.accelerate(lambda p, x: x @ p["w"]).report(small, jnp.ones((1, 4))).rows[0]
+      >>> row.path, row.primitive, row.shape
+      ('w', 'dot_general', (4, 1))
     """
 
     path: str
@@ -44,7 +51,18 @@ class ProductRow:
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """All products of a function with its parameters, one row each; prints as a table."""
+    """All products of a function with its parameters, one row each; prints as a table.
+
+    Attributes:
+      rows: one a product.
+      notes: what a reader should know beside them.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> small = {"w": jc.factorize.SVD(rank=1)(jnp.ones((4, 4)))}
+      >>> len(jc.accelerate(lambda p, x: x @ p["w"]).report(small, jnp.ones((1, 4))).rows)
+      2
+    """
 
     rows: tuple[ProductRow, ...]
     notes: tuple[str, ...] = ()
@@ -66,6 +84,14 @@ class Executed:
       policy: how a product is made.
       ranges: for each path and each set of contracted axes, what is known of the activation.
       examples: ``(tree, *args)`` for :meth:`report`, as shapes; or None.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.eye(4)}
+      >>> small = jc.compress(params, jc.plan(params, [("w", jc.quantize.Int(bits=8))]))
+      >>> fast = jc.accelerate(lambda p, x: x @ p["w"])
+      >>> isinstance(fast, jc.trace.Executed), fast(small, jnp.ones((1, 4))).tolist()
+      (True, [[1.0, 1.0, 1.0, 1.0]])
     """
 
     fn: Callable[..., Any]

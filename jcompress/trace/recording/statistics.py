@@ -30,6 +30,12 @@ class Outputs:
       sum: float32 (..., m).
       square: float32 (..., m), the sum of squares.
       absmax: float32 (..., m).
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> stats = jc.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, [jnp.ones((4, 3))])
+      >>> stats["w"].outputs.sum.tolist(), stats["w"].outputs.absmax.tolist()
+      ([12.0, 12.0], [3.0, 3.0])
     """
 
     sum: Any
@@ -68,6 +74,12 @@ class Stats:
       others: the statistics of uses that contract other axes, such as the transpose in a tied autoencoder. The
         fields above are those of the axes that were contracted first.
       axes: the contracted axes, negative.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> stats = jc.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}, [jnp.array([[1.0, 2.0], [3.0, 4.0]])])
+      >>> stats["w"].gram.tolist(), int(stats["w"].count)
+      ([[10.0, 14.0], [14.0, 20.0]], 2)
     """
 
     gram: Any = None
@@ -118,6 +130,13 @@ class Calibration(Mapping):
       unread: paths that take part in a product which gives no statistic, each with the reason.
       notes: the other paths without statistics, each with what they do instead.
       levels: for each path, the number of products with parameters on the longest way to its first one, from 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+      >>> stats = jc.calibrate(lambda p, x: x @ p["w"] + p["bias"], params, [jnp.ones((4, 3))])
+      >>> list(stats), stats.levels["w"]
+      (['w'], 1)
     """
 
     def __init__(
