@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Of a test with many cases the short run takes one in so many, beginning elsewhere for each test: on the conformance
 # list every row still meets some checks, and every check some rows. Of what belongs to single methods it takes one
 # test in three.
-ONE_IN = {"test_conformance": 12} | dict.fromkeys(
+ONE_IN = {"test_conformance": 16} | dict.fromkeys(
     (
         "test_contributing",
         "test_docs",
@@ -35,7 +35,7 @@ ONE_IN = {"test_conformance": 12} | dict.fromkeys(
     ),
     1,
 )
-ONE_IN_OTHERS = 4
+ONE_IN_OTHERS = 6
 OF_METHODS = (
     "test_bayesian",
     "test_budget",
