@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import statistics
 
 import jcompress as jc
 
@@ -50,3 +51,46 @@ def test_what_rounds_beyond_the_greatest_number_is_named(method):
     params = {"layer": {"kernel": jnp.full((4, 4), 3e38)}}
     with pytest.raises(ValueError, match=r"layer/kernel: found magnitudes up to 3e\+38.*divide the leaf"):
         jc.compress(params, jc.plan(params, [(".*", method)]))
+
+
+P = jc.prune
+MASKS = [
+    P.ByScore(0.5, score=P.scores.squared),
+    P.ByScore(0.5, scope="global", score=P.scores.squared),
+    P.ByScore(0.5, score=P.scores.layer_adaptive),
+    P.Fisher(0.5),
+    P.OBD(0.5, scope="output"),
+    P.Wanda(0.5),
+    P.Magnitude(0.5, pattern=P.Block((4, 2))),
+    P.Magnitude(0.5, scope="global", pattern=P.Block((None, 1))),
+    P.Magnitude(pattern=P.Shared(P.NM(2, 4))),
+    P.Sampled(0.5, score=P.scores.squared),
+    P.AnnealedChannels(0.5, steps=10, at_least=2),
+    P.OBS(0.5),
+    P.SparseGPT(0.5),
+]
+
+
+@pytest.mark.parametrize("method", MASKS, ids=repr)
+@pytest.mark.parametrize("exponent", [126, 100, -100])
+def test_masks_are_those_at_scale_one(method, exponent, rng):
+    dense = {name: jnp.asarray(rng.uniform(-1, 1, size=(16, 8)), jnp.float32) for name in "ab"}
+    dense["b"] = dense["b"] * 1.5
+
+    def compressed(scale):
+        params = jax.tree.map(lambda x: x * 2.0**scale, dense)
+        stats = {name: statistics((16, 8)) for name in params}
+        plan = jc.plan(params, [(".*", method)])
+        return jc.finalize(jax.jit(lambda p: jc.compress(p, plan, stats=stats, key=jax.random.key(0)))(params))
+
+    at_one, far = compressed(0), compressed(exponent)
+    for name in dense:
+        np.testing.assert_array_equal(at_one[name].mask, far[name].mask)
+        back = np.asarray(far[name].materialize(), np.float64) * 2.0**-exponent
+        np.testing.assert_allclose(back, at_one[name].materialize(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_values_behind_gates_stop_at_the_greatest_number(dtype):
+    w = jnp.full((2, 2), jnp.finfo(dtype).max, dtype)
+    assert np.isfinite(np.asarray(jax.jit(P.HardConcrete())(w).materialize(), np.float64)).all()

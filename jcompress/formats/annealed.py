@@ -12,6 +12,7 @@ from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats import gating
 from jcompress.formats.masked import Masked
+from jcompress.numeric import scaling
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +86,8 @@ class Annealed(Compressed):
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Annealed:
         """The values become ``w``, the logits the norms of its channels."""
         others = tuple(i for i in range(-self.ndim, 0) if i != self.axis)
-        norms = jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32)), others, keepdims=True))
+        # The unit does not matter, since logits are standardised.
+        norms = jnp.sqrt(jnp.sum(jnp.square(scaling.unit([w]).divide(w)), others, keepdims=True))
         return dataclasses.replace(
             self, values=gating.refitted(self.values, w), logits=gating.refitted(self.logits, norms)
         )

@@ -53,5 +53,21 @@ def of(largest: jax.Array) -> Unit:
     bits = lax.bitcast_convert_type(largest.astype(jnp.float32), jnp.uint32)
     exponent = (bits >> 23).astype(jnp.int32) - 127
     far = (jnp.abs(exponent) > _FAR) & (bits > 0)
+    far = far & (exponent < 128)  # infinities and what is no number have no size
     half = jnp.where(far, exponent // 2, 0)
     return Unit(lax.bitcast_convert_type(((half + 127) << 23).astype(jnp.uint32), jnp.float32))
+
+
+def comparable(arrays: Sequence[jax.Array], joint: bool) -> list[jax.Array]:
+    """Real floats in float32 units, of each array or, if ``joint``, one for all: products of entries stay in range.
+
+    What holds for their order at one scale then holds at every other. Integers, complex and wider floats stay as they
+    are.
+    """
+    narrow = [jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits <= 32 for x in arrays]
+    if not joint:
+        return [unit([x]).divide(x) if short else x for x, short in zip(arrays, narrow, strict=True)]
+    if not all(narrow):
+        return list(arrays)
+    shared = unit(arrays)
+    return [shared.divide(x) for x in arrays]

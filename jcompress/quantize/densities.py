@@ -132,30 +132,33 @@ def _least_divergence(problem: Problem, bins: int) -> Range:
 
 
 def _histogram(problem: Problem, high: jax.Array, bins: int) -> jax.Array:
-    """Float32 (scales, bins): how many magnitudes lie in each part of the full range."""
+    """uint32 (scales, bins): how many magnitudes lie in each part of the full range."""
     number = jnp.arange(high.size, dtype=jnp.int32).reshape(high.shape)
     part = jnp.abs(problem.x) / problem.spread(jnp.maximum(high, jnp.finfo(jnp.float32).tiny))
     place = jnp.minimum((part * bins).astype(jnp.int32), bins - 1)
     weight = jnp.ones_like(problem.x) if problem.where is None else problem.where
-    counts = jnp.zeros((high.size, bins), jnp.float32)
-    return counts.at[problem.spread(number), place].add(jnp.broadcast_to(weight, place.shape).astype(jnp.float32))
+    counts = jnp.zeros((high.size, bins), jnp.uint32)
+    return counts.at[problem.spread(number), place].add(jnp.broadcast_to(weight, place.shape).astype(jnp.uint32))
 
 
-def _kept_bins(histogram: jax.Array, levels: int) -> jax.Array:
+def _kept_bins(counts: jax.Array, levels: int) -> jax.Array:
     """How many bins of one histogram stay inside."""
-    bins = histogram.size
-    h = histogram / jnp.maximum(histogram.sum(), 1)
-    running = [jnp.concatenate([jnp.zeros(1), jnp.cumsum(x)]) for x in (h, (h > 0).astype(jnp.float32), _xlogy(h, h))]
+    bins, total = counts.size, jnp.maximum(counts.sum(), 1).astype(jnp.float32)
+    h = counts / total
+    # Integers, so that differences of running sums are exact: a level of few entries far out is no rounding error.
+    below, filled = (jnp.pad(jnp.cumsum(x), (1, 0)) for x in (counts, (counts > 0).astype(jnp.uint32)))
+    entropy = jnp.pad(jnp.cumsum(_xlogy(h, h)), (1, 0))
 
     def divergence(i: jax.Array) -> jax.Array:
         edges = (jnp.arange(levels + 1) * i + levels // 2) // levels
-        mass, filled = (jnp.diff(x[edges]) for x in running[:2])
-        outliers, inside = jnp.maximum(running[0][bins] - running[0][i], 0), running[0][i]
-        last = h[i - 1] + outliers
-        filled = filled.at[-1].add(((h[i - 1] == 0) & (last > 0)).astype(jnp.float32))
-        reference = running[2][i - 1] + _xlogy(last, last)
-        merged = mass / jnp.maximum(filled, 1)
-        return reference - _xlogy(mass.at[-1].add(outliers), merged).sum() + jnp.log(jnp.maximum(inside, 1e-30))
+        mass, spread = jnp.diff(below[edges]), jnp.diff(filled[edges])
+        outliers = below[bins] - below[i]
+        last = counts[i - 1] + outliers
+        spread = spread.at[-1].add(((counts[i - 1] == 0) & (last > 0)).astype(jnp.uint32))
+        reference = entropy[i - 1] + _xlogy(last / total, last / total)
+        merged = mass / total / jnp.maximum(spread, 1)
+        crossed = _xlogy(mass.at[-1].add(outliers) / total, merged).sum()
+        return jnp.where(below[i] > 0, reference - crossed + jnp.log(below[i] / total), jnp.inf)
 
     candidates = jnp.arange(bins, levels - 1, -1)
     return candidates[jnp.argmin(jax.lax.map(divergence, candidates, batch_size=64))]

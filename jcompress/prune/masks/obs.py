@@ -14,6 +14,7 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.layers import matrices
+from jcompress.numeric import scaling
 from jcompress.numeric.sweep import damped, inverse_factor
 from jcompress.prune.masks import selection
 from jcompress.prune.masks.patterns import NM
@@ -178,7 +179,7 @@ class OBS(Method):
         """The node for one array."""
         layer, gram = matrices.of(w, context, "gram")
         matrix, shown = layer.matrix(), matrices.visible(layer, context)
-        k = matrix.shape[1]
+        size, k = scaling.unit([matrix]), matrix.shape[1]
         check_groups(self, context.path, k)
         sparsity = self.pattern.sparsity if self.pattern is not None else core.value_at(self.sparsity, context.step)
         if core.is_concrete(sparsity):
@@ -190,10 +191,10 @@ class OBS(Method):
             hessian = damped(gram, self.damping)
             factor = inverse_factor(hessian)
             inverse = jnp.matmul(factor.T, factor, precision=_HIGHEST)
-            start = jnp.where(shown & (jnp.diagonal(gram) > 0)[:, None], matrix, 0)
+            start = jnp.where(shown & (jnp.diagonal(gram) > 0)[:, None], size.divide(matrix), 0)
             one = partial(_surgeon, hessian=hessian, inverse=inverse, steps=steps, pattern=self.pattern)
             values, mask = lax.map(lambda x: one(*x), (start.T, shown.T))
-            return values.T, mask.T
+            return size.multiply(values.T), mask.T
 
         if not w.size:
             return Masked(w, jnp.zeros(w.shape, jnp.bool_))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jcompress.core import Context
 from jcompress.formats import Masked
+from jcompress.numeric import scaling
 from jcompress.prune import scores
 from jcompress.prune.masks import selection
 from jcompress.prune.masks.scored import ByScore
@@ -85,14 +86,15 @@ class Sampled(ByScore):
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Masked]:
         """One node for each array of the rule."""
-        keys = [scores.evaluate(sampled(self.score), w, c) for w, c in zip(arrays, contexts, strict=True)]
+        seen = scaling.comparable(arrays, self.joint)
+        keys = [scores.evaluate(sampled(self.score), w, c) for w, c in zip(seen, contexts, strict=True)]
         keys = [k if c.where is None else jnp.where(c.where, k, 0) for k, c in zip(keys, contexts, strict=True)]
         masks = selection.masks_of(self, keys, contexts)
         values = list(arrays)
         if self.reweight:
             cut = [jnp.max(jnp.where(mask, 0, k), initial=0) for mask, k in zip(masks, keys, strict=True)]
             cut = [jnp.max(jnp.stack(cut))] * len(cut) if self.joint else cut
-            chances = [_inverse_probability(self.score(w, c), t) for w, c, t in zip(arrays, contexts, cut, strict=True)]
+            chances = [_inverse_probability(self.score(w, c), t) for w, c, t in zip(seen, contexts, cut, strict=True)]
             values = [(w * chance).astype(w.dtype) for w, chance in zip(arrays, chances, strict=True)]
         return [Masked(jnp.where(mask, w, jnp.zeros_like(w)), mask) for w, mask in zip(values, masks, strict=True)]
 

@@ -13,8 +13,9 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Masked
+from jcompress.numeric import scaling
 from jcompress.numeric.threshold import keep_largest
-from jcompress.prune.masks.patterns import Pattern, Shared
+from jcompress.prune.masks.patterns import NM, Pattern, Shared
 
 Scope = Literal["leaf", "output", "global"]
 
@@ -103,12 +104,15 @@ def fit(
     """Mask each array to its entries of the highest scores.
 
     Entries that a mask around the array hides go first and count as zeros. Where the score is a function ``by`` of each
-    entry alone it need not be written out.
+    entry alone it need not be written out. Other scores square, multiply or add up what they read, so they see the
+    arrays in the units of :mod:`jcompress.numeric.scaling`.
     """
     if by is not None and method.pattern is None and method.scope != "output":
         masks = _decided(method, list(arrays), contexts, by)
     else:
-        masks = masks_of(method, [score(w, c) for w, c in zip(arrays, contexts, strict=True)], contexts)
+        singly = by is not None and (method.pattern is None or isinstance(method.pattern, NM))
+        seen = arrays if singly else scaling.comparable(arrays, is_joint(method))
+        masks = masks_of(method, [score(w, c) for w, c in zip(seen, contexts, strict=True)], contexts)
     return [Masked(jnp.where(mask, w, jnp.zeros_like(w)), mask) for w, mask in zip(arrays, masks, strict=True)]
 
 

@@ -15,6 +15,7 @@ from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.layers import matrices
 from jcompress.layers.rounding import Rounding, filled, rounding
+from jcompress.numeric import scaling
 from jcompress.numeric.sweep import Decision, Known, damped, inverse_factor, sweep
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.masks import obs, selection
@@ -99,10 +100,11 @@ class SparseGPT(Method):
             found, node, known = rounding(self.quantizer, layer, context, early=False)
             check_spans(context.path, self, found.group_size)
         solve = partial(_solve, pattern=self.pattern, block_size=self.block_size, rounding=found)
-        values, known = solve(
-            matrix, gram, {**known, "shown": shown}, self._counts(matrix.shape, sparsity), self.damping
-        )
-        kept = matrices.masked(layer, values, known["mask"])
+        # A quantizer's scales are those of the weights themselves.
+        size = scaling.unit([matrix]) if found is None else scaling.ONE
+        counts = self._counts(matrix.shape, sparsity)
+        values, known = solve(size.divide(matrix), gram, {**known, "shown": shown}, counts, self.damping)
+        kept = matrices.masked(layer, size.multiply(values), known["mask"])
         return kept if found is None else dataclasses.replace(kept, values=filled(node, layer, values, known, found))
 
     def _counts(self, shape: tuple[int, ...], sparsity: Any) -> jax.Array:
