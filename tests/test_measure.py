@@ -398,3 +398,21 @@ def test_long_paths_lose_their_middle():
     assert shown.startswith("encoder_")
     assert shown.endswith("_kernel")
     assert len(shown) == 36
+
+
+def test_the_report_tells_of_running_variances_that_no_longer_hold(rng):
+    def net(kernel, var):
+        return {"params": {"kernel": kernel}, "batch_stats": {"bn": {"mean": jnp.zeros(8), "var": var}}}
+
+    dense = net(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), jnp.ones(8))
+    plan = jc.plan(dense, [("params/.*", jc.prune.Magnitude(0.5))])
+    small = jc.compress(dense, plan)
+    old = "batch_stats/bn/var: running variances are those before compression; see jc.rewrite.reestimate"
+    assert str(jc.report(dense, small)).splitlines()[-1] == old
+    assert jc.report(dense, dense).notes == ()
+    again = net(small["params"]["kernel"], jnp.full(8, 0.7))
+    assert jc.report(dense, again).notes == ()
+    collapsed = net(small["params"]["kernel"], jnp.full(8, 0.7).at[3].set(1e-9))
+    assert "batch_stats/bn/var: running variances fell to zero" in jc.report(dense, collapsed).notes[0]
+    assert "reestimate" in jc.report(dense, collapsed)._repr_html_()
+    assert jc.report(jax.eval_shape(lambda: dense), jax.eval_shape(lambda: small)).notes == ()

@@ -64,7 +64,34 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None,
         counts = {row.path: row.compressed_multiply_adds for row in cost.compressed(after).rows}
         rows = [dataclasses.replace(row, multiply_adds=counts[row.path]) for row in rows]
         total = dataclasses.replace(total, multiply_adds=sum(counts.values()))
-    return Report(tuple(rows), total)
+    return Report(tuple(rows), total, tuple(_notes(pairs, rows)))
+
+
+_VARIANCES = {"var": "mean", "variance": "mean", "running_var": "running_mean", "moving_variance": "moving_mean"}
+
+
+def _notes(pairs: list[tuple[str, Any, Any]], rows: list[Row]) -> list[str]:
+    """What is worth telling about running variances: that they are those of the dense weights, or near zero."""
+    found = {row.path: row for row in rows}
+    beside = {path: "/".join([*path.split("/")[:-1], _VARIANCES.get(path.split("/")[-1], "")]) for path in found}
+    variances = {path for path, mean in beside.items() if mean in found and mean != path}
+    statistics = {*variances, *(beside[path] for path in variances)}
+    changed = any(row.relative_error > 0 for row in rows if row.path not in statistics)
+    old = [path for path in found if path in variances and changed and found[path].relative_error == 0]
+    collapsed = [path for path, w, leaf in pairs if path in variances - set(old) and _fell(w, leaf)]
+    said = ((old, "running variances are those before compression"), (collapsed, "running variances fell to zero"))
+    return [
+        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {what}; see jc.rewrite.reestimate"
+        for paths, what in said
+        if paths
+    ]
+
+
+def _fell(before: Any, after: Any) -> bool:
+    """Whether a variance is less than a thousandth of what it was, for any channel."""
+    if isinstance(before, jax.ShapeDtypeStruct) or not core.is_concrete(after):
+        return False
+    return bool(jnp.any(core.dense(after) < 1e-3 * jnp.asarray(before)))
 
 
 def _method(leaf: Any, method: Any) -> str:
@@ -132,6 +159,7 @@ class Report:
     Attributes:
       rows: one :class:`Row` a parameter, in the order of the tree.
       total: all parameters together.
+      notes: what else is worth telling, printed below the table: running variances of batch norms that no longer hold.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -143,6 +171,7 @@ class Report:
 
     rows: tuple[Row, ...]
     total: Row
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         t = self.total
@@ -152,12 +181,13 @@ class Report:
     def __str__(self) -> str:
         table = self._cells()
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(_clip(_aligned(row, widths, table[0]), 120) for row in table)
+        lines = [*(_aligned(row, widths, table[0]) for row in table), *self.notes]
+        return "\n".join(_clip(line, 120) for line in lines)
 
     def _repr_html_(self) -> str:
         head, *rows = self._cells()
         lines = [_html_row(head, "th"), *(_html_row(row, "td") for row in rows[:-1]), _html_row(rows[-1], "th")]
-        return f"<table>{''.join(lines)}</table>"
+        return f"<table>{''.join(lines)}</table>{''.join(f'<p>{html.escape(note)}</p>' for note in self.notes)}"
 
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame`` with a row a parameter, without the total.
