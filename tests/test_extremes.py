@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import METHODS as ROWS
 from rows import statistics
 
 import jcompress as jc
@@ -25,6 +26,8 @@ METHODS = [
     Q.ABCNet(2),
     Q.NF4(8),
     jc.prune.Magnitude(0.5),
+    Q.training.LSQ(3, axis=None, start="range"),
+    Q.training.DSQ(3, axis=None),
 ]
 
 
@@ -51,6 +54,34 @@ def test_what_rounds_beyond_the_greatest_number_is_named(method):
     params = {"layer": {"kernel": jnp.full((4, 4), 3e38)}}
     with pytest.raises(ValueError, match=r"layer/kernel: found magnitudes up to 3e\+38.*divide the leaf"):
         jc.compress(params, jc.plan(params, [(".*", method)]))
+
+
+ABSOLUTE = {"fixed-point", "float16", "soft-threshold"}  # grids and thresholds of their own size, whatever the array's
+
+
+def row_error(row, x):
+    params = {"w": jnp.asarray(x, jnp.float32)}
+    grads = {"w": jnp.asarray(np.random.default_rng(7).normal(size=row.shape), jnp.float32)}
+    stats = {"w": statistics(row.shape)}
+    plan = jc.plan(params, [("w", row.method)])
+    small = jc.compress(params, plan, key=jax.random.key(0), stats=stats, grads=grads)
+    w, found = (np.asarray(y["w"], np.float64) for y in (params, jc.materialize(small)))
+    assert np.isfinite(found).all()
+    return np.linalg.norm(w - found) / np.linalg.norm(w)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name not in ABSOLUTE], ids=lambda row: row.name)
+@pytest.mark.parametrize("scale", [3e38, 1e30, 1e-30])
+def test_every_row_is_as_good_as_at_scale_one_or_names_the_leaf(row, scale):
+    x = np.random.default_rng(0).normal(size=row.shape)
+    x /= np.abs(x).max()
+    mantissa = np.frexp(scale)[0]  # grids of powers of two look alike a power of two away
+    try:
+        far = row_error(row, scale * x)
+    except ValueError as refused:
+        assert scale == 3e38 and str(refused).startswith("w: found magnitudes up to 3e+38"), refused
+    else:
+        assert far == pytest.approx(row_error(row, mantissa * x), rel=0.02, abs=0.01)
 
 
 P = jc.prune
@@ -90,7 +121,7 @@ def test_masks_are_those_at_scale_one(method, exponent, rng):
         np.testing.assert_allclose(back, at_one[name].materialize(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_values_behind_gates_stop_at_the_greatest_number(dtype):
-    w = jnp.full((2, 2), jnp.finfo(dtype).max, dtype)
-    assert np.isfinite(np.asarray(jax.jit(P.HardConcrete())(w).materialize(), np.float64)).all()
+def test_values_behind_gates_that_leave_the_range_are_named():
+    params = {"w": jnp.full((2, 2), jnp.finfo("float16").max, "float16")}
+    with pytest.raises(ValueError, match=r"w: found magnitudes up to 6.55e\+04.*divide the leaf"):
+        jc.compress(params, jc.plan(params, [("w", P.HardConcrete(keep=0.5))]))

@@ -15,6 +15,7 @@ from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats import gating
 from jcompress.formats.quantized import Quantized, pool, spread
+from jcompress.numeric import scaling
 from jcompress.numeric.surrogates import clip_outside, round_through, round_with_soft_slope, scaled_gradient
 
 Surrogate = Literal["identity", "soft", "tanh"]
@@ -83,7 +84,7 @@ class FakeQuantized(Compressed):
             return 2 * round_through((n * squashed(v, self.axes) + n) / 2) - n, scale
         n, p = self._ends()
         scale = scaled_gradient(scale, _gradient_factor(v, scale, p))
-        clipped = clip_outside(v / self._spread(scale, v), -n, p)
+        clipped = clip_outside(_quotient(v, scale, self.group_size), -n, p)
         if self.softness is None:
             return jnp.round(clipped), scale
         alpha = jnp.clip(core.dense(self.softness), 1e-3, 1 - 1e-3)
@@ -102,7 +103,9 @@ class FakeQuantized(Compressed):
         if self.surrogate == "tanh":
             most = pool(jnp.abs(x), self.axes, self.group_size, jnp.maximum, 0.0)
             top = jnp.minimum(jnp.tanh(most), 0.99)
-            values = jnp.arctanh(x / jnp.where(most > 0, most, 1.0) * top).astype(w.dtype)
+            unit = scaling.of(most)  # the reciprocal of the greatest numbers is none that XLA keeps
+            part = scaling.Unit(self._spread(unit.root, x)).divide(x) / jnp.where(most > 0, unit.divide(most), 1.0)
+            values = jnp.arctanh(part * top).astype(w.dtype)
             scale = most * (1 / (2**self.bits - 1))
             return dataclasses.replace(self, values=gating.refitted(self.values, values), scale=scale)
         n, p = self._ends()
@@ -131,9 +134,15 @@ def stepped(
     v: jax.Array, scale: jax.Array, bits: int, axes: tuple[int, ...] = (), group_size: int | None = None
 ) -> jax.Array:
     """``scale * clip(round(v / scale), -n, p)``, signed, with the gradients of learned steps; reverse mode only."""
-    wide = spread(scale, v, group_size)
     n, p = ends(bits, signed=True)
-    return wide * jnp.clip(jnp.round(v / wide), -n, p)
+    levels = jnp.clip(jnp.round(_quotient(v, scale, group_size)), -n, p)
+    return spread(scale, v, group_size) * levels
+
+
+def _quotient(v: jax.Array, scale: jax.Array, group_size: int | None) -> jax.Array:
+    """``v / scale``, also next to the greatest numbers, whose reciprocals XLA takes for zero."""
+    less = jnp.where(scale > 2.0**100, 0.25, 1.0)
+    return v * spread(less, v, group_size) / spread(scale * less, v, group_size)
 
 
 def _stepped_forward(v: jax.Array, scale: jax.Array, *how: Any) -> tuple[jax.Array, tuple]:

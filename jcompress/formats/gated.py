@@ -72,9 +72,7 @@ class Gated(Compressed):
         """Gates as at the start, and the values that give ``w`` behind them."""
         logits = jnp.full(gating.shared_shape(w.shape, self.axes), math.log(self.keep / (1 - self.keep)), jnp.float32)
         start = dataclasses.replace(self, log_alpha=gating.refitted(self.log_alpha, logits))
-        most = jnp.finfo(w.dtype).max
-        # Next to the greatest number the values stop there: the gates, below 1, cannot be made up for.
-        values = jnp.where(jnp.isfinite(w), jnp.clip(w / start.gate(), -most, most), w).astype(w.dtype)
+        values = (w / start.gate()).astype(w.dtype)
         return dataclasses.replace(start, values=gating.refitted(self.values, values))
 
     def finalize(self) -> Masked:

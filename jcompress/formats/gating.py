@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jcompress import core
 
 TINY = 1e-16
+_LARGE = 2.0**50
 
 
 def shared_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -24,7 +25,9 @@ def refitted(field: Any, w: jax.Array) -> Any:
 
 def log_alpha(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
     """The log of the dropout rate ``variance / mean**2`` of Gaussian noise, in float32."""
-    return log_variance.astype(jnp.float32) - jnp.log(jnp.square(mean.astype(jnp.float32)) + TINY)
+    size = jnp.abs(mean.astype(jnp.float32))
+    beyond = jnp.log(jnp.maximum(size, _LARGE) / _LARGE)  # 0 but for means whose square leaves float32
+    return log_variance.astype(jnp.float32) - jnp.log(jnp.square(jnp.minimum(size, _LARGE)) + TINY) - 2 * beyond
 
 
 def kept_or_zero(mask: jax.Array, value: jax.Array, like: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ class Spectral(Compressed):
         unit = scaling.of(jnp.max(jnp.abs(w), axes, keepdims=True, initial=0))
         norms = unit.multiply(jnp.sqrt(jnp.sum(jnp.square(unit.divide(w)), axes, keepdims=True)))
         outputs = jnp.where(norms > 0, norms, 1).astype(w.dtype)
-        vectors = -w / outputs
+        vectors = -(unit.divide(w) / unit.divide(outputs)).astype(w.dtype)
         return Spectral(
             jnp.zeros(w.shape[:-1], w.dtype),
             jnp.where(norms > 0, outputs, 0).reshape(*w.shape[:stack], w.shape[-1]),

@@ -12,6 +12,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats.quantized import pool, spread
+from jcompress.numeric import scaling
 
 TOP = 2.0**15
 """The code of the largest magnitude: the largest power of two among 8-bit floats with 5 bits of exponent."""
@@ -62,17 +63,20 @@ class Squeezed(Compressed):
 
     def encode(self, w: jax.Array) -> Squeezed:
         """The node with the codes of ``w``, its scales and powers as they are."""
-        w = w.astype(jnp.float32)
-        scale, power = (spread(core.dense(x), w, self.group_size) for x in (self.scale, self.power))
+        scale, unit = core.dense(self.scale), scaling.of(jnp.abs(core.dense(self.scale)))
+        # In units, since the reciprocal of the greatest numbers is none that XLA keeps.
+        w = scaling.Unit(spread(unit.root, w, self.group_size)).divide(w)
+        scale, power = (spread(x, w, self.group_size) for x in (unit.divide(scale), core.dense(self.power)))
         size = jnp.abs(w) / scale
         most = float(jnp.finfo(self.codes.dtype).max)
         codes = jnp.minimum(TOP * jnp.exp(jnp.log(jnp.where(size > 0, size, 1.0)) / power), most)
         return dataclasses.replace(self, codes=jnp.where(size > 0, jnp.sign(w) * codes, 0.0).astype(self.codes.dtype))
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Squeezed:
-        levels, w = self.levels(), w.astype(jnp.float32)
+        unit = scaling.unit([w])
+        levels, w = self.levels(), unit.divide(w)
         if where is not None:
             levels, w = jnp.where(where, levels, 0.0), jnp.where(where, w, 0.0)
         product, square = (pool(levels * x, self.axes, self.group_size, jnp.add, 0.0) for x in (w, levels))
-        scale = jnp.where(square > 0, product / jnp.maximum(square, 1e-30), 0.0)
+        scale = jnp.where(square > 0, unit.multiply(product / jnp.maximum(square, 1e-30)), 0.0)
         return dataclasses.replace(self, scale=self.scale.project(scale) if core.is_node(self.scale) else scale)

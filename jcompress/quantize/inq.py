@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Masked, Quantized, Sum
+from jcompress.numeric import scaling
 from jcompress.quantize.tables import PowersOfTwo
 
 
@@ -56,6 +57,6 @@ class INQ(Method):
             before = context.previous.terms[0]
             frozen, node = before.mask, before.values.encode(w)
             node = dataclasses.replace(node, codes=jnp.where(frozen, before.values.codes, node.codes))
-        rank = jnp.where(frozen, 0, 1 / jnp.maximum(jnp.abs(w.astype(jnp.float32)), 1e-30))
+        rank = jnp.where(frozen, 0, 1 / jnp.maximum(jnp.abs(scaling.unit([w]).divide(w)), 1e-30))
         free = self.free(rank, dataclasses.replace(context, previous=None)).mask & ~frozen
         return Sum((Masked(node, ~free), Masked(jnp.where(free, w, jnp.zeros_like(w)), free)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.formats.quantized import pool
+from jcompress.numeric import scaling
 from jcompress.quantize.integer import Int
 
 
@@ -52,5 +53,7 @@ class LAB(Method):
         d = jnp.sqrt(context.stats.grad_square.astype(jnp.float32))
         d = d if context.where is None else jnp.where(context.where, d, 0)
         total = pool(d, node.axes, node.group_size, jnp.add, 0.0)
-        above = pool(d * jnp.abs(w.astype(jnp.float32)), node.axes, node.group_size, jnp.add, 0.0)
-        return dataclasses.replace(node, scale=jnp.where(total > 0, above / jnp.maximum(total, 1e-30), node.scale))
+        unit = scaling.unit([w])
+        above = pool(d * jnp.abs(unit.divide(w)), node.axes, node.group_size, jnp.add, 0.0)
+        mean = unit.multiply(above / jnp.maximum(total, 1e-30))
+        return dataclasses.replace(node, scale=jnp.where(total > 0, mean, node.scale))

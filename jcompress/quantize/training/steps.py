@@ -67,13 +67,13 @@ class LSQ(Method):
 
     def _start(self, w: jax.Array, context: Context) -> jax.Array:
         levels = 2 ** (self.bits - 1)
-        problem = grids.pose(self, w, context, grids.Grid(self.bits, jnp.int8, levels - 1.0))
+        problem, unit = grids.pose(self, w, context, grids.Grid(self.bits, jnp.int8, levels - 1.0)).normal()
         x, count = problem.x, problem.count()
         if self.start == "magnitude":
-            return grids.positive(problem.pool(jnp.abs(x)) / count * (2 / (levels - 1) ** 0.5))
+            return grids.positive(unit.multiply(problem.pool(jnp.abs(x)) / count * (2 / (levels - 1) ** 0.5)))
         mean = problem.pool(x) / count
         deviation = jnp.sqrt(jnp.maximum(problem.pool(x * x) / count - mean**2, 0.0))
-        return grids.positive((jnp.abs(mean) + 3 * deviation) * (1 / levels))
+        return grids.positive(unit.multiply((jnp.abs(mean) + 3 * deviation) * (1 / levels)))
 
 
 def spanning(method: Any, w: jax.Array, context: Context, surrogate: Surrogate = "identity") -> FakeQuantized:
