@@ -125,3 +125,16 @@ def test_values_behind_gates_that_leave_the_range_are_named():
     params = {"w": jnp.full((2, 2), jnp.finfo("float16").max, "float16")}
     with pytest.raises(ValueError, match=r"w: found magnitudes up to 6.55e\+04.*divide the leaf"):
         jc.compress(params, jc.plan(params, [("w", P.HardConcrete(keep=0.5))]))
+
+
+def test_the_search_of_scales_by_inputs_is_that_at_scale_one(rng):
+    x = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+    stats = statistics((16, 8))
+    uneven = jnp.geomspace(1.0, 30.0, 16)
+    stats = {"w": jc.trace.Stats(gram=uneven[:, None] * stats.gram * uneven, axes=stats.axes)}
+    found = []
+    for w in (x, x * 2.0**100):
+        plan = jc.plan({"w": w}, [("w", Q.AWQ(Q.Int(3), points=9))])
+        found.append(np.ravel(jax.tree.leaves(jc.compress({"w": w}, plan, stats=stats)["w"].scale)[0]))
+    assert np.ptp(found[0]) > 0
+    np.testing.assert_allclose(*found, rtol=1e-6)

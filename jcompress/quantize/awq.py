@@ -14,6 +14,7 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Frozen, Rescaled
 from jcompress.layers import matrices
+from jcompress.numeric import scaling
 from jcompress.quantize.integer import Int
 
 
@@ -88,10 +89,12 @@ def tried(
     inner = matrices.with_gram(context, scale[:, :, None] * gram * scale[:, None, :])
     values = grid((layer.w / held).astype(layer.w.dtype), inner)
     change = layer.of(core.dense(values) * held.astype(layer.w.dtype) - layer.w).matrix()
+    change = scaling.unit([layer.w]).divide(change)  # errors of one leaf are compared, in squares
     return values, matrices.moved(jnp.where(matrices.visible(layer, context), change, 0), gram).sum()
 
 
 def best(points: int, error: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Of so many evenly spaced powers from 0 to 1, that of the least error."""
     powers = jnp.linspace(0, 1, points)
-    return powers[jnp.argmin(jax.lax.map(error, powers))]
+    errors = jax.lax.map(error, powers)
+    return powers[jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))]
