@@ -127,6 +127,9 @@ def _encode_custom(x: Any, path: str, stored: list[Part], depth: int) -> Any:
 
 def unique_paths(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     """:func:`jcompress.paths`, its errors with the path of the tree in a larger one."""
+    # Before JAX meets the tree: where it gives up, it leaves the interpreter's count of recursions as it was there.
+    if (found := _levels(tree)) > DEPTH:
+        raise too_deep(found)
     try:
         return rules.paths(tree)
     except (RecursionError, SystemError):  # JAX wraps the first into the second
