@@ -42,13 +42,20 @@ def encode(x: Any, path: str, stored: list[Part], depth: int = 0) -> Any:
 
 
 def _levels(x: Any) -> int:
-    """The levels of dictionaries, lists and tuples in ``x``, however many."""
+    """The levels of containers in ``x``, however many: counted without recursion, up to where the error is sure."""
     level, at = 0, [x]
-    while at := [
-        z for y in at if isinstance(y, (dict, list, tuple)) for z in (y.values() if isinstance(y, dict) else y)
-    ]:
+    while (at := [z for y in at for z in _children(y)]) and level < 100 * DEPTH:
         level += 1
     return level
+
+
+def _children(x: Any) -> list[Any]:
+    if isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float, complex, str)) or core.is_node(x):
+        return []
+    if isinstance(x, (dict, list, tuple)):
+        return list(x.values() if isinstance(x, dict) else x)
+    inner = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
+    return [] if len(inner) == 1 and inner[0] is x else inner
 
 
 def array_part(x: Any, path: str) -> Part:
