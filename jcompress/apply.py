@@ -99,9 +99,9 @@ def fit(leaves: Mapping[str, Any], plan: Plan, contexts: Mapping[str, Context]) 
 def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: Mapping[str, Context]) -> dict[str, Any]:
     """The nodes of leaves that are decided together."""
     found = [_array(path, arrays[path]) for path in unit]
-    nodes = dict(zip(unit, core.fit(plan[unit[0]], found, [contexts[p] for p in unit]), strict=True))
-    for path, w in zip(unit, found, strict=True):
-        _check_finite(path, w, nodes[path], plan[path])
+    nodes = dict(zip(unit, core.fit(plan[unit[0]], [w for w, _ in found], [contexts[p] for p in unit]), strict=True))
+    for path, (w, largest) in zip(unit, found, strict=True):
+        _check_finite(path, w.dtype, largest, nodes[path], plan[path])
     return {path: _foretold(node, plan[path], contexts[path].step) for path, node in nodes.items()}
 
 
@@ -125,15 +125,16 @@ def _foretold(node: Any, method: Any, step: Any) -> Any:
     return dataclasses.replace(node, expected=expected)
 
 
-def _check_finite(path: str, w: jax.Array, node: Any, method: Any) -> None:
+def _check_finite(path: str, dtype: Any, largest: jax.Array, node: Any, method: Any) -> None:
     """Raise where a method rounded beyond what the leaf's dtype holds, as it can next to its greatest number only."""
-    if not core.is_concrete(w) or not w.size:
+    most = float(jnp.finfo(dtype).max)
+    if not core.is_concrete(largest) or float(largest) <= most / 16:
         return
-    largest, most = float(jnp.max(jnp.abs(w))), float(jnp.finfo(w.dtype).max)
-    if largest > most / 16 and not bool(jnp.isfinite(core.dense(node)).all()):
+    finite = jnp.isfinite(core.dense(node)).all()
+    if core.is_concrete(finite) and not bool(finite):
         raise ValueError(
-            f"{path}: found magnitudes up to {largest:.3g}, and {method!r} goes beyond {most:.3g}, the greatest number "
-            f"of {w.dtype}; divide the leaf by a power of two, or keep it dense"
+            f"{path}: found magnitudes up to {float(largest):.3g}, and {method!r} goes beyond {most:.3g}, the greatest "
+            f"number of {dtype}; divide the leaf by a power of two, or keep it dense"
         )
 
 
@@ -148,8 +149,8 @@ def check_paths(leaves: Iterable[str], plan: Plan) -> None:
         )
 
 
-def _array(path: str, x: Any) -> jax.Array:
-    """A leaf as an array of JAX, whatever byte order it has in NumPy, all of it finite as far as can be seen."""
+def _array(path: str, x: Any) -> tuple[jax.Array, jax.Array]:
+    """A leaf as an array of JAX, all of it finite as far as can be seen, and its largest magnitude."""
     if core.is_node(x):
         raise ValueError(
             f"{path}: found a {type(x).__name__} node where an array was expected; materialize it first, or compose "
@@ -161,13 +162,13 @@ def _array(path: str, x: Any) -> jax.Array:
             "jax.eval_shape(lambda params: jc.compress(params, plan), params)"
         )
     x = jnp.asarray(core.native(x))
-    finite = jnp.isfinite(x).sum()
-    if core.is_concrete(finite) and int(finite) != jnp.size(x):
-        bad = jnp.size(x) - int(finite)
+    largest = jnp.max(jnp.abs(x), initial=0)
+    if core.is_concrete(largest) and not bool(jnp.isfinite(largest)):
         raise ValueError(
-            f"{path}: found {bad} NaN or infinite values, expected finite ones; mend them, or keep the leaf dense"
+            f"{path}: found {int((~jnp.isfinite(x)).sum())} NaN or infinite values, expected finite ones; mend them, "
+            "or keep the leaf dense"
         )
-    return x
+    return x, largest
 
 
 def contexts_of(

@@ -105,7 +105,7 @@ def whole(method, scales=(0.3, 3.0, 0.1)):
     """Three leaves under one rule, their scores drawn at these scales."""
     params = {name: array(seed=i) for i, name in enumerate("abc")}
     plan = jc.plan(params, [(".*", method)])
-    tree = jc.compress(params, plan, key=KEY)
+    tree = jc.compress(params, plan, step=0, key=KEY)
     drawn = {name: scale * array(seed=10 + i) for i, (name, scale) in enumerate(zip("abc", scales, strict=True))}
     return plan, {name: dataclasses.replace(node, scores=drawn[name]) for name, node in tree.items()}
 
