@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Of a test with many cases the short run takes one in so many, beginning elsewhere for each test: on the conformance
 # list every row still meets some checks, and every check some rows. Of what belongs to single methods it takes one
 # test in six.
-ONE_IN = {"test_conformance": 24} | dict.fromkeys(
+ONE_IN = {"test_conformance": 32} | dict.fromkeys(
     (
         "test_contributing",
         "test_docs",
@@ -35,7 +35,7 @@ ONE_IN = {"test_conformance": 24} | dict.fromkeys(
     ),
     1,
 )
-ONE_IN_OTHERS = 12
+ONE_IN_OTHERS = 16
 OF_METHODS = (
     "test_bayesian",
     "test_budget",
@@ -58,11 +58,25 @@ OF_METHODS = (
     "jcompress/prune/",
     "jcompress/quantize/",
 )
-# Benchmarks and claims are left out as well: nothing else runs their code.
-LONG = ("test_benchmarks", "benchmark_writes", "test_integer_benchmark", "test_quantized_training_experiment")
+# Benchmarks and claims are left out as well, which nothing else runs the code of, and what has a job of its own in CI.
+LONG = (
+    "test_command_stopped_by_a_signal",
+    "test_notebook_runs[pruning]",
+    "test_notebook_runs[quantization]",
+    "test_notebook_runs[structured]",
+    "test_the_site_builds",
+    "test_benchmarks",
+    "benchmark_writes",
+    "test_integer_benchmark",
+    "test_quantized_training_experiment",
+)
 
 
-CASES, METHODS, BENCHMARKS = "cases of long lists", "tests of single methods", "benchmarks"
+CASES, METHODS, BENCHMARKS = (
+    "cases of long lists",
+    "tests of single methods",
+    "benchmarks, notebooks and others that take long",
+)
 LEFT_OUT = pytest.StashKey()
 
 
@@ -71,15 +85,15 @@ def _left_out(items):
     tests, cases, seen = {}, {}, 0
     for item in items:
         part = ONE_IN.get(item.path.stem, ONE_IN_OTHERS)
+        if any(x in item.nodeid for x in LONG):
+            yield item, BENCHMARKS
+            continue
         if part > 1 and hasattr(item, "callspec"):
             test = tests.setdefault(f"{item.path}::{item.originalname}", len(tests))
             cases[test] = cases.get(test, -1) + 1
             if (test + cases[test]) % part:
                 yield item, CASES
                 continue
-        elif any(x in item.nodeid for x in LONG):
-            yield item, BENCHMARKS
-            continue
         if any(x in str(item.path) for x in OF_METHODS):
             seen += 1
             if seen % 6:

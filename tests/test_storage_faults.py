@@ -363,7 +363,8 @@ def test_a_shrunk_model_is_rebuilt_from_its_file_alone(tmp_path):
     jc.save(tmp_path / "x", {"params": small, "kept": small_fn.kept})
     shape, values = run(REBUILD, tmp_path / "x").stdout.rsplit(" ", 1)
     assert shape == "(3, 5)"
-    assert values.strip() == np.asarray(small_fn(small, x)).tobytes().hex()
+    again = np.frombuffer(bytes.fromhex(values.strip()), np.float32).reshape(4, 2)
+    np.testing.assert_allclose(again, small_fn(small, x), rtol=1e-5)  # compiled with other options there
 
 
 # The command.
