@@ -126,13 +126,13 @@ def project(
         if optimizer is not None and grads is None:
             grads = updates
         contexts = contexts_of(params, state.steps, state.key, stats, grads)
-        strayed = _strayed(state, leaves, every)
+        state = state._replace(strayed=_strayed(state, leaves, every))
         if optimizer is None:
             change, held, after = *_chained(here, every, state, params, updates, contexts), None
         else:
             change, held, after = _around(optimizer, here, every, state, params, updates, contexts, extra)
         updates = rules.rebuild(updates, change, like=params)
-        return updates, ProjectState(optax.safe_increment(state.steps), held, strayed, state.key, after)
+        return updates, ProjectState(optax.safe_increment(state.steps), held, state.strayed, state.key, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -213,7 +213,8 @@ def _chained(
     arrays, change = dict(leaves), rules.beside(params, updates)
     held: dict[str, Any] = {}
     values: dict[str, jax.Array] = {}
-    due, nothing = transforms.is_due(state.steps, every), _zero(state.steps)
+    # Behind the look at the parameters, which would be copied for it if they were written over meanwhile.
+    due, nothing = transforms.is_due(state.steps, every), _zero(state.strayed + 1)
     # One unit behind the other, so that the updates of the whole model need not be in memory at once: of 5 million
     # parameters these would be so large that on a CPU every step would fetch its memory anew.
     for unit in plan.units():
@@ -281,7 +282,8 @@ def _around(
     arrays = dict(leaves)
     held: dict[str, Any] = {}
     values: dict[str, jax.Array] = {}
-    due, nothing = transforms.is_due(state.steps, every), _zero(state.steps)
+    # Behind the look at the parameters, which would be copied for it if they were written over meanwhile.
+    due, nothing = transforms.is_due(state.steps, every), _zero(state.strayed + 1)
 
     @jax.jit  # traced once, for all conditionals
     def stepped(nothing: jax.Array) -> tuple[PyTree, PyTree]:
