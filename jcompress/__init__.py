@@ -3,7 +3,7 @@
 from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, rewrite, share, trace
 from jcompress.apply import compress, simulate
 from jcompress.combine import chain, residual, stacked
-from jcompress.core import Compressed, Context, Method, finalize, materialize, merge, nbits, split
+from jcompress.core import Compressed, Context, Layout, Method, finalize, materialize, merge, nbits, split
 from jcompress.io import load, save
 from jcompress.measure import report
 from jcompress.numeric.surrogates import straight_through
@@ -17,6 +17,7 @@ from jcompress.version import __version__
 __all__ = [
     "Compressed",
     "Context",
+    "Layout",
     "Method",
     "Plan",
     "ProjectState",

@@ -18,6 +18,7 @@ from jcompress.core.compressed import (
     parts,
     split,
 )
+from jcompress.core.layout import Layout
 from jcompress.core.methods import (
     Context,
     Method,
@@ -36,6 +37,7 @@ from jcompress.core.methods import (
 __all__ = [
     "Compressed",
     "Context",
+    "Layout",
     "Method",
     "Part",
     "PyTree",
