@@ -114,10 +114,9 @@ class Layout:
         """The shape that methods see of a leaf of some shape."""
         outputs = math.prod(shape[a] for a in self.outputs)
         groups = (self.groups,) if self.groups > 1 else ()
-        return (
-            *shape[: len(shape) - self.ndim], *(shape[a] for a in self.batch), *groups, *(shape[a] for a in self.window),
-            math.prod(shape[a] for a in self.inputs), outputs // self.groups,
-        )  # fmt: skip
+        batch = (*shape[: len(shape) - self.ndim], *(shape[a] for a in self.batch), *groups)
+        window, inputs = (shape[a] for a in self.window), math.prod(shape[a] for a in self.inputs)
+        return (*batch, *window, inputs, outputs // self.groups)
 
     def arrange(self, x: Any) -> Any:
         """An array of the leaf's shape, as methods see it. Axes of length 1 that are to broadcast stay so."""
@@ -146,7 +145,8 @@ class Layout:
         if self.plain:
             return x
         if self.groups > 1:
-            x = jnp.moveaxis(x, -(len(self.window) + 3), -2)
+            place = x.ndim - len(self.window) - 3
+            x = jnp.moveaxis(x, place, -2)
             x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
         inputs, outputs = (
             (1,) * len(axes) if n == 1 else tuple(shape[a] for a in axes)
