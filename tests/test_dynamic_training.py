@@ -350,3 +350,33 @@ def test_steps_can_be_differentiated_also_where_the_masks_change(rule):
     slope = (after(0.05 + step, params) - after(0.05 - step, params)) / (2 * step)
     np.testing.assert_allclose(found, slope, rtol=0.02)
     assert float(jnp.abs(found)) > 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "dropped"),
+    [
+        (dynamic.SET(0.5), 4),
+        (dynamic.DSR(0.5, threshold=4.5), 4),
+        (dynamic.SparseMomentum(0.5), 4),
+        (dynamic.NeST(growth=1.0, pruning=0.5), 4),
+        (dynamic.RigL(stop=100, fraction=lambda step: 0.5), 0),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_is_dropped_and_grown_at_once_starts_anew(rule, dropped):
+    """With no dormant weight there is nothing else to grow; NeST alone may leave a mask smaller."""
+    params, tx = (
+        {"w": jnp.arange(1.0, 9.0)},
+        dynamic.sparse(optax.adam(0.0), rule, {"w": jnp.ones(8, bool)}, 2, key=KEY),
+    )
+    state = tx.init(params)._replace(steps=jnp.int32(1))
+    for i in range(2):
+        updates, state = tx.update({"w": jnp.full(8, 1.0 + i)}, state, params)
+        params = optax.apply_updates(params, updates)
+    rising = np.arange(1.0, 9.0)
+    moments = np.full(8, 0.9 * 0.1 * 1 + 0.1 * 2)
+    assert params["w"].tolist() == np.where(rising > dropped, rising, 0).tolist()
+    np.testing.assert_allclose(state.inner[0].mu["w"], np.where(rising > dropped, moments, 0), rtol=1e-6)
+    assert state.masks["w"][dropped:].all()
+    if not isinstance(rule, dynamic.NeST):
+        assert state.masks["w"].all()

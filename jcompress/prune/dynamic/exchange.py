@@ -34,11 +34,11 @@ class Static:
 
 
 @dataclasses.dataclass(frozen=True)
-class SET:
+class SET(leaves.Exchange):
     """Sparse evolutionary training: drop the smallest weights, grow as many at random (Mocanu et al. 2018, 1707.04780).
 
     In each leaf ``floor(fraction * k)`` of the ``k`` active weights are dropped, those of smallest magnitude, and as
-    many are drawn uniformly from all that are then not active.
+    many are drawn uniformly from all that are then not active. One that was just dropped may be drawn; it starts anew.
 
     Attributes:
       fraction: the part exchanged, in [0, 1], or an optax schedule of it.
@@ -55,14 +55,12 @@ class SET:
 
     fraction: Any = 0.3
 
-    def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
-        """The new masks."""
+    def exchange(self, found: Sequence[Leaf], memory: Any = ()) -> tuple[list[jax.Array], list[jax.Array], Any]:
+        """The new masks, what of the old ones was not dropped, and the memory."""
         fraction = core.value_at(self.fraction, found[0].step) if found else 0
-        grown = []
-        for leaf in found:
-            survivors, number = _dropped(leaf, fraction)
-            grown.append(leaves.grow_random(survivors, leaf.key, number))
-        return grown, memory
+        dropped = [_dropped(leaf, fraction) for leaf in found]
+        grown = [leaves.grow_random(x, leaf.key, number) for leaf, (x, number) in zip(found, dropped, strict=True)]
+        return grown, [survivors for survivors, _ in dropped], memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,7 @@ class RigL:
     """Rigged lottery: drop the smallest weights, grow where the gradient is largest (Evci et al. 2020, 1911.11134).
 
     At step ``t`` the part exchanged in each leaf is ``fraction / 2 * (1 + cos(pi * t / stop))``; from ``stop`` on the
-    masks stay. A weight may be grown again in the step that drops it; then it keeps its value.
+    masks stay. A weight may be grown again in the step that drops it; then it keeps its value, as in the authors' code.
 
     Attributes:
       stop: the step after which masks stay; three quarters of the training, in the paper.

@@ -15,7 +15,7 @@ from jcompress.prune.dynamic.leaves import Leaf
 
 
 @dataclasses.dataclass(frozen=True)
-class NeST:
+class NeST(leaves.Exchange):
     """Grow a sparse seed by gradient, then prune it by magnitude (NeST; Dai et al. 2017, arXiv:1711.02017).
 
     A rule for :func:`sparse`. Unlike the others it does not keep the number of active weights. At each change before
@@ -72,11 +72,12 @@ class NeST:
         if len(ends) == 2 and ends[1] < ends[0]:
             raise ValueError(f"NeST: found turn={self.turn}, stop={self.stop}; masks can stop only once they turned")
 
-    def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
-        """The new masks."""
-        return [self._moved(leaf) for leaf in found], memory
+    def exchange(self, found: Sequence[Leaf], memory: Any = ()) -> tuple[list[jax.Array], list[jax.Array], Any]:
+        """The new masks, what of the old ones was not dropped, and the memory."""
+        moved = [self._moved(leaf) for leaf in found]
+        return [masks for masks, _ in moved], [survivors for _, survivors in moved], memory
 
-    def _moved(self, leaf: Leaf) -> jax.Array:
+    def _moved(self, leaf: Leaf) -> tuple[jax.Array, jax.Array]:
         growth, pruning = (core.value_at(x, leaf.step) for x in (self.growth, self.pruning))
         if self.turn is not None:
             growth, pruning = jnp.where(leaf.step < self.turn, growth, 0), jnp.where(leaf.step < self.turn, 0, pruning)
@@ -84,4 +85,5 @@ class NeST:
             growth, pruning = (jnp.where(leaf.step < self.stop, x, 0) for x in (growth, pruning))
         grown, dropped = leaves.part(~leaf.mask, growth), leaves.part(leaf.mask, pruning)
         slopes = leaf.grad if leaf.momentum is None else leaf.momentum
-        return leaves.grow_largest(leaves.drop_smallest(leaf, dropped), slopes, grown)
+        survivors = leaves.drop_smallest(leaf, dropped)
+        return leaves.grow_largest(survivors, slopes, grown), survivors

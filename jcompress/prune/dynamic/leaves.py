@@ -44,8 +44,10 @@ class Leaf(NamedTuple):
 class Rule(Protocol):
     """How masks change: ``(leaves, memory) -> (masks, memory)``, with as many True in all as before.
 
-    :class:`NeST` alone changes the number. Two things are optional: ``memory()`` gives what the rule remembers at the
-    start, and ``decay`` says that the rule reads the momentum, and at what rate it is to be averaged.
+    :class:`NeST` alone changes the number. Three things are optional: ``memory()`` gives what the rule remembers at the
+    start; ``decay`` says that the rule reads the momentum, and at what rate it is to be averaged; and
+    ``exchange(leaves, memory) -> (masks, survivors, memory)`` also tells which weights were not dropped. Without it, a
+    weight that was active before and is active after has not been dropped, and keeps its value.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,6 +63,19 @@ class Rule(Protocol):
     def __call__(self, leaves: Sequence[Leaf], memory: Any, /) -> tuple[list[jax.Array], Any]:
         """The new masks, one for each leaf."""
         ...
+
+
+class Exchange:
+    """A rule that says, in ``exchange``, which weights it dropped: grown again at once they start anew."""
+
+    def exchange(self, found: Sequence[Leaf], memory: Any) -> tuple[list[jax.Array], list[jax.Array], Any]:
+        """The new masks, what of the old ones was not dropped, and the memory."""
+        raise NotImplementedError
+
+    def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
+        """The new masks."""
+        masks, _, memory = self.exchange(found, memory)
+        return masks, memory
 
 
 def part(mask: jax.Array, fraction: Any) -> jax.Array:

@@ -16,13 +16,13 @@ from jcompress.prune.dynamic.leaves import Leaf
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseMomentum:
+class SparseMomentum(leaves.Exchange):
     """Sparse momentum: leaves whose momentum is larger get more weights (Dettmers & Zettlemoyer 2019, 1907.04840).
 
     In each leaf ``floor(fraction * k)`` of the ``k`` active weights are dropped, those of smallest magnitude. What was
     dropped in all is shared out in proportion to the mean magnitude of the momentum over the active weights of each
     leaf, and grows where the momentum of weights that are not active is largest. What a leaf has no room for goes to
-    the others.
+    the others. One that was just dropped may grow; it starts anew.
 
     Attributes:
       fraction: the part dropped, in [0, 1], or an optax schedule of it.
@@ -42,25 +42,27 @@ class SparseMomentum:
     fraction: Any = 0.2
     decay: float = 0.9
 
-    def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
-        """The new masks."""
+    def exchange(self, found: Sequence[Leaf], memory: Any = ()) -> tuple[list[jax.Array], list[jax.Array], Any]:
+        """The new masks, what of the old ones was not dropped, and the memory."""
         if not found:
-            return [], memory
+            return [], [], memory
         fraction = core.value_at(self.fraction, found[0].step)
         survivors = [leaves.drop_smallest(leaf, leaves.part(leaf.mask, fraction)) for leaf in found]
         momenta = [_momentum(leaf) for leaf in found]
         shares = [mean_where(jnp.abs(m), leaf.mask) for m, leaf in zip(momenta, found, strict=True)]
         numbers = _shared_out(found, survivors, jnp.stack(shares))
-        return [leaves.grow_largest(*args) for args in zip(survivors, momenta, numbers, strict=True)], memory
+        grown = [leaves.grow_largest(*args) for args in zip(survivors, momenta, numbers, strict=True)]
+        return grown, survivors, memory
 
 
 @dataclasses.dataclass(frozen=True)
-class DSR:
+class DSR(leaves.Exchange):
     """Dynamic sparse reparameterization: one threshold for all leaves (Mostafa & Wang 2019, 1902.05967).
 
     Active weights of a magnitude below the threshold are dropped. The threshold doubles if fewer were dropped than
     ``fraction * (1 - tolerance)`` of all active weights, and halves if more than ``fraction * (1 + tolerance)``. What
-    was dropped in all grows at random, shared out in proportion to the weights that each leaf has left.
+    was dropped in all grows at random, shared out in proportion to the weights that each leaf has left. One that was
+    just dropped may grow; it starts anew.
 
     Attributes:
       fraction: the part of all active weights that should be dropped each time.
@@ -86,10 +88,10 @@ class DSR:
         """The threshold at the start."""
         return jnp.float32(self.threshold)
 
-    def __call__(self, found: Sequence[Leaf], memory: Any, /) -> tuple[list[jax.Array], Any]:
-        """The new masks and threshold."""
+    def exchange(self, found: Sequence[Leaf], memory: Any) -> tuple[list[jax.Array], list[jax.Array], Any]:
+        """The new masks, what of the old ones was not dropped, and the threshold."""
         if not found:
-            return [], memory
+            return [], [], memory
         survivors = [leaf.mask & (jnp.abs(leaf.w).astype(jnp.float32) >= memory) for leaf in found]
         active = jnp.sum(jnp.stack([count_true(leaf.mask) for leaf in found])).astype(jnp.float32)
         remaining = jnp.stack([count_true(x) for x in survivors]).astype(jnp.float32)
@@ -98,7 +100,8 @@ class DSR:
         factor = jnp.where(share < fraction * (1 - self.tolerance), 2.0, 1.0)
         factor = jnp.where(share > fraction * (1 + self.tolerance), 0.5, factor)
         numbers, keys = _shared_out(found, survivors, remaining), [leaf.key for leaf in found]
-        return [leaves.grow_random(*args) for args in zip(survivors, keys, numbers, strict=True)], memory * factor
+        grown = [leaves.grow_random(*args) for args in zip(survivors, keys, numbers, strict=True)]
+        return grown, survivors, memory * factor
 
 
 def _momentum(leaf: Leaf) -> jax.Array:

@@ -49,11 +49,11 @@ def sparse(
 
     An optax transform that wraps the optimizer, so the loop stays as it is. After every step, from the first on, a
     weight that is not active is exactly 0.0. Its share of the optimizer's state is as new whenever the optimizer
-    moves, so what is dropped leaves nothing behind, and what is grown starts at 0.0 with fresh moments. The optimizer
-    meets the gradients of active weights only: a clipped norm or an orthogonalized momentum is that of the sparse
-    network. The rule reads the dense gradients. The masks change before the optimizer moves, on steps 0, ``every``,
-    ``2 * every``, ...; weights grown in a step move from the next one on. In between the cost is that of reading the
-    masks.
+    moves, so what is dropped leaves nothing behind, and what is grown starts at 0.0 with fresh moments, also where it
+    was dropped in the same step (:class:`RigL` alone lets that go on as it was). The optimizer meets the gradients of
+    active weights only: a clipped norm or an orthogonalized momentum is that of the sparse network. The rule reads the
+    dense gradients. The masks change before the optimizer moves, on steps 0, ``every``, ``2 * every``, ...; weights
+    grown in a step move from the next one on. In between the cost is that of reading the masks.
 
     A state entry belongs to a weight if its place in the state ends in the parameter's path and has its shape, as
     everything that optimizers build with ``tree.map`` does, inside ``chain``, ``masked``, ``partition``,
@@ -130,6 +130,14 @@ def _averaged(momentum: dict[str, jax.Array], grads: dict[str, jax.Array], decay
     return {path: (decay * m + (1 - decay) * grads[path]).astype(m.dtype) for path, m in momentum.items()}
 
 
+def _exchanged(rule: Rule, found: list[Leaf], memory: PyTree) -> tuple[list[jax.Array], list[jax.Array], PyTree]:
+    """The new masks, what of the old ones was not dropped, and the memory."""
+    if hasattr(rule, "exchange"):
+        return rule.exchange(found, memory)
+    new, memory = rule(found, memory)
+    return new, [leaf.mask for leaf in found], memory
+
+
 def _changed(
     rule: Rule, every: int, state: SparseState, params: PyTree, grads: PyTree
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], PyTree]:
@@ -159,9 +167,9 @@ def _changed(
             )
             for path, mask in masks.items()
         ]
-        chosen, memory = rule(found, memory)
-        new = dict(zip(masks, chosen, strict=True))
-        return jnp.zeros_like(due), new, {path: mask & new[path] for path, mask in masks.items()}, memory
+        new, survivors, memory = _exchanged(rule, found, memory)
+        active = [a & b for a, b in zip(survivors, new, strict=True)]
+        return jnp.zeros_like(due), dict(zip(masks, new, strict=True)), dict(zip(masks, active, strict=True)), memory
 
     due = transforms.is_due(state.steps, every)
     return jax.lax.while_loop(lambda carry: carry[0], anew, (due, state.masks, state.masks, memory))[1:]
