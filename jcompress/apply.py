@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress import core, rules
-from jcompress.core import Context, PyTree
+from jcompress.core import Context, Layout, PyTree
 from jcompress.formats import Masked, Sum
+from jcompress.formats.arranged import restored
+from jcompress.layers import relaying
 from jcompress.numeric.packing import Expected
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
@@ -99,10 +101,27 @@ def fit(leaves: Mapping[str, Any], plan: Plan, contexts: Mapping[str, Context]) 
 def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: Mapping[str, Context]) -> dict[str, Any]:
     """The nodes of leaves that are decided together."""
     found = [_array(path, arrays[path]) for path in unit]
-    nodes = dict(zip(unit, core.fit(plan[unit[0]], [w for w, _ in found], [contexts[p] for p in unit]), strict=True))
-    for path, (w, largest) in zip(unit, found, strict=True):
-        _check_finite(path, w.dtype, largest, nodes[path], plan[path])
-    return {path: _foretold(node, plan[path], contexts[path].step) for path, node in nodes.items()}
+    layouts = [_layout(plan, path, w, contexts[path]) for path, (w, _) in zip(unit, found, strict=True)]
+    laid = [
+        (w, contexts[path]) if layout is None else relaying.seen(w, contexts[path], layout)
+        for path, (w, _), layout in zip(unit, found, layouts, strict=True)
+    ]
+    fitted = core.fit(plan[unit[0]], [w for w, _ in laid], [context for _, context in laid])
+    nodes = {}
+    for path, (w, largest), layout, node in zip(unit, found, layouts, fitted, strict=True):
+        _check_finite(path, w.dtype, largest, node, plan[path])
+        node = _foretold(node, plan[path], contexts[path].step)
+        nodes[path] = node if layout is None else restored(node, layout, w.shape[w.ndim - layout.ndim :])
+    return nodes
+
+
+def _layout(plan: Plan, path: str, w: jax.Array, context: Context) -> Layout | None:
+    """What the axes of a leaf are: the plan says it, or the statistics; else it is seen as it is."""
+    found = plan.layouts.get(path) or relaying.layout_of(w.shape, context.stats)
+    if found is not None:
+        found.check(path, w.shape)
+        core.check(plan[path], path, found.seen(w.shape), w.dtype)
+    return found
 
 
 def _foretold(node: Any, method: Any, step: Any) -> Any:

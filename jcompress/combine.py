@@ -97,6 +97,7 @@ def _trainable(node: Any, context: Context) -> Iterator[tuple[jax.Array, Context
             grad=context.grad if alike else None,
             where=where,
             path=f"{context.path}/{name}",
+            batch=context.batch if alike else 0,
         )
         for entry in x if isinstance(x, tuple) else (x,):
             yield from _trainable(entry, inner)
@@ -167,6 +168,7 @@ class Stacked(Method):
     method: Method
 
     wraps: ClassVar[tuple[str, ...]] = ("method",)
+    whole: ClassVar[bool] = True
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the leaf has no leading axis or the method cannot take one layer."""
@@ -180,31 +182,10 @@ class Stacked(Method):
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
         """One node for each array of the rule, its leaves stacked like the layers."""
-        layers = {w.shape[0] for w in arrays}
-        if len(layers) > 1:
-            raise ValueError(
-                f"{contexts[0].path}: leaves that share a decision need the same number of layers, "
-                f"found {sorted(layers)}; give them rules of their own"
-            )
-        mapped = [_mapped(c, layers) for c in contexts]
-
-        def one(ws: list[jax.Array], varying: list[dict[str, Any]]) -> list[Any]:
-            inner = [dataclasses.replace(c, **v) for c, v in zip(contexts, varying, strict=True)]
-            return core.fit(self.method, ws, inner)
-
-        return jax.vmap(one)(list(arrays), mapped)
+        return core.over_layers(self.method, arrays, contexts)
 
     def __repr__(self) -> str:
         return f"stacked({self.method!r})"
-
-
-def _mapped(context: Context, layers: set[int]) -> dict[str, Any]:
-    """The parts of a context that differ from layer to layer."""
-    names = ("stats", "grad", "previous", "where")
-    varying = {name: getattr(context, name) for name in names if getattr(context, name) is not None}
-    if context.key is not None:
-        varying["key"] = jax.random.split(context.key, layers.pop())
-    return varying
 
 
 def stacked(method: Method) -> Method:

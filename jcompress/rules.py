@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress import core
-from jcompress.core import Method, PyTree
+from jcompress.core import Layout, Method, PyTree
 
 Rule = tuple[str, Method | None]
 
@@ -126,6 +126,7 @@ class Plan(Mapping):
     Attributes:
       groups: ``{path: number}``.
       shapes: ``{path: shape}``, where known.
+      layouts: ``{path: Layout}``, where known.
       notes: what is worth telling about the rules.
 
     Example:
@@ -142,11 +143,13 @@ class Plan(Mapping):
         groups: Mapping[str, int] | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         notes: Sequence[str] = (),
+        layouts: Mapping[str, Layout] | None = None,
     ) -> None:
         self._methods = dict(methods)
         self.groups = dict(groups) if groups is not None else _numbered(self._methods)
         self.shapes = dict(shapes or {})
         self.notes = tuple(notes)
+        self.layouts = dict(layouts or {})
 
     def __getitem__(self, path: str) -> Method | None:
         return self._methods[path]
@@ -167,9 +170,9 @@ class Plan(Mapping):
                 raise ValueError(f"{path}: not in the plan; {closest(path, self._methods)}")
             _check_method(path, method)
             if method is not None and path in self.shapes:
-                core.check(method, path, self.shapes[path], jnp.float32)
+                _check_fit(method, path, self.shapes[path], jnp.float32, self.layouts.get(path))
         groups = {**self.groups, **_numbered(changes, max(self.groups.values(), default=0) + 1)}
-        return Plan({**self._methods, **changes}, groups, self.shapes, self.notes)
+        return Plan({**self._methods, **changes}, groups, self.shapes, self.notes, self.layouts)
 
     def units(self, among: Iterable[str] | None = None) -> list[list[str]]:
         """The paths that are decided together: all of a rule whose method decides for all at once, else each alone.
@@ -209,20 +212,23 @@ def _numbered(methods: Mapping[str, Method | None], first: int = 0) -> dict[str,
     return numbers
 
 
-def plan(params: PyTree, rules: Iterable[Rule]) -> Plan:
+def plan(params: PyTree, rules: Iterable[Rule], layout: Mapping[str, Layout] | None = None) -> Plan:
     """Decide what happens to each leaf: the first rule whose pattern matches the whole path wins.
 
     Args:
       params: the parameters, or their shapes as ``jax.eval_shape`` gives them.
       rules: ordered pairs of a regular expression, matched with ``re.fullmatch`` against paths such as
         ``block/0/kernel``, and a method, or ``None`` to keep a leaf dense. Leaves that no rule matches stay dense.
+      layout: ``{path or pattern: Layout}``, what the axes of leaves are in the products that use them, as
+        :func:`jcompress.trace.layout` reads it. The first pattern that matches counts. For others statistics say it,
+        or they are (in, out) and (window..., in, out).
 
     Returns:
       A :class:`Plan`.
 
     Raises:
-      ValueError: if a rule matches no leaf, a method cannot take a leaf that it is given, or a leaf is compressed
-        already. The message names the path and the fix.
+      ValueError: if a rule or a layout matches no leaf, a method cannot take a leaf that it is given, or a leaf is
+        compressed already. The message names the path and the fix.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -234,6 +240,7 @@ def plan(params: PyTree, rules: Iterable[Rule]) -> Plan:
     """
     ordered = _checked(rules)
     found = paths(params)
+    layouts = _layouts(found, layout or {})
     methods: dict[str, Method | None] = {}
     groups: dict[str, int] = {}
     matched, won = [0] * len(ordered), [0] * len(ordered)
@@ -246,7 +253,7 @@ def plan(params: PyTree, rules: Iterable[Rule]) -> Plan:
         if hits:
             won[hits[0]] += 1
             methods[path], groups[path] = ordered[hits[0]][1], hits[0]
-            _check_compressible(path, leaf, methods[path])
+            _check_compressible(path, leaf, methods[path], layouts.get(path))
     known = [path for path, _ in found]
     for i, (pattern, _) in enumerate(ordered):
         if not matched[i]:
@@ -256,7 +263,28 @@ def plan(params: PyTree, rules: Iterable[Rule]) -> Plan:
         for i, (p, _) in enumerate(ordered)
         if not won[i]
     ]
-    return Plan(methods, groups, {path: jnp.shape(x) for path, x in found if not core.is_node(x)}, notes)
+    shapes = {path: jnp.shape(x) for path, x in found if not core.is_node(x)}
+    return Plan(methods, groups, shapes, notes, layouts)
+
+
+def _layouts(found: list[tuple[str, Any]], layout: Mapping[str, Layout]) -> dict[str, Layout]:
+    """The layout of each leaf that one is given for."""
+    if not isinstance(layout, Mapping) or not all(isinstance(x, Layout) for x in layout.values()):
+        raise ValueError(
+            f"found layout={layout!r}, expected a mapping of paths to layouts, such as "
+            "jc.trace.layout(fn, params, *args) or {'.*/weight': jc.Layout(inputs=1, outputs=0)}"
+        )
+    known = dict(found)
+    chosen: dict[str, Layout] = {}
+    for pattern, value in layout.items():
+        matched = [pattern] if pattern in known else [path for path in known if _pattern(pattern).fullmatch(path)]
+        if not matched:
+            raise ValueError(f"layout {pattern!r} matches no parameter; {closest(pattern, known)}")
+        for path in matched:
+            if path not in chosen:
+                value.check(path, jnp.shape(known[path]))
+                chosen[path] = value
+    return chosen
 
 
 def _checked(rules: Iterable[Rule]) -> list[tuple[re.Pattern, Method | None]]:
@@ -332,7 +360,7 @@ def _is_narrow(dtype: np.dtype) -> bool:
         return False
 
 
-def _check_compressible(path: str, leaf: Any, method: Method | None) -> None:
+def _check_compressible(path: str, leaf: Any, method: Method | None, layout: Layout | None) -> None:
     if method is None:
         return
     if core.is_node(leaf):
@@ -345,4 +373,12 @@ def _check_compressible(path: str, leaf: Any, method: Method | None) -> None:
         raise ValueError(
             f"{path}: found dtype {dtype}, expected a float array; keep it dense with a rule ({path!r}, None) before"
         )
-    core.check(method, path, jnp.shape(leaf), dtype)
+    _check_fit(method, path, jnp.shape(leaf), dtype, layout)
+
+
+def _check_fit(method: Method, path: str, shape: tuple[int, ...], dtype: Any, layout: Layout | None) -> None:
+    """Raise if a method cannot take a leaf of this shape, as far as its layout is known when the plan is made."""
+    if layout is not None:
+        core.check(method, path, layout.seen(shape), dtype)
+    elif not any(need.startswith("stats") for need in core.needs(method)):
+        core.check(method, path, shape, dtype)

@@ -16,7 +16,7 @@ LAYERS = {
     "core": {"numeric"},
     "formats": {"core", "numeric"},
     "rules": {"core"},
-    "apply": {"core", "formats", "numeric", "rules"},
+    "apply": {"core", "formats", "layers", "numeric", "rules"},
     "transforms": {"core", "formats", "rules"},
     "projection": {"apply", "core", "numeric", "rules", "transforms"},
     "combine": {"core", "formats"},

@@ -18,7 +18,7 @@ from jcompress.core.compressed import (
     parts,
     split,
 )
-from jcompress.core.layout import Layout
+from jcompress.core.layout import Layout, Relaying
 from jcompress.core.methods import (
     Context,
     Method,
@@ -26,8 +26,10 @@ from jcompress.core.methods import (
     compiled,
     fit,
     is_joint,
+    is_whole,
     method_repr,
     needs,
+    over_layers,
     same,
     unit,
     value_at,
@@ -41,6 +43,7 @@ __all__ = [
     "Method",
     "Part",
     "PyTree",
+    "Relaying",
     "check",
     "compiled",
     "dense",
@@ -51,6 +54,7 @@ __all__ = [
     "is_joint",
     "is_node",
     "is_trainable",
+    "is_whole",
     "leaf_nbits",
     "materialize",
     "merge",
@@ -58,6 +62,7 @@ __all__ = [
     "native",
     "nbits",
     "needs",
+    "over_layers",
     "parts",
     "same",
     "split",

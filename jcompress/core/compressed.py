@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcompress.core.layout import Relaying
 from jcompress.numeric import packing
 
 PyTree = Any
@@ -60,6 +61,10 @@ class Compressed:
     def finalize(self) -> Compressed:
         """The form that is stored: what exists only for training is resolved."""
         return self
+
+    def relaid(self: _Node, relaying: Relaying, /) -> _Node | None:
+        """The node for an array whose axes are laid out anew; None if it has no such form and is to be wrapped."""
+        return None
 
     def support(self) -> dict[str, jax.Array]:
         """For a field whose entries do not all matter: where they do. The rest is neither read nor stored."""

@@ -98,6 +98,18 @@ class Layout:
         single = len(self.inputs) == len(self.outputs) == self.groups == 1
         return single and self.order == tuple(range(-self.ndim, 0))
 
+    @property
+    def leading(self) -> int:
+        """How many of the named axes are batch axes that stand in front, in order, and so are as good as unnamed."""
+        count = 0
+        while self.batch[count : count + 1] == (count - self.ndim,):
+            count += 1
+        return count
+
+    def inner(self) -> Layout:
+        """The same without the batch axes that stand in front, so that it serves a layer of the stack too."""
+        return dataclasses.replace(self, batch=self.batch[self.leading :])
+
     def check(self, path: str, shape: Sequence[int]) -> None:
         """Raise if a leaf of this shape cannot have the layout."""
         if len(shape) < self.ndim:
@@ -156,6 +168,64 @@ class Layout:
         front = x.ndim - self.ndim
         places = np.argsort(self.order)
         return x.transpose(*range(front), *(front + int(i) for i in places))
+
+
+@dataclasses.dataclass(frozen=True)
+class Relaying:
+    """A change of layout of what broadcasts against a leaf: to what methods see, or back.
+
+    Attributes:
+      layout: of the leaf.
+      sizes: the lengths of its axes that the layout names.
+      back: whether from what methods see to the leaf.
+    """
+
+    layout: Layout
+    sizes: Axes
+    back: bool
+
+    def array(self, x: Any, group_size: int | None = None) -> Any:
+        """An array that broadcasts against the leaf, laid out anew; None where it then would not.
+
+        Args:
+          x: the array.
+          group_size: where the inputs count groups: how many are in each.
+        """
+        layout, sizes = self.layout, list(self.sizes)
+        if group_size is not None:
+            last, single = layout.inputs[-1], len(layout.inputs) == 1
+            if not single and sizes[last] % group_size:
+                return None
+            sizes[last] = -(-sizes[last] // group_size)
+        if not self.back:
+            return layout.arrange(x)
+        seen = layout.seen(sizes)
+        ends = list(zip(x.shape[-len(seen) :], seen, strict=True))
+        merged = [n == m for n, m in ends[-1:] if m != 1]
+        merged += [n == m for n, m in ends[: len(ends) - len(layout.window) - 2][-1:] if layout.groups > 1 and m != 1]
+        is_kept = all(n in (1, m) for n, m in ends) and len(set(merged)) < 2
+        return layout.restore(x, sizes) if is_kept else None
+
+    def axes(self, axes: Axes) -> Axes:
+        """Negative axes, laid out anew; an axis that became several is all of them."""
+        layout = self.layout
+        window = [(a,) for a in layout.window]
+        groups = [()] if layout.groups > 1 else []
+        places = [*((a,) for a in layout.batch), *groups, *window, layout.inputs, layout.outputs]
+        both = {i - len(places): place for i, place in enumerate(places)}
+        beyond, found = len(places) if self.back else layout.ndim, list[int]()
+        for axis in axes:
+            if axis < -beyond:
+                found.append(axis + len(places) - layout.ndim if self.back else axis + layout.ndim - len(places))
+            elif self.back:
+                found += both[axis]
+        if not self.back:
+            found += [i for i, place in both.items() if place and all(a in axes for a in place)]
+        return tuple(sorted(found))
+
+    def groups(self) -> int:
+        """The axis along which groups of inputs that follow one another lie, negative."""
+        return self.layout.inputs[-1] if self.back else -2
 
 
 def _tuple(axes: Any) -> Axes:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jcompress.core.compressed import is_concrete
@@ -26,6 +27,7 @@ class Context:
       previous: the node that was fitted last time.
       where: entries of the array that matter, when a mask stands around it.
       path: the path of the leaf, for error messages.
+      batch: how many leading axes of the array are stacked layers, experts or groups, each with a product of its own.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -41,6 +43,7 @@ class Context:
     previous: Any = None
     where: Any = None
     path: str = dataclasses.field(default="array", metadata={"static": True})
+    batch: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 class Method:
@@ -74,6 +77,9 @@ class Method:
     """What it reads in the context itself: ``"key"``, ``"grad"``, ``"stats.gram"``."""
     wraps: ClassVar[tuple[str, ...]] = ()
     """Fields that hold a method, a tuple of them, or None."""
+    whole: ClassVar[bool] = False
+    """Whether it takes stacked layers, experts and groups as one array, ``context.batch`` of its axes in front. By
+    default it is mapped over them, and sees one at a time."""
 
     def __init_subclass__(cls) -> None:
         cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # its own, or the decorator writes another one
@@ -127,6 +133,11 @@ def is_joint(method: Any) -> bool:
     return bool(getattr(method, "joint", False))
 
 
+def is_whole(method: Any) -> bool:
+    """Whether ``method`` takes stacked layers as one array: by itself, or a method in it does."""
+    return bool(getattr(method, "whole", False)) or any(map(is_whole, wrapped(method)))
+
+
 def check(method: Any, path: str, shape: tuple[int, ...], dtype: Any) -> None:
     """Raise if ``method`` cannot take an array of this shape and dtype."""
     if hasattr(method, "check"):
@@ -144,11 +155,53 @@ def fit(method: Any, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -
         for need in needs(method):
             _require(method, need, context)
     try:
+        if is_whole(method) or not any(context.batch for context in contexts):
+            return _fitted(method, arrays, contexts)
         if is_joint(method):
-            return method.fit(arrays, contexts)
-        return [method(w, context) for w, context in zip(arrays, contexts, strict=True)]
+            return over_layers(method, arrays, contexts)
+        return [
+            over_layers(method, [w], [c])[0] if c.batch else method(w, c) for w, c in zip(arrays, contexts, strict=True)
+        ]
     except StepMissingError as error:
         raise ValueError(f"{contexts[0].path}: {method!r}: {error}") from None
+
+
+def _fitted(method: Any, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
+    if is_joint(method):
+        return method.fit(arrays, contexts)
+    return [method(w, context) for w, context in zip(arrays, contexts, strict=True)]
+
+
+def over_layers(method: Any, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
+    """Apply a method to each index of the leading axis, the leaves of what it gives stacked alike.
+
+    Raises:
+      ValueError: if leaves that share a decision have different numbers of layers.
+    """
+    layers = {w.shape[0] for w in arrays}
+    if len(layers) > 1:
+        raise ValueError(
+            f"{contexts[0].path}: leaves that share a decision need the same number of layers, "
+            f"found {sorted(layers)}; give them rules of their own"
+        )
+    (count,) = layers
+
+    def one(ws: list[jax.Array], varying: list[dict[str, Any]]) -> list[Any]:
+        inner = [dataclasses.replace(c, batch=max(c.batch - 1, 0), **v) for c, v in zip(contexts, varying, strict=True)]
+        return fit(method, ws, inner)
+
+    return jax.vmap(one)(list(arrays), [_varying(c, w, count) for c, w in zip(contexts, arrays, strict=True)])
+
+
+def _varying(context: Context, w: jax.Array, layers: int) -> dict[str, Any]:
+    """The parts of a context that differ from layer to layer."""
+    names = ("stats", "grad", "previous")
+    found = {name: getattr(context, name) for name in names if getattr(context, name) is not None}
+    if context.where is not None:
+        found["where"] = jnp.broadcast_to(context.where, w.shape)
+    if context.key is not None:
+        found["key"] = jax.random.split(context.key, layers)
+    return found
 
 
 class StepMissingError(ValueError):

@@ -1,6 +1,7 @@
 """Formats: the nodes that stand for arrays. A format knows its bytes and its algebra, never how it was chosen."""
 
 from jcompress.formats.annealed import Annealed
+from jcompress.formats.arranged import Arranged
 from jcompress.formats.binarized import Binarized
 from jcompress.formats.bottleneck import Bottleneck
 from jcompress.formats.cast import Cast
@@ -25,6 +26,7 @@ from jcompress.formats.ternarized import Ternarized
 
 __all__ = [
     "Annealed",
+    "Arranged",
     "Binarized",
     "Bottleneck",
     "Cast",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.core import Compressed
+from jcompress.core import Compressed, Relaying
 from jcompress.numeric.pieces import totals
 
 
@@ -52,6 +52,12 @@ class Codebook(Compressed):
             jnp.where(count > 0, total / jnp.maximum(count, 1.0), 0.0).reshape(*layers, self.clusters).astype(w.dtype)
         )
         return dataclasses.replace(self, codebook=self.codebook.project(mean) if core.is_node(self.codebook) else mean)
+
+    def relaid(self, relaying: Relaying, /) -> Codebook | None:
+        if core.is_node(self.codebook) or self.codebook.ndim > 1:
+            return None
+        indices = relaying.array(self.indices)
+        return dataclasses.replace(self, indices=indices, ndim=indices.ndim)
 
     def _places(self) -> jax.Array:
         """Indices into the codebooks of all stacked layers, laid end to end."""

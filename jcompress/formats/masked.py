@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.core import Compressed
+from jcompress.core import Compressed, Relaying
 from jcompress.numeric.packing import Expected
 
 
@@ -48,6 +48,14 @@ class Masked(Compressed):
             inner = self.mask if where is None else self.mask & where
             return dataclasses.replace(self, values=self.values.project(w, inner))
         return dataclasses.replace(self, values=w)
+
+    def relaid(self, relaying: Relaying, /) -> Masked | None:
+        """Laid out like the leaf, but for N:M patterns, whose code counts groups along axis -2."""
+        if self.expected.group is not None:
+            return None
+        values = self.values.relaid(relaying) if core.is_node(self.values) else relaying.array(self.values)
+        mask = relaying.array(self.mask)
+        return None if values is None or mask is None else dataclasses.replace(self, values=values, mask=mask)
 
     def finalize(self) -> Masked:
         if core.is_node(self.values):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress import core
-from jcompress.core import Compressed
+from jcompress.core import Compressed, Relaying
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,7 @@ class Quantized(Compressed):
     floats: the codes are 8- or 4-bit floats, and are the levels. A table: the level is ``table[codes]``.
 
     Scales and zero points have the rank of ``codes`` and broadcast against it; with a ``group_size`` their axis
-    -2 counts groups of that many rows, the last one possibly smaller.
+    ``group_axis`` counts groups of that many entries, the last one possibly smaller.
 
     Attributes:
       codes: int8, uint8, or an 8- or 4-bit float array in the shape of the dense one.
@@ -33,10 +33,11 @@ class Quantized(Compressed):
       bits: bits a code, 1 to 8.
       table: the levels that uint8 codes count, ascending, at most ``2**bits``; or None.
       axes: the axes along which a scale is shared, negative.
-      group_size: rows of axis -2 that share a scale, or None.
+      group_size: entries along ``group_axis`` that share a scale, or None.
       dtype: dtype of the dense array.
       full_range: whether int8 codes go down to ``-2**(bits - 1)``, as those of learned steps; else ``encode`` stops one
         above it.
+      group_axis: the axis that groups lie along, negative.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -54,16 +55,17 @@ class Quantized(Compressed):
     group_size: int | None = dataclasses.field(default=None, metadata={"static": True})
     dtype: np.dtype = dataclasses.field(default=np.dtype("float32"), metadata={"static": True})
     full_range: bool = dataclasses.field(default=False, metadata={"static": True})
+    group_axis: int = dataclasses.field(default=-2, metadata={"static": True})
     elementwise: ClassVar[tuple[str, ...]] = ("codes",)
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         scale = _widened(core.dense(self.scale, key=key))
-        return (spread(scale, self.codes, self.group_size) * self.levels(scale.dtype)).astype(self.dtype)
+        return (self._spread(scale) * self.levels(scale.dtype)).astype(self.dtype)
 
     def encode(self, w: jax.Array) -> Quantized:
         """The node with the codes nearest to ``w``, its scales and zero points as they are."""
         scale = _widened(core.dense(self.scale)).astype(jnp.float32)
-        scale = spread(scale, self.codes, self.group_size)
+        scale = self._spread(scale)
         zero, dtype = self._offset(jnp.float32), jnp.dtype(self.codes.dtype)
         codes = nearest(w.astype(jnp.float32), scale, zero, self.bits, self.table, dtype, self.full_range)
         return dataclasses.replace(self, codes=codes)
@@ -79,7 +81,20 @@ class Quantized(Compressed):
 
     def _offset(self, dtype: Any) -> jax.Array | None:
         """The zero points, for each code."""
-        return None if self.zero is None else spread(core.dense(self.zero).astype(dtype), self.codes, self.group_size)
+        return None if self.zero is None else self._spread(core.dense(self.zero).astype(dtype))
+
+    def _spread(self, scale: jax.Array) -> jax.Array:
+        return spread(scale, self.codes, self.group_size, self.group_axis)
+
+    def relaid(self, relaying: Relaying, /) -> Quantized | None:
+        if any(core.is_node(x) for x in (self.codes, self.scale, self.zero)):
+            return None
+        codes, scale = relaying.array(self.codes), relaying.array(self.scale, self.group_size)
+        zero = None if self.zero is None else relaying.array(self.zero, self.group_size)
+        if codes is None or scale is None or (zero is None and self.zero is not None):
+            return None
+        axes, along = relaying.axes(self.axes), self.group_axis if self.group_size is None else relaying.groups()
+        return dataclasses.replace(self, codes=codes, scale=scale, zero=zero, axes=axes, group_axis=along)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Quantized:
         if not core.is_node(self.scale) and self.scale is not None and not core.is_trainable(self.scale):
@@ -88,8 +103,8 @@ class Quantized(Compressed):
         if where is not None:
             levels = jnp.where(where, levels, 0.0)
             w = jnp.where(where, w, 0.0)
-        product = pool(levels * w, self.axes, self.group_size, jnp.add, 0.0)
-        square = pool(levels * levels, self.axes, self.group_size, jnp.add, 0.0)
+        product = pool(levels * w, self.axes, self.group_size, jnp.add, 0.0, self.group_axis)
+        square = pool(levels * levels, self.axes, self.group_size, jnp.add, 0.0, self.group_axis)
         scale = jnp.where(square > 0, product / jnp.maximum(square, 1e-30), 0.0)
         if core.is_node(self.scale):
             return dataclasses.replace(self, scale=self.scale.project(scale))
@@ -150,29 +165,33 @@ def _widened(scale: jax.Array) -> jax.Array:
     return scale if jnp.dtype(scale.dtype).itemsize > 1 else scale.astype(jnp.float32)
 
 
-def pool(x: jax.Array, axes: tuple[int, ...], group_size: int | None, combine: Any, start: Any) -> jax.Array:
+def pool(
+    x: jax.Array, axes: tuple[int, ...], group_size: int | None, combine: Any, start: Any, group_axis: int = -2
+) -> jax.Array:
     """Reduce ``x`` over what shares a scale, to the shape of the scales.
 
     Args:
       x: array.
       axes: negative axes to reduce.
-      group_size: reduce axis -2 in groups of this many, the last padded with ``start``; or None for all of it.
+      group_size: reduce the axis of groups by this many, the last padded with ``start``; or None for all of ``axes``.
       combine: ``jnp.add``, ``jnp.maximum`` or ``jnp.minimum``.
       start: its identity.
+      group_axis: the axis of groups, negative.
     """
     reduce: Any = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}[combine]
     if group_size is None:
         return reduce(x, axis=axes, keepdims=True, initial=start)
-    *lead, rows, columns = x.shape
+    rows, axis = x.shape[group_axis], x.ndim + group_axis
     groups = -(-rows // group_size)
-    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, groups * group_size - rows), (0, 0)], constant_values=start)
-    return reduce(x.reshape(*lead, groups, group_size, columns), axis=-2, initial=start)
+    x = jnp.pad(x, [(0, groups * group_size - rows if d == axis else 0) for d in range(x.ndim)], constant_values=start)
+    return reduce(x.reshape(*x.shape[:axis], groups, group_size, *x.shape[axis + 1 :]), axis=axis + 1, initial=start)
 
 
-def spread(scale: jax.Array, like: jax.Array, group_size: int | None) -> jax.Array:
+def spread(scale: jax.Array, like: jax.Array, group_size: int | None, group_axis: int = -2) -> jax.Array:
     """The inverse of :func:`pool`: repeat what is shared until it broadcasts against ``like``."""
     if group_size is None:
         return scale
-    *lead, groups, columns = scale.shape
-    wide = jnp.broadcast_to(scale[..., None, :], (*lead, groups, group_size, columns))
-    return wide.reshape(*lead, groups * group_size, columns)[..., : like.shape[-2], :]
+    axis, shape = scale.ndim + group_axis, scale.shape
+    wide = jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), (*shape[: axis + 1], group_size, *shape[axis + 1 :]))
+    wide = wide.reshape(*shape[:axis], shape[axis] * group_size, *shape[axis + 1 :])
+    return jax.lax.slice_in_dim(wide, 0, like.shape[group_axis], axis=axis)

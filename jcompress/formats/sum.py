@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.core import Compressed
+from jcompress.core import Compressed, Relaying
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized, pool
 
@@ -38,6 +38,10 @@ class Sum(Compressed):
         for term in rest:
             first = first + term
         return first
+
+    def relaid(self, relaying: Relaying, /) -> Sum | None:
+        terms = [term.relaid(relaying) if core.is_node(term) else relaying.array(term) for term in self.terms]
+        return None if any(term is None for term in terms) else Sum(tuple(terms))
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Sum:
         """Exact where at most one term is not a plain mask, or the others are codes whose scales are laid out alike.

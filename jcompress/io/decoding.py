@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcompress import core, formats
-from jcompress.core import Compressed, Part
+from jcompress.core import Compressed, Layout, Part
 from jcompress.io.encoding import in_order
 from jcompress.io.manifest import (
     DEPTH,
@@ -265,10 +265,22 @@ def _decode_static(x: Any) -> Any:
         return tuple(map(_decode_static, x))
     if isinstance(x, dict) and len(x) == 1:
         ((kind, value),) = x.items()
+        if kind == "$layout":
+            return _layout(value)
         return _dtype(value) if kind == "$dtype" else _decode_scalar(kind, value)
     if isinstance(x, dict) or (isinstance(x, int) and abs(x) >= 1 << 63):
         raise StorageError(f"the manifest has a static value that this version does not know: {str(x)[:40]}")
     return x
+
+
+def _layout(value: Any) -> Layout:
+    try:
+        groups, axes = value.get("groups", 1), {name: tuple(x) for name, x in value.items() if name != "groups"}
+        if sum(map(len, axes.values())) > 64 or not isinstance(groups, int):
+            raise ValueError("expected at most 64 axes, and a number of groups")
+        return Layout(**axes, groups=groups)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise StorageError(f"the manifest has the layout {str(value)[:80]}, which is none: {error}") from None
 
 
 def _dtype(name: Any) -> np.dtype:

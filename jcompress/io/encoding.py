@@ -198,6 +198,9 @@ def _is_default(x: Any, field: dataclasses.Field) -> bool:
 def _encode_static(x: Any, path: str) -> Any:
     if isinstance(x, tuple):
         return [_encode_static(y, path) for y in x]
+    if isinstance(x, core.Layout):
+        fields = [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)]
+        return {"$layout": {name: list(y) if isinstance(y, tuple) else y for name, y in fields if y not in ((), 1)}}
     if x is None or isinstance(x, (bool, int, float, str)):
         return x if isinstance(x, str) else _encode_scalar(x, path)
     try:

@@ -69,8 +69,12 @@ def rounding(method: Method, layer: Contraction, context: Context, early: bool) 
     """
     path, w = context.path, layer.w
     core.check(method, path, w.shape, w.dtype)
-    known = Context(key=context.key, step=context.step, where=context.where, stats=context.stats, path=path)
-    node: Any = jax.eval_shape(lambda w: method(w, known), w)
+    known = dataclasses.replace(context, grad=None, previous=None)
+
+    def fit(w: jax.Array) -> Any:
+        return core.fit(method, [w], [known])[0]
+
+    node: Any = jax.eval_shape(fit, w)
     if not isinstance(node, Quantized) or core.is_node(node.scale) or core.is_node(node.zero):
         raise ValueError(
             f"{path}: the grid {method!r} gives {node!r}, expected Quantized with an array of scales and whole zero "
@@ -81,7 +85,7 @@ def rounding(method: Method, layer: Contraction, context: Context, early: bool) 
         check_groups(path, layer, group)
     early = early or group is None
     if early:
-        node = method(w, known)
+        node = fit(w)
     affine = node.zero is not None
     found = Rounding(method, node.bits, node.table, np.dtype(node.codes.dtype), affine, None if early else group)
     return found, node, _scales(layer, node, early)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ class KMeans(Method):
     scope: Literal["leaf", "global"] = "leaf"
     iterations: int = 100
     exact: bool = False
+
+    whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.clusters, (int, np.integer)) or not 1 <= self.clusters <= 65_536:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ class STR(Method):
     """
 
     initial: float = -10.0
+
+    whole: ClassVar[bool] = True
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> SoftThreshold:
         """The node for one array."""

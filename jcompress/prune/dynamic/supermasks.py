@@ -57,6 +57,8 @@ class EdgePopup(Method):
     scope: Scope = "leaf"
     reads: ClassVar[tuple[str, ...]] = ("key",)
 
+    whole: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _check(self)
 
@@ -113,6 +115,8 @@ class Movement(Method):
     threshold: float | None = None
     scope: Scope = "leaf"
 
+    whole: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.threshold is None):
             raise ValueError(
@@ -156,6 +160,8 @@ class Piggyback(Method):
 
     threshold: float = 5e-3
     initial: float = 1e-2
+
+    whole: ClassVar[bool] = True
 
     def masks(self, scores: Sequence[jax.Array], step: Any = None) -> list[jax.Array]:
         """What the scores of some leaves keep."""

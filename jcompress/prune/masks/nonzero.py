@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class Nonzero(core.Method):
       ([False, True, False, True], True)
       >>> size = jc.save("weights.jc", small)
     """
+
+    whole: ClassVar[bool] = True
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:
         """The node for one array."""

@@ -162,6 +162,8 @@ class OBS(Method):
     reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
     scope: ClassVar[selection.Scope] = "output"
 
+    whole: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_pattern(self)
         selection.validate(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ class ByScore(Method):
     scope: selection.Scope = "leaf"
     pattern: Pattern | None = None
     score: scores.Score = dataclasses.field(default=scores.magnitude, repr=False)
+
+    whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         selection.validate(self)

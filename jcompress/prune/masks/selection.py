@@ -174,7 +174,7 @@ def _total(units: list[jax.Array], contexts: Sequence[Context]) -> jax.Array:
 def contracted(shape: tuple[int, ...], context: Context) -> tuple[int, ...]:
     """The axes that an output sums over: those of the statistics, else all but the last, of a vector the only one."""
     axes = tuple(getattr(context.stats, "axes", ()))
-    return tuple(sorted(i % len(shape) for i in axes)) if axes else tuple(range(max(len(shape) - 1, 1)))
+    return tuple(sorted(i % len(shape) for i in axes)) if axes else tuple(range(context.batch, max(len(shape) - 1, 1)))
 
 
 def _by_output(scores: jax.Array, sparsity: Any, context: Context) -> jax.Array:

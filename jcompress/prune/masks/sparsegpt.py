@@ -72,6 +72,8 @@ class SparseGPT(Method):
 
     scope: ClassVar[selection.Scope] = "leaf"
 
+    whole: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         obs.check_pattern(self)
         selection.validate(self)
