@@ -1,5 +1,6 @@
 """The one noun, a compressed parameter; what a method is; and the verbs that need to know nothing else."""
 
+from jcompress.core.axes import Layout, Relaying
 from jcompress.core.compressed import (
     Compressed,
     Part,
@@ -18,7 +19,6 @@ from jcompress.core.compressed import (
     parts,
     split,
 )
-from jcompress.core.layout import Layout, Relaying
 from jcompress.core.methods import (
     Context,
     Method,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress.core.layout import Relaying
+from jcompress.core.axes import Relaying
 from jcompress.numeric import packing
 
 PyTree = Any

@@ -18,9 +18,11 @@ from jcompress.trace.core.kinds import Collective, Contraction, Flow, Lookup, Op
 from jcompress.trace.core.layouts import (
     BROADCAST,
     RESHAPE,
+    REVERSE,
     SAME,
     SLICE,
     SQUEEZE,
+    TILE,
     Cast,
     Permutation,
     Pieces,
@@ -121,8 +123,8 @@ ROWS: dict[str, Row] = {
     "concatenate": Row(joins.Concatenate(), SideBySide(), ops.NONE),
     "stack": Row(joins.Stack(), Flow(), ops.NONE),
     "pad": Row(joins.Pad(), Flow(), ops.NONE),
-    "tile": Row(moves.Tile(), Opaque()),
-    "rev": _along("dimensions", count=ops.NONE),
+    "tile": Row(moves.Tile(), TILE, ops.NONE),
+    "rev": Row(moves.Along("dimensions"), REVERSE, ops.NONE),
     "iota": Row(joins.Iota(), Flow(), ops.NONE),
     **_all("bitcast_convert_type broadcast empty", Row(_unread, Opaque(), ops.NONE)),
     # Products

@@ -51,6 +51,35 @@ def _is_chosen(view: View, atom: Atom) -> bool:
     return atom.size == 1 and atom.axis >= 0 and not view.is_whole(atom)
 
 
+def permuted(view: View, order: Sequence[int] | None) -> View:
+    """A parameter with its axes in another order."""
+    return view if order is None else dataclasses.replace(view, dims=tuple(view.dims[d] for d in order))
+
+
+def flipped(view: View, dimensions: Sequence[int]) -> View:
+    """A parameter with the positions along some axes in reverse."""
+    dims = [tuple(map(_turned, atoms)) if d in dimensions else atoms for d, atoms in enumerate(view.dims)]
+    return dataclasses.replace(view, dims=tuple(dims))
+
+
+def _turned(atom: Atom) -> Atom:
+    """The same positions from the last to the first; copies are all alike."""
+    if atom.axis < 0:
+        return atom
+    return dataclasses.replace(atom, step=-atom.step, offset=atom.offset + atom.step * (atom.size - 1))
+
+
+def forward(atom: Atom) -> Atom:
+    """The same positions, rising."""
+    return _turned(atom) if atom.step < 0 else atom
+
+
+def tiled(view: View, repeats: Sequence[int]) -> View:
+    """A parameter that is repeated along its axes."""
+    dims = [(Atom(-1, 1, n), *atoms) if n > 1 else atoms for n, atoms in zip(repeats, view.dims, strict=True)]
+    return dataclasses.replace(view, dims=tuple(dims))
+
+
 def split(atom: Atom, major: int) -> tuple[Atom, Atom]:
     """An atom as ``major`` runs, and one run."""
     minor = atom.size // major
@@ -108,7 +137,7 @@ def _pieces(view: View, sizes: Sequence[int], axis: int) -> list[View | None]:
     return found
 
 
-class Layout(Flow):
+class Moved(Flow):
     """Each result is an operand laid out anew.
 
     Args:
@@ -144,7 +173,7 @@ class Layout(Flow):
         return dataclasses.replace(joined, parts=parts, dim=dim) if len(parts) == len(joined.parts) else None
 
 
-class Cast(Layout):
+class Cast(Moved):
     """Another dtype."""
 
     def __init__(self) -> None:
@@ -156,12 +185,12 @@ class Cast(Layout):
         return view if before.kind in "fV" and after.kind in "fV" and min(before.itemsize, after.itemsize) > 1 else None
 
 
-class Permutation(Layout):
+class Permutation(Moved):
     """The same axes in another order."""
 
     def __init__(self) -> None:
         super().__init__(
-            lambda view, eqn: dataclasses.replace(view, dims=tuple(view.dims[d] for d in eqn.params["permutation"])),
+            lambda view, eqn: permuted(view, eqn.params["permutation"]),
             lambda eqn, axis: eqn.params["permutation"].index(axis),
         )
 
@@ -188,10 +217,14 @@ class SideBySide(Flow):
         return [Joined(parts, dim, tuple(walk.aval(v).shape[dim] for v in eqn.invars), eqn.primitive.name)]
 
 
-SAME = Layout(lambda view, eqn: view, lambda eqn, axis: axis)
-RESHAPE = Layout(lambda view, eqn: reshaped(view, walk.aval(eqn.outvars[0]).shape))
-SQUEEZE = Layout(lambda view, eqn: squeezed(view, eqn.params["dimensions"]))
-BROADCAST = Layout(lambda view, eqn: broadcast(view, eqn.params["shape"], eqn.params["broadcast_dimensions"]))
-SLICE = Layout(
+SAME = Moved(lambda view, eqn: view, lambda eqn, axis: axis)
+RESHAPE = Moved(
+    lambda view, eqn: reshaped(permuted(view, eqn.params.get("dimensions")), walk.aval(eqn.outvars[0]).shape)
+)
+REVERSE = Moved(lambda view, eqn: flipped(view, eqn.params["dimensions"]), lambda eqn, axis: axis)
+TILE = Moved(lambda view, eqn: tiled(view, eqn.params["reps"]))
+SQUEEZE = Moved(lambda view, eqn: squeezed(view, eqn.params["dimensions"]))
+BROADCAST = Moved(lambda view, eqn: broadcast(view, eqn.params["shape"], eqn.params["broadcast_dimensions"]))
+SLICE = Moved(
     lambda view, eqn: sliced(view, eqn.params["start_indices"], eqn.params["limit_indices"], eqn.params["strides"])
 )

@@ -13,7 +13,8 @@ class Atom:
 
     Attributes:
       axis: the axis of the parameter, or -1 for copies that a broadcast made.
-      step: the distance between positions. Atoms of one axis, in order of falling step, are its C order.
+      step: the distance between positions, negative where they are reversed. Atoms of one axis, in order of falling
+        step, are its C order.
       size: how many.
       offset: the first position.
     """

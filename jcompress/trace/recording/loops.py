@@ -13,6 +13,7 @@ from jax import lax
 from jcompress.trace.core import walk
 from jcompress.trace.core.bodies import Bodies, ShardMap
 from jcompress.trace.core.flow import Body, Step
+from jcompress.trace.core.layouts import forward
 from jcompress.trace.core.loops import While
 from jcompress.trace.core.views import parameters
 from jcompress.trace.recording.meetings import Use
@@ -113,12 +114,14 @@ def _runs_over(use: Use, body: Body) -> bool:
 
 def _unrolled(use: Use, moments: Moments) -> tuple[Use, Moments]:
     """The axis that a loop ran over, put among the leading axes."""
-    *loops, (_, atoms) = use.loops
+    *loops, (_, runs) = use.loops
+    atoms, backward = tuple(map(forward, runs)), [i for i, a in enumerate(runs) if a.step < 0]
     order = sorted(range(len(atoms) + len(use.lead)), key=lambda i: _place((*atoms, *use.lead)[i]))
     lead = tuple((*atoms, *use.lead)[i] for i in order)
 
     def moved(x: jax.Array) -> jax.Array:
         x = x.reshape(*(a.size for a in atoms), *x.shape[1:])
+        x = jnp.flip(x, backward) if backward else x
         return x.transpose(*order, *range(len(order), x.ndim))
 
     outer = dataclasses.replace(use, lead=lead, loops=tuple(loops))

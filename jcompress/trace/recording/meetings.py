@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
-from jcompress.trace.core.layouts import regroup
+from jcompress.trace.core.layouts import forward, regroup
 from jcompress.trace.core.views import Atom, Atoms, View
 
 OCTAVES = (-24, 16)
@@ -21,6 +22,8 @@ BINS_PER_OCTAVE = 8
 
 Label = Atom | None
 """What an axis of an activation runs over: part of an axis of the parameter, or (None) positions."""
+COPIES = -2
+"""The axis of atoms that run over copies of a parameter which meet the parts of one sum, or give equal outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,45 +50,74 @@ class Use:
 
 
 class Meeting(NamedTuple):
-    """One product of a parameter.
+    """One product of a parameter, told from shapes alone.
 
     Attributes:
-      use: where it is counted.
-      x: the activation, its axes split so that each has one label.
-      labels: of the axes of ``x``.
-      y: the product, split alike.
-      outputs: labels of its axes.
-      part: the free atoms, if they are not all there are; else None.
-      is_derived: whether ``x`` was made for this product, as patches are, and not only laid out anew.
+      view: the parameter.
+      window: for each spatial dimension of a convolution, the atoms that its kernel runs over.
+      inputs: atoms that are contracted beside the window.
+      lead: atoms each position of which has a product of its own: experts, groups of a convolution.
+      free: atoms of the outputs.
+      x: labels of the axes of the activation, once it is laid out.
+      y: labels of the axes of the product.
+      laid_out: the activation with axes as ``x`` says, from itself.
+      is_derived: whether it was made for this product, as patches are.
     """
 
-    use: Use
-    x: Any
-    labels: tuple[Label, ...]
-    y: Any
-    outputs: tuple[Label, ...]
-    part: Atoms | None
+    view: View
+    window: tuple[Atoms, ...]
+    inputs: Atoms
+    lead: Atoms
+    free: Atoms
+    x: tuple[Atoms | None, ...]
+    y: tuple[Atoms | None, ...]
+    laid_out: Callable[[Any], Any] = lambda x: x
     is_derived: bool = False
+
+    @property
+    def contracted(self) -> Atoms:
+        """All atoms that are summed over."""
+        return (*(a for atoms in self.window for a in atoms), *self.inputs)
 
 
 Meet = Callable[..., Meeting]
-"""``(eqn, view, side, x, y)``: what meets the parameter in the product of an equation."""
+"""``(eqn, view, side)``: how the parameter stands in the product of an equation."""
 
 
 class UnreadError(Exception):
     """A product that gives no statistic, and why."""
 
 
-def _split(x: Any, dims: Sequence[tuple[Label, ...]]) -> tuple[Any, tuple[Label, ...]]:
-    """Give every label an axis of its own. An axis without labels has one position and is dropped."""
+def split(x: Any, dims: Sequence[Atoms | None], over_copies: Callable[..., Any]) -> tuple[Any, tuple[Label, ...]]:
+    """Give every label an axis of its own, its positions rising. An axis without labels has one position, and goes."""
     shape: list[int] = []
     labels: list[Label] = []
     for n, dim in zip(x.shape, dims, strict=True):
-        for atom in dim:
+        for atom in (None,) if dim is None else dim:
             shape.append(n if atom is None else atom.size)
             # What a broadcast copied along a batch axis meets more positions.
-            labels.append(None if atom is None or atom.axis < 0 else atom)
-    return x.reshape(shape), tuple(labels)
+            labels.append(None if atom is None or atom.axis == -1 else atom)
+    x = x.reshape(shape)
+    backward = [i for i, a in enumerate(labels) if a is not None and a.step < 0]
+    copies = [i for i, a in enumerate(labels) if a is not None and a.axis == COPIES]
+    x = jnp.flip(x, backward) if backward else x
+    x = over_copies(x, copies) if copies else x
+    return x, tuple(a if a is None else forward(a) for i, a in enumerate(labels) if i not in copies)
+
+
+def first(x: Any, axes: Sequence[int]) -> Any:
+    """The first position along some axes."""
+    return x[tuple(0 if i in axes else slice(None) for i in range(x.ndim))]
+
+
+def _of_copies(dims: Sequence[Atoms]) -> list[Atoms | None]:
+    """Labels of axes where copies of the parameter are no positions of their own."""
+    return [tuple(dataclasses.replace(a, axis=COPIES) if a.axis < 0 else a for a in atoms) for atoms in dims]
+
+
+def _own(atoms: Sequence[Atom]) -> Atoms:
+    """The atoms of a parameter's own axes, rising."""
+    return tuple(forward(a) for a in atoms if a.axis >= 0)
 
 
 def _in_order(atoms: Sequence[Atom]) -> Atoms:
@@ -97,21 +129,20 @@ def _size(atoms: Sequence[Atom], axis: int) -> int:
     return math.prod(a.size for a in atoms if a.axis == axis)
 
 
-def _use(view: View, contracted: Sequence[Atom], batch: Sequence[Atom], free: Sequence[Atom]) -> tuple[Use, Any]:
+def use_of(met: Meeting) -> tuple[Use, Atoms | None]:
     """Where a product is counted, and its free atoms if those are not all there are."""
+    view, contracted, batch, free = met.view, met.contracted, met.lead, met.free
     shape, ndim = view.shape, len(view.shape)
-    if any(a.axis < 0 for a in (*contracted, *free)):
-        raise UnreadError("copies of it that a broadcast made are contracted, or give outputs of their own")
     if not contracted:
         raise UnreadError("no axis of it is contracted")
-    batch = [a for a in batch if a.axis >= 0]
     for axis in {a.axis for a in contracted}:
         if _size([*contracted, *batch], axis) != shape[axis]:
             raise UnreadError(f"a part of its axis {axis - ndim} is contracted")
     outputs = {a.axis for a in free}
-    chosen = [a for a in view.fixed if a.axis in outputs]
+    fixed = _own(view.fixed)
+    chosen = [a for a in fixed if a.axis in outputs]
     scanned = [a for _, atoms in view.scanned for a in atoms]
-    lead = _in_order([*batch, *(a for a in view.fixed if a.axis not in outputs)])
+    lead = _in_order([*batch, *(a for a in fixed if a.axis not in outputs)])
     is_part = bool(chosen) or any(_size([*free, *batch, *scanned], axis) != shape[axis] for axis in outputs)
     if is_part and any(a.axis in outputs for a in (*batch, *scanned)):
         raise UnreadError("a part of its outputs is split again")
@@ -126,25 +157,28 @@ def _use(view: View, contracted: Sequence[Atom], batch: Sequence[Atom], free: Se
     return use, _in_order([*free, *chosen]) if is_part else None
 
 
-def of_dot(eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, y: Any) -> Meeting:
+def of_dot(eqn: jax_core.JaxprEqn, view: View, side: int) -> Meeting:
     """The meeting in a dot product whose operand ``side`` is the parameter."""
     contract, batch = eqn.params["dimension_numbers"]
     wc, xc, wb, xb = contract[side], contract[1 - side], batch[side], batch[1 - side]
-    free_dims = [d for d in range(len(view.dims)) if d not in wc and d not in wb]
-    contracted = [a for d in wc for a in view.dims[d]]
-    lead = [a for d in wb for a in view.dims[d]]
-    free = [a for d in free_dims for a in view.dims[d]]
-    use, part = _use(view, contracted, lead, free)
-    dims: list[tuple[Label, ...]] = [(None,)] * x.ndim
-    for mine, other in zip((*wc, *wb), (*xc, *xb), strict=True):
-        dims[other] = view.dims[mine]
-    ours: list[tuple[Label, ...]] = [view.dims[d] for d in free_dims]
-    theirs: list[tuple[Label, ...]] = [(None,)] * (x.ndim - len(xc) - len(xb))
-    outputs = [view.dims[d] for d in wb] + (ours + theirs if side == 0 else theirs + ours)
-    return Meeting(use, *_split(x, dims), *_split(y, outputs), part)
+    free = [d for d in range(len(view.dims)) if d not in wc and d not in wb]
+    other: Any = eqn.invars[1 - side].aval
+    x: list[Atoms | None] = [None] * other.ndim
+    for mine, its in zip(wb, xb, strict=True):
+        x[its] = view.dims[mine]
+    for labels, its in zip(_of_copies([view.dims[d] for d in wc]), xc, strict=True):
+        x[its] = labels
+    ours = _of_copies([view.dims[d] for d in free])
+    theirs: list[Atoms | None] = [None] * (other.ndim - len(xc) - len(xb))
+    y = (*(view.dims[d] for d in wb), *(ours + theirs if side == 0 else theirs + ours))
+    return Meeting(view, (), _atoms(view, wc), _atoms(view, wb), _atoms(view, free), tuple(x), y)
 
 
-def of_convolution(eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, y: Any) -> Meeting:
+def _atoms(view: View, dims: Sequence[int]) -> Atoms:
+    return _own([a for d in dims for a in view.dims[d]])
+
+
+def of_convolution(eqn: jax_core.JaxprEqn, view: View, side: int) -> Meeting:
     """The meeting in a convolution whose kernel is the parameter: the activation becomes patches."""
     p = eqn.params
     if side == 0:
@@ -157,18 +191,16 @@ def of_convolution(eqn: jax_core.JaxprEqn, view: View, side: int, x: Any, y: Any
     grouped = regroup(out, (groups, math.prod(a.size for a in out) // groups))
     if grouped is None:
         raise UnreadError(f"its {groups} groups do not divide the runs of its output axis")
-    lead, free = grouped
-    contracted = [a for d in (*window, in_dim) for a in view.dims[d]]
-    use, part = _use(view, contracted, lead, free)
-    x = _patches(x, eqn, y.shape)
-    positions: list[tuple[Label, ...]] = [(None,)] * (1 + len(window))
-    dims = [*positions, *(view.dims[d] for d in window), (*lead, *view.dims[in_dim])]
-    outputs: list[tuple[Label, ...]] = [(None,)] * y.ndim
-    outputs[numbers.out_spec[1]] = (*lead, *free)
-    return Meeting(use, *_split(x, dims), *_split(y, outputs), part, is_derived=True)
+    lead, free = grouped if groups > 1 else ((), out)
+    *places, inputs = _of_copies([view.dims[d] for d in (*window, in_dim)])
+    x = (*[None] * (1 + len(window)), *places, (*lead, *(inputs or ())))
+    y: list[Atoms | None] = [None] * len(view.dims)
+    y[numbers.out_spec[1]] = (*lead, *(_of_copies([free])[0] or ()))
+    dims, laid_out = tuple(_atoms(view, [d]) for d in window), functools.partial(_patches, eqn)
+    return Meeting(view, dims, _atoms(view, [in_dim]), _own(lead), _own(free), x, tuple(y), laid_out, is_derived=True)
 
 
-def _patches(x: Any, eqn: jax_core.JaxprEqn, out_shape: Sequence[int]) -> Any:
+def _patches(eqn: jax_core.JaxprEqn, x: Any) -> Any:
     """(batch, output positions..., window..., channels): what each output position of a convolution sees."""
     p = eqn.params
     numbers = p["dimension_numbers"]
@@ -177,8 +209,9 @@ def _patches(x: Any, eqn: jax_core.JaxprEqn, out_shape: Sequence[int]) -> Any:
     spread = [(low, high, d - 1) for (low, high), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
     kernel: Any = eqn.invars[1].aval
+    made: Any = eqn.outvars[0].aval
     window = [kernel.shape[d] for d in numbers.rhs_spec[2:]]
-    steps, out = p["window_strides"], [out_shape[d] for d in numbers.out_spec[2:]]
+    steps, out = p["window_strides"], [made.shape[d] for d in numbers.out_spec[2:]]
     found = []
     for offset in itertools.product(*map(range, window)):
         starts = [o * d for o, d in zip(offset, p["rhs_dilation"], strict=True)]
@@ -261,8 +294,8 @@ def of_outputs(y: Any, labels: Sequence[Label], lead: Atoms) -> dict[str, jax.Ar
     }
 
 
-def of_gather(eqn: jax_core.JaxprEqn, view: View, indices: Any) -> tuple[Use, jax.Array]:
-    """How often each row of an embedding is read."""
+def of_gather(eqn: jax_core.JaxprEqn, view: View) -> Meeting:
+    """The meeting of an embedding with the rows that are read of it: a product with one-hot vectors."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         raise UnreadError("it is indexed along several axes at once")
@@ -272,10 +305,17 @@ def of_gather(eqn: jax_core.JaxprEqn, view: View, indices: Any) -> tuple[Use, ja
     if sizes[dim] != 1 or any(n != m for d, (n, m) in enumerate(zip(sizes, shape, strict=True)) if d != dim):
         raise UnreadError("windows of it are read, not rows")
     atoms = view.dims[dim]
-    if len(atoms) != 1 or not view.is_whole(atoms[0]):
+    if len(atoms) != 1 or not view.is_whole(atoms[0]) or atoms[0].step < 0:
         raise UnreadError("a part of it is indexed")
+    free = _atoms(view, [d for d in range(len(shape)) if d != dim])
+    return Meeting(view, (), atoms, (), free, (), ())
+
+
+def rows_read(eqn: jax_core.JaxprEqn, met: Meeting, indices: Any) -> tuple[Use, jax.Array]:
+    """How often each row of an embedding is read."""
+    view, (atom,) = met.view, met.inputs
     rows = indices.reshape(-1)
     if "CLIP" in str(eqn.params["mode"]).upper():
-        rows = jnp.clip(rows, 0, shape[dim] - 1)
-    counts = jnp.zeros(shape[dim], jnp.uint32).at[rows].add(1, mode="drop")
-    return Use(view.path, view.shape, (atoms[0].axis,), _in_order(view.fixed), view.scanned), counts
+        rows = jnp.clip(rows, 0, atom.size - 1)
+    counts = jnp.zeros(atom.size, jnp.uint32).at[rows].add(1, mode="drop")
+    return Use(view.path, view.shape, (atom.axis,), _in_order(_own(view.fixed)), view.scanned), counts

@@ -74,7 +74,9 @@ def _collected(uses: Mapping[Use, tape.Moments], found: tape.Found, program: wal
         if use.path not in found.unread and found.wanted.get(use.path):
             by_path[use.path].setdefault(_kind_of(use, uses[use]), []).append(use)
     stats = {
-        path: _stats([_total(group, uses) for group in groups.values()]) for path, groups in by_path.items() if groups
+        path: _stats([_total(group, uses) for group in groups.values()], found)
+        for path, groups in by_path.items()
+        if groups
     }
     used = {v for eqn in program.closed.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
     used |= {v for v in program.closed.jaxpr.outvars if not hasattr(v, "val")}
@@ -113,11 +115,11 @@ def _total(group: list[Use], uses: Mapping[Use, tape.Moments]) -> tuple[Use, tap
     return first, total
 
 
-def _stats(totals: list[tuple[Use, tape.Moments]]) -> Stats:
+def _stats(totals: list[tuple[Use, tape.Moments]], found: tape.Found) -> Stats:
     """The statistics of one parameter from those of each way in which it is used."""
     lookups = [(use, m) for use, m in totals if "counts" in m]
-    products = [_stats_of(use, m) for use, m in totals if "counts" not in m]
-    first = products[0] if products else Stats(axes=_axes(lookups[0][0]))
+    products = [_stats_of(use, m, found) for use, m in totals if "counts" not in m]
+    first = products[0] if products else _stats_of(lookups[0][0], {}, found)
     counts = lookups[0][1]["counts"] if lookups else None
     return dataclasses.replace(first, counts=counts, others=tuple(products[1:]))
 
@@ -126,7 +128,7 @@ def _axes(use: Use) -> tuple[int, ...]:
     return tuple(axis - len(use.shape) for axis in use.axes)
 
 
-def _stats_of(use: Use, moments: tape.Moments) -> Stats:
+def _stats_of(use: Use, moments: tape.Moments, found: tape.Found) -> Stats:
     # Runs of one axis that lead (as where heads were split off it) are one axis again.
     axes = dict.fromkeys(a.axis for a in use.lead)
     n = len(use.lead)
@@ -141,4 +143,5 @@ def _stats_of(use: Use, moments: tape.Moments) -> Stats:
     whole_moments = {name: joined(x) for name, x in moments.items()}
     outputs = {name.removeprefix("output_"): x for name, x in whole_moments.items() if name.startswith("output_")}
     fields: dict[str, Any] = {name: x for name, x in whole_moments.items() if not name.startswith("output_")}
-    return Stats(**fields, outputs=Outputs(**outputs) if outputs else None, axes=_axes(use))
+    layout = found.layouts.get((use.path, use.axes))
+    return Stats(**fields, outputs=Outputs(**outputs) if outputs else None, axes=_axes(use), layout=layout)

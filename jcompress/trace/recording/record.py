@@ -15,15 +15,12 @@ from jcompress.trace.core.flow import Body, Step
 from jcompress.trace.core.kinds import Contraction, Lookup
 from jcompress.trace.core.views import (
     Activation,
-    Derived,
     Joined,
-    Kind,
     View,
-    is_activation,
     parameters,
     shards,
 )
-from jcompress.trace.recording import loops, meetings
+from jcompress.trace.recording import loops, meetings, roles
 from jcompress.trace.recording.meetings import UnreadError
 from jcompress.trace.recording.tape import Tape
 
@@ -55,48 +52,38 @@ def _recorded(step: Step, values: list[Any], outs: list[Any], tape: Tape) -> Non
 
 
 def _product(step: Step, values: list[Any], y: Any, tape: Tape) -> None:
+    for path, reason in roles.unread_weights(step):
+        tape.found.cannot(path, reason)
     for side in (0, 1):
-        mine, other = step.ins[side], step.ins[1 - side]
-        if isinstance(mine, Derived) and _meets(mine, other):
-            for path, reason in mine.reasons:
-                tape.found.cannot(path, f"it passes through {reason!r} before it meets an activation")
-        if isinstance(mine, (View, Joined)) and isinstance(other, (Activation, Derived)):
-            parts = _apart(step, mine, side, y)
-            for view, z in parts:
-                tape.product(step, view, side, values[1 - side], z)
-            if not parts:
-                for path in parameters([mine], lookups=True):
-                    tape.found.cannot(path, "it is joined with others along an axis that is contracted or grouped")
+        views = [view for view, its in roles.weights(step) if its == side]
+        for view, z in zip(views, _apart(step, side, y) if views else (), strict=True):
+            tape.product(step, view, side, values[1 - side], z)
 
 
-def _apart(step: Step, kind: View | Joined, side: int, y: Any) -> list[tuple[View, Any]]:
-    """Each parameter of a product with what it gives; none where they are not side by side in the result."""
-    if isinstance(kind, View):
-        return [(kind, y)]
+def _apart(step: Step, side: int, y: Any) -> list[Any]:
+    """What each of the parameters of a product gives."""
+    kind = step.ins[side]
+    if not isinstance(kind, Joined):
+        return [y]
     assert isinstance(step.flow, Contraction)
     axis = step.flow.of(step.eqn, side).outputs(kind.dim)
-    if axis is None:
-        return []
+    assert axis is not None
     ends = list(itertools.accumulate(kind.sizes))
-    pieces = [lax.slice_in_dim(y, end - n, end, axis=axis) for n, end in zip(kind.sizes, ends, strict=True)]
-    return list(zip(kind.parts, pieces, strict=True))
-
-
-def _meets(mine: Derived, other: Kind) -> bool:
-    """Whether a product of these is one of a parameter that cannot be read."""
-    return isinstance(other, Activation) if mine.lookup else is_activation(other) or isinstance(other, (View, Joined))
+    return [lax.slice_in_dim(y, end - n, end, axis=axis) for n, end in zip(kind.sizes, ends, strict=True)]
 
 
 def _lookup(step: Step, values: list[Any], tape: Tape) -> None:
     """Rows of a parameter, chosen by the other operands."""
     view, found = step.ins[0], tape.found
-    assert isinstance(step.flow, Lookup)
-    if not (step.flow.counts and isinstance(view, View) and any(map(is_activation, step.ins[1:]))):
+    if not roles.is_lookup(step):
         return
+    assert isinstance(view, View)
     found.meets(view, *step.ins)
     if "counts" in found.wanted.get(view.path, frozenset()):
         try:
-            use, counts = meetings.of_gather(step.eqn, view, values[1])
+            met = meetings.of_gather(step.eqn, view)
+            found.reads(met, met.inputs)
+            use, counts = meetings.rows_read(step.eqn, met, values[1])
             use = dataclasses.replace(use, shards=tuple(sorted(shards(step.ins[1:]))))
             tape.add(use, {"counts": counts.reshape(*[1] * len(use.lead), -1)})
         except UnreadError as reason:

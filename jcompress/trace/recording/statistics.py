@@ -74,6 +74,7 @@ class Stats:
       others: the statistics of uses that contract other axes, such as the transpose in a tied autoencoder. The
         fields above are those of the axes that were contracted first.
       axes: the contracted axes, negative.
+      layout: what all axes are in the product; None where parts of an axis play different roles.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -96,6 +97,7 @@ class Stats:
     hessian_diagonal: Any = None
     others: tuple[Stats, ...] = ()
     axes: tuple[int, ...] = _static(())
+    layout: core.Layout | None = _static(None)
 
     @property
     def norm(self) -> Any:
@@ -220,7 +222,7 @@ def _merged(a: Any, b: Any) -> Any:
     for field in dataclasses.fields(a):
         x, y = getattr(a, field.name), getattr(b, field.name)
         if field.metadata.get("static"):
-            found[field.name] = x
+            found[field.name] = x or y
         elif field.name == "others":
             known = {s.axes: s for s in y}
             rest = [s for s in y if s.axes not in {t.axes for t in x}]

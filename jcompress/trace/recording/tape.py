@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -10,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jcompress.core import Layout
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.kinds import Contraction
 from jcompress.trace.core.views import Atoms, Kind, View, depth, shards
-from jcompress.trace.recording import meetings
-from jcompress.trace.recording.meetings import UnreadError, Use
+from jcompress.trace.recording import meetings, roles
+from jcompress.trace.recording.meetings import Meeting, UnreadError, Use
 
 Moments = dict[str, jax.Array]
 LARGEST = ("absmax", "output_absmax")
@@ -37,6 +39,7 @@ class Found:
       unread: paths whose products cannot be read, each with the reason.
       met: paths that met an activation in a product or a lookup.
       notes: what was left out of a path's statistics.
+      layouts: what the axes of a parameter are, by its path and the axes that are contracted.
       levels: for each path, how many products with parameters came before its first one in a row, counting from 1.
     """
 
@@ -45,6 +48,7 @@ class Found:
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
     met: dict[str, None] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    layouts: dict[tuple[str, tuple[int, ...]], Layout] = dataclasses.field(default_factory=dict)
     levels: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def meets(self, view: View, *others: Kind) -> None:
@@ -52,6 +56,13 @@ class Found:
         self.met[view.path] = None
         level = depth(others) + view.level
         self.levels[view.path] = min(level, self.levels.get(view.path, level))
+
+    def reads(self, met: Meeting, contracted: Atoms) -> None:
+        """Remember what the axes of a parameter are in the first product that contracts these."""
+        key = met.view.path, tuple(sorted({a.axis for a in contracted}))
+        if key not in self.layouts:
+            with contextlib.suppress(UnreadError):
+                self.layouts[key] = roles.of_meeting(met)
 
     def cannot(self, path: str, reason: str) -> None:
         """Say that a path is unread; the first reason stays."""
@@ -73,44 +84,49 @@ class Tape:
 
     def product(self, step: Step, view: View, side: int, x: Any, y: Any) -> None:
         """Record that a parameter meets ``x`` and gives ``y``."""
-        path, met, other = view.path, step.flow, step.ins[1 - side]
-        assert isinstance(met, Contraction)
+        path, flow, other = view.path, step.flow, step.ins[1 - side]
+        assert isinstance(flow, Contraction)
         names = self.found.wanted.get(path, frozenset())
         self.found.meets(view, other)
         try:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise UnreadError(f"it meets an activation of dtype {x.dtype}, expected floating point")
-            meeting = met.meeting(step.eqn, view, side, x, y)
+            met = flow.meeting(step.eqn, view, side)
+            use, part = meetings.use_of(met)
+            self.found.reads(met, met.contracted)
             if names:
-                use = dataclasses.replace(meeting.use, shards=tuple(sorted(shards([other]))))
-                self._count(x, meeting._replace(use=use), names, id(step.eqn) if meeting.is_derived else 0)
+                use = dataclasses.replace(use, shards=tuple(sorted(shards([other]))))
+                self._count(x, y, met, use, part, names, id(step.eqn) if met.is_derived else 0)
         except UnreadError as reason:
             self.found.cannot(path, str(reason))
 
-    def _count(self, x: Any, met: meetings.Meeting, names: frozenset[str], site: int) -> None:
-        if met.part is not None:
+    def _count(
+        self, x: Any, y: Any, met: Meeting, use: Use, part: Atoms | None, names: frozenset[str], site: int
+    ) -> None:
+        if part is not None:
             # Parts of the outputs that meet one activation (the gates of a cell) are one use, not several.
-            parts = self._parts.setdefault(met.use, {})
+            parts = self._parts.setdefault(use, {})
             known = any(id(x) in ids for ids in parts.values())
-            parts.setdefault(met.part, set()).add(id(x))
+            parts.setdefault(part, set()).add(id(x))
             self._same[id(x)] = (x, {})
             if known:
                 return
-        names = self._affordable(met, names)
+        names = self._affordable(met, use, names)
         # Kernels that read one activation (queries, keys and values) share its moments.
-        key = (id(x), site, met.labels, met.use.lead, names)
+        key = (id(x), site, met.x, use.lead, names)
         if key not in self._same:
-            self._same[key] = (x, meetings.moments(met.x, met.labels, met.use.lead, names))
+            seen = meetings.split(met.laid_out(x), met.x, jnp.sum)
+            self._same[key] = (x, meetings.moments(*seen, use.lead, names))
         outputs = {}
-        if met.part is None and "outputs" in names:
-            outputs = meetings.of_outputs(met.y, met.outputs, met.use.lead)
-        self.add(met.use, self._same[key][1] | outputs)
+        if part is None and "outputs" in names:
+            outputs = meetings.of_outputs(*meetings.split(y, met.y, meetings.first), use.lead)
+        self.add(use, self._same[key][1] | outputs)
 
-    def _affordable(self, met: meetings.Meeting, names: frozenset[str]) -> frozenset[str]:
-        k = math.prod(a.size for a in met.labels if a is not None and a not in met.use.lead)
+    def _affordable(self, met: Meeting, use: Use, names: frozenset[str]) -> frozenset[str]:
+        k = math.prod(a.size for a in met.contracted if a not in use.lead)
         if "gram" not in names or self.found.largest is None or k <= self.found.largest:
             return names
-        self.found.notes[met.use.path] = f"no gram: {k} features, more than {self.found.largest}; ask for it by name"
+        self.found.notes[use.path] = f"no gram: {k} features, more than {self.found.largest}; ask for it by name"
         return names - {"gram"}
 
     def close(self) -> dict[Use, Moments]:
