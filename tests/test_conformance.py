@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from rows import METHODS, statistics
 
 import jcompress as jc
-from jcompress import core
+from jcompress import core, rules
+from jcompress.io.export import from_bytes, to_bytes
 
 KEY = jax.random.key(7)
 every_row = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
@@ -83,6 +84,12 @@ def classes_in(x, counts=dataclasses.is_dataclass):
 
 def formats_in(x):
     return classes_in(x, core.is_node)
+
+
+def nodes_in(node):
+    yield node
+    for _, x in rules.children(node):
+        yield from (y for z in (x if isinstance(x, tuple) else (x,)) if core.is_node(z) for y in nodes_in(z))
 
 
 def abstract(row):
@@ -260,6 +267,13 @@ def test_saved_bytes_are_what_nbits_says_and_load_is_exact(row, tmp_path):
     assert jax.tree.structure(loaded) == jax.tree.structure(tree)
     assert_same(jc.materialize(loaded), jc.materialize(tree))
     assert jc.nbits(loaded) == jc.nbits(tree)
+
+
+@every_row
+def test_static_fields_survive_an_export(row):
+    for node in nodes_in(node_of(row)):
+        cls, values = jax.tree.structure(node).node_data()
+        assert from_bytes(cls, to_bytes(cls, values)) == values
 
 
 @every_row

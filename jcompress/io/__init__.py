@@ -1,9 +1,10 @@
-"""Storage: one file for a compressed model, and checkpoints for training."""
+"""Storage: one file for a compressed model, checkpoints for training, and nodes in exported functions."""
 
 from jcompress.io.checkpoint import Checkpoints
+from jcompress.io.export import register_export
 from jcompress.io.manifest import StorageError
 from jcompress.io.storage import inspect
 from jcompress.io.storage import load as load
 from jcompress.io.storage import save as save
 
-__all__ = ["Checkpoints", "StorageError", "inspect"]
+__all__ = ["Checkpoints", "StorageError", "inspect", "register_export"]

@@ -254,15 +254,16 @@ def _build_field(x: Any, leaf: Callable[[str, str], Any], known: Formats, name: 
 
 
 def _static(name: str, value: Any) -> Any:
-    x = _decode_static(value)
+    x = decode_static(value)
     if name in _COUNTS and any(isinstance(n, int) and abs(n) > 64 for n in (x if isinstance(x, tuple) else (x,))):
         raise StorageError(f"the manifest has {name}={value}, expected at most 64")
     return x
 
 
-def _decode_static(x: Any) -> Any:
+def decode_static(x: Any) -> Any:
+    """The value of a static field."""
     if isinstance(x, list):
-        return tuple(map(_decode_static, x))
+        return tuple(map(decode_static, x))
     if isinstance(x, dict) and len(x) == 1:
         ((kind, value),) = x.items()
         if kind == "$layout":

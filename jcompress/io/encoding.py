@@ -115,21 +115,21 @@ def _encode_sequence(x: Any, path: str, stored: list[Part], depth: int) -> Any:
 
 
 def _encode_custom(x: Any, path: str, stored: list[Part], depth: int) -> Any:
-    """Any other pytree, by the paths of its leaves, as nested dictionaries."""
-    nested: dict[str, Any] = {}
-    for inner, leaf in unique_paths(x, path):
-        if not inner:
-            return encode(leaf, path, stored, depth)
-        *outer, last = inner.split("/")
-        at = nested
-        for name in outer:
-            at = at.setdefault(name, {})
-            if not isinstance(at, dict):
-                break
-        if not isinstance(at, dict) or last in at:
-            raise StorageError(f"{join(path, inner)}: two leaves of this {type(x).__name__} have one path; rename one")
-        at[last] = leaf
-    return encode(nested, path, stored, depth)
+    """Any other pytree as a dictionary of its children, integer keys as integers; a box as what lies in it."""
+    children = [(_key(key), y) for key, y in rules.children(x) if y is not None]
+    if rules.is_box(x) and len(children) == 1:
+        return encode(children[0][1], path, stored, depth)
+    names = [str(key) for key, _ in children]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise StorageError(f"{join(path, twice)}: two leaves of this {type(x).__name__} have one path; rename one")
+    return _encode_dict(dict(children), path, stored, depth)
+
+
+def _key(key: Any) -> str | int:
+    """What stands for the key of a child: integers are kept, as an NNX state has them for lists."""
+    value = getattr(key, "key", getattr(key, "idx", None))
+    return value if type(value) is int else jax.tree_util.keystr((key,), simple=True)
 
 
 def unique_paths(tree: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -176,8 +176,8 @@ def node_spec(node: Compressed, path: str, parts: Mapping[str, Part], prefix: st
     for field in dataclasses.fields(node):  # type: ignore[arg-type]  # every format is a dataclass
         x = getattr(node, field.name)
         if field.metadata.get("static"):
-            if field.metadata.get("saved", True) and not _is_default(x, field):
-                spec[field.name] = _encode_static(x, join(path, field.name))
+            if field.metadata.get("saved", True) and not is_default(x, field):
+                spec[field.name] = encode_static(x, join(path, field.name))
         elif not (x is None and field.default is None):
             spec[field.name] = _encode_field(x, path, parts, prefix + field.name)
     return spec
@@ -191,13 +191,15 @@ def _encode_field(x: Any, path: str, parts: Mapping[str, Part], name: str) -> An
     return None if x is None else array_spec(x, parts.get(name))
 
 
-def _is_default(x: Any, field: dataclasses.Field) -> bool:
+def is_default(x: Any, field: dataclasses.Field) -> bool:
+    """Whether a static field has its default."""
     return type(x) is type(field.default) and repr(x) == repr(field.default)
 
 
-def _encode_static(x: Any, path: str) -> Any:
+def encode_static(x: Any, path: str) -> Any:
+    """The JSON value of a static field."""
     if isinstance(x, tuple):
-        return [_encode_static(y, path) for y in x]
+        return [encode_static(y, path) for y in x]
     if isinstance(x, core.Layout):
         fields = [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)]
         return {"$layout": {name: list(y) if isinstance(y, tuple) else y for name, y in fields if y not in ((), 1)}}

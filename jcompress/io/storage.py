@@ -189,9 +189,10 @@ def load(
     """Read the tree that :func:`save` wrote; no template is needed.
 
     Dictionaries, lists, tuples, named tuples (of a class of the same name and fields), nodes and scalars come back
-    as they were; any other container, such as an NNX state, as nested dictionaries by path. Codes and values that a
-    mask hides come back as 0. Arrays come back as JAX arrays, except that arrays of 64 bits stay NumPy arrays
-    where JAX has those off.
+    as they were; any other container, such as an NNX state, as a dictionary of its children, whose keys are integers
+    where they were, so that ``nnx.update(model, jc.materialize(jc.load(path)))`` restores a model with lists. Boxes of
+    metadata, such as linen's ``nn.Partitioned``, are left out. Codes and values that a mask hides come back as 0.
+    Arrays come back as JAX arrays, except that arrays of 64 bits stay NumPy arrays where JAX has those off.
 
     A file need not be trusted: no code in it is run, and what it claims is weighed before anything is allocated.
 
