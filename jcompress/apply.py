@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -111,6 +112,8 @@ def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: M
     for path, (w, largest), layout, node in zip(unit, found, layouts, fitted, strict=True):
         _check_finite(path, w.dtype, largest, node, plan[path])
         node = _foretold(node, plan[path], contexts[path].step)
+        if layout is None and w.ndim == 3 and -3 in getattr(node, "axes", ()):
+            _warn_of_stack(path, w)
         nodes[path] = node if layout is None else restored(node, layout, w.shape[w.ndim - layout.ndim :])
     return nodes
 
@@ -122,6 +125,18 @@ def _layout(plan: Plan, path: str, w: jax.Array, context: Context) -> Layout | N
         found.check(path, w.shape)
         core.check(plan[path], path, found.seen(w.shape), w.dtype)
     return found
+
+
+def _warn_of_stack(path: str, w: jax.Array) -> None:
+    """Tell of scales that stacked layers seem to share."""
+    most = jnp.max(jnp.abs(w), axis=(1, 2), initial=0)
+    if core.is_concrete(most) and float(most.max(initial=0)) > 4 * float(most.min(initial=jnp.inf)):
+        warnings.warn(
+            f"{path}: found magnitudes up to {float(most.min()):.3g} and {float(most.max()):.3g} along axis 0 of shape "
+            f"{w.shape}, whose indices share scales; if they are stacked layers or experts, say so by "
+            "jc.plan(..., layout=jc.trace.layout(fn, params, *args)), or use jc.stacked(method)",
+            stacklevel=2,
+        )
 
 
 def _foretold(node: Any, method: Any, step: Any) -> Any:

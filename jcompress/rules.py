@@ -204,6 +204,10 @@ class Plan(Mapping):
                 found.setdefault(self.groups[path] if core.is_joint(method) else path, []).append(path)
         return list(found.values())
 
+    def _laid_out(self, path: str) -> str:
+        found = self.layouts.get(path)
+        return f"  {found}" if found is not None and self._methods.get(path) is not None and not found.plain else ""
+
     def __repr__(self) -> str:
         named = sum(m is not None for m in self._methods.values())
         return f"Plan({named} of {len(self)} leaves compressed)"
@@ -214,7 +218,7 @@ class Plan(Mapping):
         ]
         rows.insert(0, ("path", "shape", "method"))
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}{self._laid_out(a)}" for a, b, c in rows]
         return "\n".join([*lines, *self.notes])
 
 

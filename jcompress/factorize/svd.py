@@ -26,7 +26,7 @@ class SVD(Method):
     Attributes:
       rank: the rank, at most the smaller side.
       energy: instead of a rank, the part of the squared singular values to keep, in (0, 1]. The smallest rank that
-        keeps it depends on the values, so this works outside ``jit`` only.
+        keeps it depends on the values, so this works outside ``jit`` only. Of stacked layers, what the worst one needs.
       randomized: approximate by a sketch with power iterations (Halko et al. 2011, arXiv:0909.4061), which needs a
         key. Matrix products and thin QR only: large matrices compile and run faster on accelerators.
 
@@ -58,6 +58,11 @@ class SVD(Method):
             raise ValueError("SVD: randomized=True needs a rank; an energy needs all singular values")
 
     @property
+    def whole(self) -> bool:
+        """Whether stacked layers come as one array: where the rank depends on the values, all get the same one."""
+        return self.energy is not None
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """What must be in the context."""
         return ("key",) if self.randomized else ()
@@ -75,8 +80,9 @@ class SVD(Method):
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> LowRank:
         """The node for one array."""
-        self.check(context.path, w.shape, w.dtype)
-        matrix = w.reshape(_matrix_shape(w.shape))
+        layers = w.shape[: context.batch]
+        self.check(context.path, w.shape[context.batch :], w.dtype)
+        matrix = w.reshape(*layers, *_matrix_shape(w.shape[context.batch :]))
         rank = _rank_for(matrix, self.energy, context.path) if self.energy is not None else self.rank
         assert rank is not None
         u, v = _sketched(matrix, rank, context.key) if self.randomized else truncated_svd(matrix, rank)
@@ -96,8 +102,8 @@ def _rank_for(matrix: jax.Array, energy: float, path: str) -> int:
             f"{path}: SVD(energy={energy}) chooses its rank by the values, so it works outside jit only; give a rank"
         )
     values = np.asarray(jnp.linalg.svd(scaling.unit([matrix]).divide(matrix), compute_uv=False), np.float64)
-    parts = np.cumsum(values**2) / max(float((values**2).sum()), 1e-300)
-    return min(int((parts < energy * (1 - 1e-6)).sum()) + 1, values.size)
+    parts = np.cumsum(values**2, axis=-1) / np.maximum((values**2).sum(-1, keepdims=True), 1e-300)
+    return min(int((parts < energy * (1 - 1e-6)).sum(-1).max(initial=0)) + 1, values.shape[-1])
 
 
 def _sketched(

@@ -96,8 +96,8 @@ def check_groups(path: str, layer: Contraction, group: int) -> None:
     shape, axes = layer.w.shape, [i - layer.w.ndim for i in layer.axes]
     if axes[-1] != -2 or (len(axes) > 1 and shape[-2] % group):
         raise ValueError(
-            f"{path}: groups of {group} along axis -2 of shape {shape} do not divide the contracted axes {axes}; leave "
-            "group_size out for one scale an output"
+            f"{path}: groups of {group} along axis -2 of shape {shape} do not divide the contracted axes {axes}; give "
+            "the plan a layout, jc.plan(..., layout=), or leave group_size out for one scale an output"
         )
 
 

@@ -157,12 +157,13 @@ def pose(method: Any, w: jax.Array, context: Context, grid: Grid) -> Problem:
     return Problem(x, context.where, grid, shared_axes(w.ndim, method.group_size, method.axis), method.group_size)
 
 
-def shared_axes(ndim: int, group_size: int | None, axis: int | None) -> tuple[int, ...]:
+def shared_axes(ndim: int, group_size: int | None, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """Negative axes over which one scale is shared; a group shares along axis -2."""
     if group_size is not None:
         return (-2,)
-    own = None if axis is None or ndim < 2 else (axis if axis < 0 else axis - ndim)
-    return tuple(a for a in range(-ndim, 0) if a != own)
+    given = () if axis is None or ndim < 2 else axis if isinstance(axis, tuple) else (axis,)
+    own = [a if a < 0 else a - ndim for a in given]
+    return tuple(a for a in range(-ndim, 0) if a not in own)
 
 
 def validate_group(method: Any) -> None:
@@ -194,12 +195,16 @@ def check(method: Any, path: str, shape: tuple[int, ...], dtype: Any = None) -> 
         if shape[-2] % size and not method.pad:
             divisor = max(d for d in range(1, size + 1) if shape[-2] % d == 0) if shape[-2] else 1
             raise ValueError(
-                f"{path}: group_size {size} does not divide axis -2 of length {shape[-2]}; use {divisor}, or pad=True"
+                f"{path}: group_size {size} does not divide axis -2 of length {shape[-2]}, the inputs; use {divisor}, "
+                "or pad=True, or if the inputs lie along another axis say so: jc.plan(..., layout=)"
             )
-    elif axis is not None and len(shape) > 1 and not -len(shape) <= axis < len(shape):
-        raise ValueError(
-            f"{path}: axis {axis} is out of range for shape {shape}; use an axis from {-len(shape)} to {len(shape) - 1}"
-        )
+    elif axis is not None and len(shape) > 1:
+        for own in axis if isinstance(axis, tuple) else (axis,):
+            if not -len(shape) <= own < len(shape):
+                raise ValueError(
+                    f"{path}: axis {own} is out of range for shape {shape}; use an axis from {-len(shape)} to "
+                    f"{len(shape) - 1}"
+                )
 
 
 def positive(scale: jax.Array) -> jax.Array:

@@ -26,8 +26,8 @@ class Int(Method):
       bits: bits a code, 1 to 8.
       group_size: rows of the contraction axis (-2) that share a scale; None for no groups.
       symmetric: whether the grid is symmetric about zero.
-      axis: without groups, the axis that has a scale for each index, the output channels by default; None for one
-        scale for the whole array. Vectors take one scale.
+      axis: without groups, the axis, or the axes, with a scale for each index, the output channels by default; None for
+        one scale for the whole array. Vectors take one scale.
       clip: ``"minmax"``, the full range; ``"mse"``, the part of it that gives the least squared error; or a method of
         :mod:`jcompress.quantize.ranges`. One symmetric bit has no range.
       pad: whether a last group may be smaller than the others.
@@ -48,7 +48,7 @@ class Int(Method):
     bits: int = 8
     group_size: int | None = None
     symmetric: bool = True
-    axis: int | None = -1
+    axis: int | tuple[int, ...] | None = -1
     clip: ranges.Clip = "minmax"
     pad: bool = False
     power_of_two: bool = False

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.formats import LowRank, Masked, Quantized, Sum
+from jcompress.formats import Arranged, LowRank, Masked, Quantized, Sum
+from jcompress.formats.arranged import restored
 from jcompress.trace.core import walk
 from jcompress.trace.core.contraction import Dot, Product
 from jcompress.trace.core.flow import Step
@@ -133,8 +134,14 @@ def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Op
         if isinstance(u, Weight) and isinstance(v, Weight):
             u, v = (dataclasses.replace(w, note=w.note or "a factor") for w in (u, v))
             return Factors(u, v)
+    if isinstance(leaf, Arranged) and isinstance(leaf.inner, LowRank) and _is_thin(leaf.inner):
+        found = _of_arranged(path, leaf, ranges)
+        if found is not None:
+            return found
+    if isinstance(leaf, Arranged) and isinstance(leaf.inner, Sum):
+        leaf = Sum(tuple(dataclasses.replace(leaf, inner=term).finalize() for term in leaf.inner.terms))
     if isinstance(leaf, Sum):
-        thin = [t for t in leaf.terms if isinstance(t, LowRank) and _is_thin(t)]
+        thin = [t for t in leaf.terms if _is_low_rank(t)]
         rest = tuple(t for t in leaf.terms if not any(t is x for x in thin))
         if thin and len(rest) < 2:
             return Terms(tuple(of_leaf(path, t, ranges) for t in (*rest, *thin)))
@@ -143,7 +150,22 @@ def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Op
     return Weight(x, dtype=x.dtype, note=note, **known)
 
 
+def _of_arranged(path: str, leaf: Arranged, ranges: Mapping[tuple[int, ...], Range]) -> Factors | None:
+    """Two factors whose first one is laid out like the leaf, its outputs the rank; None for several output axes."""
+    layout, inner = leaf.layout, leaf.inner
+    if len(layout.outputs) > 1 or layout.groups > 1 or layout.batch:
+        return None
+    (out,), sizes = layout.outputs, list(leaf.sizes)
+    sizes[out] = inner.u.shape[-1]
+    u = restored(inner.u, layout, tuple(sizes)) if core.is_node(inner.u) else layout.restore(inner.u, sizes)
+    u, v = of_leaf(path, u, ranges), of_leaf(path, inner.v, {})
+    if not isinstance(u, Weight) or not isinstance(v, Weight):
+        return None
+    return Factors(*(dataclasses.replace(w, note=w.note or "a factor") for w in (u, v)), out=out)
+
+
 def _named(leaf: Any) -> str:
+    leaf = leaf.inner if isinstance(leaf, Arranged) else leaf
     is_grouped = isinstance(leaf, Quantized) and leaf.group_size is not None
     return type(leaf).__name__ + (" with groups along the contraction" if is_grouped else "")
 
@@ -160,6 +182,11 @@ def _of_codes(leaf: Quantized, known: dict[str, Any]) -> Weight:
         codes = 2 * codes + 1
     zero = None if leaf.zero is None else Shared(leaf.zero, constant=constant)
     return Weight(codes, Shared(scale, constant=constant), zero, dtype=leaf.dtype, bits=bits, **known)
+
+
+def _is_low_rank(term: Any) -> bool:
+    term = term.inner if isinstance(term, Arranged) else term
+    return isinstance(term, LowRank) and _is_thin(term)
 
 
 def _is_thin(leaf: LowRank) -> bool:
