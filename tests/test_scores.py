@@ -497,6 +497,51 @@ def test_synflow_stays_inside_the_range_of_floats(scale, rng):
         np.testing.assert_array_equal(one[name], other[name])
 
 
+@pytest.mark.parametrize(("scale", "sparsity"), [(50.0, 0.5), (1e-3, 0.9)])
+def test_synflow_of_a_deep_network_equals_that_in_logarithms(scale, sparsity, rng):
+    """24 layers, flows of 2**210 and 2**-200 that no scale of the inputs would bring into float32 both ways."""
+    stack = normal(rng, 24, 8, 8) * scale
+
+    def deep(params, x):
+        return jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, params["w"])[0]
+
+    def tall(params, x):
+        for w in params.values():
+            x = jax.nn.relu(x @ w)
+        return x
+
+    layers = {f"{i:02d}": w for i, w in enumerate(stack)}
+    masks = jc.prune.synflow(tall, layers, sparsity, jnp.ones((1, 8)), rounds=5)
+    weights, total = np.abs(np.asarray(stack, np.float64)), stack.size
+    kept = np.ones(weights.shape, bool)
+    for k in range(1, 6):
+        down, up = [np.ones(8)], [np.ones(8)]
+        for w in weights * kept:
+            down.append(down[-1] @ w / (down[-1] @ w).max())
+        for w in (weights * kept)[::-1]:
+            up.append(w @ up[-1] / (w @ up[-1]).max())
+        flows = np.stack([d[:, None] * w * u for d, w, u in zip(down, weights * kept, up[-2::-1], strict=False)])
+        flows = np.where(kept, flows / flows.sum((1, 2), keepdims=True), -1)
+        left = max(round((1 - sparsity) ** (k / 5) * total), total - round(sparsity * total))
+        kept = flows >= np.sort(flows, axis=None)[-left]
+    np.testing.assert_array_equal(np.stack(list(masks.values())), kept)
+    one = jc.prune.synflow(deep, {"w": stack}, sparsity, jnp.ones((1, 8)), rounds=5)["w"]
+    np.testing.assert_array_equal(one, kept)
+
+
+def test_synflow_of_residual_blocks_wants_wider_floats(rng):
+    def residual(params, x):
+        return jax.lax.scan(lambda x, w: (x + jax.nn.relu(x @ w), None), x, params["w"])[0]
+
+    w = normal(rng, 40, 8, 8) * 60
+    with pytest.raises(ValueError, match="give parameters in float64"):
+        jc.prune.synflow(residual, {"w": w}, 0.5, jnp.ones((1, 8)), rounds=2)
+    with jax.enable_x64():
+        wide = jnp.asarray(np.asarray(w), jnp.float64)
+        masks = jc.prune.synflow(residual, {"w": wide}, 0.5, jnp.ones((1, 8)), rounds=2)
+    assert int(masks["w"].sum()) == w.size // 2
+
+
 def test_synflow_refuses_what_it_cannot_do(rng):
     params = small_mlp(rng)
     with pytest.raises(ValueError, match="rounds=0 must be positive"):

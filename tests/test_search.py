@@ -214,3 +214,20 @@ def test_amc_names_what_is_wrong():
         search.amc(lambda keep: keep.sum(), KEY, [1.0, 1.0], 1.0, memory=1)
     with pytest.raises(ValueError, match=r"features of shape \(3, 1\), expected \(2, n\)"):
         search.amc(lambda keep: keep.sum(), KEY, [1.0, 1.0], 1.0, features=jnp.ones((3, 1)))
+
+
+@pytest.mark.parametrize("elites", [0, 2])
+def test_genetic_returns_the_best_ever_met(elites):
+    """Every mask flips half its bits, so that the last generation is as good as chance."""
+    met = []
+
+    def fitness(mask):
+        value = jnp.where(mask[0] & mask[1] & mask[2], jnp.nan, (mask * jnp.arange(10.0)).sum())
+        jax.debug.callback(lambda x: met.append(float(x)), value)
+        return value
+
+    found = search.genetic(fitness, jax.random.key(1), 10, population=6, generations=12, elites=elites, mutation=0.5)
+    jax.effects_barrier()
+    best = np.nanmax(met)
+    assert float(found.fitness) == best == float((found.best * np.arange(10.0)).sum())
+    assert found.history.shape == (12,) and (np.diff(found.history) >= 0).all() and found.history[-1] == best

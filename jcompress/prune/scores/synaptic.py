@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,12 @@ from jcompress.prune.scores.network import Scores
 
 _FAR = 40
 """Powers of two that the flow may be away from one before it is rescaled."""
+_WHOLE = 1e-4
+"""How near to an integer a degree must be."""
+_UNKNOWN = -1.0
+"""A flow that nobody has computed yet."""
+_WRITTEN = 2.0**100
+"""Flows up to this, and down to its inverse, are given as they are."""
 
 
 class _Scale(NamedTuple):
@@ -26,6 +33,22 @@ class _Scale(NamedTuple):
 
     inputs: jax.Array
     outputs: jax.Array
+
+
+class _Range(NamedTuple):
+    """How the flow is kept inside the range of floats: by a power of two on every leaf, if it is a product of them.
+
+    Attributes:
+      homogeneous: whether every path of the network takes each leaf as often: then scaling a leaf scales all scores.
+      degree: how often, the mean over leaves.
+      total: the powers of two shared out among the leaves, beside what makes their sums alike.
+      scale: of a network that is not homogeneous.
+    """
+
+    homogeneous: jax.Array
+    degree: jax.Array
+    total: jax.Array
+    scale: _Scale
 
 
 def _flow(fn: Callable[..., Any], params: PyTree, args: tuple) -> tuple[Callable[..., jax.Array], Scores]:
@@ -37,30 +60,85 @@ def _flow(fn: Callable[..., Any], params: PyTree, args: tuple) -> tuple[Callable
         return jnp.full(jnp.shape(x), scale, x.dtype) if core.is_trainable(x) else x
 
     def flow(weights: Scores, scale: _Scale) -> jax.Array:
-        inputs = jax.tree.map(lambda x: ones(x, jnp.ldexp(jnp.float32(1), scale.inputs)), args)
+        inputs = jax.tree.map(lambda x: ones(x, _power(scale.inputs)), args)
         outputs = [y for y in jax.tree.leaves(of({**magnitudes, **weights}, *inputs)) if core.is_trainable(y)]
-        unit = jnp.ldexp(jnp.float32(1), scale.outputs)
-        return sum((jnp.sum(y.astype(jnp.float32) * unit) for y in outputs), jnp.float32(0))
+        wide = [y.astype(jnp.promote_types(y.dtype, jnp.float32)) for y in outputs]
+        return sum((jnp.sum(y * _power(scale.outputs).astype(y.dtype)) for y in wide), jnp.float32(0))
 
     return flow, magnitudes
 
 
-def _settled(flow: Callable[..., jax.Array], weights: Scores) -> _Scale:
-    """A scale at which the flow of the whole network is a number, and not zero if it can be helped."""
+def _power(exponent: jax.Array) -> jax.Array:
+    return jnp.ldexp(jnp.float32(1), exponent)
 
-    def moved(scale: _Scale, by: int) -> _Scale:
-        return scale._replace(inputs=scale.inputs + by)
 
-    def overflows(scale: _Scale) -> jax.Array:
-        return ~jnp.isfinite(flow(weights, scale)) & (scale.inputs > -120)
+def _alike(weights: Scores, total: jax.Array) -> Scores:
+    """The leaves times powers of two: each as if its matrix kept the size of what it is applied to, then ``total``."""
+    found = {}
+    for i, (path, w) in enumerate(weights.items()):
+        mean = jnp.sum(w.astype(jnp.float32) * (1 / max(w.size, 1)))
+        size = jnp.log2(jnp.where(mean > 0, mean, 1.0)) + 0.5 * math.log2(max(w.size, 1))
+        share = (i + 1) * total // len(weights) - i * total // len(weights)
+        exponent = jnp.clip(share - jnp.round(size).astype(jnp.int32), -126, 126)
+        found[path] = w * _power(exponent).astype(w.dtype)
+    return found
 
-    def vanishes(scale: _Scale) -> jax.Array:
-        return (flow(weights, scale) == 0) & (scale.inputs < 120)
 
-    start = _Scale(jnp.int32(0), jnp.int32(0))
-    start = lax.while_loop(overflows, lambda scale: moved(scale, -20), start)
-    start = lax.while_loop(vanishes, lambda scale: moved(scale, 20), start)
-    return _balanced(start, flow(weights, start))
+def _in_range(flow: Callable[..., jax.Array], weights: Scores) -> _Range:
+    """Where the flow of the whole network is a number, and not zero if it can be helped."""
+    none, many = _Scale(jnp.int32(0), jnp.int32(0)), jnp.int32(64 * len(weights))
+
+    def outside(state: tuple) -> jax.Array:
+        low, high, _, value, _ = state
+        return ~(jnp.isfinite(value) & (value > 0)) & (high - low > 1)
+
+    def halve(state: tuple) -> tuple:
+        low, high, total, value, _ = state
+        low, high = jnp.where(value == 0, total, low), jnp.where((value == 0) | (value == _UNKNOWN), high, total)
+        total = (low + high) // 2
+        scaled = _alike(weights, total)
+        value, grads = jax.value_and_grad(flow)(scaled, none)
+        parts = [jnp.sum((w * grads[path]) / jnp.where(value > 0, value, 1)) for path, w in scaled.items()]
+        return low, high, total, value.astype(jnp.float32), jnp.stack(parts).astype(jnp.float32)
+
+    start = (-many, many, jnp.int32(0), jnp.float32(_UNKNOWN), jnp.zeros(len(weights), jnp.float32))
+    _, _, total, value, degrees = lax.while_loop(outside, halve, start)
+    whole = jnp.all(jnp.abs(degrees - jnp.round(degrees)) <= _WHOLE * jnp.maximum(degrees, 1))
+    homogeneous = whole & (value > 0) & jnp.isfinite(value)
+    found = _Range(homogeneous, jnp.mean(degrees), total, _settled(flow, weights, homogeneous))
+    return _moved(found, value)
+
+
+def _laid(found: _Range, weights: Scores) -> tuple[Scores, _Scale]:
+    """The leaves and the scale at which the flow is scored."""
+    alike = _alike(weights, found.total)
+    scaled = {path: jnp.where(found.homogeneous, alike[path], w) for path, w in weights.items()}
+    return scaled, jax.tree.map(lambda x: jnp.where(found.homogeneous, 0, x), found.scale)
+
+
+def _moved(found: _Range, value: jax.Array) -> _Range:
+    """Leaves scaled so that the flow, which was ``value``, comes to about one."""
+    positive = jnp.isfinite(value) & (value > 0) & found.homogeneous
+    steps = jnp.log2(jnp.where(positive, value, 1)) / jnp.where(positive, found.degree, 1)
+    return found._replace(total=found.total - jnp.round(steps).astype(jnp.int32))
+
+
+def _settled(flow: Callable[..., jax.Array], weights: Scores, homogeneous: jax.Array) -> _Scale:
+    """A scale of inputs and cotangent; where the network is homogeneous, none is looked for."""
+
+    def outside(state: tuple) -> jax.Array:
+        turn, _, value = state
+        return ~(jnp.isfinite(value) & (value > 0)) & (turn < 7) & ~homogeneous
+
+    def move(state: tuple) -> tuple:
+        turn, scale, value = state
+        step = jnp.where(value == _UNKNOWN, 0, jnp.where(value == 0, 20, -20))
+        scale = scale._replace(inputs=scale.inputs + step)
+        return turn + 1, scale, flow(weights, scale).astype(jnp.float32)
+
+    start = (jnp.int32(0), _Scale(jnp.int32(0), jnp.int32(0)), jnp.float32(_UNKNOWN))
+    _, scale, value = lax.while_loop(outside, move, start)
+    return _balanced(scale, value)
 
 
 def _balanced(scale: _Scale, value: jax.Array) -> _Scale:
@@ -95,8 +173,11 @@ def synflow_scores(fn: Callable[..., Any], params: PyTree, *args: Any) -> Scores
       >>> found["a"].tolist(), found["b"].tolist()
       ([[3.0, 2.0]], [[3.0], [2.0]])
     """
-    flow, weights = _flow(fn, params, args)
-    grads = jax.grad(flow)(weights, _settled(flow, weights))
+    flow, magnitudes = _flow(fn, params, args)
+    found, value = _in_range(flow, magnitudes), flow(magnitudes, _Scale(jnp.int32(0), jnp.int32(0)))
+    near = (value < _WRITTEN) & (value > 1 / _WRITTEN)
+    weights, scale = _laid(found._replace(homogeneous=found.homogeneous & ~near), magnitudes)
+    grads = jax.grad(flow)(weights, scale)
     return {path: (w * grads[path]).astype(jnp.float32) for path, w in weights.items()}
 
 
@@ -107,8 +188,9 @@ def synflow(
 
     For ``k = 1, ..., rounds`` the weights of largest synaptic flow are kept among those left, ``(1 - sparsity)**(k /
     rounds)`` of all, with one threshold for all leaves. One ``fori_loop``, compiled once. The flow is a product over
-    layers: where it would leave the range of float32, inputs and cotangents are scaled by powers of two, which changes
-    no score's rank in a network without biases.
+    layers and soon leaves the range of floats. Where every path takes each leaf as often, as in plain networks without
+    biases, the leaves are scaled by powers of two, layer by layer, at any depth; that changes no score's rank. Else
+    inputs and cotangents are, which serves flows from about ``2**-240`` to ``2**240``.
 
     Args:
       fn: called as ``fn(params, *args)``. Linear layers, ReLU and residual connections; leave out normalization, or
@@ -150,8 +232,10 @@ def synflow(
     masks, finite = _rounds(flow, weights, _counts(sum(w.size for w in weights.values()), sparsity, rounds))
     if core.is_concrete(finite) and not bool(finite):
         raise ValueError(
-            "synflow: the sum of outputs for inputs of ones is not finite at any scale; leave out what saturates or "
-            "divides, such as softmax and normalization, or scale the parameters down"
+            "synflow: the sum of outputs for inputs of ones is not finite at any scale. Either something divides or "
+            "saturates, such as softmax and normalization: leave it out of fn. Or paths take unlike numbers of "
+            "layers (residual connections, biases), so that no layer can be scaled by itself, and the flow leaves the "
+            "range of float32: give parameters in float64, under jax.enable_x64"
         )
     return masks
 
@@ -166,15 +250,21 @@ def _counts(size: int, sparsity: Any, rounds: int) -> jax.Array:
 
 def _rounds(flow: Callable[..., jax.Array], weights: Scores, counts: jax.Array) -> tuple[Scores, jax.Array]:
     def prune(k: jax.Array, state: tuple) -> tuple:
-        masks, scale, finite = state
-        left = {path: jnp.where(masks[path], w, 0) for path, w in weights.items()}
+        masks, found, finite = state
+        left, scale = _laid(found, {path: jnp.where(masks[path], w, 0) for path, w in weights.items()})
         value, grads = jax.value_and_grad(flow)(left, scale)
         # What is cut already comes after all that is left, of which no score is negative.
-        scores = [jnp.where(masks[path], w * grads[path], -1) for path, w in left.items()]
+        scores = [jnp.where(masks[path], _narrow(w * grads[path], value), -1) for path, w in left.items()]
         kept = dict(zip(weights, keep_largest(scores, counts[k]), strict=True))
-        return kept, _balanced(scale, value), finite & jnp.isfinite(value)
+        found = _moved(found._replace(scale=_balanced(found.scale, value)), value)
+        return kept, found, finite & jnp.isfinite(value)
 
     everything = {path: jnp.ones(w.shape, jnp.bool_) for path, w in weights.items()}
-    start = (everything, _settled(flow, weights), jnp.array(True))
+    start = (everything, _in_range(flow, weights), jnp.array(True))
     masks, _, finite = lax.fori_loop(0, len(counts), prune, start)
     return masks, finite
+
+
+def _narrow(scores: jax.Array, value: jax.Array) -> jax.Array:
+    """Scores of more than 32 bits as parts of the flow, in float32."""
+    return scores if scores.dtype.itemsize <= 4 else (scores / jnp.where(value > 0, value, 1)).astype(jnp.float32)

@@ -72,7 +72,8 @@ def genetic(
     """A genetic algorithm on masks (Holland 1975).
 
     Parents are chosen by tournaments of two, or by roulette with ``p = softmax(fitness)``; a pair mixes bit by bit;
-    bits flip; the best of the old generation replace as many children, so that the best fitness never falls.
+    bits flip; the best of the old generation replace as many children, so that the best of a generation never falls.
+    The best mask ever met is returned, also without elites. A fitness of NaN counts as the lowest.
 
     Args:
       fitness: of one mask, higher is better.
@@ -104,7 +105,11 @@ def genetic(
         raise ValueError(f"genetic: selection={selection!r} is unknown; use 'tournament' or 'roulette'")
     if not 0 <= elites <= population:
         raise ValueError(f"genetic: elites={elites} must be in 0 .. population={population}")
-    measure, rate = jax.vmap(fitness), 1 / length if mutation is None else mutation
+    rate = 1 / length if mutation is None else mutation
+
+    def measure(masks: jax.Array) -> jax.Array:
+        scores = jax.vmap(fitness)(masks)
+        return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
 
     def pick(key: jax.Array, scores: jax.Array) -> jax.Array:
         if selection == "roulette":
@@ -112,19 +117,25 @@ def genetic(
         pairs = jax.random.randint(key, (2, population), 0, population)
         return jnp.where(scores[pairs[0]] >= scores[pairs[1]], pairs[0], pairs[1])
 
-    def step(state: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        masks, scores = state
+    def better(best: tuple, masks: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        place = jnp.argmax(scores)
+        return jnp.where(scores[place] > best[1], masks[place], best[0]), jnp.maximum(scores[place], best[1])
+
+    def step(state: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
+        masks, scores, best = state
         first, second, third = jax.random.split(key, 3)
         children = _children(third, masks[pick(first, scores)], masks[pick(second, scores)], crossover, rate)
         children = children.at[:elites].set(masks[jnp.argsort(scores, descending=True)[:elites]])
         scores = measure(children)
-        return (children, scores), jnp.max(scores)
+        best = better(best, children, scores)
+        return (children, scores, best), best[1]
 
     start, key = jax.random.split(key)
     masks = jax.random.bernoulli(start, density, (population, length))
-    (masks, scores), best = jax.lax.scan(step, (masks, measure(masks)), jax.random.split(key, generations))
-    place = jnp.argmax(scores)
-    return Found(masks[place], scores[place], best)
+    scores = measure(masks)
+    start_state = masks, scores, better((masks[0], scores[0]), masks, scores)
+    (_, _, best), history = jax.lax.scan(step, start_state, jax.random.split(key, generations))
+    return Found(*best, history)
 
 
 def _children(key: jax.Array, a: jax.Array, b: jax.Array, crossover: Any, mutation: Any) -> jax.Array:
