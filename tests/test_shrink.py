@@ -273,12 +273,13 @@ def test_nodes_are_refused():
 def test_a_primitive_without_a_rule_keeps_what_it_touches_and_says_so():
     def fn(params, x):
         h = x @ params["up"]
-        return jnp.fft.fft(h).real @ params["down"]
+        h = jax.lax.reduce_window(h, 0.0, lambda a, b: a + b * b, (1, 1), (1, 1), "SAME")
+        return h @ params["down"]
 
     groups = jc.trace.coupling(fn, PARAMS, X)
-    assert groups.unread == {"fft": 1}
-    assert "fft" in groups["up[1]"].reason
-    assert "fft: met 1 times and not read" in str(groups)
+    assert groups.unread == {"reduce_window": 1}
+    assert "reduce_window" in groups["up[1]"].reason
+    assert "reduce_window: met 1 times and not read" in str(groups)
 
 
 def test_a_sum_that_would_miss_values_pins():

@@ -30,7 +30,17 @@ from jcompress.trace.core.layouts import (
 )
 from jcompress.trace.costs import operations as ops
 from jcompress.trace.coupled.frames import Rule
-from jcompress.trace.coupled.rules import calls, control, derivatives, joins, lookups, moves, sums
+from jcompress.trace.coupled.rules import (
+    calls,
+    control,
+    derivatives,
+    joins,
+    linear,
+    lookups,
+    moves,
+    selections,
+    sums,
+)
 from jcompress.trace.coupled.rules.elementwise import Elementwise, Identity, Zero
 from jcompress.trace.recording import meetings
 
@@ -65,8 +75,8 @@ _unread = UNREAD.rule
 _call, _scan, _while, _cond = bodies.Call(), loops.Scan(), loops.While(), loops.Cond()
 _remat, _mesh, _custom = bodies.Remat(), bodies.ShardMap(), bodies.Custom()
 _window = Row(moves.Window(), Opaque(), ops.window)
-_scatter = Row(lookups.Scatter(), Flow(), ops.updates)
-_unread_scatter = Row(_unread, Flow(), ops.updates)
+_observed = Row(calls.Observed(), Opaque(), ops.NONE)
+_matrices = Row(linear.Matrices(), Opaque())
 _drawn = Row(joins.Drawn(), Opaque())
 
 
@@ -84,8 +94,12 @@ def _reduce(combine: sums.Combine, neutral: bool = False) -> Row:
     return Row(sums.Reduce(combine, neutral), Flow(), ops.reduction)
 
 
-def _along(axes: str, holds_zero: bool = True, drops: bool = False, count: ops.Count = ops.ONE) -> Row:
+def _along(axes: moves.Axes, holds_zero: bool = True, drops: bool = False, count: ops.Count = ops.ONE) -> Row:
     return Row(moves.Along(axes, drops=drops, holds_zero=holds_zero), Opaque(), count)
+
+
+def _scatters(names: str, by: lookups.By) -> dict[str, Row]:
+    return _all(names, Row(lookups.Scatter(by), Flow(), ops.updates))
 
 
 def _product(rule: Rule, of: type[Dot] | type[Convolution], meeting: meetings.Meet) -> Row:
@@ -109,10 +123,11 @@ ROWS: dict[str, Row] = {
     **_each("lgamma", count=ops.each(52, 1)),
     **_each("erfc", count=ops.each(60, 1)),
     **_each("digamma", count=ops.each(73, 1)),
+    **_each("igamma_grad_a mulhi polygamma random_gamma_grad regularized_incomplete_beta zeta"),
     "convert_element_type": Row(_plain, Cast()),
     # What stays as it is, laid out anew
     **_all("copy copy_p device_put mesh_cast name optimization_barrier pcast pvary reshard", _moved),
-    **_all("sharding_constraint stop_gradient", _moved),
+    **_all("layout_constraint sharding_constraint stop_gradient with_memory_space_constraint", _moved),
     "transpose": Row(moves.Transpose(), Permutation(), ops.NONE),
     "reshape": Row(moves.Reshape(), RESHAPE, ops.NONE),
     "expand_dims": Row(_unread, RESHAPE, ops.NONE),
@@ -124,12 +139,15 @@ ROWS: dict[str, Row] = {
     "stack": Row(joins.Stack(), Flow(), ops.NONE),
     "pad": Row(joins.Pad(), Flow(), ops.NONE),
     "tile": Row(moves.Tile(), TILE, ops.NONE),
-    "rev": Row(moves.Along("dimensions"), REVERSE, ops.NONE),
+    "rev": Row(selections.Reverse(), REVERSE, ops.NONE),
     "iota": Row(joins.Iota(), Flow(), ops.NONE),
-    **_all("bitcast_convert_type broadcast empty", Row(_unread, Opaque(), ops.NONE)),
+    "bitcast_convert_type": Row(moves.Trailing(), Opaque(), ops.NONE),
+    "unstack": Row(moves.Unstack(), Opaque(), ops.NONE),
+    **_all("broadcast empty", Row(_unread, Opaque(), ops.NONE)),
     # Products
     "dot_general": _product(sums.Dot(), Dot, meetings.of_dot),
     "conv_general_dilated": _product(sums.Convolution(), Convolution, meetings.of_convolution),
+    "ragged_dot_general": Row(sums.RaggedDot(), Flow()),
     # Over an axis
     "reduce_sum": _reduce(lambda total, x, n: total + x * jnp.asarray(n, x.dtype), neutral=True),
     "reduce_max": _reduce(lambda total, x, n: jnp.maximum(total, x)),
@@ -143,24 +161,34 @@ ROWS: dict[str, Row] = {
     "cumlogsumexp": _along("axis", holds_zero=False),
     "sort": Row(moves.Along("dimension"), Flow(), ops.order),
     "top_k": _along("axis", count=ops.order),
-    "approx_top_k": Row(_unread, Opaque(), ops.order),
+    "approx_top_k": _along("reduction_dimension", count=ops.order),
+    "fft": _along(lambda params: range(-len(params["fft_lengths"]), 0)),
     **_all("reduce_window_max reduce_window_min reduce_window_sum", _window),
     "reduce_window": Row(_unread, Opaque(), ops.window),
     # At places that are computed
     "gather": Row(lookups.Gather(), Lookup(counts=True), ops.NONE),
     "dynamic_slice": Row(lookups.DynamicSlice(), Lookup(), ops.NONE),
     "dynamic_update_slice": Row(lookups.DynamicUpdateSlice(), Flow(), ops.NONE),
-    "scatter": Row(lookups.Scatter(), Flow(), ops.NONE),
-    **_all("scatter-add scatter_add scatter-mul scatter_mul", _scatter),
-    **_all("scatter-max scatter_max scatter-min scatter_min", _unread_scatter),
+    "scatter": Row(lookups.Scatter("one"), Flow(), ops.NONE),
+    **_scatters("scatter-add scatter_add scatter-sub scatter_sub", "sum"),
+    **_scatters("scatter-mul scatter_mul", "product"),
+    **_scatters("scatter-max scatter_max scatter-min scatter_min", "extremum"),
     # Random numbers
     "random_bits": Row(joins.Drawn(), Flow(), ops.each(47)),
-    **_all("random_split rng_uniform", _drawn),
-    **_all("random_wrap random_unwrap", Row(Rule(), Opaque(), ops.NONE)),
-    **_all("random_fold_in threefry2x32", Row(Rule())),
+    **_all("random_split rng_bit_generator rng_uniform", _drawn),
+    **_all("random_wrap random_unwrap", Row(moves.Trailing(), Opaque(), ops.NONE)),
+    "random_fold_in": Row(_plain),
+    **_all("random_gamma threefry2x32", Row(Rule())),
     "random_seed": _fixed,
     # Linear algebra, and what talks to the outside
-    **_all("cholesky debug_callback debug_print eigh lu qr svd triangular_solve", _fixed),
+    **_all("cholesky eig eigh hessenberg householder_product lu qr schur svd tridiagonal", _matrices),
+    "lu_pivots_to_permutation": Row(linear.Matrices(trailing=1), Opaque()),
+    "triangular_solve": Row(linear.Solve(), Opaque()),
+    "tridiagonal_solve": Row(linear.Solve(trailing=1), Opaque()),
+    "custom_linear_solve": Row(linear.LinearSolve(), Opaque()),
+    **_all("check debug_callback debug_print dce_sink inspect_sharding", _observed),
+    "io_callback": Row(calls.Callback(), Opaque(), ops.NONE),
+    "pure_callback": Row(Rule(), Opaque(), ops.NONE),
     "create_token": Row(Rule(), Opaque(), ops.NONE),
     # Between devices
     **_all("pmax pmin psum psum2 psum_invariant", _summed_over_devices),
@@ -170,7 +198,7 @@ ROWS: dict[str, Row] = {
     **_all("all_to_all pgather psum_scatter reduce_scatter", Row(_unread, Collective())),
     "axis_index": Row(Rule(), Collective(), ops.NONE),
     # What holds bodies of equations
-    **_all("closed_call core_call jit pjit", Row(calls.Call(_call), _call)),
+    **_all("closed_call composite core_call custom_vmap_call jit pjit", Row(calls.Call(_call), _call)),
     **_all("checkpoint remat remat2", Row(calls.Remat(_remat), _remat)),
     "custom_jvp_call": Row(derivatives.CustomJVP(_custom), _custom),
     "custom_jvp_call_jaxpr": Row(calls.Call(_custom), _custom),

@@ -86,7 +86,7 @@ class Call(Bodies):
     """A call of one function on the operands as they are."""
 
     def closed(self, eqn: jax_core.JaxprEqn) -> list[jax_core.ClosedJaxpr]:
-        found = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
+        found = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if name in eqn.params)
         return [found if isinstance(found, jax_core.ClosedJaxpr) else jax_core.ClosedJaxpr(found, ())]
 
     def bodies(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], reader: Reader) -> list[Any]:

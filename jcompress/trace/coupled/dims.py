@@ -1,4 +1,4 @@
-"""Dimensions as terms: a leaf, a concatenation or a product of others, unified like types.
+"""Dimensions as terms: a leaf, a concatenation, a product or another order of others, unified like types.
 
 Two dimensions that an operation ties become one. A reshape factors, a slice or a concatenation splits, and what
 cannot be told apart any more is pinned with a reason: its size stays as it is.
@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from jcompress.trace.coupled import orders
+from jcompress.trace.coupled.orders import Order
 
 
 class ClashError(Exception):
@@ -21,15 +25,17 @@ class Dim:
 
     Attributes:
       size: its length in the traced program.
-      kind: ``"leaf"``, ``"concat"``, ``"product"``, or ``"link"`` to what it was unified with.
+      kind: ``"leaf"``, ``"concat"``, ``"product"``, ``"order"`` of one leaf, or ``"link"`` to what it was unified with.
       parts: what it is made of, the outermost factor first.
       pinned: for a leaf, why its size must not change, or None.
+      order: where each position of an order is taken from.
     """
 
-    __slots__ = ("kind", "parts", "pinned", "size")
+    __slots__ = ("kind", "order", "parts", "pinned", "size")
 
     def __init__(self, size: int, kind: str = "leaf", parts: Sequence[Dim] = (), pinned: str | None = None) -> None:
         self.size, self.kind, self.parts, self.pinned = size, kind, tuple(parts), pinned
+        self.order: Order | None = None
 
     def __repr__(self) -> str:
         d = find(self)
@@ -41,9 +47,14 @@ class Dim:
 Dims = tuple[Dim, ...]
 
 
+def whole(n: Any) -> Any:
+    """A length as an int; one that is only a symbol stays what it is."""
+    return int(n) if isinstance(n, (int, np.integer)) else n
+
+
 def fresh(shape: Sequence[int], pinned: str | None = None) -> Dims:
     """A leaf for each length."""
-    return tuple(Dim(int(n), pinned=pinned) for n in shape)
+    return tuple(Dim(whole(n), pinned=pinned) for n in shape)
 
 
 def find(d: Dim) -> Dim:
@@ -53,7 +64,55 @@ def find(d: Dim) -> Dim:
         if target.kind == "link":
             d.parts = target.parts  # shortens the next search
         d = target
-    return d
+    return _pushed(d) if d.kind == "order" and find(d.parts[0]).kind != "leaf" else d
+
+
+def _pushed(d: Dim) -> Dim:
+    """An order of what is no leaf any more, as a term over orders of its parts."""
+    inner, reason = find(d.parts[0]), None
+    try:
+        found = reordered(inner, d.order)
+    except ClashError as clash:
+        pin([inner], reason := str(clash))
+        found = Dim(d.size, pinned=reason)
+    d.kind, d.parts = "link", (found,)
+    return find(found)
+
+
+def reordered(d: Dim, order: Any) -> Dim:
+    """The positions of a dimension in another order."""
+    d = find(d)
+    if (order == np.arange(d.size)).all():
+        return d
+    if d.kind == "order":
+        return reordered(d.parts[0], np.asarray(d.order)[order])
+    if d.kind == "leaf":
+        found = Dim(d.size, "order", (d,))
+        found.order = order
+        return found
+    parts = flat(d, d.kind)
+    sizes = [p.size for p in parts]
+    if d.kind == "product" and (each := orders.factors(order, sizes)) is not None:
+        return product([reordered(p, o) for p, o in zip(parts, each, strict=True)])
+    if d.kind == "product" and (k := orders.turned(order, sizes)) is not None:
+        return product([*parts[k:], *parts[:k]])
+    if d.kind == "concat" and (blocks := _blocks(order, parts)) is not None:
+        return concat([reordered(p, o) for p, o in blocks])
+    raise ClashError(f"its parts {d} are put in an order that mixes them")
+
+
+def _blocks(order: Order, parts: Sequence[Dim]) -> list[tuple[Dim, Order]] | None:
+    """The parts of a concatenation one after another in the new order, each with its own, or None."""
+    starts = np.cumsum([0, *(p.size for p in parts)])
+    found, at = [], 0
+    while at < len(order):
+        i = int(np.searchsorted(starts, order[at], "right")) - 1
+        own = order[at : at + parts[i].size] - starts[i]
+        if not orders.is_permutation(own, parts[i].size):
+            return None
+        found.append((parts[i], own))
+        at += parts[i].size
+    return found
 
 
 def _join(kind: str, parts: Sequence[Dim]) -> Dim:
@@ -117,7 +176,7 @@ def _turn(leaf: Dim, kind: str, sizes: Sequence[int]) -> list[Dim]:
 
 def as_concat(d: Dim, sizes: Sequence[int]) -> list[Dim]:
     """Consecutive pieces of a dimension, of these sizes."""
-    d, sizes = find(d), [int(n) for n in sizes]
+    d, sizes = find(d), [whole(n) for n in sizes]
     if 0 in sizes:
         left = as_concat(d, [n for n in sizes if n]) if d.size else []
         return [left.pop(0) if n else Dim(0) for n in sizes]
@@ -125,6 +184,8 @@ def as_concat(d: Dim, sizes: Sequence[int]) -> list[Dim]:
         return [d]
     if d.kind == "leaf":
         return _turn(d, "concat", sizes)
+    if d.kind == "order":
+        return _ordered_pieces(d, sizes)
     if d.kind == "product":
         factors = flat(d, "product")
         inner = math.prod(f.size for f in factors[1:])
@@ -133,6 +194,17 @@ def as_concat(d: Dim, sizes: Sequence[int]) -> list[Dim]:
         outer = as_concat(factors[0], [n // inner for n in sizes])
         return [product([o, *factors[1:]]) for o in outer]
     return _regroup(flat(d, "concat"), sizes)
+
+
+def _ordered_pieces(d: Dim, sizes: Sequence[int]) -> list[Dim]:
+    """Pieces of an order of a leaf, where each is taken from one run of the leaf."""
+    found = orders.pieces(np.asarray(d.order), sizes)
+    if found is None:
+        raise ClashError(f"a slice at {list(sizes)} of a dimension in another order")
+    first = np.argsort([start for start, _ in found])
+    runs = as_concat(d.parts[0], [sizes[i] for i in first])
+    placed = dict(zip(first.tolist(), runs, strict=True))
+    return [reordered(placed[i], order) for i, (_, order) in enumerate(found)]
 
 
 def _regroup(parts: list[Dim], sizes: Sequence[int]) -> list[Dim]:
@@ -153,7 +225,7 @@ def _regroup(parts: list[Dim], sizes: Sequence[int]) -> list[Dim]:
 
 def as_product(d: Dim, sizes: Sequence[int]) -> list[Dim]:
     """Factors of a dimension, of these sizes, the outermost first."""
-    d, sizes = find(d), [int(n) for n in sizes]
+    d, sizes = find(d), [whole(n) for n in sizes]
     wanted = [n for n in sizes if n != 1]
     if len(wanted) <= 1:
         found = [d] if wanted else []
@@ -161,9 +233,24 @@ def as_product(d: Dim, sizes: Sequence[int]) -> list[Dim]:
         found = _turn(d, "product", wanted)
     elif d.kind == "product":
         found = _refactor(flat(d, "product"), wanted)
+    elif d.kind == "order":
+        found = _ordered_factors(d, wanted)
     else:
         found = _factor_concat(flat(d, "concat"), wanted)
     return [found.pop(0) if n != 1 else Dim(1) for n in sizes]
+
+
+def _ordered_factors(d: Dim, sizes: Sequence[int]) -> list[Dim]:
+    """Factors of an order of a leaf, ordered one by one, or turned about as where channels are shuffled."""
+    order = np.asarray(d.order)
+    if (each := orders.factors(order, sizes)) is not None:
+        return [reordered(p, o) for p, o in zip(as_product(d.parts[0], sizes), each, strict=True)]
+    for k in range(1, len(sizes)):
+        before = [*sizes[k:], *sizes[:k]]
+        if orders.turned(order, before) == len(sizes) - k:
+            parts = as_product(d.parts[0], before)
+            return [*parts[len(sizes) - k :], *parts[: len(sizes) - k]]
+    raise ClashError(f"a reshape to {list(sizes)} of a dimension in another order")
 
 
 def _refactor(factors: list[Dim], sizes: Sequence[int]) -> list[Dim]:
@@ -219,6 +306,10 @@ def _unify(a: Dim, b: Dim) -> None:
         if a.pinned:
             pin([b], a.pinned)
         return
+    if "order" in (a.kind, b.kind):
+        a, b = (a, b) if a.kind == "order" else (b, a)
+        _unify(a.parts[0], reordered(b, np.argsort(np.asarray(a.order))))
+        return
     if a.kind != b.kind and a.kind == "concat":
         a, b = b, a
     # Of a product and a concatenation, the product is cut where the concatenation is.
@@ -258,6 +349,10 @@ def _positions(d: Dim, at_leaf: Callable[[Dim], np.ndarray], missing: int, sizes
     d = find(d)
     if d.kind == "leaf":
         return at_leaf(d)
+    if d.kind == "order":
+        # Where less than all positions are there, they are of one leaf, whichever they are.
+        inner = at_leaf(find(d.parts[0]))
+        return inner[d.order] if len(inner) == d.size else inner
     found = [_positions(p, at_leaf, missing, sizes) for p in d.parts]
     if d.kind == "concat":
         return np.concatenate(found)
@@ -283,6 +378,8 @@ def kept_positions(d: Dim, kept: Mapping[Dim, np.ndarray]) -> np.ndarray:
     d = find(d)
     if d.kind == "leaf":
         return kept[d] if d in kept else np.arange(d.size)
+    if d.kind == "order":
+        return np.flatnonzero(np.isin(d.order, kept_positions(d.parts[0], kept)))
     found = [kept_positions(p, kept) for p in d.parts]
     if d.kind == "concat":
         starts = np.cumsum([0, *(p.size for p in d.parts)])

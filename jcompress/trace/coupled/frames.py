@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +18,34 @@ from jax.extend import core as jax_core
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.states import Hold, State, all_hold, settled, state_of
+from jcompress.trace.coupled.states import Hold, State, all_hold, of_use, settled, state_of
+
+if TYPE_CHECKING:
+    from jcompress.trace.coupled.building import Build
 
 At = frozenset[Dim]
 NOWHERE: At = frozenset()
+
+
+@dataclasses.dataclass(eq=False)
+class Known:
+    """A constant: its value, or the equation that makes it from others.
+
+    Attributes:
+      dims: its dimensions, which no use of it shares.
+      value: of one that the function closes over.
+      eqn: of one that is made.
+      operands: of that equation: constants, and literals.
+      index: which of its results it is.
+      state: as it was read.
+    """
+
+    dims: Dims
+    value: Any = None
+    eqn: jax_core.JaxprEqn | None = None
+    operands: Sequence[Any] = ()
+    index: int = 0
+    state: State = State()
 
 
 @dataclasses.dataclass
@@ -33,19 +56,29 @@ class Site:
       eqn: the equation.
       rule: what its primitive means.
       ins: the dimensions of its operands.
+      sources: where its operands stand in the frame, literals as they are.
+      places: where its results stand.
+      known: how those operands are made that are constants.
+      trained: which operands depend on parameters.
       outs: the dimensions of its results.
       states: of its results, as they were read.
       note: what the rule wants to remember.
       frames: the calls inside it.
+      made: how those results are made that are constants.
     """
 
     eqn: jax_core.JaxprEqn
     rule: Rule
     ins: list[Dims]
+    sources: list[Any]
+    places: list[Any]
+    known: list[Known | None]
+    trained: list[bool]
     outs: list[Dims] = dataclasses.field(default_factory=list)
     states: list[State] = dataclasses.field(default_factory=list)
     note: Any = None
     frames: list[Frame] = dataclasses.field(default_factory=list)
+    made: list[Known | None] = dataclasses.field(default_factory=list)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -55,73 +88,60 @@ class Site:
 
 @dataclasses.dataclass
 class Frame:
-    """One call of a jaxpr: the dimensions of its inputs, its constants and its outputs, and its equations."""
+    """One call of a jaxpr: the dimensions of its inputs and its outputs, its constants, and its equations.
+
+    Attributes:
+      closed: the jaxpr.
+      ins: of its inputs.
+      constants: what it closes over.
+      given: which of its inputs are constants.
+      fixed: its equations of constants alone.
+      uses: where each use of a constant stands, and its dimensions.
+      sites: its other equations.
+      results: where its outputs stand, literals as they are.
+      outs: of its outputs.
+      states: of its inputs, as they were read.
+      known: how those outputs are made that are constants.
+    """
 
     closed: jax_core.ClosedJaxpr
     ins: list[Dims]
-    constants: list[Dims]
+    constants: list[Known] = dataclasses.field(default_factory=list)
+    given: list[tuple[int, Known]] = dataclasses.field(default_factory=list)
+    fixed: list[Site] = dataclasses.field(default_factory=list)
+    uses: list[tuple[Any, Known, Dims]] = dataclasses.field(default_factory=list)
     sites: list[Site] = dataclasses.field(default_factory=list)
+    results: list[Any] = dataclasses.field(default_factory=list)
     outs: list[Dims] = dataclasses.field(default_factory=list)
     states: list[State] = dataclasses.field(default_factory=list)
-
-
-class Build:
-    """What is gathered while frames are built.
-
-    Args:
-      rule: that of an equation.
-      default: that of an equation whose primitive cannot be read.
-
-    Attributes:
-      unread: primitives without a rule, and how often each was met.
-      contracted: the dimensions over which products sum, as their operands wrote them.
-      traced: derivatives of custom rules, by equation.
-      open: functions with custom derivatives whose derivative is being built; a rule may call its own function.
-    """
-
-    def __init__(self, rule: Callable[[jax_core.JaxprEqn], Rule], default: Rule) -> None:
-        self.rule, self.default = rule, default
-        self.unread: Counter[str] = Counter()
-        self.contracted: list[Dim] = []
-        self.traced: dict[int, Any] = {}
-        self.open: dict[str, Site] = {}
-
-    def frame(self, closed: jax_core.ClosedJaxpr, ins: Sequence[Dims]) -> Frame:
-        """A call of ``closed`` on values of these dimensions."""
-        frame = Frame(closed, list(ins), [terms.fresh(np.shape(c)) for c in closed.consts])
-        known: dict[Any, Dims] = dict(zip(closed.jaxpr.invars, frame.ins, strict=True))
-        known.update(zip(closed.jaxpr.constvars, frame.constants, strict=True))
-        for eqn in closed.jaxpr.eqns:
-            rule = self.rule(eqn)
-            if rule is self.default:
-                self.unread[eqn.primitive.name] += 1
-            site = Site(eqn, rule, [_dims(x, known) for x in eqn.invars])
-            site.outs = [tuple(d) for d in rule.dims(self, site)]
-            known.update(zip(eqn.outvars, site.outs, strict=True))
-            frame.sites.append(site)
-        frame.outs = [_dims(x, known) for x in closed.jaxpr.outvars]
-        return frame
-
-
-def _dims(x: Any, known: Mapping[Any, Dims]) -> Dims:
-    return terms.fresh(np.shape(x.val)) if isinstance(x, jax_core.Literal) else known[x]
+    known: list[Known | None] = dataclasses.field(default_factory=list)
 
 
 def read_states(frame: Frame, states: Sequence[State]) -> list[State]:
     """The states of a frame's outputs, given those of its inputs; pins what could not be cut."""
     frame.states, jaxpr = list(states), frame.closed.jaxpr
     known: dict[Any, State] = dict(zip(jaxpr.invars, states, strict=True))
-    for v, x, dims in zip(jaxpr.constvars, frame.closed.consts, frame.constants, strict=True):
-        known[v] = state_of(x, dims)
+    for constant in frame.constants:
+        constant.state = state_of(constant.value, constant.dims)
 
     def state(x: Any) -> State:
-        return state_of(np.asarray(x.val), ()) if isinstance(x, jax_core.Literal) else known[x]
+        if isinstance(x, jax_core.Literal):
+            return state_of(np.asarray(x.val), ())
+        return x.state if isinstance(x, Known) else known[x]
 
-    for site in frame.sites:
-        found = site.rule.states(site, [state(x) for x in site.eqn.invars])
+    def read(site: Site) -> None:
+        found = site.rule.states(site, [state(x) for x in site.sources])
         site.states = [settled(s, d) for s, d in zip(found, site.outs, strict=True)]
-        known.update(zip(site.eqn.outvars, site.states, strict=True))
-    return [state(x) for x in jaxpr.outvars]
+
+    for site in frame.fixed:
+        read(site)
+        for constant, found in zip(site.places, site.states, strict=True):
+            constant.state = found
+    known.update({place: of_use(k.state, k.dims, dims) for place, k, dims in frame.uses})
+    for site in frame.sites:
+        read(site)
+        known.update(zip(site.places, site.states, strict=True))
+    return [state(x) for x in frame.results]
 
 
 class Cut:
@@ -134,6 +154,10 @@ class Cut:
         """The sizes with the leaves in ``at`` reduced to one slice of those that are cut."""
         return {leaf: 1 if leaf in at else len(index) for leaf, index in self.kept.items()}
 
+    def kept_at(self, at: At) -> dict[Dim, np.ndarray]:
+        """The indices that :meth:`sizes` counts."""
+        return {x: _one_cut(x.size, index) if x in at else index for x, index in self.kept.items()}
+
     def leaves(self, dims: Dims) -> At:
         """The leaves of a value that are cut."""
         return frozenset(leaf for d in dims for leaf in terms.leaves(d) if leaf in self.kept)
@@ -145,6 +169,10 @@ class Cut:
     def shape(self, dims: Dims, at: At) -> tuple[int, ...]:
         """The shape of a value of these dimensions."""
         return terms.shape(dims, self.sizes(at))
+
+
+def _one_cut(size: int, kept: np.ndarray) -> np.ndarray:
+    return np.setdiff1d(np.arange(size), kept)[:1]
 
 
 class Value:
@@ -186,7 +214,7 @@ class Value:
         return base
 
 
-def constant(cut: Cut, x: Any, dims: Dims) -> Value:
+def constant(cut: Cut, x: Any, dims: Dims, state: State) -> Value:
     """A constant with the positions that stay."""
 
     def get(at: At) -> Any:
@@ -198,25 +226,36 @@ def constant(cut: Cut, x: Any, dims: Dims) -> Value:
                 found = jnp.take(found, terms.kept_positions(d, kept), axis=axis)
         return found
 
-    return Value(cut, dims, state_of(x, dims), get)
+    return Value(cut, dims, state, get)
 
 
 def run(cut: Cut, frame: Frame, ins: Sequence[Value]) -> list[Value]:
     """The outputs of a frame at the new sizes; slices that were cut are computed where something asks for them."""
-    jaxpr = frame.closed.jaxpr
-    known: dict[Any, Value] = dict(zip(jaxpr.invars, ins, strict=True))
-    for v, x, dims in zip(jaxpr.constvars, frame.closed.consts, frame.constants, strict=True):
-        known[v] = constant(cut, x, dims)
+    known: dict[Any, Value] = dict(zip(frame.closed.jaxpr.invars, ins, strict=True))
+    fixed = _constants(frame, ins)
+    known.update({place: constant(cut, fixed[k], d, of_use(k.state, k.dims, d)) for place, k, d in frame.uses})
 
     def value(x: Any) -> Value:
-        return constant(cut, x.val, terms.fresh(np.shape(x.val))) if isinstance(x, jax_core.Literal) else known[x]
+        if not isinstance(x, jax_core.Literal):
+            return known[x]
+        dims = terms.fresh(np.shape(x.val))
+        return constant(cut, x.val, dims, state_of(x.val, dims))
 
     for site in frame.sites:
-        outs = site.rule.values(cut, site, [value(x) for x in site.eqn.invars])
+        outs = site.rule.values(cut, site, [value(x) for x in site.sources])
         for out in outs:
             out.at(NOWHERE)
-        known.update(zip(site.eqn.outvars, outs, strict=True))
-    return [value(x) for x in jaxpr.outvars]
+        known.update(zip(site.places, outs, strict=True))
+    return [value(x) for x in frame.results]
+
+
+def _constants(frame: Frame, ins: Sequence[Value]) -> dict[Known, Any]:
+    """The constants of a frame, whole."""
+    found = {k: k.value for k in frame.constants} | {k: ins[i].at(NOWHERE) for i, k in frame.given}
+    for site in frame.fixed:
+        operands = [found[x] if isinstance(x, Known) else x.val for x in site.sources]
+        found.update(zip(site.places, walk.bind(site.eqn, operands), strict=True))
+    return found
 
 
 def subsets(leaves: Iterable[Dim]) -> list[At]:

@@ -16,8 +16,9 @@ from jcompress.trace import primitives
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled import sizes
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import Build, Frame, read_states
+from jcompress.trace.coupled.frames import Frame, read_states
 from jcompress.trace.coupled.states import Hold, all_hold
 
 
@@ -50,7 +51,7 @@ def read(fn: Callable[..., Any], params: PyTree, *args: Any, free_outputs: str |
     ins = [terms.fresh(v.aval.shape) for v in program.closed.jaxpr.invars]
     for value in ins[n:]:
         terms.pin(value, "it is an axis of an argument")
-    frame = build.frame(program.closed, ins)
+    frame = build.frame(program.closed, ins, trained=[i < n for i in range(len(ins))])
     _pin_outputs(program, frame, free_outputs)
     for value in ins[:n]:
         for d in value:

@@ -70,7 +70,7 @@ def _sizes(names: Names) -> dict[str, int]:
 
 
 def _gather(frame: Frame, names: Names, times: int, found: list[Polynomial], choices: list) -> None:
-    for site in frame.sites:
+    for site in (*frame.fixed, *frame.sites):
         flow = primitives.row(site.eqn).flow
         if isinstance(flow, Contraction):
             found.append(_product([{(): times}, *_factors(site, flow.of(site.eqn, 0), names)]))

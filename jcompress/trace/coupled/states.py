@@ -55,7 +55,8 @@ def all_hold(dims: Dims, hold: Hold) -> State:
 def state_of(x: Any, dims: Dims) -> State:
     """Of an array that is known when the function is traced."""
     known = isinstance(x, (np.ndarray, np.generic, jax.Array)) and not isinstance(x, jax.core.Tracer)
-    if known and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) and 0 < x.size <= 1 << 16:
+    plain = known and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) and x.dtype != jax.dtypes.float0
+    if plain and 0 < x.size <= 1 << 16:
         array = np.asarray(x)
         if (array == array.flat[0]).all():
             return State(constant=array.flat[0])
@@ -75,3 +76,15 @@ def settled(state: State, dims: Dims) -> State:
     often = Counter(leaf for d in dims for leaf in set(terms.leaves(d)))
     held = {x: Hold.VARIED if often[x] > 1 and h is not Hold.ZERO else h for x, h in state.held.items()}
     return State(state.constant, held)
+
+
+def of_use(state: State, own: Dims, dims: Dims) -> State:
+    """The state of a constant under the dimensions of one use, axis by axis."""
+    if state.constant is not None:
+        return state
+    often, held = Counter(leaf for d in own for leaf in terms.leaves(d)), {}
+    for d, used in zip(own, dims, strict=True):
+        leaves = list(terms.leaves(d))
+        is_same = all(often[x] == 1 and not x.pinned and state.at(x) is not Hold.VARIED for x in leaves)
+        held.update(dict.fromkeys(terms.leaves(used), Hold.SAME if is_same else Hold.VARIED))
+    return State(held=held)

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jcompress.trace.core import bodies
+from jcompress.trace.core import bodies, walk
+from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dims
-from jcompress.trace.coupled.frames import NOWHERE, At, Build, Cut, Frame, Rule, Site, Value, Versions, read_states, run
+from jcompress.trace.coupled.frames import (
+    NOWHERE,
+    At,
+    Cut,
+    Frame,
+    Rule,
+    Site,
+    Value,
+    Versions,
+    read_states,
+    run,
+    site_bind,
+)
 from jcompress.trace.coupled.states import Hold, State, free_leaves
 
 
@@ -40,8 +54,13 @@ class Call(Rule):
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         (closed,) = self.bodies.closed(site.eqn)
-        site.frames = [build.frame(closed, site.ins)]
+        site.frames = [self.body(build, site, closed)]
+        site.made = site.frames[0].known
         return site.frames[0].outs
+
+    def body(self, build: Build, site: Site, closed: Any) -> Frame:
+        """What is called, on the operands."""
+        return build.frame(closed, site.ins, site.known, site.trained)
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         return read_states(site.frames[0], ins)
@@ -71,3 +90,21 @@ class Remat(Wrapped):
             return [v.at(at) for v in run(cut, site.frames[0], crossing.values(arrays))]
 
         return self.bodies.around(site.eqn, crossing.arrays, [again])
+
+
+class Observed(Rule):
+    """An effect without results, such as printing or logging: it sees what stays."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        return [terms.fresh(walk.aval(v).shape, "an effect gives it") for v in site.eqn.outvars]
+
+    def values(self, cut: Cut, site: Site, ins: Sequence[Value]) -> list[Value]:
+        found = site_bind(site, [v.at(NOWHERE) for v in ins])
+        return [Value(cut, d, s, lambda at, x=x: x) for d, s, x in zip(site.outs, site.states, found, strict=True)]
+
+
+class Callback(Observed):
+    """A callback that gives something back works on what it was written for; one that gives nothing observes."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        return Rule.dims(self, build, site) if site.eqn.outvars else super().dims(build, site)

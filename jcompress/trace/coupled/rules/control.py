@@ -7,8 +7,9 @@ from typing import Any
 
 from jcompress.trace.core import bodies, loops, walk
 from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import NOWHERE, At, Build, Cut, Rule, Site, Value, read_states
+from jcompress.trace.coupled.frames import NOWHERE, At, Cut, Rule, Site, Value, read_states
 from jcompress.trace.coupled.rules.calls import demoted, run_arrays
 from jcompress.trace.coupled.states import State, free_leaves, joined
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jax_core
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import NOWHERE, At, Build, Cut, Site, Value, Versions, read_states, run
+from jcompress.trace.coupled.frames import NOWHERE, At, Cut, Frame, Site, Value, Versions, read_states, run
 from jcompress.trace.coupled.rules.calls import Wrapped, demoted, run_arrays
 from jcompress.trace.coupled.states import Hold, State, all_hold, free_leaves
 
@@ -22,17 +24,39 @@ def _is_float(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
+
+
 def _float0(x: Any) -> Any:
     return np.zeros(np.shape(x), jax.dtypes.float0)
 
 
 class _Derivative:
-    """The operands and results of an equation that have derivatives, and the equation as a function of them."""
+    """The operands and results of an equation that have derivatives, and the equation as a function of them.
 
-    def __init__(self, eqn: jax_core.JaxprEqn) -> None:
-        self.eqn, self.avals = eqn, [walk.aval(v) for v in eqn.invars]
-        self.ins = [i for i, aval in enumerate(self.avals) if _is_float(aval)]
+    Attributes:
+      refused: operands that it was not read for, so that nobody may ask for a derivative with respect to them.
+    """
+
+    def __init__(self, eqn: jax_core.JaxprEqn, refused: Sequence[int] = ()) -> None:
+        self.eqn, self.avals, self.refused = eqn, [walk.aval(v) for v in eqn.invars], tuple(refused)
+        self.ins = [i for i, aval in enumerate(self.avals) if _is_float(aval) and i not in refused]
         self.outs = [i for i, v in enumerate(eqn.outvars) if _is_float(walk.aval(v))]
+
+    @property
+    def key(self) -> Any:
+        """What it is traced for."""
+        return id(self.eqn), self.refused
+
+    def check(self, asked: Iterable[int]) -> None:
+        """Refuse what was not read."""
+        for i in sorted(set(asked).intersection(self.refused)):
+            raise ValueError(
+                f"{self.eqn.primitive.name}: its rule is told which operands need no derivative, so it was read for "
+                f"those that depend on parameters; found a derivative with respect to operand {i}, of shape "
+                f"{self.avals[i].shape}: pass what it is made of as a parameter"
+            )
 
     def function(self, operands: Sequence[Any]) -> Callable[..., list[Any]]:
         def fn(*floats: Any) -> list[Any]:
@@ -85,22 +109,51 @@ class Custom(Wrapped):
         key = f"{site.eqn.primitive.name} {self.bodies.closed(site.eqn)[0]}"
         if key in build.open:
             return self._within(build.open[key], site)
-        outs, site.note = super().dims(build, site), _Derivative(site.eqn)
+        outs = super().dims(build, site)
         site.outs = list(outs)
         build.open[key] = site
-        try:
-            self.derivative(build, site)
-        except TypeError:  # inside shard_map its types name devices that it cannot be traced without
-            site.rule, reason = build.default, f"{site.eqn.primitive.name} has a derivative that cannot be read here"
-            build.unread[site.eqn.primitive.name] += 1
+        error = self._derived(build, site)
+        if error is not None:
+            name = site.eqn.primitive.name
+            site.rule, reason = build.default, f"{name} has a derivative that cannot be read here: {_told(error)}"
+            build.unread[name] += 1
             for value in (*site.ins, *outs):
                 terms.pin(value, reason)
-        finally:
-            del build.open[key]
+        del build.open[key]
         return outs
 
+    def body(self, build: Build, site: Site, closed: Any) -> Frame:
+        # The derivative has constants among its operands as well, so they are what they are in both.
+        return build.frame(closed, site.ins, trained=site.trained)
+
+    def _derived(self, build: Build, site: Site) -> Exception | None:
+        """Read the derivative; what its author's code raises, or JAX of types that name devices, comes back.
+
+        A rule that is told which operands need no derivative may refuse one with respect to data, as those of solvers
+        do. It is read with respect to the rest: once it has raised, JAX cannot trace the author's function again.
+        """
+        floats = [i for i, v in enumerate(site.eqn.invars) if _is_float(walk.aval(v))]
+        data = [i for i in floats if not site.trained[i]]
+        is_told = site.params.get("symbolic_zeros") and len(data) < len(floats)
+        site.note = _Derivative(site.eqn, data if is_told else ())
+        try:
+            self.derivative(build, site)
+        except Exception as error:
+            return error
+        return None
+
+    def traced(self, build: Build, note: _Derivative) -> Any:
+        """The derivative of an equation, traced once."""
+        if note.key not in build.traced:
+            build.traced[note.key] = self.trace(note)
+        return build.traced[note.key]
+
+    def trace(self, note: _Derivative) -> Any:
+        """Trace the derivative."""
+        raise NotImplementedError
+
     def derivative(self, build: Build, site: Site) -> None:
-        """Trace the derivative and add its frames."""
+        """Add the frames of the derivative."""
         raise NotImplementedError
 
     def _within(self, outer: Site, site: Site) -> Sequence[Dims]:
@@ -133,11 +186,12 @@ class Custom(Wrapped):
 class CustomJVP(Custom):
     """Slices that share a value cross with their tangents."""
 
+    def trace(self, note: _Derivative) -> Any:
+        return note.jvp()
+
     def derivative(self, build: Build, site: Site) -> None:
-        note = site.note
-        if id(site.eqn) not in build.traced:
-            build.traced[id(site.eqn)] = note.jvp()
-        frame = build.frame(build.traced[id(site.eqn)], [*site.ins, *(site.ins[i] for i in note.ins)])
+        note: _Derivative = site.note
+        frame = build.frame(self.traced(build, note), [*site.ins, *(site.ins[i] for i in note.ins)])
         for a, b in zip([*site.outs, *(site.outs[i] for i in note.outs)], frame.outs, strict=True):
             terms.unify_all(a, b)
         site.frames.append(frame)
@@ -148,23 +202,36 @@ class CustomJVP(Custom):
 
     def call(self, cut: Cut, site: Site, crossing: Versions, at: At) -> list[Any]:
         primal, derivative = site.frames
+        note: _Derivative = site.note
 
         @jax.custom_jvp
         def again(*arrays: Any) -> list[Any]:
             return [v.at(at) for v in run(cut, primal, crossing.values(arrays))]
 
-        @again.defjvp
         def rule(primals: tuple, tangents: tuple) -> Any:
+            note.check(i for (i, _), x in zip(crossing.layout, tangents, strict=True) if not _is_no_change(x))
+            tangents = tuple(_instantiated(x) for x in tangents)
             values, changes = crossing.values(primals), crossing.values(tangents)
-            floats = [changes[i] for i in site.note.ins]
+            floats = [changes[i] for i in note.ins]
             for value in floats:
                 value.state = State(held=_table(value.state, value.dims))
             found = [v.at(at) for v in run(cut, derivative, [*values, *floats])]
             out = found[: len(site.outs)]
-            change = dict(zip(site.note.outs, found[len(site.outs) :], strict=True))
+            change = dict(zip(note.outs, found[len(site.outs) :], strict=True))
             return out, [change[i] if i in change else _float0(x) for i, x in enumerate(out)]
 
+        again.defjvp(rule, symbolic_zeros=bool(note.refused))
         return again(*crossing.arrays)
+
+
+def _is_no_change(x: Any) -> bool:
+    return isinstance(x, SymbolicZero) or jax.dtypes.float0 == jnp.result_type(x)
+
+
+def _instantiated(x: Any) -> Any:
+    if not isinstance(x, SymbolicZero):
+        return x
+    return _float0(x) if x.dtype == jax.dtypes.float0 else jnp.zeros(x.shape, x.dtype)
 
 
 def _table(state: State, dims: Dims) -> dict[Dim, Hold]:
@@ -174,11 +241,12 @@ def _table(state: State, dims: Dims) -> dict[Dim, Hold]:
 class CustomVJP(Custom):
     """Only what stays crosses: the cotangents of what was cut are not known."""
 
+    def trace(self, note: _Derivative) -> Any:
+        return note.vjp()
+
     def derivative(self, build: Build, site: Site) -> None:
-        note = site.note
-        if id(site.eqn) not in build.traced:
-            build.traced[id(site.eqn)] = note.vjp()
-        first, second = build.traced[id(site.eqn)]
+        note: _Derivative = site.note
+        first, second = self.traced(build, note)
         forward = build.frame(first, site.ins)
         for a, b in zip(site.outs, forward.outs, strict=False):
             terms.unify_all(a, b)
@@ -199,20 +267,24 @@ class CustomVJP(Custom):
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
         primal, forward, backward = site.frames
-        note = site.note
+        note: _Derivative = site.note
 
         @jax.custom_vjp
         def again(*arrays: Any) -> list[Any]:
             return run_arrays(cut, primal, arrays)
 
         def first(*arrays: Any) -> Any:
+            if note.refused:
+                note.check(i for i, x in enumerate(arrays) if x.perturbed)
+                arrays = tuple(x.value for x in arrays)
             found = run_arrays(cut, forward, arrays)
             return found[: len(site.outs)], found[len(site.outs) :]
 
         def second(kept: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-            found = run_arrays(cut, backward, [*kept, *(cotangents[i] for i in note.outs)])
+            changes = [_instantiated(cotangents[i]) for i in note.outs]
+            found = run_arrays(cut, backward, [*kept, *changes])
             known = dict(zip(note.ins, found, strict=True))
             return tuple(known.get(i) for i in range(len(ins)))
 
-        again.defvjp(first, second)
+        again.defvjp(first, second, symbolic_zeros=bool(note.refused))
         return again(*[v.at(NOWHERE) for v in ins])

@@ -11,8 +11,9 @@ import numpy as np
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import Build, Rule, Site, site_bind
+from jcompress.trace.coupled.frames import Rule, Site, site_bind
 from jcompress.trace.coupled.states import Hold, State, free_leaves
 
 Zero = Literal["any", "first", "cases", "computed"]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import At, Build, Cut, Rule, Site, Value, site_bind
+from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, site_bind
 from jcompress.trace.coupled.states import Hold, State, free_leaves, joined
 
 
@@ -98,21 +99,35 @@ class Iota(Rule):
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
         axis, dims = site.params["dimension"], site.outs[0]
+        if not cut.leaves((dims[axis],)):
+            return site_bind(site, [], shape=cut.shape(dims, at))
         positions = jnp.asarray(terms.kept_positions(dims[axis], cut.kept), site.params["dtype"])
         return [jax.lax.broadcast_in_dim(positions, cut.shape(dims, at), (axis,))]
 
 
 class Drawn(Rule):
-    """Random numbers: drawn for the full shape, so that those that stay are those that would have been drawn."""
+    """Random numbers: drawn for the full shape, so that those that stay are those that would have been drawn.
+
+    Each key of an array of keys has numbers of its own.
+    """
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        return [terms.fresh(walk.aval(v).shape) for v in site.eqn.outvars]
+        keys = [v for v, x in zip(site.ins, site.eqn.invars, strict=True) if _is_key(x)]
+        (lead,) = keys or [()]
+        terms.pin([d for v in site.ins if v is not lead for d in v], "random numbers are drawn from it")
+        shapes = [walk.aval(v).shape for v in site.eqn.outvars]
+        site.note = len(lead)
+        return [(*terms.alias(lead), *terms.fresh(shape[len(lead) :])) for shape in shapes]
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
         found = []
         for x, dims in zip(site_bind(site, [v.at(at) for v in ins]), site.outs, strict=True):
             for axis, d in enumerate(dims):
-                if cut.leaves((d,)):
+                if axis >= site.note and cut.leaves((d,)):
                     x = jnp.take(x, terms.kept_positions(d, cut.kept), axis=axis)
             found.append(x)
         return found
+
+
+def _is_key(x: Any) -> bool:
+    return bool(jnp.issubdtype(walk.aval(x).dtype, jax.dtypes.prng_key))

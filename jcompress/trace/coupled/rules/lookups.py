@@ -3,64 +3,152 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.building import Build, value_of
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import At, Build, Cut, Rule, Site, Value, site_bind
+from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, site_bind
 from jcompress.trace.coupled.rules.joins import Joins
-from jcompress.trace.coupled.states import State, free_leaves, joined
+from jcompress.trace.coupled.rules.selections import selected, take_selected
+from jcompress.trace.coupled.states import Hold, State, free_leaves, joined
+
+By = Literal["one", "sum", "product", "extremum"]
+"""What an entry is afterwards: one of the update and what stood there, or both together."""
+
+
+def _batching(numbers: Any, of: str) -> list[tuple[int, int]]:
+    """Pairs of an axis of the operand and one of the indices that go together."""
+    names = ("operand_batching_dims", of)
+    return list(zip(*(getattr(numbers, name, ()) for name in names), strict=True))
 
 
 class Gather(Rule):
-    """Rows that are looked up: the axes that are taken whole pass through, the others stay."""
+    """Rows that are looked up: the axes that are taken whole pass through, the others stay.
+
+    Where the places are known and only put an axis in another order, that axis passes too.
+    """
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         (x, indices), numbers, sizes = site.ins, site.params["dimension_numbers"], site.params["slice_sizes"]
-        hidden = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
+        if site.known[1] is not None and (found := self._chosen(site)) is not None:
+            return [found]
+        batch = dict(_batching(numbers, "start_indices_batching_dims"))
+        hidden = {*numbers.collapsed_slice_dims, *batch}
         whole = [a for a in range(len(x)) if a not in hidden and sizes[a] == x[a].size]
-        terms.pin([d for a, d in enumerate(x) if a not in whole], "rows are looked up in it")
+        terms.pin([d for a, d in enumerate(x) if a not in whole and a not in batch], "rows are looked up in it")
+        for a, i in batch.items():
+            terms.unify(x[a], indices[i])
         found = list(terms.fresh(walk.aval(site.eqn.outvars[0]).shape, "rows are looked up in it"))
         passing = [a for a in range(len(x)) if a not in hidden]
         for axis, a in zip(numbers.offset_dims, passing, strict=True):
             if a in whole:
                 found[axis] = x[a]
         rest = [i for i in range(len(found)) if i not in numbers.offset_dims]
-        for axis, d in zip(rest, indices[:-1], strict=True):
-            terms.unify(found[axis], d)
+        for (i, d), axis in zip(enumerate(indices[:-1]), rest, strict=True):
+            if i in batch.values():
+                found[axis] = Dim(d.size, "link", (d,))
+            else:
+                terms.unify(found[axis], d)
         site.note = whole
         return [tuple(found)]
 
+    def _chosen(self, site: Site) -> Dims | None:
+        """The dimensions where known positions along one axis are taken, in an order that is a term."""
+        x, numbers = site.ins[0], site.params["dimension_numbers"]
+        axes, index = tuple(map(int, numbers.start_index_map)), value_of(site.known[1])
+        alone = len(axes) == 1 and tuple(map(int, numbers.collapsed_slice_dims)) == axes
+        if index is None or not alone or index.ndim != 2 or _batching(numbers, "start_indices_batching_dims"):
+            return None
+        (axis,), index = axes, index[:, 0].astype(np.int64)
+        sizes = [d.size for i, d in enumerate(x) if i != axis]
+        if [n for i, n in enumerate(site.params["slice_sizes"]) if i != axis] != sizes:
+            return None
+        if index.size == 0 or index.min() < 0 or index.max() >= x[axis].size:
+            return None
+        try:
+            chosen = selected(x[axis], index)
+        except terms.ClashError:
+            return None
+        found = [d for i, d in enumerate(x) if i != axis]
+        (place,) = (i for i in range(len(x)) if i not in numbers.offset_dims)
+        site.note = (axis, place, index)
+        return (*found[:place], chosen, *found[place:])
+
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
-        return [State(held={leaf: ins[0].at(leaf) for leaf in free_leaves(site.outs[0])})]
+        batch = _batching(site.params["dimension_numbers"], "start_indices_batching_dims")
+        apart = {leaf for _, i in batch for leaf in terms.leaves(site.ins[1][i])}
+        least, held = self._filled(site), {}
+        for leaf in free_leaves(site.outs[0]):
+            found = max(ins[0].at(leaf), least)
+            held[leaf] = max(found, ins[1].at(leaf)) if leaf in apart and found is not Hold.ZERO else found
+        return [State(held=held)]
+
+    def _filled(self, site: Site) -> Hold:
+        """What a slice of zeros gives, where places outside are filled; a NaN stands in what stays as well."""
+        value, kind = site.params["fill_value"], walk.aval(site.eqn.outvars[0]).dtype
+        is_filled = site.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+        is_plain = jnp.issubdtype(kind, jnp.inexact) if value is None else bool(value == 0)
+        return Hold.SAME if is_filled and not is_plain else Hold.ZERO
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        if isinstance(site.note, tuple):
+            axis, place, index = site.note
+            x, dims = ins[0].at(at), (site.ins[0][axis], site.outs[0][place])
+            return [jnp.moveaxis(take_selected(cut, x, *dims, index, axis, at), axis, place)]
+        numbers = site.params["dimension_numbers"]
         sizes, shape = list(site.params["slice_sizes"]), cut.shape(site.ins[0], at)
         for a in site.note:
             sizes[a] = shape[a]
+        for a, _ in _batching(numbers, "start_indices_batching_dims"):
+            sizes[a] = min(sizes[a], 1)
         return site_bind(site, [v.at(at) for v in ins], slice_sizes=tuple(sizes))
 
 
 class Scatter(Joins):
-    """Updates at looked-up rows: as :class:`Gather`, the axes that are taken whole pass through."""
+    """Updates at looked-up rows: as :class:`Gather`, the axes that are taken whole pass through.
+
+    Args:
+      by: what an entry is afterwards.
+    """
+
+    def __init__(self, by: By) -> None:
+        self.by = by
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         (x, indices, updates), numbers = site.ins, site.params["dimension_numbers"]
-        hidden = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
+        batch = dict(_batching(numbers, "scatter_indices_batching_dims"))
+        hidden = {*numbers.inserted_window_dims, *batch}
         passing = [a for a in range(len(x)) if a not in hidden]
-        terms.pin([x[a] for a in hidden], "rows are written into it")
-        terms.pin(indices, "rows are written into it")
+        terms.pin([x[a] for a in numbers.inserted_window_dims], "rows are written into it")
+        terms.pin([d for i, d in enumerate(indices) if i not in batch.values()], "rows are written into it")
         for axis, a in zip(numbers.update_window_dims, passing, strict=True):
             if updates[axis].size == x[a].size:
                 terms.unify(updates[axis], x[a])
             else:
                 terms.pin([updates[axis], x[a]], "rows are written into it")
-        terms.pin([d for i, d in enumerate(updates) if i not in numbers.update_window_dims], "rows are written into it")
+        rest = [d for i, d in enumerate(updates) if i not in numbers.update_window_dims]
+        for a, i in batch.items():
+            terms.unify_all((x[a], x[a]), (indices[i], rest[i]))
+        terms.pin([d for i, d in enumerate(rest) if i not in batch.values()], "rows are written into it")
         return [terms.alias(x)]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
-        return [joined([ins[0], ins[2]], site.outs[0])]
+        (x, places, updates), dims = ins, site.outs[0]
+        batch = _batching(site.params["dimension_numbers"], "scatter_indices_batching_dims")
+        apart = {leaf for a, _ in batch for leaf in terms.leaves(site.ins[0][a])}
+        found = joined([x, updates], dims)
+        if found.constant is not None and (self.by in ("one", "extremum") or found.constant == 0):
+            return [found]
+        held = {leaf: max(x.at(leaf), updates.at(leaf)) for leaf in free_leaves(dims)}
+        for leaf in apart.intersection(held):
+            held[leaf] = max(held[leaf], places.at(leaf)) if held[leaf] is not Hold.ZERO else Hold.ZERO
+        return [State(held=held)]
 
 
 class DynamicSlice(Rule):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import At, Build, Cut, Rule, Site, Value, site_bind
+from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, site_bind
 from jcompress.trace.coupled.states import Hold, State, free_leaves
 
 
@@ -37,13 +38,16 @@ class Broadcast(Moves):
 
 
 class Reshape(Moves):
-    """Axes that are split become products, axes that are merged are products."""
+    """Axes that are split become products, axes that are merged are products; first they may change places."""
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        return [_reshaped(site.ins[0], tuple(map(int, site.params["new_sizes"])))]
+        order = site.params["dimensions"]
+        dims = site.ins[0] if order is None else tuple(site.ins[0][a] for a in order)
+        return [_reshaped(dims, tuple(map(terms.whole, site.params["new_sizes"])))]
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
-        return [jnp.reshape(ins[0].at(at), cut.shape(site.outs[0], at))]
+        x, order = ins[0].at(at), site.params["dimensions"]
+        return [jnp.reshape(x if order is None else jnp.transpose(x, order), cut.shape(site.outs[0], at))]
 
 
 def _reshaped(dims: Dims, sizes: Sequence[int]) -> Dims:
@@ -89,23 +93,40 @@ class Squeeze(Moves):
         return [tuple(d for axis, d in enumerate(site.ins[0]) if axis not in gone)]
 
 
+class Trailing(Moves):
+    """The axes of the operand, but for the last ones, which stay: bits of numbers, and data of keys."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        (dims,), shape = site.ins, walk.aval(site.eqn.outvars[0]).shape
+        n, reason = min(len(dims), len(shape)), f"{site.eqn.primitive.name} runs along it"
+        terms.pin(dims[n:], reason)
+        return [(*dims[:n], *terms.fresh(shape[n:], reason))]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        return [State(held={x: ins[0].at(x) for x in free_leaves(site.outs[0])})]
+
+
+Axes = str | Callable[[Any], Any]
+"""The parameter of an equation that names axes, or a function of its parameters."""
+
+
 class Along(Moves):
     """Something that happens along some axes, whose length must stay, and to each slice of the others alike.
 
     Args:
-      axes: the parameter of the equation that names them; without it, the last.
+      axes: the parameter of the equation that names them; without it, the last. Or a function of the parameters.
       drops: whether they go.
       holds_zero: whether a slice of zeros gives zeros.
     """
 
-    def __init__(self, axes: str, drops: bool = False, holds_zero: bool = True) -> None:
+    def __init__(self, axes: Axes, drops: bool = False, holds_zero: bool = True) -> None:
         self.axes, self.drops, self.holds_zero = axes, drops, holds_zero
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        named = site.params.get(self.axes, -1)
-        named = named if isinstance(named, (tuple, list)) else (named,)
+        named = site.params.get(self.axes, -1) if isinstance(self.axes, str) else self.axes(site.params)
+        named = named if isinstance(named, (tuple, list, range)) else (named,)
         dims, axes = site.ins[0], {a % len(site.ins[0]) for a in named}
-        terms.unify_all(*site.ins)
+        terms.unify_all(*(v for v in site.ins if len(v) == len(dims)))
         reason = f"{site.eqn.primitive.name} runs along it"
         terms.pin([dims[a] for a in axes], reason)
         outs = []
@@ -190,6 +211,15 @@ class Split(Moves):
         return site_bind(site, [ins[0].at(at)], sizes=tuple(cut.shape(out, at)[axis] for out in site.outs))
 
 
+class Unstack(Moves):
+    """The slices along one axis."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        axis = site.params["axis"]
+        terms.pin([site.ins[0][axis]], "its slices are taken apart")
+        return [(*site.ins[0][:axis], *site.ins[0][axis + 1 :])] * len(site.eqn.outvars)
+
+
 class Tile(Moves):
     """An axis repeated: a product with the count."""
 
@@ -200,14 +230,20 @@ class Tile(Moves):
         return [tuple(tiled(d, int(n)) for d, n in zip(site.ins[0], site.params["reps"], strict=True))]
 
 
+def _windows(site: Site) -> list[Any]:
+    names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation", "padding")
+    return [site.params[name] for name in names]
+
+
 class Window(Moves):
     """Pooling: windows of length 1 leave an axis alone, along the others nothing can be cut."""
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         reason, found = f"{site.eqn.primitive.name} slides along it", []
         (dims,), shape = site.ins, walk.aval(site.eqn.outvars[0]).shape
-        for d, n, window in zip(dims, shape, site.params["window_dimensions"], strict=True):
-            if window == 1 and n == d.size:
+        plain = [all(x in (1, (0, 0)) for x in own) for own in zip(*_windows(site), strict=True)]
+        for d, n, alone in zip(dims, shape, plain, strict=True):
+            if alone and n == d.size:
                 found.append(d)
             else:
                 terms.pin([d], reason)

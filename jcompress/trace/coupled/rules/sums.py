@@ -10,8 +10,9 @@ import numpy as np
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import At, Build, Cut, Rule, Site, Value, site_bind, subsets
+from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, site_bind, subsets
 from jcompress.trace.coupled.states import Hold, State, free_leaves
 
 
@@ -79,8 +80,12 @@ class Reduce(Rule):
 class Dot(Rule):
     """Products over shared axes: zero slices drop out, equal ones count as often as they were there."""
 
+    def numbers(self, site: Site) -> Any:
+        """Which axes are summed over, and which are shared."""
+        return site.params["dimension_numbers"]
+
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
-        (left, right), ((lc, rc), (lb, rb)) = site.ins, site.params["dimension_numbers"]
+        (left, right), ((lc, rc), (lb, rb)) = site.ins[:2], self.numbers(site)
         build.contracted += [left[a] for a in lc] + [right[a] for a in rc]
         for a, b in zip((*lc, *lb), (*rc, *rb), strict=True):
             terms.unify(left[a], right[b])
@@ -89,8 +94,8 @@ class Dot(Rule):
         return [terms.alias([*(left[a] for a in lb), *free])]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
-        (left, right), (a, b) = ins, site.ins
-        (lc, rc), (lb, rb) = site.params["dimension_numbers"]
+        (left, right), (a, b) = ins[:2], site.ins[:2]
+        (lc, rc), (lb, rb) = self.numbers(site)
         for leaf in free_leaves(tuple(a[i] for i in lc)):
             pair = (left.at(leaf), right.at(leaf))
             if Hold.ZERO in pair:
@@ -112,16 +117,39 @@ class Dot(Rule):
         return [State(0) if 0 in (left.constant, right.constant) else State(held=held)]
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
-        (left, right), ((lc, rc), _) = ins, site.params["dimension_numbers"]
-        (total,) = site_bind(site, [left.at(at), right.at(at)])
+        (left, right, *rest), ((lc, rc), _) = ins, self.numbers(site)
+        others = [v.at(at) for v in rest]
+        (total,) = site_bind(site, [left.at(at), right.at(at), *others])
         for leaves in subsets(cut.leaves(tuple(left.dims[a] for a in lc)))[1:]:
             if left.zero_at(leaves) or right.zero_at(leaves):
                 continue
             a = _region(cut, left.at(at | leaves), left.dims, lc, at | leaves, leaves)
             b = _region(cut, right.at(at | leaves), right.dims, rc, at | leaves, leaves)
-            (part,) = site_bind(site, [a, b])
+            (part,) = site_bind(site, [a, b, *others])
             total = total + part * jnp.asarray(cut.count(leaves), part.dtype)
         return [total]
+
+
+class RaggedDot(Dot):
+    """Products of runs of rows, each with its own matrix: rows and matrices stay, what is summed over can be cut."""
+
+    def numbers(self, site: Site) -> Any:
+        return site.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        (left, right, sizes), numbers = site.ins, site.params["ragged_dot_dimension_numbers"]
+        (found,) = super().dims(build, site)
+        terms.pin([left[a] for a in numbers.lhs_ragged_dimensions], "its rows are divided among the experts")
+        experts = [right[a] for a in numbers.rhs_group_dimensions]
+        terms.pin([*experts, *sizes], "its experts are told apart by how many rows each gets")
+        (_, rc), (_, rb) = numbers.dot_dimension_numbers
+        if not experts:  # rows are what is summed over, or shared: each expert has a product of its own
+            lead = terms.fresh(walk.aval(site.eqn.outvars[0]).shape[:1], "its experts are told apart")
+            return [found if len(found) == len(walk.aval(site.eqn.outvars[0]).shape) else (*lead, *found)]
+        free = [i for i in range(len(right)) if i not in (*rc, *rb)]
+        behind = len(found) - len(free)
+        gone = {behind + free.index(a) for a in numbers.rhs_group_dimensions}
+        return [tuple(d for i, d in enumerate(found) if i not in gone)]
 
 
 class Convolution(Rule):
