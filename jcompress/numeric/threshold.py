@@ -31,85 +31,109 @@ from jcompress.numeric.counting import (
 
 
 class _Search(NamedTuple):
-    """``low`` reaches the wanted count, ``high`` does not; the answer is the last integer that does."""
+    """``low`` reaches the wanted count, ``high`` does not; the answer is the last integer that does.
+
+    All are scalars. ``margin`` is how far off the wanted place the outer probes lie, in brackets; where it is large the
+    probes divide the bracket evenly.
+    """
 
     low: jax.Array
     low_count: Count
     high: jax.Array
     high_count: Count
     margin: jax.Array
-    stalled: jax.Array
     reads: jax.Array
 
+    def packed(self) -> jax.Array:
+        """One vector of integers, so that a turn of the search writes one small array."""
+        margin = lax.bitcast_convert_type(self.margin, jnp.uint32)
+        return jnp.stack([x.astype(self.low.dtype) for x in jax.tree.leaves(self._replace(margin=margin))])
 
-def _increasing(low: jax.Array, high: jax.Array, offsets: Sequence[jax.Array]) -> list[jax.Array]:
-    """``low`` plus the offsets, as strictly increasing integers inside ``(low, high)`` where there is room."""
-    unsigned, probes, last = low.dtype, [], low
-    limit = float(jnp.iinfo(unsigned).max) * 0.999
-    for i, offset in enumerate(offsets):
-        # Where later probes find no room they fall on the last integer, and count it again.
-        after = jnp.minimum(jnp.asarray(len(offsets) - i, unsigned), high - low - 1)
-        probe = low + jnp.clip(jnp.floor(offset), 0.0, limit).astype(unsigned)
-        last = jnp.minimum(jnp.maximum(jnp.minimum(probe, high - after), last + 1), high - 1)
-        probes.append(last)
-    return probes
+    def unpacked(self, packed: jax.Array) -> _Search:
+        """The search in a vector, of the same dtypes as this one."""
+        found: _Search = jax.tree.unflatten(jax.tree.structure(self), list(packed))
+        margin = lax.bitcast_convert_type(found.margin.astype(jnp.uint32), jnp.float32)
+        counts = [Count(*(x.astype(jnp.uint32) for x in count)) for count in (found.low_count, found.high_count)]
+        return found._replace(margin=margin, low_count=counts[0], high_count=counts[1])
 
 
-def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array]) -> list[jax.Array]:
-    """Five probes: two close about the place where the count should be met, two farther out, and the place itself.
+def _increasing(low: jax.Array, high: jax.Array, offsets: jax.Array) -> jax.Array:
+    """``low`` plus rising offsets, as strictly increasing integers inside ``(low, high)`` where there is room."""
+    unsigned, room = low.dtype, high - low - 1
+    order = jnp.arange(_PROBES, dtype=unsigned)
+    steps = jnp.clip(jnp.floor(offsets), 0.0, float(jnp.iinfo(unsigned).max) * 0.999).astype(unsigned)
+    # One more from probe to probe, about the middle one, which stays where it is.
+    middle = jnp.asarray(_PROBES // 2, unsigned)
+    steps = jnp.maximum(steps + order, order + 1 + middle) - middle
+    # Where later probes find no room they fall on the last integer, and count it again.
+    return low + jnp.minimum(steps, room + 1 - jnp.minimum(_PROBES - order, room))
+
+
+def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array] | None = None) -> jax.Array:
+    """Five offsets: two close about the place where the count should be met, two farther out, and the place itself.
 
     The place is where ``curve`` of the count, taken as straight between the ends of the bracket, meets the wanted one;
     among few values the counts themselves.
     """
-    width = (s.high - s.low).astype(jnp.float32)
     inside = jnp.maximum(s.low_count.minus(s.high_count), 1.0)
-    part = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
-    low, place, high = curve(s.low_count), curve(wanted), curve(s.high_count)
-    curved = jnp.clip((low - place) / jnp.maximum(low - high, 1e-9), 0.0, 1.0)
-    centre = jnp.where(inside > _FEW, curved, part)
+    centre = part = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
+    if curve is not None:
+        low, place, high = curve(Count(*map(jnp.stack, zip(s.low_count, wanted, s.high_count, strict=True))))
+        curved = jnp.clip((low - place) / jnp.maximum(low - high, 1e-9), 0.0, 1.0)
+        centre = jnp.where(inside > _FEW, curved, part)
     noise = jnp.sqrt(part * (1 - part) / inside) + 0.5 / inside
-    wide = jnp.maximum(s.margin, 2 * noise)
-    even = s.stalled | (inside <= _PROBES + 1) | (s.margin > 0.3)
-    offsets = []
-    for i, side in enumerate((-wide, -noise, jnp.zeros_like(noise), noise, wide)):
-        near = jnp.clip(centre + side, 0.0, 1.0)
-        offsets.append(jnp.where(even, (i + 1) / (_PROBES + 1), near) * width)
-    return _increasing(s.low, s.high, offsets)
+    sides = jnp.stack([jnp.maximum(s.margin, 2 * noise), noise, jnp.zeros_like(noise)])
+    near = jnp.clip(centre + jnp.concatenate([-sides, sides[1::-1]]), 0.0, 1.0)
+    even = (inside <= _PROBES + 1) | (s.margin > 0.3)
+    evenly = (np.arange(_PROBES, dtype=np.float32) + 1) / (_PROBES + 1)
+    return jnp.where(even, evenly, near) * (s.high - s.low).astype(jnp.float32)
 
 
 _PROBES, _FEW = 5, 2_000
 
 
-def _narrow(s: _Search, probes: list[jax.Array], counts: list[Count], wanted: Count) -> _Search:
-    low, low_count, high, high_count = s.low, s.low_count, s.high, s.high_count
-    for probe, count in zip(probes, counts, strict=True):
-        reaches = count.reaches(wanted)
-        low, low_count = jnp.where(reaches, probe, low), pick(reaches, count, low_count)
-    for probe, count in zip(probes[::-1], counts[::-1], strict=True):
-        reaches = count.reaches(wanted)
-        high, high_count = jnp.where(reaches, high, probe), pick(reaches, high_count, count)
-    within = (low >= probes[0]) & (high <= probes[-1])
-    shrunk = (high - low) <= (s.high - s.low) // 4
+def _narrow(s: _Search, probes: jax.Array, counts: Count, wanted: Count) -> _Search:
+    # Counts fall as probes rise: the new ends are the last probe that reaches the wanted count and the one behind it.
+    rows = [probes, *(x.astype(probes.dtype) for x in counts)]
+    ends = [jnp.stack([x.astype(probes.dtype) for x in (end, *count)])[:, None]
+            for end, count in ((s.low, s.low_count), (s.high, s.high_count))]  # fmt: skip
+    table = jnp.concatenate([ends[0], jnp.stack(rows), ends[1]], axis=1)
+    last = jnp.sum(counts.reaches(wanted), dtype=jnp.int32)
+    (low, *low_count), (high, *high_count) = lax.dynamic_slice_in_dim(table, last, 2, axis=1).T
+    within, shrunk = (last > 0) & (last < _PROBES), (high - low) <= (s.high - s.low) // 4
     margin = jnp.where(within, jnp.maximum(0.4 * s.margin, 0.02), jnp.minimum(1.5 * s.margin, 0.5))
-    return _Search(low, low_count, high, high_count, margin, ~(within | shrunk), s.reads + 1)
+    margin = jnp.where(within | shrunk, margin, _STALLED)
+    both = [Count(*(x.astype(jnp.uint32) for x in count)) for count in (low_count, high_count)]
+    return _Search(low, both[0], high, both[1], margin, s.reads + 1)
+
+
+_STALLED = 0.7
 
 
 def _search(
-    count: Callable[[list[jax.Array]], list[Count]],
+    count: Callable[[jax.Array], Count],
     start: _Search,
     wanted: Count,
-    curve: Callable[[Count], jax.Array],
+    guess: jax.Array,
+    curve: Callable[[Count], jax.Array] | None = None,
 ) -> _Search:
-    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count."""
+    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count.
 
-    def is_open(s: _Search) -> jax.Array:
+    ``guess`` are the offsets of the first probes.
+    """
+
+    def is_open(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        s = start.unpacked(carry[0])
         return (s.high - s.low > 1) & ~s.low_count.equals(wanted)
 
-    def narrow(s: _Search) -> _Search:
-        probes = _interpolated(s, wanted, curve)
-        return _narrow(s, probes, count(probes), wanted)
+    def narrow(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        packed, probes = carry
+        s = _narrow(start.unpacked(packed), probes, count(probes), wanted)
+        # Probes for the next turn: computed in this one, they would be computed again for each value that is read.
+        return s.packed(), _increasing(s.low, s.high, _interpolated(s, wanted, curve))
 
-    return lax.while_loop(is_open, narrow, start)
+    first = start.packed(), _increasing(start.low, start.high, guess)
+    return start.unpacked(lax.while_loop(is_open, narrow, first)[0])
 
 
 class _Values(NamedTuple):
@@ -142,16 +166,15 @@ class _Values(NamedTuple):
         return _falling_rank(inner, lax.optimization_barrier((first, *later_than))[0])
 
 
-def _count_reaching(values: Sequence[_Values], probes: list[jax.Array]) -> list[Count]:
+def _count_reaching(values: Sequence[_Values], probes: jax.Array) -> Count:
     """How many ranks reach each probe. The barrier keeps XLA from hoisting the ranks into a copy."""
     counts = []
     for x in values:
-        number = len(x.arrays)
-        held = lax.optimization_barrier((*x.arrays, *probes))
-        bits = x.rank(*held[:number])
-        flags = [(bits >= probe).astype(jnp.uint32) for probe in held[number:]]
-        counts.append(reduce_together(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
-    return [Count.total(column) for column in zip(*counts, strict=True)]
+        *arrays, held = lax.optimization_barrier((*x.arrays, probes))
+        bits = x.rank(*arrays)
+        flags = [(bits >= held[i]).astype(jnp.uint32) for i in range(_PROBES)]
+        counts.append(jnp.stack(reduce_together(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES)))
+    return Count.total(counts)
 
 
 def _common_float(scores: Sequence[jax.Array]) -> list[jax.Array]:
@@ -238,7 +261,7 @@ def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, larg
     return _Search(
         low=jnp.where(enough, smallest, 0), low_count=pick(enough, total, everything),
         high=jnp.where(enough, largest, 0) + 1, high_count=pick(enough, none, total),
-        margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(1),
+        margin=jnp.float32(0.25), reads=jnp.uint32(1),
     )  # fmt: skip
 
 
@@ -272,12 +295,20 @@ def _ranked(
         """Deviations from the mean that so many of a normal distribution reach, the more the fewer; negated."""
         n, none = jnp.maximum(total.minus(Count.of(0)), 1.0), 0.5
         reach, rest = (jnp.maximum(x, none) / n for x in (count.minus(Count.of(0)), total.minus(count)))
-        return jnp.where(reach < rest, jax.scipy.special.ndtri(reach), -jax.scipy.special.ndtri(rest))
+        return jnp.where(reach < rest, -1.0, 1.0) * _deviations(jnp.minimum(reach, rest))
 
-    z = -normal(wanted)
-    guess = _increasing(start.low, start.high, [centre + (z + side) * deviation for side in (-1, -0.25, 0, 0.25, 1)])
-    first = _narrow(start, guess, _count_reaching(values, guess), wanted)
-    return values, _search(lambda probes: _count_reaching(values, probes), first, wanted, normal)
+    guess = centre + (jnp.array([-1, -0.25, 0, 0.25, 1]) - normal(wanted)) * deviation
+    return values, _search(lambda probes: _count_reaching(values, probes), start, wanted, guess, normal)
+
+
+def _deviations(part: jax.Array) -> jax.Array:
+    """How many deviations above the mean the upper ``part`` of a normal distribution begins, to 5e-4; for at most half.
+
+    A rational function (Abramowitz & Stegun 1964, 26.2.23), of which a search compiles faster than of the exact one.
+    """
+    t = jnp.sqrt(-2 * jnp.log(part))
+    above = (0.010328 * t + 0.802853) * t + 2.515517
+    return t - above / (((0.001308 * t + 0.189269) * t + 1.432788) * t + 1)
 
 
 def keep_largest(
@@ -351,23 +382,26 @@ def _keep(
     layout: tuple[Batch, ...],
 ) -> list[jax.Array]:
     """Compiled once for each set of shapes, also where it is called outside ``jit``."""
-    if len(layout) == len(scores):
-        return _masks(*_ranked(scores, wanted, among, by), wanted)
     shapes, scores = [x.shape for x in scores], _common_float(scores)
     packed = [batch.pack(scores) for batch in layout]
     values, found = _ranked(packed, wanted, None if among is None else [batch.pack(among) for batch in layout], by)
     sizes = [math.prod(shape) for shape in shapes]
+    if sum(sizes) >= _LAST:
+        return _in_turn(values, found, wanted)
     places = np.cumsum([0, *sizes[::-1]])[:0:-1].tolist()
     inner = [() if batch.joined else shapes[batch.members[0]] for batch in layout]
     values = [
         x._replace(first=batch.falling(places, shapes), inner=shape)
         for x, batch, shape in zip(values, layout, inner, strict=True)
     ]
-    cut, _ = _cut_unless_exact(values, found, wanted, _wanted_ties(found, wanted))
-    each = _floats(scores, among, _ordering(by))
-    firsts = apart(places, found.reads < 0)
+    ties, left = found.low_count.left_after(found.high_count), wanted.left_after(found.high_count)
+    cut = _cut(values, found.low, ties, left)
+    firsts = [x.first for x in values]
+    if len(layout) < len(scores):
+        values, firsts = _floats(scores, among, _ordering(by)), apart(places, found.reads == 0)
     return [
-        _reaching(x._replace(first=first, inner=x.shape), found.low, cut) for x, first in zip(each, firsts, strict=True)
+        _reaching(x._replace(first=first, inner=x.shape), found.low, cut)
+        for x, first in zip(values, firsts, strict=True)
     ]
 
 
@@ -383,10 +417,9 @@ def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
     values = [_Values(rank, (among, first, second), among.shape, among)]
     start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_LAST))
     start = start._replace(margin=jnp.float32(0.0))
-    found = _search(
-        lambda probes: _count_reaching(values, probes), start, wanted, lambda count: count.minus(Count.of(0))
-    )
-    return _masks(values, found, wanted)[0]
+    found = _search(lambda probes: _count_reaching(values, probes), start, wanted, _interpolated(start, wanted))
+    ties, left = found.low_count.left_after(found.high_count), wanted.left_after(found.high_count)
+    return _reaching(values[0], found.low, _cut(values, found.low, ties, left))
 
 
 _LAST = (1 << 32) - 2
@@ -399,24 +432,16 @@ def _mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _masks(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
-    """What reaches the threshold. That itself is kept whole where the count came out exactly, else in part.
-
-    One array after another keeps its ties, as long as any are wanted.
-    """
-    left = _wanted_ties(found, wanted)
+def _in_turn(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
+    """Masks of more values than can be numbered: one array after another keeps its ties, as long as any are wanted."""
+    left = wanted.left_after(found.high_count)
     masks = []
     for x in values:
-        if not x.size:
-            masks.append(jnp.zeros(x.shape, jnp.bool_))
-            continue
-        cut, left = _cut_unless_exact([x], found, wanted, left)
-        masks.append(_reaching(x, found.low, cut))
+        ties = Count.of(count_true(x.bits(found.low) == found.low))
+        taken = pick(left.reaches(ties), ties, left)
+        masks.append(_reaching(x, found.low, _cut([x], found.low, ties, taken)))
+        left = left.left_after(taken)
     return masks
-
-
-def _wanted_ties(found: _Search, wanted: Count) -> Count:
-    return wanted.left_after(pick(found.low_count.equals(wanted), Count.of(0), found.high_count))
 
 
 def _reaching(x: _Values, level: jax.Array, cut: jax.Array) -> jax.Array:
@@ -425,49 +450,21 @@ def _reaching(x: _Values, level: jax.Array, cut: jax.Array) -> jax.Array:
     return (bits > level) | ((bits == level) & (x.places(level, cut) >= cut))
 
 
-def _cut_unless_exact(values: Sequence[_Values], found: _Search, wanted: Count, left: Count) -> tuple[jax.Array, Count]:
-    arrays = [x.arrays for x in values]
-    if any(is_explicit(y) for own in arrays for y in own):  # which a conditional under vmap refuses
-        return _cut(values, found.low, arrays, left)
-    search = functools.partial(_cut, values, found.low)
-    exact = found.low_count.equals(wanted)
-    return lax.cond(exact, lambda arrays, left: (jnp.uint32(0), left), search, arrays, left)
+def _cut(values: Sequence[_Values], level: jax.Array, ties: Count, wanted: Count) -> jax.Array:
+    """The place down to which the first ``wanted`` of the values at ``level`` lie, of which there are ``ties``."""
 
-
-def _cut(
-    values: Sequence[_Values], level: jax.Array, arrays: Sequence[tuple[jax.Array, ...]], count: Count
-) -> tuple[jax.Array, Count]:
-    """The place down to which the first ``count`` values at ``level`` lie, and how many are left over."""
-    values = [x._replace(arrays=own) for x, own in zip(values, arrays, strict=True)]
-
-    def ties(x: _Values, *later_than: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Which values are tied, and the places of all, computed anew at each read."""
-        return x.bits(level, *later_than) == level, x.places(level, *later_than)
-
-    def reaching(probes: list[jax.Array]) -> list[Count]:
+    def reaching(probes: jax.Array) -> Count:
         counts = []
         for x in values:
-            flags, places = ties(x, *probes)
-            reached = [(flags & (places >= probe)).astype(jnp.uint32) for probe in probes]
-            counts.append(reduce_together(reached, [zero] * _PROBES, [lax.add] * _PROBES))
-        return [Count.total(column) for column in zip(*counts, strict=True)]
+            flags, places = x.bits(level, probes) == level, x.places(level, probes)
+            reached = [(flags & (places >= probes[i])).astype(jnp.uint32) for i in range(_PROBES)]
+            counts.append(jnp.stack(reduce_together(reached, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES)))
+        return Count.total(counts)
 
-    size, zero = jnp.uint32(sum(x.size for x in values)), jnp.uint32(0)
-    rows = []
-    for x in values:
-        flags, places = ties(x)
-        ends = [flags.astype(jnp.uint32), jnp.where(flags, places, zero), jnp.where(flags, places, size)]
-        rows.append(reduce_together(ends, [zero, zero, size], [lax.add, lax.max, lax.min]))
-    totals, firsts, lasts = (jnp.stack(column) for column in zip(*rows, strict=True))
-    found, first, last = Count.total(list(totals)), jnp.max(firsts), jnp.min(lasts)
-    wanted = pick(found.reaches(count), count, found)
-    none = wanted.equals(Count.of(0))
-    start = _Search(
-        low=jnp.where(none, first, last), low_count=pick(none, wanted, found), high=first + 1, high_count=Count.of(0),
-        margin=jnp.float32(0.25), stalled=jnp.array(False), reads=jnp.int32(0),
-    )  # fmt: skip
-    cut = _search(reaching, start, wanted, lambda count: count.minus(Count.of(0)))
-    return jnp.where(none, jnp.uint32(_LAST + 1), cut.low), count.left_after(wanted)
+    last = jnp.uint32(sum(x.size for x in values) + 1)
+    start = _Search(jnp.uint32(0), ties, last, Count.of(0), jnp.float32(0.25), jnp.uint32(0))
+    cut = _search(reaching, start, wanted, _interpolated(start, wanted))
+    return jnp.where(cut.low_count.equals(wanted), cut.low, cut.high)
 
 
 def _falling_rank(shape: tuple[int, ...], first: jax.Array, sharding: Any = None) -> jax.Array:
