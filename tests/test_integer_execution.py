@@ -300,7 +300,7 @@ def test_remat_and_branches_keep_their_kind(rng):
 @pytest.mark.parametrize(
     ("known", "message"),
     [
-        ({"bits": 9}, "9"), ({"bits": {"v": 8}}, "no such parameter"), ({"mode": "fast"}, "mode='fast'"),
+        ({"bits": 17}, "17"), ({"bits": {"v": 8}}, "no such parameter"), ({"mode": "fast"}, "mode='fast'"),
         ({"scale": "column"}, "scale='column'"), ({"weight_bits": 1}, "weight_bits"),
         ({"stats": {"w": jnp.ones(3)}}, "w: found a range of shape"), ({"stats": {}, "scale": "row"}, "static"),
     ],

@@ -1,5 +1,7 @@
 """Grids, rounding and clipping, against formulas and brute force."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ def weights(shape=(32, 12), seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [*range(2, 10), 12, 16])
 def test_symmetric_rounding_is_the_nearest_of_its_grid(bits):
     w = weights()
     node = Int(bits=bits)(w)
@@ -23,18 +25,19 @@ def test_symmetric_rounding_is_the_nearest_of_its_grid(bits):
     np.testing.assert_allclose(node.scale, scale, rtol=1e-6)
     assert int(jnp.abs(node.codes).max()) == most
     assert float((jnp.abs(node.materialize() - w) - node.scale / 2).max()) < 1e-6
+    assert node.codes.dtype == (jnp.int8 if bits <= 8 else jnp.int16)
     np.testing.assert_array_equal(node.codes, Int(bits=bits)(node.materialize()).codes)
     np.testing.assert_array_equal(Int(bits=bits)(-w).codes, -node.codes)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 10), 12, 16])
 def test_affine_grids_hold_zero_exactly(bits):
     w = weights() + 1.5
     w = w.at[3, 2].set(0.0)
     node = Int(bits=bits, symmetric=False)(w)
     assert float(node.materialize()[3, 2]) == 0.0
     assert int(node.codes.max()) <= 2**bits - 1
-    assert node.codes.dtype == jnp.uint8
+    assert node.codes.dtype == (jnp.uint8 if bits <= 8 else jnp.uint16)
     error = jnp.abs(node.materialize() - w)
     assert float((error - node.scale).max()) < 1e-6  # half a step for rounding, half for the zero point
     np.testing.assert_allclose(
@@ -125,9 +128,9 @@ def test_least_squares_scales():
     np.testing.assert_allclose(node.project(w).scale[0], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [0, 9, 2.5, -1, "4", True])
+@pytest.mark.parametrize("bits", [0, 17, 2.5, -1, "4", True])
 def test_bits_out_of_range(bits):
-    with pytest.raises(ValueError, match=r"bits=.* is not an integer from 1 to 8"):
+    with pytest.raises(ValueError, match=r"bits=.* is not an integer from 1 to 16"):
         Int(bits=bits)
 
 
@@ -171,3 +174,81 @@ def test_eight_bit_floats_do_not_overflow_to_nan():
     train, held = jc.split(node)
     assert train.values is None
     assert held.values is not None
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (200, 300), (5, 3), (2, 130, 129)])
+def test_each_block_has_the_scale_of_its_largest_entry(shape):
+    w = weights(shape)
+    node = jc.quantize.Float8("e4m3", block=(128, 128))(w)
+    *lead, rows, columns = shape
+    scales = np.zeros((*lead, -(-rows // 128), -(-columns // 128)))
+    wanted = np.zeros(shape, np.float32)
+    for index in np.ndindex(*scales.shape):
+        *front, i, j = index
+        at = (*front, slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+        scales[index] = np.abs(w[at]).max() / 448
+        wanted[at] = (w[at] / node.scale[index]).astype(jnp.float8_e4m3fn).astype(np.float32) * node.scale[index]
+    np.testing.assert_allclose(node.scale, scales, rtol=1e-6)
+    np.testing.assert_array_equal(node.materialize(), wanted)
+    assert node.nbits() == 8 * w.size + 32 * scales.size
+    # The projection is least squares, block by block.
+    grown = jax.tree.map(lambda x: x * 3 if x.dtype == jnp.float32 else x, node).project(w)
+    error = jax.grad(lambda s: ((dataclasses.replace(node, scale=s).materialize() - w) ** 2).sum())(grown.scale)
+    assert float(jnp.abs(error).max()) < 1e-2 * float(jnp.square(w).sum())
+
+
+def test_blocks_serve_all_that_rounds_on_a_grid(rng):
+    w, x = weights((24, 20)), jnp.asarray(rng.normal(size=(64, 24)) @ rng.normal(size=(24, 24)), jnp.float32)
+    grid = Int(bits=3, block=(10, 8))
+    params, gram = {"w": w}, x.T @ x
+    stats = jc.calibrate(lambda p, x: x @ p["w"], params, [x])
+
+    def error(method):
+        node = jc.compress(params, jc.plan(params, [("w", method)]), stats=stats, key=jax.random.key(0))["w"]
+        inner = getattr(node, "values", node)
+        assert inner.scale.shape == (3, 3)
+        change = node.materialize() - w
+        return float(jnp.trace(change.T @ gram @ change))
+
+    assert error(jc.quantize.GPTQ(grid=grid)) < 0.7 * error(grid)
+    assert error(jc.quantize.Int(bits=3, block=(10, 8), clip="mse", symmetric=False)) < error(grid)
+    error(jc.chain(jc.prune.Magnitude(sparsity=0.5), grid))
+    error(jc.quantize.Stochastic(grid))
+    error(jc.prune.SparseGPT(sparsity=0.5, quantizer=grid))
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: Int(block=(128,)), r"Int: block=\(128,\) must be a pair of positive numbers"),
+        (lambda: Int(block=128), "Int: block=128 must be a pair"),
+        (lambda: jc.quantize.Float8(block=(0, 8)), r"Float8: block=\(0, 8\) must be a pair"),
+        (lambda: Int(group_size=8, block=(8, 8)), "Int: found group_size and block"),
+        (lambda: jc.plan({"b": jnp.ones(8)}, [("b", Int(block=(8, 8)))]), r"b: block \(8, 8\) needs two axes"),
+    ],
+)
+def test_what_is_no_block(ask, message):
+    with pytest.raises(ValueError, match=message):
+        ask()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_wide_codes_are_executed_as_exactly_as_their_dense_weight(symmetric):
+    w, x = weights((40, 12)), weights((8, 40), seed=1)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    for dtype, told in ((jnp.float32, "int16 levels"), (jnp.bfloat16, "bfloat16 holds no codes of 12 bits")):
+        params, x = {"w": w.astype(dtype)}, x.astype(dtype)
+        tree = jc.compress(params, jc.plan(params, [("w", Int(bits=12, symmetric=symmetric))]))
+        fast, want = jc.accelerate(fn), fn(jc.materialize(tree), x)
+        assert told in str(fast.report(tree, x))
+        np.testing.assert_allclose(fast(tree, x).astype(jnp.float32), want.astype(jnp.float32), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("bits", "weight_bits", "limit"), [(16, 8, 0.01), (16, 16, 1e-4), (10, 12, 0.004)])
+def test_activations_of_more_than_eight_bits(bits, weight_bits, limit):
+    params, x = {"w": weights((40, 12))}, weights((8, 40), seed=1)
+    for mode in ("integer", "simulate"):
+        fn = jc.quantize.activations(lambda p, x: x @ p["w"], params, x, bits=bits, weight_bits=weight_bits, mode=mode)
+        np.testing.assert_allclose(fn(params, x), x @ params["w"], atol=limit * float(jnp.abs(x @ params["w"]).max()))
+    with pytest.raises(ValueError, match="not an integer from 2 to 16"):
+        jc.quantize.activations(lambda p, x: x @ p["w"], params, x, bits=17)

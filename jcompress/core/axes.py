@@ -184,19 +184,22 @@ class Relaying:
     sizes: Axes
     back: bool
 
-    def array(self, x: Any, group_size: int | None = None) -> Any:
+    def array(self, x: Any, group_size: int | tuple[int, int] | None = None) -> Any:
         """An array that broadcasts against the leaf, laid out anew; None where it then would not.
 
         Args:
           x: the array.
-          group_size: where the inputs count groups: how many are in each.
+          group_size: where the inputs count groups: how many are in each; where inputs and outputs count blocks: both.
         """
         layout, sizes = self.layout, list(self.sizes)
-        if group_size is not None:
-            last, single = layout.inputs[-1], len(layout.inputs) == 1
-            if not single and sizes[last] % group_size:
-                return None
-            sizes[last] = -(-sizes[last] // group_size)
+        if isinstance(group_size, tuple) and layout.groups > 1:
+            return None
+        both = group_size if isinstance(group_size, tuple) else (group_size,)
+        for size, axes in zip(both, (layout.inputs, layout.outputs), strict=False):
+            if size is not None:
+                if len(axes) > 1 and sizes[axes[-1]] % size:
+                    return None
+                sizes[axes[-1]] = -(-sizes[axes[-1]] // size)
         if not self.back:
             return layout.arrange(x)
         seen = layout.seen(sizes)
@@ -223,9 +226,10 @@ class Relaying:
             found += [i for i, place in both.items() if place and all(a in axes for a in place)]
         return tuple(sorted(found))
 
-    def groups(self) -> int:
-        """The axis along which groups of inputs that follow one another lie, negative."""
-        return self.layout.inputs[-1] if self.back else -2
+    def groups(self, group_size: int | tuple[int, int]) -> int | tuple[int, int]:
+        """The axis along which groups of inputs that follow one another lie, negative; of blocks both axes."""
+        rows, columns = (self.layout.inputs[-1], self.layout.outputs[-1]) if self.back else (-2, -1)
+        return (rows, columns) if isinstance(group_size, tuple) else rows
 
 
 def _tuple(axes: Any) -> Axes:

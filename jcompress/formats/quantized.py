@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -12,32 +13,34 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Compressed, Relaying
 
+Groups = int | tuple[int, int] | None
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Quantized(Compressed):
-    """Codes of 1 to 8 bits on a grid: ``scale * level(codes)``.
+    """Codes of 1 to 16 bits on a grid: ``scale * level(codes)``.
 
-    The grid is one of four. Integers, symmetric (int8 codes) or affine (uint8 codes with a ``zero``): the level is
-    ``codes - zero``, and one symmetric bit codes a sign, with levels ``2 * codes + 1`` for codes -1 and 0. Narrow
+    The grid is one of four. Integers, symmetric (signed codes) or affine (unsigned codes with a ``zero``): the level
+    is ``codes - zero``, and one symmetric bit codes a sign, with levels ``2 * codes + 1`` for codes -1 and 0. Narrow
     floats: the codes are 8- or 4-bit floats, and are the levels. A table: the level is ``table[codes]``.
 
     Scales and zero points have the rank of ``codes`` and broadcast against it; with a ``group_size`` their axis
-    ``group_axis`` counts groups of that many entries, the last one possibly smaller.
+    ``group_axis`` counts groups of that many entries, the last one possibly smaller. Of blocks there are two of each.
 
     Attributes:
-      codes: int8, uint8, or an 8- or 4-bit float array in the shape of the dense one.
+      codes: int8, uint8, int16, uint16, or an 8- or 4-bit float array in the shape of the dense one.
       scale: float array, or a node that stands for one; trainable, unless it is of 8 bits.
-      zero: uint8 zero points in the shape of ``scale``, or None. Held, so that 0.0 stays exact. Or a node that stands
-        for fractions, whose 0.0 is not.
-      bits: bits a code, 1 to 8.
+      zero: zero points of the codes' dtype in the shape of ``scale``, or None. Held, so that 0.0 stays exact. Or a node
+        that stands for fractions, whose 0.0 is not.
+      bits: bits a code, 1 to 16.
       table: the levels that uint8 codes count, ascending, at most ``2**bits``; or None.
       axes: the axes along which a scale is shared, negative.
-      group_size: entries along ``group_axis`` that share a scale, or None.
+      group_size: entries along ``group_axis`` that share a scale, or None; of a block, its rows and its columns.
       dtype: dtype of the dense array.
-      full_range: whether int8 codes go down to ``-2**(bits - 1)``, as those of learned steps; else ``encode`` stops one
-        above it.
-      group_axis: the axis that groups lie along, negative.
+      full_range: whether signed codes go down to ``-2**(bits - 1)``, as those of learned steps; else ``encode`` stops
+        one above it.
+      group_axis: the axis that groups lie along, negative; of blocks both.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -52,19 +55,19 @@ class Quantized(Compressed):
     bits: int = dataclasses.field(kw_only=True, metadata={"static": True})
     table: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     axes: tuple[int, ...] = dataclasses.field(default=(-2,), metadata={"static": True})
-    group_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    group_size: Groups = dataclasses.field(default=None, metadata={"static": True})
     dtype: np.dtype = dataclasses.field(default=np.dtype("float32"), metadata={"static": True})
     full_range: bool = dataclasses.field(default=False, metadata={"static": True})
-    group_axis: int = dataclasses.field(default=-2, metadata={"static": True})
+    group_axis: int | tuple[int, ...] = dataclasses.field(default=-2, metadata={"static": True})
     elementwise: ClassVar[tuple[str, ...]] = ("codes",)
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
-        scale = _widened(core.dense(self.scale, key=key))
+        scale = self.scales(key=key)
         return (self._spread(scale) * self.levels(scale.dtype)).astype(self.dtype)
 
     def encode(self, w: jax.Array) -> Quantized:
         """The node with the codes nearest to ``w``, its scales and zero points as they are."""
-        scale = _widened(core.dense(self.scale)).astype(jnp.float32)
+        scale = core.dense(self.scale).astype(jnp.float32)
         scale = self._spread(scale)
         zero, dtype = self._offset(jnp.float32), jnp.dtype(self.codes.dtype)
         codes = nearest(w.astype(jnp.float32), scale, zero, self.bits, self.table, dtype, self.full_range)
@@ -83,6 +86,11 @@ class Quantized(Compressed):
         """The zero points, for each code."""
         return None if self.zero is None else self._spread(core.dense(self.zero).astype(dtype))
 
+    def scales(self, *, key: jax.Array | None = None) -> jax.Array:
+        """The scales as products take them: those too narrow for the codes, which are for keeping, as float32."""
+        scale, codes = core.dense(self.scale, key=key), 1 if self.bits <= 8 else 2
+        return scale if jnp.dtype(scale.dtype).itemsize > codes else scale.astype(jnp.float32)
+
     def _spread(self, scale: jax.Array) -> jax.Array:
         return spread(scale, self.codes, self.group_size, self.group_axis)
 
@@ -93,7 +101,8 @@ class Quantized(Compressed):
         zero = None if self.zero is None else relaying.array(self.zero, self.group_size)
         if codes is None or scale is None or (zero is None and self.zero is not None):
             return None
-        axes, along = relaying.axes(self.axes), self.group_axis if self.group_size is None else relaying.groups()
+        axes = relaying.axes(self.axes)
+        along = self.group_axis if self.group_size is None else relaying.groups(self.group_size)
         return dataclasses.replace(self, codes=codes, scale=scale, zero=zero, axes=axes, group_axis=along)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Quantized:
@@ -160,13 +169,13 @@ def _nearest_in_table(w: jax.Array, scale: jax.Array, levels: np.ndarray) -> jax
     return sum(((w > float(m) * scale).astype(jnp.int32) for m in middles), start=jnp.zeros(w.shape, jnp.int32))
 
 
-def _widened(scale: jax.Array) -> jax.Array:
-    """Scales of 8 bits as float32: they are for keeping, not for products."""
-    return scale if jnp.dtype(scale.dtype).itemsize > 1 else scale.astype(jnp.float32)
-
-
 def pool(
-    x: jax.Array, axes: tuple[int, ...], group_size: int | None, combine: Any, start: Any, group_axis: int = -2
+    x: jax.Array,
+    axes: tuple[int, ...],
+    group_size: Groups,
+    combine: Any,
+    start: Any,
+    group_axis: int | tuple[int, ...] = -2,
 ) -> jax.Array:
     """Reduce ``x`` over what shares a scale, to the shape of the scales.
 
@@ -174,24 +183,35 @@ def pool(
       x: array.
       axes: negative axes to reduce.
       group_size: reduce the axis of groups by this many, the last padded with ``start``; or None for all of ``axes``.
+        Of blocks two numbers, by which the two axes of groups are reduced.
       combine: ``jnp.add``, ``jnp.maximum`` or ``jnp.minimum``.
       start: its identity.
-      group_axis: the axis of groups, negative.
+      group_axis: the axis of groups, negative, or both axes of blocks; the last two by default.
     """
     reduce: Any = {jnp.add: jnp.sum, jnp.maximum: jnp.max, jnp.minimum: jnp.min}[combine]
     if group_size is None:
         return reduce(x, axis=axes, keepdims=True, initial=start)
-    rows, axis = x.shape[group_axis], x.ndim + group_axis
-    groups = -(-rows // group_size)
-    x = jnp.pad(x, [(0, groups * group_size - rows if d == axis else 0) for d in range(x.ndim)], constant_values=start)
-    return reduce(x.reshape(*x.shape[:axis], groups, group_size, *x.shape[axis + 1 :]), axis=axis + 1, initial=start)
+    for size, place in _along(group_size, group_axis):
+        axis, rows = x.ndim + place, x.shape[place]
+        groups = -(-rows // size)
+        x = jnp.pad(x, [(0, groups * size - rows if d == axis else 0) for d in range(x.ndim)], constant_values=start)
+        x = reduce(x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :]), axis=axis + 1, initial=start)
+    return x
 
 
-def spread(scale: jax.Array, like: jax.Array, group_size: int | None, group_axis: int = -2) -> jax.Array:
+def spread(scale: jax.Array, like: jax.Array, group_size: Groups, group_axis: int | tuple[int, ...] = -2) -> jax.Array:
     """The inverse of :func:`pool`: repeat what is shared until it broadcasts against ``like``."""
     if group_size is None:
         return scale
-    axis, shape = scale.ndim + group_axis, scale.shape
-    wide = jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), (*shape[: axis + 1], group_size, *shape[axis + 1 :]))
-    wide = wide.reshape(*shape[:axis], shape[axis] * group_size, *shape[axis + 1 :])
-    return jax.lax.slice_in_dim(wide, 0, like.shape[group_axis], axis=axis)
+    for size, place in _along(group_size, group_axis):
+        axis, shape = scale.ndim + place, scale.shape
+        wide = jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), (*shape[: axis + 1], size, *shape[axis + 1 :]))
+        wide = wide.reshape(*shape[:axis], shape[axis] * size, *shape[axis + 1 :])
+        scale = jax.lax.slice_in_dim(wide, 0, like.shape[place], axis=axis)
+    return scale
+
+
+def _along(size: int | tuple[int, int], axis: int | tuple[int, ...]) -> Iterable[tuple[int, int]]:
+    """Sizes of groups, and the axes that they lie along."""
+    sizes = size if isinstance(size, tuple) else (size,)
+    return zip(sizes, axis if isinstance(axis, tuple) else (axis, -1), strict=False)

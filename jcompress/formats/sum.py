@@ -72,18 +72,18 @@ def _is_alike(terms: Sequence[Any]) -> bool:
     if len(terms) < 2 or not all(isinstance(t, Quantized) for t in terms):
         return False
     trainable = all(t.scale is None or (not core.is_node(t.scale) and core.is_trainable(t.scale)) for t in terms)
-    return trainable and len({(t.axes, t.group_size) for t in terms}) == 1
+    return trainable and len({(t.axes, t.group_size, t.group_axis) for t in terms}) == 1
 
 
 def _together(terms: Sequence[Quantized], w: jax.Array, where: jax.Array | None) -> dict[int, Any]:
     """The scales of all terms by normal equations, of which there is one set for each index of a scale."""
-    axes, group_size = terms[0].axes, terms[0].group_size
+    first = terms[0]
     levels, w = [t.levels(jnp.float32) for t in terms], w.astype(jnp.float32)
     if where is not None:
         levels, w = [jnp.where(where, x, 0.0) for x in levels], jnp.where(where, w, 0.0)
 
     def total(x: jax.Array) -> jax.Array:
-        return pool(x, axes, group_size, jnp.add, 0.0)
+        return pool(x, first.axes, first.group_size, jnp.add, 0.0, first.group_axis)
 
     gram = jnp.stack([jnp.stack([total(a * b) for a in levels], -1) for b in levels], -1)
     right = jnp.stack([total(a * w) for a in levels], -1)

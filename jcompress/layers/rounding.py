@@ -81,13 +81,20 @@ def rounding(method: Method, layer: Contraction, context: Context, early: bool) 
             "points"
         )
     group = node.group_size
-    if group is not None:
+    if isinstance(group, int):
         check_groups(path, layer, group)
-    early = early or group is None
+    early = early or not isinstance(group, int)
     if early:
         node = fit(w)
     affine = node.zero is not None
-    found = Rounding(method, node.bits, node.table, np.dtype(node.codes.dtype), affine, None if early else group)
+    found = Rounding(
+        method,
+        node.bits,
+        node.table,
+        np.dtype(node.codes.dtype),
+        affine,
+        group if isinstance(group, int) and not early else None,
+    )
     return found, node, _scales(layer, node, early)
 
 
@@ -105,7 +112,7 @@ def _scales(layer: Contraction, node: Quantized, early: bool) -> Known:
     """Scales and zero points, one for each weight, as (layers, k, outputs)."""
     matrix = jax.eval_shape(layer.matrix)
     found: Known = {}
-    for name, dtype in (("scale", jnp.float32), ("zero", jnp.uint8)):
+    for name, dtype in (("scale", jnp.float32), ("zero", node.codes.dtype)):
         x = getattr(node, name)
         if x is not None and early:
             wide = jnp.broadcast_to(spread(x.astype(jnp.float32), layer.w, node.group_size), layer.w.shape)

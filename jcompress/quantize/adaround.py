@@ -29,7 +29,7 @@ class AdaRound(Method):
     matrix alone, the statistic ``gram``, and no data.
 
     Attributes:
-      bits: bits a code, 2 to 8.
+      bits: bits a code, 2 to 16.
       group_size: contracted inputs that share a scale, consecutive along axis -2; None for one scale an output.
       symmetric: whether the grid is symmetric about zero.
       clip: range of the grid, as in :class:`Int`.

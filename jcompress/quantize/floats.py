@@ -30,6 +30,8 @@ class Float8(Method):
       axis: without groups, the axis that has a scale for each index; None for one scale for the whole array.
       clip: ``"minmax"``, ``"mse"`` or a method of :mod:`jcompress.quantize.ranges`.
       pad: whether a last group may be smaller than the others.
+      block: instead of groups, rows and columns that share a scale: (128, 128) as in DeepSeek-V3 (DeepSeek-AI 2024,
+        arXiv:2412.19437). Blocks at the edges may be smaller.
 
     Raises:
       ValueError: for another dtype, or a group size that does not divide.
@@ -39,6 +41,8 @@ class Float8(Method):
       >>> node = jc.quantize.Float8("e4m3")(jnp.array([448.0, 100.0, 0.01]))
       >>> node.materialize().tolist(), node
       ([448.0, 96.0, 0.009765625], Quantized(codes=float8_e4m3fn[3], scale=float32[1], bits=8, axes=(-1)))
+      >>> jc.quantize.Float8(block=(128, 128))(jnp.ones((200, 256))).scale.shape
+      (2, 2)
     """
 
     dtype: Literal["e4m3", "e5m2"] = "e4m3"
@@ -46,6 +50,7 @@ class Float8(Method):
     axis: int | None = -1
     clip: ranges.Clip = "minmax"
     pad: bool = False
+    block: tuple[int, int] | None = None
 
     check = grids.check
 

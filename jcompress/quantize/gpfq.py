@@ -31,7 +31,7 @@ class GPFQ(Method):
     their distance to the dense ones.
 
     Attributes:
-      bits: bits a code, 2 to 8; 2 symmetric bits are the ternary alphabet.
+      bits: bits a code, 2 to 16; 2 symmetric bits are the ternary alphabet.
       symmetric: whether the grid is symmetric about zero.
       axis: the axis that has a scale for each index, the output channels by default; None for one scale in all.
       clip: range of the grid, as in :class:`Int`.

@@ -35,7 +35,7 @@ class GPTQ(Method):
     ``jc.prune.SparseGPT(quantizer=...)`` chooses mask and codes in one sweep.
 
     Attributes:
-      bits: bits a code, 1 to 8.
+      bits: bits a code, 1 to 16.
       group_size: contracted inputs that share a scale, consecutive along axis -2; None for one scale an output.
       symmetric: whether the grid is symmetric about zero.
       order: whether inputs are taken by their Gram diagonal, the largest first, while the scales and the stored form

@@ -12,7 +12,7 @@ import numpy as np
 
 from jcompress.core import Context
 from jcompress.formats import Quantized
-from jcompress.formats.quantized import nearest, pool, spread
+from jcompress.formats.quantized import Groups, nearest, pool, spread
 from jcompress.numeric import scaling
 
 
@@ -77,14 +77,14 @@ class Problem:
       where: entries that count, or None for all.
       grid: the levels.
       axes: negative axes along which a scale is shared.
-      group_size: rows of axis -2 that share a scale, or None.
+      group_size: rows of axis -2 that share a scale, rows and columns of a block that does, or None.
     """
 
     x: jax.Array
     where: jax.Array | None
     grid: Grid = dataclasses.field(metadata={"static": True})
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    group_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    group_size: Groups = dataclasses.field(default=None, metadata={"static": True})
 
     def pool(self, x: jax.Array, combine: Any = jnp.add, start: Any = 0.0) -> jax.Array:
         """Reduce an array over what shares a scale."""
@@ -124,7 +124,7 @@ class Problem:
         return Quantized(
             codes=codes,
             scale=scale if grid.power is None else scale.astype(jnp.float8_e8m0fnu),
-            zero=None if zero is None else zero.astype(jnp.uint8),
+            zero=None if zero is None else zero.astype(grid.dtype),
             bits=grid.bits, table=grid.table, axes=self.axes, group_size=self.group_size, dtype=np.dtype(dtype),
         )  # fmt: skip
 
@@ -154,20 +154,29 @@ def pose(method: Any, w: jax.Array, context: Context, grid: Grid) -> Problem:
     check(method, context.path, w.shape)
     x = w.astype(jnp.float32)
     x = x if context.where is None else jnp.where(context.where, x, 0.0)
-    return Problem(x, context.where, grid, shared_axes(w.ndim, method.group_size, method.axis), method.group_size)
+    groups = getattr(method, "block", None) or method.group_size
+    return Problem(x, context.where, grid, shared_axes(w.ndim, groups, method.axis), groups)
 
 
-def shared_axes(ndim: int, group_size: int | None, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """Negative axes over which one scale is shared; a group shares along axis -2."""
+def shared_axes(ndim: int, group_size: Groups, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Negative axes over which one scale is shared; a group shares along axis -2, a block along the last two."""
     if group_size is not None:
-        return (-2,)
+        return (-2, -1) if isinstance(group_size, tuple) else (-2,)
     given = () if axis is None or ndim < 2 else axis if isinstance(axis, tuple) else (axis,)
     own = [a if a < 0 else a - ndim for a in given]
     return tuple(a for a in range(-ndim, 0) if a not in own)
 
 
 def validate_group(method: Any) -> None:
-    """Raise unless ``method.group_size`` is a positive number or None."""
+    """Raise unless ``method.group_size`` is a positive number or None, and ``method.block``, if any, a pair of them."""
+    block = getattr(method, "block", None)
+    if block is not None:
+        if not isinstance(block, tuple) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+            raise ValueError(
+                f"{type(method).__name__}: block={block!r} must be a pair of positive numbers, such as (128, 128)"
+            )
+        if method.group_size is not None:
+            raise ValueError(f"{type(method).__name__}: found group_size and block; a scale is for one or the other")
     if method.group_size is not None and method.group_size < 1:
         raise ValueError(
             f"{type(method).__name__}: group_size={method.group_size} must be positive, or None for no groups"
@@ -186,7 +195,10 @@ def validate_bits(method: Any, least: int = 1, most: int = 8) -> None:
 def check(method: Any, path: str, shape: tuple[int, ...], dtype: Any = None) -> None:
     """Raise if groups or the channel axis do not fit the shape: the ``check`` of every method on a grid."""
     size, axis = method.group_size, method.axis
-    if size is not None:
+    if (block := getattr(method, "block", None)) is not None:
+        if len(shape) < 2:
+            raise ValueError(f"{path}: block {block} needs two axes, found shape {shape}; keep it dense")
+    elif size is not None:
         if len(shape) < 2:
             raise ValueError(
                 f"{path}: group_size {size} needs axis -2, found shape {shape}; "

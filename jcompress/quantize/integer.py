@@ -23,7 +23,7 @@ class Int(Method):
     scale, which is optimal (Rastegari et al. 2016, arXiv:1603.05279).
 
     Attributes:
-      bits: bits a code, 1 to 8.
+      bits: bits a code, 1 to 16.
       group_size: rows of the contraction axis (-2) that share a scale; None for no groups.
       symmetric: whether the grid is symmetric about zero.
       axis: without groups, the axis, or the axes, with a scale for each index, the output channels by default; None for
@@ -32,9 +32,11 @@ class Int(Method):
         :mod:`jcompress.quantize.ranges`. One symmetric bit has no range.
       pad: whether a last group may be smaller than the others.
       power_of_two: whether scales are rounded up to powers of two. They are stored in 8 bits, and held.
+      block: instead of groups, rows and columns that share a scale, such as (128, 128): blocks of the last two axes,
+        those at the edges possibly smaller.
 
     Raises:
-      ValueError: for bits outside 1 to 8, or a group size that does not divide.
+      ValueError: for bits outside 1 to 16, or a group size that does not divide.
 
     An array of zeros gives zeros; NaN and infinity are refused by ``compress`` and undefined under ``jit``.
 
@@ -52,9 +54,10 @@ class Int(Method):
     clip: ranges.Clip = "minmax"
     pad: bool = False
     power_of_two: bool = False
+    block: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        grids.validate_bits(self)
+        grids.validate_bits(self, most=16)
         ranges.validate(self, self._grid())
         if self.power_of_two and self.symmetric and self.bits == 1:
             raise ValueError("Int: one symmetric bit has no level 0 and a power of two is not 0; use bits=2")
@@ -72,7 +75,7 @@ class Int(Method):
 
     def _grid(self) -> grids.Grid:
         top = max(2 ** (self.bits - 1) - 1, 1) if self.symmetric else 2**self.bits - 1
-        dtype = np.dtype("int8" if self.symmetric else "uint8")
+        dtype = np.dtype(f"{'' if self.symmetric else 'u'}int{8 if self.bits <= 8 else 16}")
         power = "up" if self.power_of_two else None
         return grids.Grid(int(self.bits), dtype, float(top), affine=not self.symmetric, power=power)
 
@@ -87,7 +90,7 @@ class FixedPoint(Method):
     :class:`Stochastic` (Gupta et al. 2015, arXiv:1502.02551).
 
     Attributes:
-      bits: bits a code, 2 to 8, the sign among them.
+      bits: bits a code, 2 to 16, the sign among them.
       fraction: bits behind the binary point, -120 to 120; it may exceed ``bits`` or be negative.
 
     Raises:
@@ -103,7 +106,7 @@ class FixedPoint(Method):
     fraction: int
 
     def __post_init__(self) -> None:
-        grids.validate_bits(self, least=2)
+        grids.validate_bits(self, least=2, most=16)
         if not isinstance(self.fraction, (int, np.integer)) or not -120 <= self.fraction <= 120:
             raise ValueError(f"FixedPoint: fraction={self.fraction!r} is not an integer from -120 to 120")
 

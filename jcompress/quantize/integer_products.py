@@ -37,7 +37,8 @@ def activations(
     ``mode="integer"`` multiplies int8 with int8 and sums in int32, then rescales once. ``mode="simulate"`` does the
     same with the codes as float32 numbers, so that gradients pass: straight through the rounding where it does not
     clip, and to the scales of the nodes. Sums of integers are exact in float32 below 2**24, so a product in one mode
-    equals that in the other up to the rounding of the last float operation.
+    equals that in the other up to the rounding of the last float operation. Codes of more than 8 bits, of the
+    activation (16 x 8) or of the weight, are multiplied as float32 numbers in both modes: their sums exceed int32.
 
     Dot products and convolutions of parameters are taken, also through transposes, reshapes, slices, casts, ``scan``,
     ``cond``, ``remat`` and ``jit``; products between activations, such as attention scores, are left as they are.
@@ -53,7 +54,7 @@ def activations(
       stats: from :func:`jcompress.calibrate`, for static ranges: ``{path: Stats}`` with ``absmax``. In place of
         ``Stats`` there may be a largest magnitude, or a pair ``(low, high)``. Products without a range stay float.
         None for ranges of each batch as it comes.
-      bits: of an activation's code, 2 to 8; or ``{path: bits}`` by the parameter it meets, where ``None``, or a path
+      bits: of an activation's code, 2 to 16; or ``{path: bits}`` by the parameter it meets, where ``None``, or a path
         that is not there, leaves the product as it is.
       weight_bits: for parameters that are arrays: the bits of their symmetric codes, with a scale for each output,
         made anew at each call. None to leave them as they are.
@@ -68,7 +69,7 @@ def activations(
       :class:`~jcompress.formats.Quantized` nodes, other nodes or arrays. It is traced anew at each call: use ``jit``.
 
     Raises:
-      ValueError: for bits outside 2 to 8, an unknown mode or scale, or a range that is not one; the message names the
+      ValueError: for bits outside 2 to 16, an unknown mode or scale, or a range that is not one; the message names the
         path.
 
     Example:
@@ -100,8 +101,8 @@ def activations(
 
 def _check(bits: Mapping[str, int | None], weight_bits: int | None, scale: str, mode: str, stats: Any) -> None:
     for path, b in {**bits, "weight_bits": weight_bits}.items():
-        if b is not None and not 2 <= b <= 8:
-            raise ValueError(f"{path}: bits={b!r} is not an integer from 2 to 8, or None for no codes")
+        if b is not None and not 2 <= b <= 16:
+            raise ValueError(f"{path}: bits={b!r} is not an integer from 2 to 16, or None for no codes")
     if mode not in ("simulate", "integer"):
         raise ValueError(f"activations: mode={mode!r} is unknown; use 'simulate' or 'integer'")
     if scale not in ("tensor", "row"):
@@ -150,7 +151,7 @@ class Grid(NamedTuple):
 
 
 def _grid(low: jax.Array | None, high: jax.Array, bits: int) -> Grid:
-    """The grid from ``low``, or ``-high`` where it is None, to ``high``; codes fit into int8."""
+    """The grid from ``low``, or ``-high`` where it is None, to ``high``; codes of up to 8 bits fit into int8."""
     if low is None:
         most = 2 ** (bits - 1) - 1
         return Grid(_positive(high * (1.0 / most)), None, -most, most)
@@ -185,16 +186,17 @@ class Integers:
             return _float(product, x, w), "float: there is no range of its activation in stats"
         kind = "static scale" if self.static else f"scale of the {self.scale}"
         w = self._with_codes(product, w)
-        reason = _not_integers(product, w)
+        reason = _not_integers(product, w, bits)
         if reason:
             quantized = (grid.levels(x) * grid.scale).astype(x.dtype)
             return _float(product, quantized, w), f"float x float, the activation quantized, {kind}: {reason}"
         assert w.scale is not None
-        if self.mode == "integer":
+        if self.mode == "integer" and max(bits, w.bits or 0) <= 8:
             y, how = _integer_product(product, grid, x, w), "int8 x int8 -> int32"
         else:
             levels = w.levels(jnp.float32)
             y, how = product.apply(grid.levels(x), levels, jnp.float32, lax.Precision.HIGHEST), "codes as float32"
+            how += f" of {bits} x {w.bits} bits" if self.mode == "integer" else ""
         scales = product.of_activation(grid.scale, w.values.ndim) * product.of_weight(w.scale.array, x.ndim)
         return (y * scales).astype(product.dtype), f"{how}, {kind}"
 
@@ -226,14 +228,16 @@ def _float(product: Product, x: jax.Array, w: Weight) -> jax.Array:
     return product.apply(x, w.dense().astype(x.dtype))
 
 
-def _not_integers(product: Product, w: Weight) -> str:
-    """Why the weight has no int8 codes for this product, if it has none."""
+def _not_integers(product: Product, w: Weight, bits: int) -> str:
+    """Why the weight has no codes for this product, if it has none."""
     if w.scale is None:
         return w.note or "the weight has no codes"
     if not w.has_scale_of_outputs(product):
         return "its scales vary along the contraction"
     if w.bits is None:
         return f"its codes are {w.values.dtype}"
+    if max(bits, w.bits) > 8:
+        return ""
     if w.zero is not None and w.bits > 7:
         return "affine codes of 8 bits less their zero points do not fit into int8"
     if product.terms(w.values.shape) * 2**15 >= 2**31:

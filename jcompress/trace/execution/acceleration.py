@@ -59,7 +59,14 @@ class WeightsOnly:
         """The product, and how it was made."""
         if not w.has_scale_of_outputs(product):
             return product.apply(x, w.dense().astype(x.dtype)), w.told("dense", product)
+        if w.bits is not None and w.bits > _exact_bits(x.dtype):
+            return product.apply(x, w.dense().astype(x.dtype)), f"dense: {x.dtype} holds no codes of {w.bits} bits"
         assert w.scale is not None
         y = product.apply(x, w.levels(x.dtype), jnp.float32, product.eqn.params["precision"])
         scale = product.of_weight(w.scale.array, x.ndim).astype(jnp.float32)
         return (y * scale).astype(product.dtype), f"{w.values.dtype} levels, scaled after the product"
+
+
+def _exact_bits(dtype: Any) -> int:
+    """How wide codes may be that a float dtype holds exactly, zero points subtracted."""
+    return int(jnp.finfo(dtype).nmant) + 1 if jnp.issubdtype(dtype, jnp.floating) else 8

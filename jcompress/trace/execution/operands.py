@@ -166,13 +166,14 @@ def _of_arranged(path: str, leaf: Arranged, ranges: Mapping[tuple[int, ...], Ran
 
 def _named(leaf: Any) -> str:
     leaf = leaf.inner if isinstance(leaf, Arranged) else leaf
-    is_grouped = isinstance(leaf, Quantized) and leaf.group_size is not None
-    return type(leaf).__name__ + (" with groups along the contraction" if is_grouped else "")
+    if not isinstance(leaf, Quantized) or leaf.group_size is None:
+        return type(leaf).__name__
+    shared = "a scale for each block" if isinstance(leaf.group_size, tuple) else "groups along the contraction"
+    return f"{type(leaf).__name__} with {shared}"
 
 
 def _of_codes(leaf: Quantized, known: dict[str, Any]) -> Weight:
-    scale = core.dense(leaf.scale)
-    scale = scale if jnp.dtype(scale.dtype).itemsize > 1 else scale.astype(jnp.float32)
+    scale = leaf.scales()
     constant = frozenset(d for d, n in enumerate(scale.shape) if n == 1)
     codes: Any = leaf.codes
     bits = leaf.bits if jnp.issubdtype(codes.dtype, jnp.integer) else None
