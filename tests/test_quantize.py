@@ -136,7 +136,7 @@ def test_bits_out_of_range(bits):
 
 def test_a_group_size_that_does_not_divide_names_the_parameter_and_a_fix():
     params = {"encoder": {"kernel": jnp.ones((300, 4))}}
-    message = r"encoder/kernel: group_size 128 does not divide axis -2 of length 300; use 100, or pad=True"
+    message = r"encoder/kernel: group_size 128 does not divide axis -2 of length 300, the inputs; use 100, or pad=True"
     with pytest.raises(ValueError, match=message):
         jc.plan(params, [(".*", Int(bits=4, group_size=128))])
     with pytest.raises(ValueError, match=r"bias: group_size 4 needs axis -2, found shape \(8,\)"):
