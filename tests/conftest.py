@@ -49,7 +49,7 @@ OF_METHODS = (
     "test_post_training",
     "test_proximal",
     "test_quantize_",
-    "test_quantized_training",
+    "test_quantized_",
     "test_scores",
     "test_search",
     "test_sparsegpt",

@@ -72,9 +72,15 @@ NF4 = np.array(
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]
 )  # fmt: skip
-E4M3, E5M2, E2M1 = (
+E4M3, E5M2, E2M3, E3M2, E2M1 = (
     floats(d, m)
-    for d, m in ((ml_dtypes.float8_e4m3fn, 448), (ml_dtypes.float8_e5m2, 57344), (ml_dtypes.float4_e2m1fn, 6))
+    for d, m in (
+        (ml_dtypes.float8_e4m3fn, 448),
+        (ml_dtypes.float8_e5m2, 57344),
+        (ml_dtypes.float6_e2m3fn, 7.5),
+        (ml_dtypes.float6_e3m2fn, 28),
+        (ml_dtypes.float4_e2m1fn, 6),
+    )
 )
 POWERS, SIGNS = signed(2.0 ** -np.arange(7)), np.array([-1, 1])
 FIXED = Q.Int(4, axis=None, clip=Q.ranges.Fixed(None, 2.0))
@@ -120,12 +126,15 @@ ROWS = {
     "float4": Row(Q.Float4(group_size=16), E2M1, 4, 24 * 32),
     "mxfp8-e4m3": Row(Q.Microscaling("e4m3"), E4M3, 8, 12 * 8),
     "mxfp8-e5m2": Row(Q.Microscaling("e5m2"), E5M2, 8, 12 * 8),
+    "mxfp6-e2m3": Row(Q.Microscaling("e2m3"), E2M3, 6, 12 * 8),
+    "mxfp6-e3m2": Row(Q.Microscaling("e3m2"), E3M2, 6, 12 * 8),
     "mxfp4": Row(Q.Microscaling("e2m1"), E2M1, 4, 12 * 8),
     "mxint8": Row(Q.Microscaling("int8"), integers(127), 8, 12 * 8),
     "nvfp4": Row(Q.NVFP4(), E2M1, 4, 24 * 8 + 32),
     "s2fp8": Row(Q.S2FP8(), squeezed, 8, 64, gaps=1, again=False),
     "nf4": Row(Q.NF4(), NF4, 4, 6 * 32),
     "powers-of-two": Row(Q.PowersOfTwo(4), POWERS, 4, 6 * 8),
+    "powers-of-two-inq": Row(Q.PowersOfTwo(5, magnitudes=8), signed(2.0 ** -np.arange(8)), 5, 6 * 8),
     "additive-powers-of-two": Row(
         Q.AdditivePowersOfTwo(5),
         signed([a + b for a in (0, 1, 1 / 4, 1 / 16) for b in (0, 1 / 2, 1 / 8, 1 / 32) if a + b]),

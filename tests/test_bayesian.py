@@ -127,7 +127,7 @@ def scaled(rng):
 
 @pytest.fixture
 def improper(rng):
-    node = jc.prune.NormalJeffreys()(jnp.asarray(rng.normal(size=(4, 3)), jnp.float32))
+    node = jc.prune.NormalJeffreys(threshold=3.0)(jnp.asarray(rng.normal(size=(4, 3)), jnp.float32))
     return with_fields(
         node,
         log_variance=np.full((4, 3), -2.0),
@@ -155,6 +155,20 @@ def test_a_group_that_goes_is_cut_exactly_from_the_mean_network(scaled, rng):
     w = np.asarray(final.materialize())
     np.testing.assert_allclose(x @ w, x[:, keep] @ w[keep], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(w[keep], np.asarray(node.moments()[0])[keep], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [1e-5, 0.1])
+def test_the_horseshoe_starts_near_its_prior(tau, rng):
+    """All that can move without moving a scale lies where the divergence is least; the heavy tail pays for the rest."""
+    w = jnp.asarray(rng.normal(size=(6, 50)), jnp.float32)
+    node = jc.prune.BayesianCompression(tau=tau)(w)
+    np.testing.assert_allclose(node.log_mode(), -np.exp(-9.0), rtol=1e-3)
+    slopes = jax.grad(lambda node: node.penalty())(node)
+    np.testing.assert_allclose(slopes.array_mean, 0, atol=1e-3)
+    np.testing.assert_allclose(slopes.group_mean[..., 0], 0, atol=1e-3)
+    weights = 0.5 * (np.square(np.asarray(w)) + np.exp(-9.0) - 1 + 9).sum()
+    tail = 6 * np.log(1 / tau)  # a scale of 1 / tau under a half Cauchy law, of density like its inverse square
+    assert abs(float(node.penalty()) - weights - tail) < 6 * 4 * 9
 
 
 @pytest.mark.parametrize("scale", [0.3, -2.0])
@@ -271,7 +285,7 @@ TRAINED = {
     "hard-concrete": (jc.prune.HardConcrete(axes=(-1,), keep=0.7), 0.02),
     "variational-dropout": (jc.prune.VariationalDropout(), 0.02),
     "bayesian-compression": (jc.prune.BayesianCompression(tau=1e-2, start=-5.0, threshold=1.0), 0.02),
-    "normal-jeffreys": (jc.prune.NormalJeffreys(threshold=0.0), 0.02),
+    "normal-jeffreys": (jc.prune.NormalJeffreys(), 0.02),
     "bottleneck": (jc.prune.InformationBottleneck(axes=(-1,), start=-3.0), 0.02),
 }
 
@@ -411,7 +425,7 @@ def test_the_whole_prior_finds_planted_runs_and_its_bound_rises(rng):
         (lambda: jc.prune.VariationalDropout(start=4.0), "start=4.0 is not below threshold"),
         (lambda: jc.prune.InformationBottleneck(start=1.0), "start=1.0 is not below threshold"),
         (lambda: jc.prune.BayesianCompression(tau=0.0), "tau=0.0 must be positive"),
-        (lambda: jc.prune.NormalJeffreys(start=3.0), "NormalJeffreys: start=3.0 is not below threshold=3.0"),
+        (lambda: jc.prune.NormalJeffreys(start=3.0), "NormalJeffreys: start=3.0 is not below threshold=-3.0"),
         (lambda: jc.prune.AnnealedChannels(sparsity=2.0, steps=3), "sparsity=2.0"),
         (lambda: bayesian.chain_posterior(jnp.ones(3), 0.9, 2.0), "run=2.0 is too short for density=0.9; use 9"),
         (lambda: bayesian.chain_posterior(jnp.ones(3), 1.0, 2.0), r"density=1.0 is outside \(0, 1\)"),

@@ -42,8 +42,8 @@ class Horseshoe(Compressed):
     Example:
       >>> import dataclasses, jax.numpy as jnp, jcompress as jc
       >>> node = jc.prune.BayesianCompression(threshold=1.0)(jnp.ones((2, 3)))
-      >>> pairs = jnp.array([[[0.0, 0.0]], [[-2.0, -2.0]]])
-      >>> dataclasses.replace(node, group_mean=pairs).materialize().tolist()
+      >>> lower = jnp.array([[[0.0]], [[-2.0]]])  # of the logs of both variables of the second group
+      >>> dataclasses.replace(node, group_mean=node.group_mean + lower).materialize().tolist()
       [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
     """
 
@@ -108,21 +108,31 @@ class Horseshoe(Compressed):
         return jnp.exp(0.5 * (logs[0].sum(-1) + logs[1].sum(-1)))
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Horseshoe:
-        """Scales and variances as at the start, and the means that give ``w`` under them."""
+        """Scales and variances as at the start, and the means that give ``w`` under them.
+
+        Every scale is 1. The variables of the array, and the gamma variables of the groups, lie where their divergence
+        is least; the inverse gamma variables of the groups, whose prior has the heavy tail, make up for that.
+        """
         every = tuple(range(-self.ndim, 0))
         mean = w.astype(jnp.float32) * math.exp(-0.5 * math.exp(self.start))
-        fields = {
-            "mean": mean.astype(w.dtype),
-            "log_variance": jnp.full(w.shape, self.start, jnp.float32),
-            "group_mean": jnp.zeros((*gating.shared_shape(w.shape, self.axes), 2)),
-            "array_mean": jnp.zeros((*gating.shared_shape(w.shape, every), 2)),
-        }
+        group, array = nearest_means(1.0, self.start), nearest_means(self.tau, self.start)
+        pairs = {"group_mean": (self.axes, (group[0], -(group[0] + sum(array)))), "array_mean": (every, array)}
+        fields = {"mean": mean.astype(w.dtype), "log_variance": jnp.full(w.shape, self.start, jnp.float32)}
+        for name, (axes, pair) in pairs.items():
+            shape = (*gating.shared_shape(w.shape, axes), 2)
+            fields[name] = jnp.broadcast_to(jnp.asarray(pair, jnp.float32), shape)
         for name in ("group", "array"):
             fields[f"{name}_log_variance"] = jnp.full_like(fields[f"{name}_mean"], self.start)
         return dataclasses.replace(self, **{n: gating.refitted(getattr(self, n), x) for n, x in fields.items()})
 
     def finalize(self) -> Masked:
         return Masked(self.materialize(), -self.log_mode() < self.threshold)
+
+
+def nearest_means(scale: float, log_variance: float) -> tuple[float, float]:
+    """Where :func:`gamma_divergence` is least, rounded to 1024ths, which float32 adds up exactly."""
+    down = math.log(2) + 0.5 * math.exp(log_variance)
+    return round(1024 * (2 * math.log(scale) - down)) / 1024, round(1024 * down) / 1024
 
 
 def gamma_divergence(mean: jax.Array, log_variance: jax.Array, scale: float) -> jax.Array:

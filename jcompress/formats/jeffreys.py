@@ -46,7 +46,7 @@ class Jeffreys(Compressed):
     group_log_variance: Any
     axes: tuple[int, ...] = dataclasses.field(default=(-1,), metadata={"static": True})
     start: float = dataclasses.field(default=-9.0, metadata={"static": True})
-    threshold: float = dataclasses.field(default=3.0, metadata={"static": True})
+    threshold: float = dataclasses.field(default=-3.0, metadata={"static": True})
     elementwise: ClassVar[tuple[str, ...]] = ("mean", "log_variance")
 
     def log_alpha(self) -> jax.Array:

@@ -22,6 +22,7 @@ class INQ(Method):
     The node is a sum: codes where weights are frozen, and floats, which train, elsewhere. What was frozen the last time
     (``previous``, which ``jc.project`` passes) stays so, bit for bit, with its scales, so the grid must have held ones,
     as :class:`PowersOfTwo` does (Zhou et al. 2017, arXiv:1702.03044: 50, 75, 87.5 and 100 percent are frozen in turn).
+    The grid of 5 bits has 15 magnitudes; the paper's has 8, ``grid=PowersOfTwo(bits=5, magnitudes=8)``.
     Once all is frozen the second mask hides everything and stores nothing but itself.
 
     Attributes:

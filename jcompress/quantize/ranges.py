@@ -215,8 +215,9 @@ class Observed(NamedTuple):
 class MovingAverage:
     """The moving average of minima and maxima, as activations are observed in training (arXiv:1712.05877, 3.1).
 
-    ``m <- d m + (1 - d) min(x)``, likewise for the maximum, both divided by ``1 - d**steps``, so that the first batch
-    counts in full. A pure state update: keep the state in the training loop.
+    ``m <- d m + (1 - d) min(x)``, likewise for the maximum, both divided by ``1 - d**steps``: a correction that the
+    paper does not have, whose average starts at the first batch. Here too the first batch counts in full, and those
+    after it as much as they would later on. A pure state update: keep the state in the training loop.
 
     Attributes:
       decay: ``d``, in [0, 1); a scalar, traced or not.

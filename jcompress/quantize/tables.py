@@ -102,11 +102,13 @@ class NF4(Method):
 class PowersOfTwo(Method):
     """Round to the nearest of 0 and ``+-s 2**-k``, so that products are shifts (Zhou et al. 2017, arXiv:1702.03044).
 
-    ``k`` runs from 0 to ``2**(bits - 1) - 2``. The scale ``s`` is itself the power of two nearest to the end of the
-    range, ``2**floor(log2(4 r / 3))``, stored in 8 bits and held.
+    ``k`` runs from 0 to ``magnitudes - 1``. The scale ``s`` is itself the power of two nearest to the end of the
+    range, ``2**floor(log2(4 r / 3))``, stored in 8 bits and held. By default all codes are used; the paper keeps one
+    of its bits for zero, and so has half as many powers: its 5 bits are ``PowersOfTwo(bits=5, magnitudes=8)``.
 
     Attributes:
       bits: bits a code, 2 to 7.
+      magnitudes: how many powers of two, at most ``2**(bits - 1) - 1``, which is the default.
       group_size: rows of the contraction axis (-2) that share a scale; None for no groups.
       axis: without groups, the axis that has a scale for each index; None for one scale for the whole array.
       clip: ``"minmax"``, ``"mse"`` or a method of :mod:`jcompress.quantize.ranges`.
@@ -126,11 +128,15 @@ class PowersOfTwo(Method):
     axis: int | None = -1
     clip: ranges.Clip = "minmax"
     pad: bool = False
+    magnitudes: int | None = None
 
     check = grids.check
 
     def __post_init__(self) -> None:
         grids.validate_bits(self, least=2, most=7)
+        most = 2 ** (self.bits - 1) - 1
+        if self.magnitudes is not None and not 1 <= self.magnitudes <= most:
+            raise ValueError(f"PowersOfTwo: magnitudes={self.magnitudes!r} is not an integer from 1 to {most}")
         ranges.validate(self, self._grid())
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
@@ -138,8 +144,8 @@ class PowersOfTwo(Method):
         return grids.fit(self, w, context, self._grid(), ranges.of(self.clip))
 
     def _grid(self) -> grids.Grid:
-        powers = [2.0**-k for k in range(2 ** (self.bits - 1) - 1)]
-        return dataclasses.replace(_grid(_signed(powers)), top=0.75, power="down")
+        powers = [2.0**-k for k in range(self.magnitudes or 2 ** (self.bits - 1) - 1)]
+        return dataclasses.replace(_grid(_signed(powers)), bits=int(self.bits), top=0.75, power="down")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ class BayesianCompression(Method):
       axes: negative axes along which a scale is shared. The default ``(-1,)`` gives one to every row, an input of an
         (in, out) kernel; ``(-4, -3, -2)`` one to every filter of a convolution (height, width, in, out).
       tau: the scale of the half-Cauchy prior of the whole array; smaller prunes more.
-      start: the log of all variances at the start.
+      start: the log of all variances at the start, where every scale is 1 and its prior is as near as that allows.
       threshold: of the negative log of the mode of a scale. In the paper it is chosen by eye, from a histogram.
 
     Raises:
@@ -75,7 +75,8 @@ class NormalJeffreys(Method):
       axes: negative axes along which a scale is shared. The default ``(-1,)`` gives one to every row, an input of an
         (in, out) kernel; ``(-4, -3, -2)`` one to every filter of a convolution (height, width, in, out).
       start: the log of all variances at the start, where scales have the mean 1.
-      threshold: of log alpha; 3 is a dropout probability of 0.95.
+      threshold: of log alpha, as in the authors' code; in the paper it is chosen by eye, from a histogram: trained
+        scales that matter lie far below it, near ``start``, and the others rise slowly.
 
     Raises:
       ValueError: for axes that the array does not have, or if groups would start at or above the threshold.
@@ -89,7 +90,7 @@ class NormalJeffreys(Method):
 
     axes: tuple[int, ...] = (-1,)
     start: float = -9.0
-    threshold: float = 3.0
+    threshold: float = -3.0
 
     def __post_init__(self) -> None:
         if not self.start < self.threshold:

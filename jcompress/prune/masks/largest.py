@@ -13,7 +13,9 @@ class Magnitude(ByScore):
     """Keep the weights of largest magnitude (Han et al. 2015, arXiv:1506.02626).
 
     The score of a weight is ``|w|``. The number of weights kept is exact, ``n - round(sparsity * n)``, and ties go
-    to the lower index. With a cubic ramp, ``optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=n)``,
+    to the lower index; so a leaf of fewer than ``0.5 / (1 - sparsity)`` weights keeps none (``.9999`` of 100): give
+    it a rule of its own, or ``scope="global"``. With a cubic ramp,
+    ``optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=n)``,
     this is gradual pruning (Zhu & Gupta 2017, arXiv:1710.01878).
 
     Attributes:

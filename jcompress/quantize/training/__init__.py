@@ -12,7 +12,7 @@ Straight-through training with ranges of each step is ``jc.simulate``. The penal
 
 from jcompress.quantize.training import dorefa
 from jcompress.quantize.training.binary import BinaryConnect, clip_values, concave_penalty
-from jcompress.quantize.training.clipped import pact, scaled_sign, sign_ste
+from jcompress.quantize.training.clipped import pact, scaled_sign, sign_ste, wrpn, xnor, xnor_input_scales
 from jcompress.quantize.training.dorefa import DoReFa
 from jcompress.quantize.training.loss_error import elq
 from jcompress.quantize.training.loss_scale import loss_scaled
@@ -43,4 +43,7 @@ __all__ = [
     "sign_ste",
     "soft_assign",
     "temper",
+    "wrpn",
+    "xnor",
+    "xnor_input_scales",
 ]

@@ -21,8 +21,8 @@ class BinaryConnect(Method):
 
     The scale is the mean magnitude of the weights that it is given, which is optimal for their signs (Rastegari et al.
     2016, arXiv:1603.05279). Put :func:`clip_values` last in the optimizer: without it weights grow where no update can
-    change their sign any more. XNOR-Net, whose scale follows the weights at every step, is
-    ``jc.simulate`` with ``Int(bits=1)``.
+    change their sign any more. XNOR-Net, whose scale follows the weights at every step, has
+    :func:`xnor` for its weights, and ``Int(bits=1)`` stores them.
 
     Attributes:
       axis: the axis that has a scale for each index; None for one scale for the whole array.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jcompress.core import Context, Method
 from jcompress.formats import FakeQuantized
 from jcompress.formats.fake_quantized import squashed
-from jcompress.numeric.surrogates import clip_outside, round_through
+from jcompress.numeric.surrogates import clip_outside, round_through, straight_through
 from jcompress.quantize import grids
 from jcompress.quantize.training.steps import spanning
 
@@ -53,12 +53,14 @@ class DoReFa(Method):
 def weight(w: jax.Array, bits: int) -> jax.Array:
     """``2 * Q(tanh(w) / (2 * max |tanh(w)|) + 1/2) - 1`` over the whole array; Q has derivative one.
 
+    One bit is ``sign(w) * mean |w|``, with the identity for derivative, as the paper has it (equation 7).
+
     Args:
       w: float array.
       bits: 1 to 8.
 
     Returns:
-      Values in [-1, 1], of the shape of ``w``.
+      Values in [-1, 1], of one bit ``mean |w|`` and its negative; of the shape of ``w``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,6 +68,8 @@ def weight(w: jax.Array, bits: int) -> jax.Array:
       >>> dorefa.weight(jnp.array([0.0, 2.0, -0.1]), bits=2).tolist()
       [0.3333333730697632, 1.0, -0.3333333134651184]
     """
+    if bits == 1:
+        return straight_through(w, (jnp.where(w >= 0, 1, -1) * jnp.mean(jnp.abs(w))).astype(w.dtype))
     return 2 * _steps(squashed(w, tuple(range(-w.ndim, 0))) / 2 + 0.5, bits) - 1
 
 

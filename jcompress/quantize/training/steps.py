@@ -86,18 +86,21 @@ def spanning(method: Any, w: jax.Array, context: Context, surrogate: Surrogate =
     return empty.project(jnp.copy(w), context.where)
 
 
-def lsq(x: jax.Array, scale: jax.Array, bits: int, signed: bool = False) -> jax.Array:
+def lsq(x: jax.Array, scale: jax.Array, bits: int, signed: bool = False, *, features: int | None = None) -> jax.Array:
     """Activations on a grid whose step is learned: ``s * round(clip(x / s, -n, p))`` (Esser et al. 2020, 1902.08153).
 
     Unsigned, ``n = 0`` and ``p = 2**bits - 1``; signed, ``n = 2**(bits - 1)`` and ``p = n - 1``. Within the grid x gets
     its gradient and the step ``g * (round(x / s) - x / s)``, beyond it x gets none and the step ``p * g`` or
-    ``-n * g``, all divided by ``sqrt(x.size * p)``. A good first step is ``2 * mean |x| / sqrt(p)``.
+    ``-n * g``, summed over x and divided by ``sqrt(N * p)`` for the N features of one example that share the step: a
+    larger batch is no reason for a smaller gradient. A good first step is ``2 * mean |x| / sqrt(p)``.
 
     Args:
       x: float array.
       scale: the step, a positive scalar or an array that broadcasts against x.
       bits: 2 to 8.
       signed: whether x has both signs.
+      features: N; by default all entries of one example, the first axis counting examples where there are two axes or
+        more, shared out among the steps.
 
     Returns:
       The activations on the grid, of the shape and dtype of ``x``.
@@ -109,11 +112,19 @@ def lsq(x: jax.Array, scale: jax.Array, bits: int, signed: bool = False) -> jax.
       [0.0, 0.25, 0.75]
     """
     n, p = ends(bits, signed)
-    scale = scaled_gradient(scale, (max(x.size, 1) / max(jnp.size(scale), 1) * p) ** -0.5)
+    scale = scaled_gradient(scale, (_features(x, scale, features) * p) ** -0.5)
     return (round_through(clip_outside(x / scale, -n, p)) * scale).astype(x.dtype)
 
 
-def lsq_plus(x: jax.Array, scale: jax.Array, offset: jax.Array, bits: int) -> jax.Array:
+def _features(x: jax.Array, scale: jax.Array, given: int | None) -> float:
+    """How many features of one example share a step."""
+    if given is not None:
+        return given
+    examples = x.shape[0] if x.ndim > 1 else 1
+    return max(x.size / max(examples, 1) / max(jnp.size(scale), 1), 1.0)
+
+
+def lsq_plus(x: jax.Array, scale: jax.Array, offset: jax.Array, bits: int, *, features: int | None = None) -> jax.Array:
     """Activations on an asymmetric grid, ``s * round(clip((x - b) / s, 0, 2**bits - 1)) + b``.
 
     The offset b is learned too: it gets the gradient of what is clipped, and none of what is not (LSQ+; Bhalgat et al.
@@ -124,6 +135,7 @@ def lsq_plus(x: jax.Array, scale: jax.Array, offset: jax.Array, bits: int) -> ja
       scale: the step, a positive scalar or an array that broadcasts against x.
       offset: the least value of the grid, likewise.
       bits: 2 to 8.
+      features: as for :func:`lsq`.
 
     Returns:
       The activations on the grid, of the shape and dtype of ``x``.
@@ -134,6 +146,6 @@ def lsq_plus(x: jax.Array, scale: jax.Array, offset: jax.Array, bits: int) -> ja
       >>> lsq_plus(jnp.array([-1.0, 0.3, 9.0]), jnp.array(0.5), jnp.array(-0.25), bits=2).tolist()
       [-0.25, 0.25, 1.25]
     """
-    factor = (max(x.size, 1) / max(jnp.size(scale), 1) * (2**bits - 1)) ** -0.5
+    factor = (_features(x, scale, features) * (2**bits - 1)) ** -0.5
     scale, offset = scaled_gradient(scale, factor), scaled_gradient(offset, factor)
     return (round_through(clip_outside((x - offset) / scale, 0, 2**bits - 1)) * scale + offset).astype(x.dtype)
