@@ -814,3 +814,18 @@ def test_the_benchmark_writes_its_rows(tmp_path):
     kernels = 2 * (12 * 12 + 12 * 12 + 12 * 12 + 48 * 48)
     assert grams["extra"]["state"] == 4 * (kernels + 12 * 12 + 2 * 4 + 1)
     assert defaults["extra"]["state"] > grams["extra"]["state"]
+
+
+def test_one_calibration_serves_methods_that_need_less():
+    """The norm of an input is the root of the diagonal of the Gram matrix."""
+    params, x = {"w": normal(0, 8, 6), "stack": normal(1, 3, 6, 6)}, normal(2, 9, 8)
+
+    def fn(p, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["w"], p["stack"])[0]
+
+    plan = jc.plan(params, [(".*", jc.quantize.GPTQ(bits=4))])
+    stats = jc.calibrate(fn, params, [x], plan)
+    assert stats["w"].square is None
+    wanda = jc.plan(params, [(".*", jc.prune.Wanda(sparsity=0.5))])
+    own = jc.compress(params, wanda, stats=jc.calibrate(fn, params, [x], wanda))
+    jax.tree.map(np.testing.assert_array_equal, jc.compress(params, wanda, stats=stats), own)

@@ -344,3 +344,28 @@ def test_cost_charges_what_accelerate_lists_in_the_zoo(name):
     charged = {row.path for row in jc.trace.cost(model.fn, model.params, *args).rows if row.multiply_adds}
     rows = jc.accelerate(model.fn).report(model.params, *args).rows
     assert charged | CHEAPER.get(name, set()) == {path for row in rows for path in row.path.split(", ")}
+
+
+@pytest.mark.parametrize("n", [12, 16])
+def test_fourier_transforms_are_counted_as_xla_counts_them(n):
+    def fn(p, x):
+        h = jnp.tanh(x @ p["up"])
+        y = jnp.fft.irfft(jnp.fft.rfft(h, n=n, axis=1) * jnp.fft.rfft(p["filter"], n=n, axis=0), n=n, axis=1)
+        return jnp.fft.fft2(y[:, : h.shape[1]]).real @ p["down"]
+
+    p = {"up": jnp.ones((5, 8)), "filter": jnp.ones((6, 8)), "down": jnp.ones((8, 2))}
+    x = jnp.ones((3, 6, 5))
+    found = jc.trace.cost(fn, p, x)
+    assert found.flops == jax.jit(fn).lower(p, x).cost_analysis()["flops"]
+    log, half = n.bit_length() - 1, n // 2 + 1
+    entries = 3 * n * 8 + n * 8 + 3 * half * 8  # two transforms of real numbers, and one back
+    assert found.product_multiply_adds == 4 * log * entries + 4 * (2 * 3) * 3 * 6 * 8
+    assert found.notes == ()
+
+
+def test_what_is_not_counted_is_named():
+    def fn(p, x):
+        return jnp.linalg.solve(p["a"] @ p["a"].T + jnp.eye(4), x)
+
+    notes = jc.trace.cost(fn, {"a": jnp.ones((4, 4))}, jnp.ones((4, 2))).notes
+    assert any("'lu': its products are not counted" in note for note in notes)

@@ -308,3 +308,28 @@ def test_remat_and_branches_keep_their_kind(rng):
 def test_errors_name_what_was_found(known, message):
     with pytest.raises(ValueError, match=message):
         jc.quantize.activations(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}, **known)
+
+
+@pytest.mark.parametrize("method", [
+    jc.factorize.SVD(rank=2),
+    jc.residual(jc.quantize.Int(4), jc.factorize.SVD(rank=1)),
+    jc.chain(jc.factorize.SVD(rank=2), jc.quantize.Int(8)),
+])  # fmt: skip
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_factor_for_all_layers_of_a_scan(method, transposed):
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 8, 8)) * 0.3}
+    x = jax.random.normal(jax.random.key(1), (5, 8))
+
+    def fn(p, x):
+        turn = lambda h, w: (jnp.tanh(h @ (w.T if transposed else w)), None)  # noqa: E731
+        return jax.lax.scan(turn, x, p["w"])[0]
+
+    tree = jc.compress(params, jc.plan(params, [("w", method)]))
+    fast = jc.accelerate(fn)
+    np.testing.assert_allclose(fast(tree, x), fn(jc.materialize(tree), x), rtol=1e-5, atol=1e-5)
+    assert min(min(row.shape) for row in fast.report(tree, x).rows) < 8
+    over_outputs = lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"].transpose(2, 1, 0))[1]  # noqa: E731
+    np.testing.assert_allclose(
+        jc.accelerate(over_outputs)(tree, jnp.ones((5, 8))), over_outputs(jc.materialize(tree), jnp.ones((5, 8))),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip

@@ -216,7 +216,7 @@ class Integers:
 
     def _with_codes(self, product: Product, w: Weight) -> Weight:
         """A dense weight with codes made for it."""
-        if w.scale is not None or self.weight_bits is None:
+        if w.scale is not None or self.weight_bits is None or not jnp.issubdtype(w.values.dtype, jnp.floating):
             return w
         wide = w.values.astype(jnp.float32)
         largest = jnp.max(jnp.abs(lax.stop_gradient(wide)), product.contracted, keepdims=True, initial=0.0)
@@ -225,13 +225,14 @@ class Integers:
 
 
 def _float(product: Product, x: jax.Array, w: Weight) -> jax.Array:
-    return product.apply(x, w.dense().astype(x.dtype))
+    return product.apply(x, w.dense())
 
 
 def _not_integers(product: Product, w: Weight, bits: int) -> str:
     """Why the weight has no codes for this product, if it has none."""
     if w.scale is None:
-        return w.note or "the weight has no codes"
+        is_real = jnp.issubdtype(w.values.dtype, jnp.floating)
+        return w.note or ("the weight has no codes" if is_real else f"there are no codes of {w.values.dtype}")
     if not w.has_scale_of_outputs(product):
         return "its scales vary along the contraction"
     if w.bits is None:

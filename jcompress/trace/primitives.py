@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend import core as jax_core
 
 from jcompress.trace.core import bodies, loops
-from jcompress.trace.core.contraction import Convolution, Dot
+from jcompress.trace.core.contraction import Convolution, Dot, Ragged
 from jcompress.trace.core.kinds import Collective, Contraction, Flow, Lookup, Opaque
 from jcompress.trace.core.layouts import (
     BROADCAST,
@@ -65,7 +65,7 @@ def row(eqn: jax_core.JaxprEqn) -> Row:
     return ROWS.get(eqn.primitive.name, UNREAD)
 
 
-UNREAD = Row(Rule(), Opaque())
+UNREAD = Row(Rule(), Opaque(), ops.UNKNOWN)
 
 _plain = Elementwise()
 _moved = Row(Identity(), SAME, ops.NONE)
@@ -76,7 +76,7 @@ _call, _scan, _while, _cond = bodies.Call(), loops.Scan(), loops.While(), loops.
 _remat, _mesh, _custom = bodies.Remat(), bodies.ShardMap(), bodies.Custom()
 _window = Row(moves.Window(), Opaque(), ops.window)
 _observed = Row(calls.Observed(), Opaque(), ops.NONE)
-_matrices = Row(linear.Matrices(), Opaque())
+_matrices = Row(linear.Matrices(), Opaque(), ops.UNKNOWN)
 _drawn = Row(joins.Drawn(), Opaque())
 
 
@@ -114,7 +114,8 @@ ROWS: dict[str, Row] = {
     **_each("mul and", zero="any"),
     **_each("div", zero="first"),
     **_each("select_n", zero="cases"),
-    **_each("complex imag real", count=ops.NONE),
+    **_each("complex", count=ops.NONE),
+    **_each("imag real"),
     **_each("integer_pow", count=ops.power),
     **_each("acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf exp exp2 expm1 log", count=ops.TRANSCENDENTAL),
     **_each("log1p pow rsqrt sin sinh sqrt tan tanh", count=ops.TRANSCENDENTAL),
@@ -124,7 +125,7 @@ ROWS: dict[str, Row] = {
     **_each("erfc", count=ops.each(60, 1)),
     **_each("digamma", count=ops.each(73, 1)),
     **_each("igamma_grad_a mulhi polygamma random_gamma_grad regularized_incomplete_beta zeta"),
-    "convert_element_type": Row(_plain, Cast()),
+    "convert_element_type": Row(_plain, Cast(), ops.conversion),
     # What stays as it is, laid out anew
     **_all("copy copy_p device_put mesh_cast name optimization_barrier pcast pvary reshard", _moved),
     **_all("layout_constraint sharding_constraint stop_gradient with_memory_space_constraint", _moved),
@@ -147,7 +148,7 @@ ROWS: dict[str, Row] = {
     # Products
     "dot_general": _product(sums.Dot(), Dot, meetings.of_dot),
     "conv_general_dilated": _product(sums.Convolution(), Convolution, meetings.of_convolution),
-    "ragged_dot_general": Row(sums.RaggedDot(), Flow()),
+    "ragged_dot_general": _product(sums.RaggedDot(), Ragged, meetings.of_ragged),
     # Over an axis
     "reduce_sum": _reduce(lambda total, x, n: total + x * jnp.asarray(n, x.dtype), neutral=True),
     "reduce_max": _reduce(lambda total, x, n: jnp.maximum(total, x)),
@@ -162,7 +163,7 @@ ROWS: dict[str, Row] = {
     "sort": Row(moves.Along("dimension"), Flow(), ops.order),
     "top_k": _along("axis", count=ops.order),
     "approx_top_k": _along("reduction_dimension", count=ops.order),
-    "fft": _along(lambda params: range(-len(params["fft_lengths"]), 0)),
+    "fft": _along(lambda params: range(-len(params["fft_lengths"]), 0), count=ops.fourier),
     **_all("reduce_window_max reduce_window_min reduce_window_sum", _window),
     "reduce_window": Row(_unread, Opaque(), ops.window),
     # At places that are computed
@@ -183,12 +184,12 @@ ROWS: dict[str, Row] = {
     # Linear algebra, and what talks to the outside
     **_all("cholesky eig eigh hessenberg householder_product lu qr schur svd tridiagonal", _matrices),
     "lu_pivots_to_permutation": Row(linear.Matrices(trailing=1), Opaque()),
-    "triangular_solve": Row(linear.Solve(), Opaque()),
-    "tridiagonal_solve": Row(linear.Solve(trailing=1), Opaque()),
-    "custom_linear_solve": Row(linear.LinearSolve(), Opaque()),
+    "triangular_solve": Row(linear.Solve(), Opaque(), ops.UNKNOWN),
+    "tridiagonal_solve": Row(linear.Solve(trailing=1), Opaque(), ops.UNKNOWN),
+    "custom_linear_solve": Row(linear.LinearSolve(), Opaque(), ops.UNKNOWN),
     **_all("check debug_callback debug_print dce_sink inspect_sharding", _observed),
     "io_callback": Row(calls.Callback(), Opaque(), ops.NONE),
-    "pure_callback": Row(Rule(), Opaque(), ops.NONE),
+    "pure_callback": Row(Rule(), Opaque(), ops.UNKNOWN),
     "create_token": Row(Rule(), Opaque(), ops.NONE),
     # Between devices
     **_all("pmax pmin psum psum2 psum_invariant", _summed_over_devices),

@@ -184,6 +184,36 @@ class Dot(Product):
 
 
 @dataclasses.dataclass(frozen=True)
+class Ragged(Dot):
+    """A dot product whose rows are in groups, each with a weight of its own: tokens sorted by their experts."""
+
+    @classmethod
+    def of(cls, eqn: jax_core.JaxprEqn, side: int = 1) -> Ragged:
+        """That of an equation."""
+        return cls(eqn, side, _numbers(eqn))
+
+    @property
+    def obstacle(self) -> str:
+        return "its rows are in groups, each with a weight of its own"
+
+    @property
+    def grouped(self) -> tuple[int, ...]:
+        """Axes of the second operand that count groups; none where rows of a group are summed, as in a derivative."""
+        return tuple(self.eqn.params["ragged_dot_dimension_numbers"].rhs_group_dimensions)
+
+    def multiply_adds(self, padding: bool = True) -> int:
+        # Each row meets one group only.
+        groups = walk.aval(self.eqn.invars[2]).shape[-1] if not self.grouped else 1
+        return super().multiply_adds(padding) // max(groups, 1)
+
+    def outputs(self, dim: int) -> int | None:
+        free = super().outputs(dim)
+        if self.side == 0 or dim in self.grouped or free is None:
+            return free if self.side == 0 else None
+        return free - sum(d < dim for d in self.grouped)
+
+
+@dataclasses.dataclass(frozen=True)
 class Convolution(Product):
     """A convolution whose kernel is the weight; one scale for each output channel and each example.
 
@@ -292,5 +322,6 @@ def _size(v: Any) -> int:
 
 
 def _numbers(eqn: jax_core.JaxprEqn) -> Numbers:
-    contract, batch = eqn.params["dimension_numbers"]
+    ragged = eqn.params.get("ragged_dot_dimension_numbers")
+    contract, batch = eqn.params["dimension_numbers"] if ragged is None else ragged.dot_dimension_numbers
     return (tuple(contract[0]), tuple(contract[1])), (tuple(batch[0]), tuple(batch[1]))

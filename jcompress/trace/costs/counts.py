@@ -16,6 +16,7 @@ from jcompress.trace.core.bodies import Bodies
 from jcompress.trace.core.flow import Body, Step
 from jcompress.trace.core.kinds import Contraction, weight_side
 from jcompress.trace.core.views import parameters
+from jcompress.trace.costs import operations as ops
 from jcompress.trace.costs.tables import Cost, CostRow, weight_bits
 
 
@@ -130,6 +131,11 @@ def _count(body: Body, times: float, tally: _Tally) -> None:
         if isinstance(step.flow, Contraction):
             tally.product(step, step.flow, times)
         plain, transcendental = step.row.count(step.eqn)
+        if step.row.count is ops.fourier:
+            tally.between += plain / 2 * times
+        if step.row.count is ops.UNKNOWN:
+            name = step.eqn.primitive.name
+            tally.notes[f"{name!r}: its products are not counted, only its results, one operation each"] = None
         tally.flops += plain * times
         tally.transcendentals += transcendental * times
 

@@ -34,6 +34,8 @@ def each(plain: int = 1, transcendental: int = 0) -> Count:
 ONE = each()
 NONE = each(0)
 TRANSCENDENTAL = each(0, 1)
+UNKNOWN = each()
+"""One for each entry of the results, for want of better: what is counted so is named."""
 
 
 def power(eqn: jax_core.JaxprEqn) -> tuple[int, int]:
@@ -67,3 +69,15 @@ def order(eqn: jax_core.JaxprEqn) -> tuple[int, int]:
 def updates(eqn: jax_core.JaxprEqn) -> tuple[int, int]:
     """One for each entry that is written."""
     return _size(eqn.invars[2]), 0
+
+
+def fourier(eqn: jax_core.JaxprEqn) -> tuple[int, int]:
+    """Eight, four multiply-adds, for each entry and each power of two in a transform's length."""
+    return 8 * _read(eqn) * math.prod(n.bit_length() - 1 for n in eqn.params["fft_lengths"]), 0
+
+
+def conversion(eqn: jax_core.JaxprEqn) -> tuple[int, int]:
+    """One for each entry; a complex number is made of two and costs nothing, as a padding value is."""
+    made: Any = eqn.outvars[0].aval
+    is_made = made.dtype.kind == "c" and not made.shape
+    return (0 if is_made else _made(eqn)), 0

@@ -59,7 +59,8 @@ class Cost:
       rows: one :class:`CostRow` a parameter, in the order of the tree.
       flops: all operations of the dense function but transcendental ones, as XLA's cost analysis counts them.
       transcendentals: exponentials, roots and the like.
-      product_multiply_adds: of products between activations, such as attention scores; in no row.
+      product_multiply_adds: of products between activations, such as attention scores, and of Fourier transforms; in
+        no row.
       notes: what was counted in a way that a reader should know.
 
     Example:

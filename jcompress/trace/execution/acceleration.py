@@ -58,12 +58,14 @@ class WeightsOnly:
     def multiply(self, product: Product, x: jax.Array, w: Weight, axes: tuple[int, ...]) -> tuple[jax.Array, str]:
         """The product, and how it was made."""
         if not w.has_scale_of_outputs(product):
-            return product.apply(x, w.dense().astype(x.dtype)), w.told("dense", product)
-        if w.bits is not None and w.bits > _exact_bits(x.dtype):
-            return product.apply(x, w.dense().astype(x.dtype)), f"dense: {x.dtype} holds no codes of {w.bits} bits"
+            return product.apply(x, w.dense()), w.told("dense", product)
+        both = jnp.promote_types(x.dtype, w.dtype)
+        if w.bits is not None and w.bits > _exact_bits(both):
+            return product.apply(x, w.dense()), f"dense: {both} holds no codes of {w.bits} bits"
         assert w.scale is not None
-        y = product.apply(x, w.levels(x.dtype), jnp.float32, product.eqn.params["precision"])
-        scale = product.of_weight(w.scale.array, x.ndim).astype(jnp.float32)
+        wide = jnp.promote_types(product.dtype, jnp.float32)
+        y = product.apply(x, w.levels(both), wide, product.eqn.params["precision"])
+        scale = product.of_weight(w.scale.array, x.ndim).astype(wide)
         return (y * scale).astype(product.dtype), f"{w.values.dtype} levels, scaled after the product"
 
 

@@ -165,7 +165,7 @@ class _Run:
             w = dense(values[side])
             reason = product.obstacle or f"it meets an activation of dtype {x.dtype}"
             self._told(step, _path(step.ins[side]), w, f"dense: {reason}")
-            return walk.bind(step.eqn, [w if i == side else x for i in (0, 1)])[0]
+            return walk.bind(step.eqn, [*((x, w) if side else (w, x)), *map(dense, values[2:])])[0]
         return self._multiplied(step, product, x, values[side], step.ins[side])
 
     def _told(self, step: Step, path: str, w: Any, how: str) -> None:

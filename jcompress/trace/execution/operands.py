@@ -56,9 +56,17 @@ class Factors:
             return None
         return [Factors(u, self.v, out=out - n) for u in self.u.laid_out(step) or []] or None
 
-    def stacked(self) -> Factors:
-        """As for :class:`Weight`."""
-        return Factors(self.u.stacked(), self.v.stacked(), out=self.out)
+    def stacked(self) -> Factors | Weight:
+        """As for :class:`Weight`; where the rank takes the place of the layers, it is dense."""
+        n, u = len(self.u.values), self.u
+        if self.out == -u.values.ndim:
+            dense = Weight(self.dense(), dtype=u.dtype, path=u.path, note="LowRank whose outputs are the layers")
+            return dense.stacked()
+        if self.v.values.ndim == u.values.ndim:
+            return Factors(u.stacked(), self.v.stacked(), out=self.out)
+        # One factor for all layers: each turn takes it as it is.
+        shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), self.v)
+        return Factors(u.stacked(), shared, out=self.out)
 
     def product(self, product: Product, x: jax.Array, multiply: Multiply) -> jax.Array:
         """The product with an activation."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
+from jcompress.trace.core import walk
 from jcompress.trace.core.layouts import forward, regroup
 from jcompress.trace.core.views import Atom, Atoms, View
 
@@ -61,6 +62,8 @@ class Meeting(NamedTuple):
       x: labels of the axes of the activation, once it is laid out.
       y: labels of the axes of the product.
       laid_out: the activation with axes as ``x`` says, from itself.
+      places: for each axis of the activation, once it is laid out, the axis of the product at the same positions.
+      rows: the axis of the product whose positions are in groups, each of which meets another position of ``lead``.
       is_derived: whether it was made for this product, as patches are.
     """
 
@@ -71,6 +74,8 @@ class Meeting(NamedTuple):
     free: Atoms
     x: tuple[Atoms | None, ...]
     y: tuple[Atoms | None, ...]
+    places: tuple[int | None, ...]
+    rows: int | None = None
     laid_out: Callable[[Any], Any] = lambda x: x
     is_derived: bool = False
 
@@ -171,7 +176,32 @@ def of_dot(eqn: jax_core.JaxprEqn, view: View, side: int) -> Meeting:
     ours = _of_copies([view.dims[d] for d in free])
     theirs: list[Atoms | None] = [None] * (other.ndim - len(xc) - len(xb))
     y = (*(view.dims[d] for d in wb), *(ours + theirs if side == 0 else theirs + ours))
-    return Meeting(view, (), _atoms(view, wc), _atoms(view, wb), _atoms(view, free), tuple(x), y)
+    kept = [d for d in range(other.ndim) if d not in xc and d not in xb]
+    before = len(wb) + (len(ours) if side == 0 else 0)
+    at = dict(zip((*xb, *kept), (*range(len(wb)), *range(before, before + len(kept))), strict=True))
+    places = tuple(at.get(d) for d in range(other.ndim))
+    return Meeting(view, (), _atoms(view, wc), _atoms(view, wb), _atoms(view, free), tuple(x), y, places)
+
+
+def of_ragged(eqn: jax_core.JaxprEqn, view: View, side: int) -> Meeting:
+    """The meeting in a dot product of rows in groups with a kernel for each group."""
+    numbers, offset = eqn.params["ragged_dot_dimension_numbers"], eqn.params["group_offset"]
+    contract, batch = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    sizes: Any = eqn.invars[2].aval
+    is_plain = side == 1 and len(groups) == 1 and not batch[0] and offset is None and sizes.ndim == 1
+    if not is_plain:
+        raise UnreadError("it is in a ragged product of another kind than rows in groups, each with its own kernel")
+    (row,), (expert,), other = numbers.lhs_ragged_dimensions, groups, walk.aval(eqn.invars[0])
+    x: list[Atoms | None] = [None] * other.ndim
+    for labels, its in zip(_of_copies([view.dims[d] for d in contract[1]]), contract[0], strict=True):
+        x[its] = labels
+    free = [d for d in range(len(view.dims)) if d != expert and d not in contract[1]]
+    kept = [d for d in range(other.ndim) if d not in contract[0]]
+    y = (*[None] * len(kept), *_of_copies([view.dims[d] for d in free]))
+    lead, places = _atoms(view, [expert]), tuple(kept.index(d) if d in kept else None for d in range(other.ndim))
+    inputs, outputs = _atoms(view, contract[1]), _atoms(view, free)
+    return Meeting(view, (), inputs, lead, outputs, tuple(x), y, places, rows=kept.index(row), is_derived=True)
 
 
 def _atoms(view: View, dims: Sequence[int]) -> Atoms:
@@ -192,12 +222,15 @@ def of_convolution(eqn: jax_core.JaxprEqn, view: View, side: int) -> Meeting:
     if grouped is None:
         raise UnreadError(f"its {groups} groups do not divide the runs of its output axis")
     lead, free = grouped if groups > 1 else ((), out)
-    *places, inputs = _of_copies([view.dims[d] for d in (*window, in_dim)])
-    x = (*[None] * (1 + len(window)), *places, (*lead, *(inputs or ())))
+    *taps, inputs = _of_copies([view.dims[d] for d in (*window, in_dim)])
+    x = (*[None] * (1 + len(window)), *taps, (*lead, *(inputs or ())))
     y: list[Atoms | None] = [None] * len(view.dims)
     y[numbers.out_spec[1]] = (*lead, *(_of_copies([free])[0] or ()))
     dims, laid_out = tuple(_atoms(view, [d]) for d in window), functools.partial(_patches, eqn)
-    return Meeting(view, dims, _atoms(view, [in_dim]), _own(lead), _own(free), x, tuple(y), laid_out, is_derived=True)
+    places = (numbers.out_spec[0], *numbers.out_spec[2:], *[None] * (1 + len(window)))
+    return Meeting(
+        view, dims, _atoms(view, [in_dim]), _own(lead), _own(free), x, tuple(y), places, None, laid_out, is_derived=True
+    )
 
 
 def _patches(eqn: jax_core.JaxprEqn, x: Any) -> Any:
@@ -231,16 +264,24 @@ def _arranged(x: Any, labels: Sequence[Label], lead: Atoms) -> tuple[Any, list[i
     return x, list(range(batch)), list(range(batch, batch + len(positions))), math.prod(a.size for a in rest)
 
 
-def moments(x: Any, labels: Sequence[Label], lead: Atoms, names: frozenset[str]) -> dict[str, jax.Array]:
-    """Sums over all positions of an activation, each with the leading axes ``lead`` and then ``k`` or nothing."""
+def moments(
+    x: Any, labels: Sequence[Label], lead: Atoms, names: frozenset[str], weight: Any = None
+) -> dict[str, jax.Array]:
+    """Sums over all positions of an activation, each with the leading axes ``lead`` and then ``k`` or nothing.
+
+    A weight has the shape of ``x``, and is the same for all features of a position.
+    """
     x, batch, positions, k = _arranged(x, labels, lead)
-    wide = x.astype(jnp.float32)
-    head = tuple(a.size for a in lead)
+    counts = None if weight is None else _arranged(weight, labels, lead)[0]
+    wide, head = _counted(x, counts), tuple(a.size for a in lead)
     found: dict[str, Any] = {"count": jnp.full(head, math.prod(x.shape[i] for i in positions), jnp.uint32)}
+    if counts is not None:
+        one = counts[(..., *[0] * (x.ndim - len(batch) - len(positions)))]
+        found["count"] = jnp.broadcast_to(_sum_of(True, one, positions), head)
     if "gram" in names:
         dims = ((positions, positions), (batch, batch))
         gram = lax.dot_general(
-            wide,
+            _times(wide, counts),
             wide,
             dims,
             precision=lax.Precision.HIGHEST,
@@ -249,15 +290,34 @@ def moments(x: Any, labels: Sequence[Label], lead: Atoms, names: frozenset[str])
         )
         found["gram"] = gram.reshape(*head, k, k)
     each = {
-        "sum": lambda: wide.sum(positions),
-        "square": lambda: jnp.square(wide).sum(positions),
+        "sum": lambda: _times(wide, counts).sum(positions),
+        "square": lambda: _times(jnp.square(wide), counts).sum(positions),
         "absmax": lambda: jnp.abs(wide).max(positions, initial=0),
-        "zeros": lambda: (x == 0).sum(positions, dtype=jnp.uint32),
+        "zeros": lambda: _sum_of(x == 0, counts, positions),
     }
     found |= {name: make().reshape(*head, k) for name, make in each.items() if name in names}
     if "histogram" in names:
-        found["histogram"] = _histogram(wide.reshape(math.prod(head), -1)).reshape(*head, -1)
+        rows = (math.prod(head), -1)
+        weights = None if counts is None else counts.reshape(rows)
+        found["histogram"] = _histogram(wide.reshape(rows), weights).reshape(*head, -1)
     return found
+
+
+def _counted(x: Any, counts: Any) -> Any:
+    """An activation in float32, 0 where it does not count, whatever stands there."""
+    wide = x.astype(jnp.float32)
+    return wide if counts is None else jnp.where(counts > 0, wide, 0)
+
+
+def _times(x: Any, counts: Any) -> Any:
+    return x if counts is None or counts.dtype == bool else x * counts
+
+
+def _sum_of(hits: Any, counts: Any, axes: Sequence[int]) -> Any:
+    """How many there are, or what those weigh that count: uint32 of positions, float32 of weights."""
+    if counts is None or counts.dtype == bool:
+        return (hits if counts is None else hits & counts).sum(axes, dtype=jnp.uint32)
+    return jnp.where(hits, counts, 0).sum(axes, dtype=jnp.float32)
 
 
 def _out_sharding(x: Any, batch: list[int], positions: list[int]) -> dict[str, Any]:
@@ -272,26 +332,36 @@ def _out_sharding(x: Any, batch: list[int], positions: list[int]) -> dict[str, A
     return {"out_sharding": jax.sharding.NamedSharding(sharding.mesh, out)}
 
 
-def _histogram(x: jax.Array) -> jax.Array:
+def _histogram(x: jax.Array, counts: jax.Array | None) -> jax.Array:
     """How many magnitudes (rows, n) fall into each bin (rows, bins); zeros fall into none."""
     low, high = OCTAVES
     bins = (high - low) * BINS_PER_OCTAVE
     place = jnp.floor((jnp.log2(jnp.abs(x)) - low) * BINS_PER_OCTAVE)
     place = jnp.where(x == 0, bins, jnp.clip(place, 0, bins - 1)).astype(jnp.int32)
-    rows = jnp.arange(x.shape[0])[:, None]
-    counts = jnp.zeros((x.shape[0], bins), jnp.uint32).at[rows, place].add(1, mode="drop")
-    return counts.astype(jnp.float32)
+    rows, each = jnp.arange(x.shape[0])[:, None], jnp.uint32(1) if counts is None else counts * 1
+    found = jnp.zeros((x.shape[0], bins), each.dtype).at[rows, place].add(each, mode="drop")
+    return found.astype(jnp.float32)
 
 
-def of_outputs(y: Any, labels: Sequence[Label], lead: Atoms) -> dict[str, jax.Array]:
+def of_outputs(y: Any, labels: Sequence[Label], lead: Atoms, weight: Any = None) -> dict[str, jax.Array]:
     """Sums over all positions of a product, by output channel."""
     y, _, positions, n = _arranged(y, labels, lead)
-    wide, shape = y.astype(jnp.float32), (*(a.size for a in lead), n)
+    counts = None if weight is None else _arranged(weight, labels, lead)[0]
+    wide, shape = _counted(y, counts), (*(a.size for a in lead), n)
     return {
-        "output_sum": wide.sum(positions).reshape(shape),
-        "output_square": jnp.square(wide).sum(positions).reshape(shape),
+        "output_sum": _times(wide, counts).sum(positions).reshape(shape),
+        "output_square": _times(jnp.square(wide), counts).sum(positions).reshape(shape),
         "output_absmax": jnp.abs(wide).max(positions, initial=0).reshape(shape),
     }
+
+
+def spread(met: Meeting, weight: Any, x: Any) -> Any:
+    """The weight of each position, of 1 or more along the axes of a product, as one of the activation laid out."""
+    order = [place for place in met.places if place is not None]
+    moved = weight.transpose(*order, *(d for d in range(weight.ndim) if d not in order))
+    sizes = iter(moved.shape)
+    shape = [1 if place is None else next(sizes) for place in met.places]
+    return jnp.broadcast_to(moved.reshape(shape), x.shape)
 
 
 def of_gather(eqn: jax_core.JaxprEqn, view: View) -> Meeting:
@@ -308,7 +378,7 @@ def of_gather(eqn: jax_core.JaxprEqn, view: View) -> Meeting:
     if len(atoms) != 1 or not view.is_whole(atoms[0]) or atoms[0].step < 0:
         raise UnreadError("a part of it is indexed")
     free = _atoms(view, [d for d in range(len(shape)) if d != dim])
-    return Meeting(view, (), atoms, (), free, (), ())
+    return Meeting(view, (), atoms, (), free, (), (), ())
 
 
 def rows_read(eqn: jax_core.JaxprEqn, met: Meeting, indices: Any) -> tuple[Use, jax.Array]:

@@ -57,7 +57,7 @@ def _product(step: Step, values: list[Any], y: Any, tape: Tape) -> None:
     for side in (0, 1):
         views = [view for view, its in roles.weights(step) if its == side]
         for view, z in zip(views, _apart(step, side, y) if views else (), strict=True):
-            tape.product(step, view, side, values[1 - side], z)
+            tape.product(step, view, side, values, z)
 
 
 def _apart(step: Step, side: int, y: Any) -> list[Any]:

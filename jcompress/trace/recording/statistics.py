@@ -60,7 +60,7 @@ class Stats:
       gram: float32 (..., k, k), the sum of ``x x^T``, computed in float32 at the highest precision.
       count: uint32 (...), the number of positions. Padding of a convolution counts as zeros.
       sum: float32 (..., k).
-      square: float32 (..., k), the sum of squares; ``norm`` is its root.
+      square: float32 (..., k), the sum of squares; ``norm`` is its root, or that of the diagonal of ``gram``.
       absmax: float32 (..., k).
       zeros: uint32 (..., k), how many were exactly 0.
       histogram: float32 (..., 320), how many magnitudes of all ``k`` features lay in each eighth of an octave from
@@ -102,6 +102,8 @@ class Stats:
     @property
     def norm(self) -> Any:
         """Float32 (..., k): the Euclidean norm of each feature over all positions."""
+        if self.square is None and self.gram is not None:
+            return jnp.sqrt(jnp.diagonal(self.gram, axis1=-2, axis2=-1))
         return None if self.square is None else jnp.sqrt(self.square)
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +69,64 @@ class Found:
         self.unread.setdefault(path, reason)
 
 
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """One product of which moments are taken.
+
+    Attributes:
+      met: how the parameter stands in it.
+      use: where it is counted.
+      part: the free atoms, if they are not all there are.
+      names: of the moments.
+      x: the activation.
+      y: the product.
+      sizes: of the groups that its rows are in, one for each position of the leading axis; or None.
+    """
+
+    met: Meeting
+    use: Use
+    part: Atoms | None
+    names: frozenset[str]
+    x: Any
+    y: Any
+    sizes: Any = None
+
+    def moments(self) -> Moments:
+        """Of the activation."""
+        x = self.met.laid_out(self.x)
+        seen, labels = meetings.split(x, self.met.x, jnp.sum)
+
+        def once(lead: Atoms, weight: Any) -> Moments:
+            if weight is not None:
+                weight, _ = meetings.split(meetings.spread(self.met, weight, x), self.met.x, jnp.max)
+            return meetings.moments(seen, labels, lead, self.names, weight)
+
+        return self._each(once)
+
+    def outputs(self) -> Moments:
+        """Of the product."""
+        if self.part is not None or "outputs" not in self.names:
+            return {}
+        seen, labels = meetings.split(self.y, self.met.y, meetings.first)
+
+        def once(lead: Atoms, weight: Any) -> Moments:
+            if weight is not None:
+                weight, _ = meetings.split(jnp.broadcast_to(weight, self.y.shape), self.met.y, meetings.first)
+            return meetings.of_outputs(seen, labels, lead, weight)
+
+        return self._each(once)
+
+    def _each(self, once: Callable[[Atoms, Any], Moments]) -> Moments:
+        """Once, or for each group of rows: one after the other, so that no activation is copied for each."""
+        row = self.met.rows
+        if row is None:
+            return once(self.use.lead, None)
+        ends = jnp.cumsum(self.sizes)
+        group = jnp.searchsorted(ends, jnp.arange(self.y.shape[row]), side="right")
+        group = group.reshape([-1 if d == row else 1 for d in range(self.y.ndim)])
+        return jax.lax.map(lambda i: once((), group == i), jnp.arange(len(self.sizes)))
+
+
 class Tape:
     """What was recorded in one body: moments by use."""
 
@@ -82,9 +140,9 @@ class Tape:
         """Count moments under a use."""
         self.moments[use] = merge(self.moments[use], moments) if use in self.moments else moments
 
-    def product(self, step: Step, view: View, side: int, x: Any, y: Any) -> None:
-        """Record that a parameter meets ``x`` and gives ``y``."""
-        path, flow, other = view.path, step.flow, step.ins[1 - side]
+    def product(self, step: Step, view: View, side: int, values: Sequence[Any], y: Any) -> None:
+        """Record that a parameter, operand ``side`` of the values, meets the other operand and gives ``y``."""
+        path, flow, other, x = view.path, step.flow, step.ins[1 - side], values[1 - side]
         assert isinstance(flow, Contraction)
         names = self.found.wanted.get(path, frozenset())
         self.found.meets(view, other)
@@ -96,31 +154,26 @@ class Tape:
             self.found.reads(met, met.contracted)
             if names:
                 use = dataclasses.replace(use, shards=tuple(sorted(shards([other]))))
-                self._count(x, y, met, use, part, names, id(step.eqn) if met.is_derived else 0)
+                of = Recorded(met, use, part, self._affordable(met, use, names), x, y, *values[2:])
+                self._count(of, id(step.eqn) if met.is_derived else 0)
         except UnreadError as reason:
             self.found.cannot(path, str(reason))
 
-    def _count(
-        self, x: Any, y: Any, met: Meeting, use: Use, part: Atoms | None, names: frozenset[str], site: int
-    ) -> None:
-        if part is not None:
+    def _count(self, of: Recorded, site: int) -> None:
+        x, use = of.x, of.use
+        if of.part is not None:
             # Parts of the outputs that meet one activation (the gates of a cell) are one use, not several.
             parts = self._parts.setdefault(use, {})
             known = any(id(x) in ids for ids in parts.values())
-            parts.setdefault(part, set()).add(id(x))
+            parts.setdefault(of.part, set()).add(id(x))
             self._same[id(x)] = (x, {})
             if known:
                 return
-        names = self._affordable(met, use, names)
         # Kernels that read one activation (queries, keys and values) share its moments.
-        key = (id(x), site, met.x, use.lead, names)
+        key = (id(x), site, of.met.x, use.lead, of.names)
         if key not in self._same:
-            seen = meetings.split(met.laid_out(x), met.x, jnp.sum)
-            self._same[key] = (x, meetings.moments(*seen, use.lead, names))
-        outputs = {}
-        if part is None and "outputs" in names:
-            outputs = meetings.of_outputs(*meetings.split(y, met.y, meetings.first), use.lead)
-        self.add(use, self._same[key][1] | outputs)
+            self._same[key] = (x, of.moments())
+        self.add(use, self._same[key][1] | of.outputs())
 
     def _affordable(self, met: Meeting, use: Use, names: frozenset[str]) -> frozenset[str]:
         k = math.prod(a.size for a in met.contracted if a not in use.lead)
