@@ -65,6 +65,31 @@ def row(eqn: jax_core.JaxprEqn) -> Row:
     return ROWS.get(eqn.primitive.name, UNREAD)
 
 
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(" ".join(lines).split())
+
+
+CARRIED = _words(
+    # numbers and their precision
+    "accuracy algorithm bit_width dtype exponent_bits fft_type impl index_dtype input_dtype log_space mantissa_bits",
+    "new_dtype out_dtype precision preferred_element_type rounding_method weak_type",
+    # order along an axis that stays whole
+    "aggregate_to_topk conjugate_a indices_are_sorted is_max_k is_stable k lower num_keys permutation_size",
+    "perturb_singular recall_target reduction_input_size_override reverse transpose_a unique_indices unit_diagonal",
+    # what linear algebra gives beside
+    "compute_left_eigenvectors compute_right_eigenvectors compute_schur_vectors compute_uv enable_eigvec_derivs",
+    "full_matrices implementation pivoting select_callable sort_eig_vals sort_eigenvalues subset_by_index use_magma",
+    # devices
+    "axis_size check_vma concrete_mesh context_mesh copy_semantics devices dst_sharding layout mesh out_sharding",
+    "perm sharding srcs unconstrained_dims",
+    # how and under which name it is compiled, and derivatives, which its rule takes whole
+    "attributes bwd callback compiler_options_kvs ctx_mesh differentiated donated_invars effect fwd_jaxpr_thunk",
+    "in_layouts in_shardings in_tree inline jvp_jaxpr_fun keep_unused name num_consts ordered out_layouts",
+    "out_shardings out_tree out_trees partitioned policy prevent_cse result_avals rule unroll update_consts",
+    "update_jaxpr version",
+)
+"""Parameters that move no entry and change no axis: they stay as they are when an equation runs anew."""
+
 UNREAD = Row(Rule(), Opaque(), ops.UNKNOWN)
 
 _plain = Elementwise()

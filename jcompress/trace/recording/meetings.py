@@ -387,5 +387,6 @@ def rows_read(eqn: jax_core.JaxprEqn, met: Meeting, indices: Any) -> tuple[Use, 
     rows = indices.reshape(-1)
     if "CLIP" in str(eqn.params["mode"]).upper():
         rows = jnp.clip(rows, 0, atom.size - 1)
+    rows = jnp.where(rows < 0, atom.size, rows)  # below the first row there is none, as there is none behind the last
     counts = jnp.zeros(atom.size, jnp.uint32).at[rows].add(1, mode="drop")
     return Use(view.path, view.shape, (atom.axis,), _in_order(_own(view.fixed)), view.scanned), counts
