@@ -49,7 +49,7 @@ def statistics(shape: tuple[int, ...]) -> jc.trace.Stats:
 
 
 M, Int, SVD, KMeans, Float = jc.prune.Magnitude, jc.quantize.Int, jc.factorize.SVD, jc.share.KMeans, jc.quantize.Float
-T = jc.quantize.training
+T, F = jc.quantize.training, jc.factorize
 
 METHODS = [
     Row("magnitude", M(sparsity=0.7)),
@@ -163,6 +163,25 @@ METHODS = [
     Row("svd-convolution", SVD(rank=3), shape=(3, 3, 2, 8), exact=False, gathers=True),
     Row("svd-energy", SVD(energy=0.9), jit=False, exact=False, gathers=True),
     Row("svd-randomized", SVD(rank=3, randomized=True), exact=False, gathers=True),
+    Row("svd-share", SVD(rank=0.5), exact=False, gathers=True),
+    Row("whitened-svd", F.WhitenedSVD(rank=3), exact=False, stationary=False, gathers=True),
+    Row("fisher-svd", F.FisherSVD(rank=3), exact=False, stationary=False, gathers=True),
+    Row("nmf", F.NMF(rank=3, sweeps=5), exact=False, stationary=False, gathers=True),
+    Row("tucker", F.Tucker(ranks=(4, 3)), exact=False, stationary=False, gathers=True),
+    Row("tucker-convolution", F.Tucker(ranks=0.6, axes=None), (3, 3, 4, 8), exact=False, stationary=False, gathers=True),
+    Row("block-term", F.BlockTerm(terms=2, ranks=(2, 3)), (3, 3, 4, 8), exact=False, stationary=False, gathers=True),
+    Row("cp", F.CP(rank=3, sweeps=5), exact=False, stationary=False, gathers=True),
+    Row("cp-convolution", F.CP(rank=4, window="apart", sweeps=5), (3, 3, 4, 8), exact=False, stationary=False, gathers=True),
+    Row("tensor-train", F.TensorTrain(rank=4), (3, 3, 4, 8), exact=False, stationary=False, gathers=True),
+    Row("tensor-train-matrix", F.TensorTrain(rank=4, shape=((4, 4), (2, 4))), exact=False, stationary=False, gathers=True),
+    Row("tensor-train-tolerance", F.TensorTrain(tolerance=0.3), jit=False, exact=False, stationary=False, gathers=True),
+    Row("tensor-ring", F.TensorRing(rank=2, sweeps=3), (3, 3, 4, 8), exact=False, stationary=False, gathers=True),
+    Row("kronecker", F.Kronecker(shape=(4, 2), terms=2), exact=False, stationary=False, gathers=True),
+    Row("monarch", F.Monarch(blocks=4), exact=False, stationary=False, gathers=True),
+    Row("separable", F.Separable(rank=5), (3, 3, 4, 8), exact=False, stationary=False, gathers=True),
+    Row("ternary-svd", F.TernarySVD(tolerance=0.2), jit=False, exact=False, stationary=False, gathers=True),
+    Row("tucker-int8", jc.chain(F.Tucker(ranks=(4, 3)), Int(bits=8)), exact=False, stationary=False, gathers=True),
+    Row("residual-swept", jc.residual(SVD(rank=2), M(sparsity=0.9), sweeps=3), exact=False, stationary=False, gathers=True),
     Row("spectrum", jc.factorize.Spectrum(), exact=False),
     Row("spectrum-convolution", jc.factorize.Spectrum(), shape=(3, 3, 2, 8), exact=False),
     Row("kmeans", KMeans(clusters=4), exact=False),
