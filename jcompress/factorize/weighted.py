@@ -24,7 +24,7 @@ class WhitenedSVD(Method):
     """The low rank that moves the outputs least over the calibration data: least ``tr(dW^T gram dW)``.
 
     With ``gram = R R^T``, the best approximation of ``R^T W``, times ``R^-T``: closed, and never worse in the outputs
-    than :class:`SVD` of the same rank (Chen et al. 2021, DRONE; Wang et al. 2024, arXiv:2403.07378). ``R`` comes from the
+    than :class:`SVD` of the same rank (Chen et al. 2021, DRONE; Wang et al. 2024, arXiv:2403.07378). ``R`` comes from
     eigenvectors, so Gram matrices that are singular do no harm: what was never met, and is therefore free, is fitted as
     much as ``damping`` weighs it. Needs the statistic ``gram``.
 
