@@ -300,3 +300,79 @@ def test_a_rank_is_a_whole_number_or_a_share(rank):
     for make in (F.SVD, F.CP, F.TensorRing, F.Monarch, lambda r: F.Tucker(ranks=r)):
         with pytest.raises(ValueError, match="neither a whole number from 1 nor a share"):
             make(rank)
+
+
+def run_beside(fn, method, w, x, layout=None):
+    """What ``accelerate`` gives beside the function on the dense arrays, and how it made the product."""
+    plan = jc.plan({"w": w}, [("w", method)], layout=layout and {"w": layout})
+    tree = jc.compress({"w": w}, plan)
+    fast = jc.accelerate(fn)
+    np.testing.assert_allclose(fast(tree, x), fn(jc.materialize(tree), x), rtol=2e-4, atol=2e-4)
+    return [row.how for row in fast.report(tree, x).rows]
+
+
+CHAINS = [
+    (F.Tucker(ranks=0.2), 3), (F.CP(rank=0.2, sweeps=2), 3), (F.CP(rank=6, window="apart", sweeps=2), 4),
+    (F.TensorTrain(rank=5, order=(-2, 0, 1, -1)), 4), (F.Separable(rank=8), 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "links"), CHAINS, ids=lambda x: repr(x) if isinstance(x, jc.Method) else "")
+def test_convolutions_run_as_chains_of_smaller_ones(method, links):
+    def same(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=numbers)
+
+    def strided(params, x):
+        return jax.lax.conv_general_dilated(x, params["w"], (2, 1), [(1, 1), (0, 2)], rhs_dilation=(1, 2))
+
+    (how,) = run_beside(same, method, array(3, 3, 16, 24), array(2, 9, 8, 16))
+    assert how.startswith(f"a chain of {links}, ")
+    layout = jc.Layout(outputs=0, inputs=1, window=(2, 3))
+    (how,) = run_beside(strided, method, array(24, 16, 3, 3), array(2, 16, 9, 8), layout)
+    assert how.startswith(f"a chain of {links}, ")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [F.Tucker(ranks=0.2), F.CP(rank=0.2, sweeps=2), F.Kronecker(shape=(4, 6)), F.Monarch(blocks=2)],
+    ids=repr,
+)
+def test_products_are_contracted_into_the_network(method):
+    w = array(32, 48)
+    out_in, heads = jc.Layout(inputs=1, outputs=0), jc.Layout(inputs=0, outputs=(1, 2))
+    found = [
+        *run_beside(lambda p, x: x @ p["w"], method, w, array(7, 32)),
+        *run_beside(lambda p, x: x @ p["w"].T, method, w.T, array(2, 5, 32), out_in),
+        *run_beside(
+            lambda p, x: jnp.einsum("bi,iho->bho", x, p["w"]), method, w.reshape(32, 6, 8), array(7, 32), heads
+        ),
+        *run_beside(lambda p, x: p["w"].T @ x, method, w, array(32, 7)),
+    ]
+    assert all("of the dense products" in how for how in found), found
+
+
+def test_what_takes_more_than_the_dense_product_is_made_dense():
+    wide = F.TensorTrain(rank=100, shape=((4, 8), (6, 8)))
+    assert run_beside(lambda p, x: x @ p["w"], wide, array(32, 48), array(7, 32)) == [
+        "dense: TensorNetwork is made dense"
+    ]
+    with_blocks = F.BlockTerm(terms=2, ranks=0.2)
+
+    def convolved(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=numbers)
+
+    (how,) = run_beside(convolved, with_blocks, array(3, 3, 16, 24), array(2, 9, 8, 16))
+    assert how == "dense: TensorNetwork is made dense"
+
+
+def test_networks_of_stacked_layers_run_inside_scan():
+    w, x = array(3, 16, 16), array(4, 16)
+
+    def fn(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    layout = jc.Layout(batch=0, inputs=1, outputs=2)
+    (how,) = run_beside(fn, F.Monarch(blocks=4), w / 4, x, layout)
+    assert "of the dense products" in how

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_rank, is_share, largest, leading, unfolded
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, leading, unfolded
 from jcompress.formats.network import TensorNetwork, contract, solve
 from jcompress.numeric import scaling
 
@@ -63,6 +63,7 @@ class CP(Method):
         """Raise if the array has no two modes."""
         if len(shape) < 2:
             raise ValueError(f"{path}: CP needs two axes or more, found shape {shape}; keep it dense")
+        check_filled("CP", path, shape)
 
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:

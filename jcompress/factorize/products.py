@@ -10,7 +10,7 @@ import jax
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_rank, is_share, largest
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest
 from jcompress.formats.lowrank import truncated_svd
 from jcompress.formats.network import TensorNetwork
 
@@ -53,6 +53,7 @@ class Kronecker(Method):
 
     def _sizes(self, path: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Numbers in ``A``, in ``B``, and the terms."""
+        check_filled("Kronecker", path, shape)
         if len(shape) < 2 or shape[-2] % self.shape[0] or shape[-1] % self.shape[1]:
             raise ValueError(
                 f"{path}: Kronecker found shape={self.shape} for an array of shape {shape}; use numbers that divide "
@@ -109,6 +110,7 @@ class Monarch(Method):
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the blocks do not divide the axes."""
+        check_filled("Monarch", path, shape)
         if len(shape) < 2 or shape[-2] % self.blocks or shape[-1] % self.blocks:
             raise ValueError(
                 f"{path}: Monarch found blocks={self.blocks} for an array of shape {shape}; use a number that divides "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_rank, is_share, largest
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest
 from jcompress.formats.lowrank import truncated_svd
 from jcompress.formats.network import TensorNetwork
 
@@ -49,6 +49,7 @@ class Separable(Method):
             raise ValueError(
                 f"{path}: Separable needs the kernel of a two-dimensional convolution, found shape {shape}; use SVD"
             )
+        check_filled("Separable", path, shape)
         h, w, i, o = shape
         most = min(h * i, w * o)
         if is_share(self.rank):

@@ -65,3 +65,9 @@ def check_rank(name: str, rank: Any) -> None:
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
     if not whole and not is_share(rank):
         raise ValueError(f"{name}: rank={rank!r} is neither a whole number from 1 nor a share of the numbers in (0, 1)")
+
+
+def check_filled(name: str, path: str, shape: tuple[int, ...]) -> None:
+    """Raise for an array without entries."""
+    if not math.prod(shape):
+        raise ValueError(f"{path}: {name} found shape {shape}, an array with no entries; keep it dense")

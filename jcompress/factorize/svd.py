@@ -11,7 +11,7 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_rank, is_share, largest
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest
 from jcompress.formats import LowRank
 from jcompress.formats.lowrank import truncated_svd
 from jcompress.numeric import scaling
@@ -95,6 +95,8 @@ def chosen_rank(name: str, path: str, rank: int | float, shape: tuple[int, ...])
     """
     if len(shape) < 2:
         raise ValueError(f"{path}: {name} needs a matrix, found shape {shape}; keep it dense")
+    if is_share(rank):
+        check_filled(name, path, shape)
     rows, columns = _matrix_shape(shape)
     most, broken_even = min(rows, columns), rows * columns / max(rows + columns, 1)
     if is_share(rank):

@@ -11,6 +11,7 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Context, Method
+from jcompress.factorize.subspaces import check_filled
 from jcompress.formats import Quantized
 from jcompress.formats.network import TensorNetwork
 
@@ -51,6 +52,7 @@ class TernarySVD(Method):
         """Raise if the array is no matrix."""
         if len(shape) < 2:
             raise ValueError(f"{path}: TernarySVD needs a matrix, found shape {shape}; keep it dense")
+        check_filled("TernarySVD", path, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
         """The node for one array."""
@@ -61,15 +63,15 @@ class TernarySVD(Method):
         most = 4 * min(matrix.shape) if self.rank is None else self.rank
         left, s, right = _greedy(matrix, self.tolerance, self.cosine, max(most, 1))
         window = "uvwxyz"[: w.ndim - 2]
-        factors = (_codes(left.reshape(*w.shape[:-1], -1)), jnp.asarray(s, w.dtype), _codes(right))
+        factors = (_codes(left.reshape(*w.shape[:-1], -1), w.dtype), jnp.asarray(s, w.dtype), _codes(right, w.dtype))
         return TensorNetwork(factors, f"{window}ir,r,rj->{window}ij", (1,) * w.ndim)
 
 
-def _codes(x: np.ndarray) -> Quantized:
+def _codes(x: np.ndarray, dtype: Any) -> Quantized:
     """Entries of -1, 0 and 1 in two bits each; the scale of one is held."""
     codes = jnp.asarray(x, jnp.int8)
     one = jnp.ones((1,) * codes.ndim, jnp.float8_e8m0fnu)
-    return Quantized(codes, one, bits=2, axes=tuple(range(-codes.ndim, 0)))
+    return Quantized(codes, one, bits=2, axes=tuple(range(-codes.ndim, 0)), dtype=np.dtype(dtype))
 
 
 def _greedy(w: np.ndarray, tolerance: float, cosine: float, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_rank, is_share, largest, leading
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, leading
 from jcompress.formats.network import TensorNetwork, refitted
 from jcompress.numeric import scaling
 
@@ -196,6 +196,7 @@ def _modes(name: str, path: str, shape: tuple[int, ...], given: Shape | None, or
     ndim = len(shape)
     if ndim < 2:
         raise ValueError(f"{path}: {name} needs two axes or more, found shape {shape}; keep it dense")
+    check_filled(name, path, shape)
     if given is None:
         places = tuple(range(ndim)) if order is None else tuple(a % ndim for a in order)
         if sorted(places) != list(range(ndim)):

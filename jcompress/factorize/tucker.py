@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_rank, is_share, leading, unfolded
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, leading, unfolded
 from jcompress.formats.network import TensorNetwork, contract, refitted
 from jcompress.numeric import scaling
 
@@ -87,6 +87,7 @@ def chosen_ranks(
         raise ValueError(
             f"{path}: {name} over axes {axes} found shape {shape}; choose axes that it has, or keep it dense"
         )
+    check_filled(name, path, shape)
     sizes = [shape[i] for i in chosen]
     if is_share(ranks):
         found = _shared_ranks(ranks, sizes, shape, chosen, terms)
