@@ -49,6 +49,8 @@ def run_arrays(cut: Cut, frame: Frame, arrays: Sequence[Any]) -> list[Any]:
 class Call(Rule):
     """A call without a meaning of its own, such as that of a compiled function: its equations are taken in."""
 
+    reads = False
+
     def __init__(self, bodies: bodies.Call) -> None:
         self.bodies = bodies
 

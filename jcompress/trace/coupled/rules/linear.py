@@ -63,6 +63,8 @@ class Solve(Matrices):
 class LinearSolve(Rule):
     """A solve with derivatives of its own: its functions are read and run at the new sizes, and it stays one."""
 
+    reads = False
+
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         bodies, consts, b = _parts(site, site.ins)
         frames = {name: build.frame(body, [*consts[name], *b]) for name, body in bodies.items()}

@@ -19,6 +19,8 @@ from jcompress.trace.coupled.states import Hold, State, free_leaves
 class Moves(Rule):
     """Results whose slices are slices of the one operand."""
 
+    reads = False
+
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         return [State(ins[0].constant, {x: ins[0].at(x) for x in free_leaves(out)}) for out in site.outs]
 
@@ -118,6 +120,8 @@ class Along(Moves):
       drops: whether they go.
       holds_zero: whether a slice of zeros gives zeros.
     """
+
+    reads = True
 
     def __init__(self, axes: Axes, drops: bool = False, holds_zero: bool = True) -> None:
         self.axes, self.drops, self.holds_zero = axes, drops, holds_zero
@@ -237,6 +241,8 @@ def _windows(site: Site) -> list[Any]:
 
 class Window(Moves):
     """Pooling: windows of length 1 leave an axis alone, along the others nothing can be cut."""
+
+    reads = True
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         reason, found = f"{site.eqn.primitive.name} slides along it", []
