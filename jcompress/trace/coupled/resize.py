@@ -16,6 +16,7 @@ from jcompress.trace.core import walk
 from jcompress.trace.coupled import choices
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled import kept as record
+from jcompress.trace.coupled.cutting import Cutter, sliced
 from jcompress.trace.coupled.frames import NOWHERE, Cut, Value, run
 from jcompress.trace.coupled.groups import Coupled, Free, read
 
@@ -78,22 +79,28 @@ class Shrunk:
             for path, axes in self._axes.items()
         }
 
-    def cut(self, tree: PyTree) -> PyTree:
-        """Slice whatever is shaped like the parameters: optimizer states, gradients, moving averages, masks.
+    def cut(self, tree: PyTree, like: PyTree | None = None) -> PyTree:
+        """Slice whatever goes with the parameters: optimizer states, gradients, moving averages, masks.
+
+        A leaf goes with the parameter whose path is part of its own. It is sliced where its shape is that parameter's
+        full one, or that with lengths of 1, with axes in front, or with axes left out; so are accumulators of each axis
+        (SM3), and all parameters side by side in a vector (``optax.flatten``). Factors of second moments (Adafactor)
+        become those of the estimates that stay, or whole ones where the optimizer does not factor the new shape. What
+        goes with no parameter, and what is cut already, stays.
 
         Args:
-          tree: a pytree. A leaf is sliced if its path ends in that of a parameter and its shape is that
-            parameter's full one; scalars and what is cut already stay.
+          tree: a pytree.
+          like: what the leaves must look like afterwards, such as ``optimizer.init(small_params)`` or its shapes;
+            then every leaf is compared, and what the optimizer factors is read off it.
 
         Returns:
           A pytree like ``tree``.
+
+        Raises:
+          ValueError: naming the leaves whose shapes do not tell what of them stays, or are not those of ``like``.
         """
-        full = dict(rules.paths(self._shapes))
-        leaves = []
-        for path, x in rules.paths(tree):
-            name = _ending(path, full, jnp.shape(x))
-            leaves.append(x if name is None else _sliced(x, self._axes.get(name, {})))
-        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        shapes = {path: tuple(x.shape) for path, x in rules.paths(self._shapes)}
+        return Cutter(shapes, self._axes).tree(tree, like)
 
     def cut_args(self, *args: Any) -> tuple:
         """Slice the arguments that ``free_args`` named, such as a cache; they are passed that small.
@@ -104,7 +111,7 @@ class Shrunk:
         Returns:
           The arguments of this one.
         """
-        leaves = [_sliced(x, self._arguments.get(path, {})) for path, x in rules.paths(args)]
+        leaves = [sliced(x, self._arguments.get(path, {})) for path, x in rules.paths(args)]
         return jax.tree.unflatten(jax.tree.structure(args), leaves)
 
     def _full(self, args: tuple) -> tuple:
@@ -192,23 +199,6 @@ def _axes(values: Mapping[str, terms.Dims], cut: Cut) -> dict[str, dict[int, np.
     return found
 
 
-def _sliced(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda y: _sliced(y, axes), x)
-    for axis, index in axes.items():
-        x = walk.take(x, index, axis)
-    return x
-
-
-def _ending(path: str, full: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    parts = path.split("/")
-    for start in range(len(parts)):
-        name = "/".join(parts[start:])
-        if name in full and jnp.shape(full[name]) == shape:
-            return name
-    return None
-
-
 def shrink(
     fn: Callable[..., Any],
     params: PyTree,
@@ -282,7 +272,7 @@ def shrink(
     wanted = {name: kept for name, kept in wanted.items() if not kept.all()}
     small = Shrunk(fn, walk.shapes(full), coupled, wanted, free)
     leaves = [
-        _sliced(x, small.indices.get(path, {}) if jnp.shape(x) == jnp.shape(before) else {})
+        sliced(x, small.indices.get(path, {}) if jnp.shape(x) == jnp.shape(before) else {})
         for (path, x), (_, before) in zip(rules.paths(params), rules.paths(full), strict=True)
     ]
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -106,7 +106,9 @@ class LinearSolve(Rule):
 
 def _parts(site: Site, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Sequence[Any]], Sequence[Any]]:
     """The functions of a solve by name, what each closes over, and what is solved for."""
-    bodies, consts, left = {}, {}, list(values)
+    bodies: dict[str, Any] = {}
+    consts: dict[str, Sequence[Any]] = {}
+    left = list(values)
     for name, n in site.params["const_lengths"]._asdict().items():
         consts[name], left = left[:n], left[n:]
         body = getattr(site.params["jaxprs"], name)

@@ -64,8 +64,12 @@ def _reshaped(dims: Dims, sizes: Sequence[int]) -> Dims:
             found.append(Dim(wanted.pop(0)))
             continue
         block, targets = [left.pop(0)], [wanted.pop(0)]
-        while (have := math.prod(d.size for d in block)) != (want := math.prod(targets)):
-            block.append(left.pop(0)) if have < want else targets.append(wanted.pop(0))
+        try:
+            while (have := math.prod(d.size for d in block)) != (want := math.prod(targets)):
+                block.append(left.pop(0)) if terms.is_shorter(have, want) else targets.append(wanted.pop(0))
+        except terms.ClashError as clash:
+            terms.pin(dims, str(clash))
+            return terms.fresh(sizes, str(clash))
         found += _factored(block, targets)
     return tuple(found)
 
