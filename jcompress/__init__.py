@@ -3,7 +3,18 @@
 from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, rewrite, share, trace
 from jcompress.apply import compress, simulate
 from jcompress.combine import chain, residual, stacked
-from jcompress.core import Compressed, Context, Layout, Method, finalize, materialize, merge, nbits, split
+from jcompress.core import (
+    CalibrationWarning,
+    Compressed,
+    Context,
+    Layout,
+    Method,
+    finalize,
+    materialize,
+    merge,
+    nbits,
+    split,
+)
 from jcompress.io import load, save
 from jcompress.measure import report
 from jcompress.numeric.surrogates import straight_through
@@ -15,6 +26,7 @@ from jcompress.transforms import nodes
 from jcompress.version import __version__
 
 __all__ = [
+    "CalibrationWarning",
     "Compressed",
     "Context",
     "Layout",

@@ -15,7 +15,7 @@ from jcompress import core, rules
 from jcompress.core import Context, Layout, PyTree
 from jcompress.formats import Masked, Sum
 from jcompress.formats.arranged import restored
-from jcompress.layers import relaying
+from jcompress.layers import observed, relaying
 from jcompress.numeric.packing import Expected
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
@@ -49,8 +49,11 @@ def compress(
 
     Raises:
       ValueError: if the plan was made for other paths, a leaf is compressed already, something that a method
-        needs is missing, or, outside ``jit``, a leaf that is to be compressed holds NaN or infinity. Under ``jit``
-        values cannot be checked: there NaN counts as the largest magnitude.
+        needs is missing, or, outside ``jit``, a leaf that is to be compressed, its statistics or the result holds NaN
+        or infinity. Under ``jit`` values cannot be checked: there NaN counts as the largest magnitude.
+
+    Outside ``jit`` a :class:`CalibrationWarning` tells of inputs that calibration never saw, for which the weights
+    alone decide, and of a damping that had to be raised.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -62,6 +65,7 @@ def compress(
     check_plan("compress", plan)
     leaves = rules.leaves(params)
     nodes = fit(leaves, plan, contexts_of(params, step, key, stats, grads, previous))
+    _check_results(nodes, plan)
     return rebuilt(params, nodes)
 
 
@@ -107,6 +111,8 @@ def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: M
         (w, contexts[path]) if layout is None else relaying.seen(w, contexts[path], layout)
         for path, (w, _), layout in zip(unit, found, layouts, strict=True)
     ]
+    for path, (_, context) in zip(unit, laid, strict=True):
+        observed.check(path, plan[path], context)
     fitted = core.fit(plan[unit[0]], [w for w, _ in laid], [context for _, context in laid])
     nodes = {}
     for path, (w, largest), layout, node in zip(unit, found, layouts, fitted, strict=True):
@@ -170,6 +176,26 @@ def _check_finite(path: str, dtype: Any, largest: jax.Array, node: Any, method: 
             f"{path}: found magnitudes up to {float(largest):.3g}, and {method!r} goes beyond {most:.3g}, the greatest "
             f"number of {dtype}; divide the leaf by a power of two, or keep it dense"
         )
+
+
+def _check_results(nodes: Mapping[str, Any], plan: Plan) -> None:
+    """Raise for what is no number among what methods gave; under ``jit`` nothing can be seen."""
+    known = {path: node for path, node in nodes.items() if all(map(core.is_concrete, jax.tree.leaves(node)))}
+    for path, finite in jax.device_get({path: _all_finite(node) for path, node in known.items()}).items():
+        if not finite:
+            raise ValueError(
+                f"{path}: {plan[path]!r} gave NaN or infinite values, from a leaf whose own are finite; look at its "
+                "hyperparameters and statistics, or keep the leaf dense"
+            )
+
+
+@jax.jit
+def _all_finite(node: Any) -> jax.Array:
+    numbers = [x for x in map(jnp.asarray, jax.tree.leaves(node)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    wide = [
+        x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in numbers
+    ]  # narrow floats have no test of their own
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in wide]))
 
 
 def check_paths(leaves: Iterable[str], plan: Plan) -> None:

@@ -159,16 +159,6 @@ def test_with_the_identity_it_is_magnitude(rng):
         np.testing.assert_allclose(node.materialize(), want.materialize(), atol=1e-6)
 
 
-def test_inputs_never_seen_go_first_and_break_nothing(rng):
-    x, w = correlated(rng, 16), jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
-    x[:, [3, 7]] = 0
-    for method in (SparseGPT(0.5), OBS(0.5)):
-        node = method(w, context(x))
-        assert bool(jnp.isfinite(node.materialize()).all())
-        assert not bool(node.mask[jnp.array([3, 7])].any())
-        assert int(node.mask.sum()) == 32
-
-
 @pytest.mark.parametrize(("group_size", "pattern"), [(None, None), (8, NM(2, 4))])
 def test_a_quantizer_in_the_sweep_gives_codes_of_what_stays_and_smaller_errors_than_after_it(group_size, pattern, rng):
     sparsity, grid = (0.5 if pattern is None else None), jc.quantize.Int(bits=3, group_size=group_size)

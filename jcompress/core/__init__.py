@@ -20,6 +20,7 @@ from jcompress.core.compressed import (
     split,
 )
 from jcompress.core.methods import (
+    CalibrationWarning,
     Context,
     Method,
     check,
@@ -37,6 +38,7 @@ from jcompress.core.methods import (
 )
 
 __all__ = [
+    "CalibrationWarning",
     "Compressed",
     "Context",
     "Layout",

@@ -46,6 +46,24 @@ class Context:
     batch: int = dataclasses.field(default=0, metadata={"static": True})
 
 
+class CalibrationWarning(UserWarning):
+    """What calibration gathered is too little for a method: it says of which leaf, and what was done instead.
+
+    Inputs that no data reached, or a Gram matrix that is singular with the damping that was asked for.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, jcompress as jc
+      >>> params = {"w": jnp.ones((2, 2))}
+      >>> plan = jc.plan(params, [("w", jc.prune.Wanda(sparsity=0.5))])
+      >>> stats = jc.calibrate(lambda p, x: x @ p["w"], params, [jnp.array([[1.0, 0.0]])], plan=plan)
+      >>> with warnings.catch_warnings(record=True) as told:
+      ...     warnings.simplefilter("always")
+      ...     small = jc.compress(params, plan, stats=stats)
+      >>> str(told[0].message).partition(";")[0]
+      'w: calibration never saw 0.5 of the inputs'
+    """
+
+
 class Method:
     """A frozen dataclass of hyperparameters, called with an array and its context, that gives a node.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,25 +36,6 @@ class Decision:
 Fix = Callable[[jax.Array, Known, jax.Array], tuple[jax.Array, jax.Array]]
 """``fix(row, known, pivot)``: from the (outputs,) weights of one input, what is known of it, and its entry on the
 diagonal of the factor, its final value and its error."""
-
-
-def damped(gram: jax.Array, damping: Any) -> jax.Array:
-    """The Gram matrix plus ``damping`` times its mean diagonal; inputs that were never seen get that mean alone."""
-    diagonal = jnp.diagonal(gram)
-    mean = jnp.mean(diagonal)
-    mean = jnp.where(mean > 0, mean, 1)
-    return gram + jnp.diag(damping * mean + jnp.where(diagonal > 0, 0, mean))
-
-
-def inverse_factor(hessian: jax.Array) -> jax.Array:
-    """The upper triangular ``U`` with ``U^T U = H^-1``, from one Cholesky factorization and one triangular inverse.
-
-    With the order of rows and columns reversed, ``H = L L^T``; reversed back, ``L`` is upper triangular, and ``U`` is
-    its inverse. Row ``j`` of ``U`` is what column ``j`` of the inverse becomes once the variables before ``j`` are
-    held fixed, over the root of its diagonal.
-    """
-    factor = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(hessian), dtype=hessian.dtype), lower=False)
 
 
 def sweep(

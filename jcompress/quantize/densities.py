@@ -161,7 +161,8 @@ def _kept_bins(counts: jax.Array, levels: int) -> jax.Array:
         return jnp.where(below[i] > 0, reference - crossed + jnp.log(below[i] / total), jnp.inf)
 
     candidates = jnp.arange(bins, levels - 1, -1)
-    return candidates[jnp.argmin(jax.lax.map(divergence, candidates, batch_size=64))]
+    found = jax.lax.map(divergence, candidates, batch_size=64)
+    return candidates[jnp.argmin(jnp.where(jnp.isnan(found), jnp.inf, found))]
 
 
 def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -13,7 +13,8 @@ from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.layers import matrices
 from jcompress.layers.rounding import Rounding, filled, rounding
-from jcompress.numeric.sweep import Known, damped, inverse_factor, sweep
+from jcompress.numeric.damping import damped, inverse_factor
+from jcompress.numeric.sweep import Known, sweep
 from jcompress.quantize.integer import Int
 
 
@@ -42,7 +43,8 @@ class GPTQ(Method):
         keep their places.
       block_size: inputs whose errors are spread by one matrix product. Rounded down to a multiple of the group size,
         or up to it.
-      damping: added to the Gram matrix, as a fraction of its mean diagonal. A scalar, traced or not.
+      damping: added to the Gram matrix, as a fraction of its mean diagonal, and raised where that leaves it singular. A
+        scalar, traced or not.
       clip: range of the grid, as in :class:`Int`.
       pad: whether a last group may be smaller than the others.
       grid: another method that gives ``Quantized``, in place of ``bits``, ``group_size``, ``symmetric``, ``clip`` and

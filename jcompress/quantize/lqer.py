@@ -14,7 +14,7 @@ from jcompress.core import Context, Method
 from jcompress.formats import LowRank, Sum
 from jcompress.formats.lowrank import truncated_svd
 from jcompress.layers import matrices
-from jcompress.numeric.sweep import damped
+from jcompress.numeric.damping import cholesky, damped
 from jcompress.quantize.integer import Int
 
 
@@ -33,7 +33,7 @@ class LQER(Method):
       rank: of the correction.
       grid: the method that quantizes.
       by: ``"gram"`` or ``"diagonal"``.
-      damping: added to the Gram matrix, as a fraction of its mean diagonal.
+      damping: added to the Gram matrix, as a fraction of its mean diagonal, and raised where that leaves it singular.
 
     Raises:
       ValueError: for a rank below 1, another ``by``, a leaf whose contracted axes are not all but the last, or
@@ -88,6 +88,6 @@ def _factors(left: jax.Array, gram: jax.Array, rank: int, by: str) -> tuple[jax.
         norms = jnp.sqrt(jnp.diagonal(gram))[:, None]
         u, v = truncated_svd(norms * left, rank)
         return u / norms, v
-    root = jnp.linalg.cholesky(gram)
+    root, _ = cholesky(gram)
     u, v = truncated_svd(jnp.matmul(root.T, left, precision=jax.lax.Precision.HIGHEST), rank)
     return jax.scipy.linalg.solve_triangular(root, u, lower=True, trans=1), v

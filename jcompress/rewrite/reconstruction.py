@@ -13,6 +13,7 @@ from jcompress.core import PyTree
 from jcompress.layers import consumers, units
 from jcompress.layers.groups import Group
 from jcompress.layers.matrices import Contraction
+from jcompress.numeric.damping import cholesky
 
 
 def reconstruct(
@@ -231,20 +232,11 @@ def _refitted(gram: jax.Array, w: jax.Array, mask: jax.Array, ridge: Any) -> jax
 def _solved(a: jax.Array, b: jax.Array, ridge: Any) -> jax.Array:
     """``(a + ridge I)^-1 b`` for a positive semidefinite ``a`` of unit or zero diagonal.
 
-    Where it is singular, to float32, the factor is damped, ten times more until it exists; two rounds of refinement
-    take the damping out of all but the directions in which ``a`` is zero.
+    The factor is damped a little, where it is singular in steps until it exists; two rounds of refinement take the
+    damping out of all but the directions in which ``a`` is zero.
     """
-    eye, epsilon = jnp.eye(len(a)), jnp.finfo(jnp.float32).eps
-
-    def damped(state: tuple) -> tuple:
-        damping, _, tries = state
-        return 10 * damping, jnp.linalg.cholesky(a + (ridge + 10 * damping) * eye), tries + 1
-
-    def failed(state: tuple) -> jax.Array:
-        return ~jnp.all(jnp.isfinite(state[1])) & (state[2] < 8)
-
-    first = damped((jnp.float32(0.4 * epsilon * len(a) ** 0.5), eye, 0))
-    factor = (jax.lax.while_loop(failed, damped, first)[1], True)
+    least = 4 * float(jnp.finfo(jnp.float32).eps) * len(a) ** 0.5
+    factor = (cholesky(a + (ridge + least) * jnp.eye(len(a)))[0], True)
     x = jax.scipy.linalg.cho_solve(factor, b)
     for _ in range(2):
         residual = b - ridge * x - jnp.matmul(a, x, precision="highest")

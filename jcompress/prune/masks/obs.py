@@ -15,7 +15,7 @@ from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.layers import matrices
 from jcompress.numeric import scaling
-from jcompress.numeric.sweep import damped, inverse_factor
+from jcompress.numeric.damping import damped, inverse_factor
 from jcompress.prune.masks import selection
 from jcompress.prune.masks.patterns import NM
 
@@ -136,7 +136,7 @@ class OBS(Method):
       sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern
         fixes it.
       pattern: :class:`NM` over the contracted inputs in their order, or None.
-      damping: added to the Gram matrix, as a fraction of its mean diagonal.
+      damping: added to the Gram matrix, as a fraction of its mean diagonal, and raised where that leaves it singular.
 
     Raises:
       ValueError: for a sparsity outside [0, 1], one that disagrees with the pattern, another pattern, or statistics
@@ -193,7 +193,7 @@ class OBS(Method):
             hessian = damped(gram, self.damping)
             factor = inverse_factor(hessian)
             inverse = jnp.matmul(factor.T, factor, precision=_HIGHEST)
-            start = jnp.where(shown & (jnp.diagonal(gram) > 0)[:, None], size.divide(matrix), 0)
+            start = jnp.where(shown, size.divide(matrix), 0)
             one = partial(_surgeon, hessian=hessian, inverse=inverse, steps=steps, pattern=self.pattern)
             values, mask = lax.map(lambda x: one(*x), (start.T, shown.T))
             return size.multiply(values.T), mask.T

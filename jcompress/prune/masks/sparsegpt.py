@@ -16,7 +16,8 @@ from jcompress.formats import Masked
 from jcompress.layers import matrices
 from jcompress.layers.rounding import Rounding, filled, rounding
 from jcompress.numeric import scaling
-from jcompress.numeric.sweep import Decision, Known, damped, inverse_factor, sweep
+from jcompress.numeric.damping import damped, inverse_factor
+from jcompress.numeric.sweep import Decision, Known, sweep
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.masks import obs, selection
 from jcompress.prune.masks.patterns import NM
@@ -42,7 +43,8 @@ class SparseGPT(Method):
         fixes it.
       pattern: :class:`NM` over the contracted inputs in their order, or None.
       block_size: inputs between two choices of a mask; with a pattern, a multiple of its ``m``.
-      damping: added to the Gram matrix, as a fraction of its mean diagonal. A scalar, traced or not.
+      damping: added to the Gram matrix, as a fraction of its mean diagonal, and raised where that leaves it singular. A
+        scalar, traced or not.
       quantizer: joint quantization: a method that gives ``Quantized``, such as ``jc.quantize.Int(bits=4)``; what it
         changes is made up for as pruning is, and the node is ``Masked`` around ``Quantized``. Scales of a group are
         taken when the sweep reaches it, from the weights that stay.
@@ -136,7 +138,7 @@ def _solve(
 
     def layer(args: tuple) -> tuple[jax.Array, Known]:
         w, gram, known = args
-        w = jnp.where(known["shown"] & (jnp.diagonal(gram) > 0)[:, None], w, 0)
+        w = jnp.where(known["shown"], w, 0)
         masks = _masks(counts, pattern, block_size)
         scales = [] if rounding is None else rounding.decisions()
         # Of two decisions about the same inputs, the mask comes first: the scales are for what stays.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jcompress.core import Context
 from jcompress.layers import matrices
+from jcompress.numeric.damping import filled
 from jcompress.prune import scores
 from jcompress.prune.masks import selection
 from jcompress.prune.masks.scored import ByScore, fixed
@@ -18,7 +19,7 @@ from jcompress.prune.masks.scored import ByScore, fixed
 def wanda(w: jax.Array, context: Context) -> jax.Array:
     """``|w|`` times the Euclidean norm, over the calibration data, of the input that the weight multiplies."""
     layer, norm = matrices.of(w, context, "norm")
-    return jnp.abs(w).astype(jnp.float32) * matrices.spread(layer, norm)
+    return jnp.abs(w).astype(jnp.float32) * matrices.spread(layer, filled(norm))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Wanda(ByScore):
     The score is ``|W_ij| * ||x_i||_2`` (Sun et al. 2023, arXiv:2306.11695): the change of the output when this weight
     alone is cut. Weights are compared within each output, each of which keeps ``k - round(sparsity * k)`` of its ``k``
     weights. Needs the statistic ``norm``, from ``jc.calibrate(fn, params, batches, plan=plan)``, which also says which
-    axes are contracted, so convolutions and stacked layers are laid out right.
+    axes are contracted, so convolutions and stacked layers are laid out right. An input that was never seen, norm 0,
+    counts as the mean of the others: there magnitude decides.
 
     Attributes:
       sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern

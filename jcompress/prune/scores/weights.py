@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.core import Context
+from jcompress.numeric.damping import filled
 
 Score = Callable[[jax.Array, Context], jax.Array]
 """A score: (w, context) -> an array of the shape of w; the larger value is kept."""
@@ -203,7 +204,8 @@ def signed_taylor(w: jax.Array, context: Context) -> jax.Array:
 def fisher(w: jax.Array, context: Context) -> jax.Array:
     """``g**2 w**2 / 2``, where ``g**2`` is the mean squared gradient, the diagonal of the empirical Fisher matrix.
 
-    It stands for the Hessian in the change of the loss to second order (Theis et al. 2018, arXiv:1801.05787).
+    It stands for the Hessian in the change of the loss to second order (Theis et al. 2018, arXiv:1801.05787). An input
+    (axis -2) to whose weights no gradient ever came counts as the mean of the others: there magnitude decides.
 
     Args:
       w: the array.
@@ -219,12 +221,14 @@ def fisher(w: jax.Array, context: Context) -> jax.Array:
       >>> scores.fisher(jnp.array([3.0, -1.0]), jc.Context(stats=stats)).tolist()
       [9.0, 2.0]
     """
-    return 0.5 * context.stats.grad_square * jnp.square(w)
+    return 0.5 * _met(context.stats.grad_square) * jnp.square(w)
 
 
 @reads("stats.hessian_diagonal")
 def hessian(w: jax.Array, context: Context) -> jax.Array:
     """``h w**2 / 2``, the saliency of optimal brain damage (LeCun et al. 1990).
+
+    An input (axis -2) of whose weights no curvature is known, all 0, counts as the mean of the others.
 
     Args:
       w: the array.
@@ -240,7 +244,15 @@ def hessian(w: jax.Array, context: Context) -> jax.Array:
       >>> scores.hessian(jnp.array([3.0, -1.0]), jc.Context(stats=stats)).tolist()
       [9.0, 2.0]
     """
-    return 0.5 * context.stats.hessian_diagonal * jnp.square(w)
+    return 0.5 * _met(context.stats.hessian_diagonal) * jnp.square(w)
+
+
+def _met(curvature: jax.Array) -> jax.Array:
+    """Where no gradient ever came to the weights of an input, the mean of those of the others."""
+    if jnp.ndim(curvature) < 2:
+        return curvature
+    rows = jnp.mean(jnp.abs(curvature), axis=-1)
+    return jnp.where((rows > 0)[..., None], curvature, filled(rows)[..., None])
 
 
 @reads("grad")

@@ -182,10 +182,7 @@ class _Run:
             self._told(step, path, w.values, how)
             return y
 
-        def tell(shape: tuple[int, ...], how: str) -> None:
-            self._told(step, path, jax.ShapeDtypeStruct(shape, product.dtype), how)
-
-        return operand.product(product, x, multiply, tell)
+        return operand.product(product, x, multiply)
 
     def _held(self, step: Step, holds: Bodies, values: list[Any]) -> Sequence[Any]:
         """An equation around bodies: weights that do not change keep their form inside."""
