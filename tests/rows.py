@@ -141,6 +141,10 @@ METHODS = [
     Row("hqq", jc.quantize.HQQ(bits=3, group_size=8), exact=False),
     Row("gptq", jc.quantize.GPTQ(bits=4, group_size=4), exact=False),
     Row("awq", jc.quantize.AWQ(Int(bits=4), points=3), exact=False, stationary=False, adjusts=True),
+    Row(
+        "awq-clipped", jc.quantize.AWQ(Int(bits=3, group_size=4), points=2, clips=3), exact=False, stationary=False,
+        adjusts=True,
+    ),
     Row("rotation", jc.quantize.Rotation(Int(bits=2)), exact=False, adjusts=True),
     Row("adaround", jc.quantize.AdaRound(bits=4, steps=5), exact=False),
     Row("gpfq", jc.quantize.GPFQ(bits=4, stochastic=True), exact=False, adjusts=True),

@@ -207,6 +207,30 @@ def test_low_rank_corrections_reach_the_optimum(rng):
     assert moved(both, w, x) < moved(GPTQ(3)(w, context(x)), w, x)
 
 
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_clips_are_those_of_least_output_error(group_size, rng):
+    """Even inputs leave the scales at one; each range is then cut as brute force over its own inputs would."""
+    w = weights(rng, (16, 5)) * jnp.exp(weights(rng, (16, 5)))
+    x = rng.normal(size=(64, 16)) * 1.0
+    x = x / np.sqrt((x**2).sum(0))
+    grid, parts, gram = Int(3, group_size=group_size), np.linspace(1, 0.5, 6), x.T @ x
+    found = AWQ(grid, points=2, clips=6)(w, context(x)).materialize()
+    size, want = group_size or 16, np.zeros((16, 5))
+    for rows in (slice(i, i + size) for i in range(0, 16, size)):
+        for j in range(5):
+            column = np.asarray(w, np.float64)[rows, j]
+            tried = []
+            for part in parts:
+                top = part * np.abs(column).max()
+                tried.append(np.clip(np.round(column / (top / 3)), -3, 3) * top / 3)
+            errors = [(q - column) @ gram[rows, rows] @ (q - column) for q in tried]
+            want[rows, j] = tried[int(np.argmin(errors))]
+    assert moved(want, w, x) < moved(grid(w), w, x)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="needs a grid that gives Quantized"):
+        AWQ(jc.residual(Int(2), Int(2)), clips=2)(w, context(x))
+
+
 def test_frozen_parts_stay_bit_for_bit_while_the_rest_moves(rng):
     w, previous, frozen = weights(rng, (16, 8)), None, np.zeros((16, 8), bool)
     for part in (0.5, 0.75, 0.875, 1.0):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
 import jcompress as jc
@@ -107,3 +108,189 @@ def test_five_bits_of_incremental_quantization_have_the_papers_eight_magnitudes(
     np.testing.assert_array_equal(found, levels[np.abs(np.abs(w)[..., None] - levels).argmin(-1)])
     with pytest.raises(ValueError, match="magnitudes=16 is not an integer from 1 to 15"):
         jc.quantize.PowersOfTwo(bits=5, magnitudes=16)
+
+
+# Pruned ternary weights
+
+
+def test_pruned_ternary_weights_are_a_projection_with_the_gradient_of_a_direction(rng):
+    w, g = normal(rng, 10, 4), np.asarray(normal(rng, 10, 4))
+    value, pull = jax.vjp(lambda w: training.pruned_ternary(w, 0.6), w)
+    stored = jc.chain(jc.prune.Magnitude(0.6, scope="output"), jc.quantize.Int(bits=1))(w)
+    np.testing.assert_allclose(value, stored.materialize(), rtol=1e-5)
+    wide, value = np.asarray(w, np.float64), np.asarray(value, np.float64)
+    norm, u = np.linalg.norm(wide, axis=0), wide / np.linalg.norm(wide, axis=0)
+    want = (g - (g * u).sum(0) * u) * np.linalg.norm(value, axis=0) / norm
+    np.testing.assert_allclose(pull(jnp.asarray(g))[0], want, rtol=1e-4, atol=1e-6)
+    tensor = training.pruned_ternary(w.reshape(5, 2, 4), 0.5, axes=(-3, -2, -1))
+    assert int((tensor != 0).sum()) == 20 and len(np.unique(np.round(np.abs(tensor), 6))) == 2
+    assert not training.pruned_ternary(jnp.zeros((3, 2)), 0.5).any()
+
+
+# Integers alone
+
+
+@pytest.mark.parametrize("multiplier", [0.999, 0.5, 0.0123, 3e-5, 2.0**-31, 1e-12])
+def test_requantization_is_that_of_whole_numbers(multiplier, rng):
+    m0, n = jc.quantize.fixed_point(multiplier)
+    assert 2**30 <= int(m0) < 2**31
+    assert int(m0) * 2.0**-31 * 2.0 ** -int(n) == np.float32(multiplier)
+    sums = rng.integers(-(2**31), 2**31, 2000) >> rng.integers(0, 31, 2000)
+    sums = np.concatenate([sums, [0, 1, -1, 2**31 - 1, -(2**31)]])
+    shift = 31 + int(n)
+    for zero, bits, signed in ((3, 8, True), (-5, 4, True), (128, 8, False)):
+        low = -(2 ** (bits - 1)) if signed else 0
+        want = [((int(x) * int(m0) + (1 << (shift - 1))) >> shift) + zero for x in sums]
+        want = [min(max(x, low), low + 2**bits - 1) for x in want]
+        found = jax.jit(lambda x, z=zero, b=bits, s=signed: jc.quantize.requantize(x, m0, n, z, bits=b, signed=s))(
+            jnp.asarray(sums, jnp.int32)
+        )
+        assert found.tolist() == want
+        assert found.dtype == (jnp.int8 if signed else jnp.uint8)
+
+
+def test_a_network_of_integers_alone_is_within_one_code_of_the_simulated_one(rng):
+    """Two layers, affine activations, biases in int32: no float between the first code and the last."""
+    x, w, b = rng.normal(size=(64, 12)), [rng.normal(size=(12, 16)), rng.normal(size=(16, 5))], rng.normal(size=16)
+    h = np.maximum(x @ w[0] + b, 0)
+    scales = [np.abs(x).max() / 127, h.max() / 255, np.abs(h @ w[1]).max() / 127]
+    steps = [np.abs(k).max(0) / 127 for k in w]
+    codes = [np.round(k / s).astype(np.int8) for k, s in zip(w, steps, strict=True)]
+    q = np.clip(np.round(x / scales[0]), -127, 127)
+    bias = np.round(b / steps[0] / scales[0])
+    simulated = np.maximum((q @ codes[0] + bias) * steps[0] * scales[0], 0)
+    simulated = np.clip(np.round(simulated / scales[1]), 0, 255) @ codes[1] * steps[1] * scales[1]
+    simulated = np.clip(np.round(simulated / scales[2]), -128, 127)
+
+    first = jc.quantize.fixed_point(jnp.asarray(scales[0] * steps[0] / scales[1]))
+    second = jc.quantize.fixed_point(jnp.asarray(scales[1] * steps[1] / scales[2]))
+
+    @jax.jit
+    def run(x, k0, k1, bias):
+        sums = jax.lax.dot(x, k0, preferred_element_type=jnp.int32) + bias
+        hidden = jc.quantize.requantize(sums, *first, zero=-128)  # its lowest code is 0.0: the clip is the ReLU
+        sums = jax.lax.dot(hidden, k1, preferred_element_type=jnp.int32) + 128 * k1.astype(jnp.int32).sum(0)
+        return jc.quantize.requantize(sums, *second)
+
+    args = (jnp.asarray(q, jnp.int8), *map(jnp.asarray, codes), jnp.asarray(bias, jnp.int32))
+    found = run(*args)
+    assert np.abs(np.asarray(found, np.int32) - simulated).max() <= 1
+    assert np.abs(simulated).max() > 100
+    assert "f32" not in run.lower(*args).as_text()
+    with pytest.raises(ValueError, match="outside"):
+        jc.quantize.fixed_point(1.5)
+    with pytest.raises(TypeError, match="expected int32"):
+        jc.quantize.requantize(jnp.zeros(3), *first)
+
+
+# Path following on the inputs of a compressed network
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_alignment_is_the_papers_loop_over_the_inputs(rounds, rng):
+    """Zhang & Saab 2023, section 3: u carries what is left of the outputs from one coordinate to the next."""
+    x = rng.normal(size=(40, 8)) @ rng.normal(size=(8, 8))
+    y = x + 0.3 * rng.normal(size=(40, 8))
+    y[:, 3] = 0
+    w = rng.normal(size=(8, 3))
+    u, v = np.zeros((40, 3)), np.zeros((8, 3))
+    for turn in range(rounds):
+        for t in range(8):
+            u += x[:, [t]] * w[t] if turn == 0 else y[:, [t]] * v[t]
+            v[t] = y[:, t] @ u / (y[:, t] @ y[:, t]) if t != 3 else 0
+            u -= y[:, [t]] * v[t]
+    found = jc.quantize.align(jnp.asarray(w), jnp.asarray(y.T @ y), jnp.asarray(y.T @ x), rounds)
+    np.testing.assert_allclose(found, v, rtol=2e-3, atol=1e-3)
+    best = np.linalg.lstsq(y, x @ w)[0]
+    far = jc.quantize.align(jnp.asarray(w), jnp.asarray(y.T @ y), jnp.asarray(y.T @ x), 3000)
+    np.testing.assert_allclose(y @ np.asarray(far), y @ best, atol=0.02)
+    same = jc.quantize.align(jnp.asarray(w), jnp.asarray(x.T @ x), jnp.asarray(x.T @ x), rounds)
+    np.testing.assert_allclose(same, w, rtol=2e-2, atol=2e-3)
+
+
+def test_aligned_weights_follow_the_dense_outputs_when_rounded(rng):
+    x = rng.normal(size=(200, 32))
+    y = np.round(x) + 0.1
+    w = rng.normal(size=(32, 8))
+    gram, cross = jnp.asarray(y.T @ y, jnp.float32), jnp.asarray(y.T @ x, jnp.float32)
+    context = jc.Context(key=jax.random.key(0), stats=jc.trace.Stats(gram=gram, axes=(-2,)))
+    method = jc.quantize.GPFQ(bits=4, stochastic=True)
+    aligned = jc.quantize.align(jnp.asarray(w, jnp.float32), gram, cross, 4)
+    nodes = [method(jnp.asarray(k, jnp.float32), context).materialize() for k in (w, aligned)]
+    error = [np.linalg.norm(y @ np.asarray(q) - x @ w) / np.linalg.norm(x @ w) for q in nodes]
+    assert error[1] < 0.9 * error[0]
+
+
+# Distortions
+
+
+def test_distortions_have_the_moments_and_the_ends_they_should(rng):
+    w, key = 0.2 * normal(rng, 300, 200), jax.random.key(1)
+    from jcompress.quantize import distortions
+
+    added = np.asarray(distortions.additive(w, 0.5, key) - w)
+    np.testing.assert_allclose([added.mean(), added.std()], [0, 0.1], atol=2e-3)
+    factor = np.asarray(distortions.multiplicative(w, 0.3, key) / w)
+    np.testing.assert_allclose([np.median(factor), factor.std()], [1, 0.3], atol=1e-2)
+    most = float(jnp.abs(w).max())
+    np.testing.assert_allclose(distortions.power(w, 0.0), np.sign(w) * most, rtol=1e-5)
+    np.testing.assert_allclose(distortions.power(w, 1.0), w, rtol=1e-5)
+    once, twice = distortions.power(distortions.power(w, 0.5), 0.5), distortions.power(w, 0.25)
+    np.testing.assert_allclose(once, twice, rtol=1e-4)
+    assert not distortions.power(jnp.zeros(3), 0.0).any()
+
+
+# Layers that follow a teacher
+
+
+def test_layer_errors_are_those_of_numpy_and_leave_the_teacher_alone(rng):
+    student, teacher = ({"a": normal(rng, 3, 4), "b": (normal(rng, 5), normal(rng, 2, 2))} for _ in range(2))
+    pairs = zip(jax.tree.leaves(student), jax.tree.leaves(teacher), strict=True)
+    want = sum(((np.asarray(s, np.float64) - np.asarray(t)) ** 2).mean() for s, t in pairs)
+    np.testing.assert_allclose(jc.distill.layer_errors(student, teacher), want, rtol=1e-5)
+    slopes = jax.grad(jc.distill.layer_errors, argnums=(0, 1))(student, teacher)
+    np.testing.assert_allclose(slopes[0]["a"], (student["a"] - teacher["a"]) / 6, rtol=1e-5)
+    assert not any(x.any() for x in jax.tree.leaves(slopes[1]))
+    with pytest.raises(ValueError, match="layer_errors: found layers of shapes"):
+        jc.distill.layer_errors([jnp.ones(3)], [jnp.ones(4)])
+
+
+# The optimizer's state
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("square", [False, True])
+def test_dynamic_levels_are_those_of_the_paper_and_codes_the_nearest(bits, square, rng):
+    """Dettmers et al. 2022: of each decade below the largest, midpoints of ever fewer parts."""
+    from jcompress.quantize.training import optimizer
+
+    want = [0.0, 1.0]
+    for i in range(bits - 1):
+        ends = np.linspace(0.1, 1, 2 ** (i + square) + 1)
+        middles = 10.0 ** (i - bits + 2) * (ends[1:] + ends[:-1]) / 2
+        want += [*middles, *([] if square else -middles)]
+    levels = optimizer.dynamic_levels(bits, square)
+    np.testing.assert_allclose(levels, np.sort(want), rtol=1e-12)
+    assert len(levels) == 2**bits
+    x = rng.normal(size=(256, 3)) * np.exp(4 * rng.normal(size=(256, 3)))
+    x = np.asarray(np.abs(x) if square else x, np.float32)
+    node = optimizer._encoded(jnp.asarray(x), bits, 64, square)
+    scale = np.abs(x).reshape(4, 64, 3).max(1).repeat(64, 0)
+    distance = np.abs(x[..., None] / scale[..., None] - levels)
+    if square:
+        distance[..., 0] = np.where(x > 0, np.inf, distance[..., 0])
+    found = np.take_along_axis(distance, np.asarray(node.codes, np.int64)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, distance.min(-1), atol=2e-6)
+
+
+def test_weak_weights_step_as_far_as_with_floats(rng):
+    """Gradients over four orders of magnitude within a block: of the weakest fifth roots of squares kept a ninth."""
+    size = jnp.exp(2.0 * normal(rng, 256, 32))
+    params, exact, small = {"w": jnp.zeros((256, 32))}, optax.adam(1e-3), jc.quantize.moments(optax.adam(1e-3))
+    states = exact.init(params), small.init(params)
+    for i in range(20):
+        grads = {"w": size * jax.random.normal(jax.random.fold_in(jax.random.key(2), i), size.shape)}
+        (a, first), (b, second) = exact.update(grads, states[0]), small.update(grads, states[1])
+        states = first, second
+    weak = np.asarray(size) < np.quantile(size, 0.2)
+    assert 0.5 < float(jnp.abs(b["w"])[weak].mean() / jnp.abs(a["w"])[weak].mean()) < 1.1

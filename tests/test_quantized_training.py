@@ -411,27 +411,21 @@ def test_thirty_two_bits_are_the_optimizer_itself(rng):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_moments_err_by_half_a_level_and_squares_stay_positive(rng):
+def test_moments_are_kept_between_steps_only_and_squares_stay_positive(rng):
     x = normal(rng, 300, 20) * jnp.exp(3 * normal(rng, 300, 20))
     params = {"w": jnp.zeros((300, 20))}
-    for tx, name, value, most in (
-        (optax.trace(0.0), "trace", x, 127),
-        (optax.scale_by_rms(decay=0.0), "nu", x**2, 255),
-    ):
+    for tx, name, value in ((optax.trace(0.0), "trace", x), (optax.scale_by_rms(decay=0.0), "nu", x**2)):
         small = jc.quantize.moments(tx, group_size=64)
         updates, state = jax.jit(small.update)({"w": x}, small.init(params), params)
         want, _ = tx.update({"w": x}, tx.init(params), params)
         np.testing.assert_allclose(updates["w"], want["w"], rtol=1e-6)
-        root = np.asarray(getattr(state.inner, name)["w"].root.materialize())
-        exact = np.sign(value) * np.sqrt(np.abs(value))
-        step = np.asarray(getattr(state.inner, name)["w"].root.scale).repeat(64, 0)[:300]
-        np.testing.assert_allclose(step.max() * most, np.abs(exact).max(), rtol=1e-5)
-        error = np.abs(root - exact)
+        held = np.asarray(getattr(state.inner, name)["w"].held.materialize())
+        largest = np.asarray(getattr(state.inner, name)["w"].held.scale).repeat(64, 0)[:300]
+        assert (np.abs(held - value) <= largest * 0.9 / 64 / (2 if name == "nu" else 1) / 2 * 1.001).all()
+        near = np.abs(np.asarray(value)) > 1e-5 * largest
+        assert (np.abs(held / value - 1) < 0.5)[near].all()
         if name == "nu":
-            assert (root[np.asarray(value) > 0] > 0).all()
-            assert (error <= np.where(exact < step, step, step / 2) * 1.001).all()
-        else:
-            assert (error <= step / 2 * 1.001).all()
+            assert (held[np.asarray(value) > 0] > 0).all()
 
 
 def test_small_arrays_vectors_and_counts_are_left_alone(rng):
@@ -440,7 +434,7 @@ def test_small_arrays_vectors_and_counts_are_left_alone(rng):
     plain = optax.adam(1e-3).init(params)
     assert jc.nbits(state) == jc.nbits(plain) - 2 * 64 * 64 * 24 + 2 * 64 * 32
     assert state[0].mu["b"].dtype == jnp.float32 and state[0].count.dtype == jnp.int32
-    assert state[0].nu["w"].root.codes.dtype == jnp.uint8
+    assert state[0].nu["w"].held.codes.dtype == jnp.uint8
 
 
 def test_adam_with_moments_of_eight_bits_solves_least_squares(rng, tmp_path):

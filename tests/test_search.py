@@ -231,3 +231,29 @@ def test_genetic_returns_the_best_ever_met(elites):
     best = np.nanmax(met)
     assert float(found.fitness) == best == float((found.best * np.arange(10.0)).sum())
     assert found.history.shape == (12,) and (np.diff(found.history) >= 0).all() and found.history[-1] == best
+
+
+def test_weight_agnostic_networks_are_the_front_of_all_masks():
+    """Two inputs, two hidden units: xor by any shared positive weight needs six connections of the eight."""
+    x = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    wanted = jnp.array([0.0, 1.0, 1.0, 0.0])
+
+    def score(mask, weight):
+        first, second, direct = mask[:4].reshape(2, 2), mask[4:6], mask[6:]
+        hidden = jnp.stack([jnp.tanh(weight * x @ first[:, 0]), jnp.cos(weight * x @ first[:, 1])], -1)
+        out = hidden @ second + x @ direct
+        return -jnp.square(out - wanted).mean()
+
+    weights = (0.5, 1.0, 2.0)
+    objectives = search.weight_agnostic(score, weights)
+    every = jnp.asarray(list(itertools.product([False, True], repeat=8)))
+    scores = np.asarray(jax.vmap(objectives)(every))
+    by_hand = np.array([[float(score(mask, w)) for w in weights] for mask in np.asarray(every[::37])])
+    np.testing.assert_allclose(scores[::37, 0], by_hand.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(scores[::37, 1], by_hand.max(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores[:, 2], -np.asarray(every).mean(1), rtol=1e-6)
+    front = scores[[not ((scores >= s).all(1) & (scores > s).any(1)).any() for s in scores]]
+    found = search.genetic_front(objectives, KEY, 8, population=48, generations=60)
+    assert (np.asarray(found.rank) == 0).any()
+    for s in np.asarray(found.scores)[np.asarray(found.rank) == 0]:
+        assert np.isclose(front, s, atol=1e-5).all(1).any()

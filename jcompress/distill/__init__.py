@@ -1,5 +1,5 @@
 """Losses and teachers."""
 
-from jcompress.distill.losses import soft_targets
+from jcompress.distill.losses import layer_errors, soft_targets
 
-__all__ = ["soft_targets"]
+__all__ = ["layer_errors", "soft_targets"]

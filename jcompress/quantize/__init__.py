@@ -1,7 +1,8 @@
 """Grids, ranges and rounding."""
 
-from jcompress.quantize import ranges, training
+from jcompress.quantize import distortions, ranges, training
 from jcompress.quantize.adaround import AdaRound
+from jcompress.quantize.alignment import align
 from jcompress.quantize.awq import AWQ
 from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
@@ -14,6 +15,7 @@ from jcompress.quantize.integer_products import activations
 from jcompress.quantize.lab import LAB
 from jcompress.quantize.lqer import LQER
 from jcompress.quantize.microscaling import NVFP4, Microscaling
+from jcompress.quantize.requantization import fixed_point, requantize
 from jcompress.quantize.rotation import Rotation
 from jcompress.quantize.squeezed import S2FP8
 from jcompress.quantize.stochastic import Stochastic
@@ -47,8 +49,12 @@ __all__ = [
     "Table",
     "Ternary",
     "activations",
+    "align",
+    "distortions",
+    "fixed_point",
     "moments",
     "ranges",
+    "requantize",
     "round_gradients",
     "training",
 ]

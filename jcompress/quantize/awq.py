@@ -15,6 +15,7 @@ from jcompress.core import Context, Method
 from jcompress.formats import Frozen, Rescaled
 from jcompress.layers import matrices
 from jcompress.numeric import scaling
+from jcompress.quantize import clipping
 from jcompress.quantize.integer import Int
 
 
@@ -26,12 +27,15 @@ class AWQ(Method):
     least output error ``tr(dW^T gram dW)`` among evenly spaced powers from 0 to 1; 0 is no scaling, so the error is
     never above that of the grid alone (Lin et al. 2023, arXiv:2306.00978, who take the mean magnitude of the inputs).
     The node keeps ``1 / s`` in bfloat16, 16 bits an input; :func:`fold_scales` puts it into the layer before instead.
-    Needs the statistic ``gram``. One power for a leaf; with ``jc.stacked`` one for each layer.
+    Needs the statistic ``gram``. One power for a leaf; with ``jc.stacked`` one for each layer. With ``clips`` each
+    range is then cut to the part of least output error, as the authors' code does with ten of them.
 
     Attributes:
       grid: the method that quantizes, fitted once for each power; with :class:`GPTQ` it gets the Gram matrix of the
         scaled inputs.
       points: how many powers are tried, at least 2.
+      clips: how many parts of each range are tried, from the whole down to its half; 1 clips nothing. The error counts
+        inputs that share a scale with each other; a leaf is clipped only if its whole error falls.
 
     Raises:
       ValueError: for fewer points, or statistics that are missing or of another shape.
@@ -48,6 +52,7 @@ class AWQ(Method):
 
     grid: Method = Int(bits=4, group_size=128)
     points: int = 20
+    clips: int = 1
 
     reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
     wraps: ClassVar[tuple[str, ...]] = ("grid",)
@@ -55,6 +60,8 @@ class AWQ(Method):
     def __post_init__(self) -> None:
         if self.points < 2:
             raise ValueError(f"AWQ: points={self.points} must be at least 2: the powers 0 and 1")
+        if self.clips < 1:
+            raise ValueError(f"AWQ: clips={self.clips} must be positive; 1 clips nothing")
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Rescaled:
         """The node for one array."""
@@ -71,7 +78,15 @@ def _scaled(method: AWQ, w: jax.Array, context: Context) -> Rescaled:
         values, error = tried(method.grid, layer, gram, context, scale.astype(jnp.float32))
         return Rescaled(values, Frozen.of(matrices.spread(layer, scale))), error
 
-    return fitted(best(method.points, lambda power: fitted(power)[1]))[0]
+    power = best(method.points, lambda power: fitted(power)[1])
+    if method.clips == 1:
+        return fitted(power)[0]
+    scale = jnp.exp(-power * logs).astype(jnp.bfloat16)
+    wide, held = scale.astype(jnp.float32), matrices.spread(layer, scale)
+    scaled = wide[:, :, None] * gram * wide[:, None, :]
+    kernel = layer.of((layer.w / held.astype(jnp.float32)).astype(layer.w.dtype))
+    inner = matrices.with_gram(context, scaled)
+    return Rescaled(clipping.clipped(method.grid, method.clips, kernel, scaled, inner), Frozen.of(held))
 
 
 def logarithms(gram: jax.Array) -> jax.Array:

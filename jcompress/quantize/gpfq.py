@@ -27,8 +27,8 @@ class GPFQ(Method):
     ``w_t + <x_t, u> / |x_t|**2``: the best given what came before, while :class:`GPTQ` also moves what comes after. The
     relative error falls as one over the number of inputs, where that of rounding does not fall (Zhang, Zhou & Saab
     2022, arXiv:2201.11113). ``<x_t, u>`` is read off the Gram matrix, the statistic ``gram``, so no data is needed; the
-    inputs of the compressed layers before are those of :func:`jcompress.trace.compress_sequentially`, with no term for
-    their distance to the dense ones.
+    inputs of the compressed layers before are those of :func:`jcompress.compress_sequentially`. Their distance to the
+    dense ones is met by weights that :func:`align` has fitted to them.
 
     Attributes:
       bits: bits a code, 2 to 16; 2 symmetric bits are the ternary alphabet.

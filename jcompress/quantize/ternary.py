@@ -25,7 +25,7 @@ class Ternary(Method):
     threshold with the least squared error: a search over the range, then the iteration ``t <- scale / 2``, which
     every optimum is a fixed point of. After a mask, ``jc.chain(Magnitude(...), Ternary())`` counts kept weights only;
     ``jc.chain(Magnitude(...), Int(bits=1))`` keeps the signs of all of them, as pruning ternary quantization does (Liu
-    et al. 2021, arXiv:2107.10998).
+    et al. 2021, arXiv:2107.10998), which trains by :func:`jcompress.quantize.training.pruned_ternary`.
 
     Attributes:
       threshold: as a multiple of the mean magnitude, a scalar, traced or not; or ``"optimal"``.

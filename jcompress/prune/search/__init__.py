@@ -6,7 +6,7 @@ That of ``amc`` is a function of the kept fraction of each layer. It must be tra
 the fitness says.
 """
 
-from jcompress.prune.search.evolution import Fitness, Found, Front, genetic, genetic_front
+from jcompress.prune.search.evolution import Fitness, Found, Front, genetic, genetic_front, weight_agnostic
 from jcompress.prune.search.filtering import Filtered, particle_filter, systematic
 from jcompress.prune.search.reinforcement import amc
 from jcompress.prune.search.trajectories import anneal, particle_swarm
@@ -23,4 +23,5 @@ __all__ = [
     "particle_filter",
     "particle_swarm",
     "systematic",
+    "weight_agnostic",
 ]

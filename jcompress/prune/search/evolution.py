@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -201,3 +201,38 @@ def genetic_front(
     first = ordered(masks, measure(masks))
     (masks, scores), _ = jax.lax.scan(step, first, jax.random.split(key, generations))
     return Front(masks, scores, dominance.ranks(scores))
+
+
+def weight_agnostic(
+    score: Callable[[jax.Array, jax.Array], jax.Array],
+    weights: Sequence[float] = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0),
+) -> Callable[[jax.Array], jax.Array]:
+    """Objectives of networks that work without training: all weights are one number (Gaier & Ha 2019, 1906.04358).
+
+    A mask says which connections there are, and all of them share one weight, drawn anew each time. Of a mask count the
+    mean score over some such weights, the best one, and how few connections it has: the three that the paper ranks by,
+    of which it takes the mean with one or the other of the two at a time. Units and activation functions are there from
+    the start, where the paper adds them one by one: a bit may stand for any of them.
+
+    Args:
+      score: ``score(mask, weight)``, a number, higher is better.
+      weights: the shared weights that are tried.
+
+    Returns:
+      A function of a mask for :func:`genetic_front`: (mean, best, minus the share of ones), each higher is better.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jcompress.prune import search
+      >>> objectives = search.weight_agnostic(lambda mask, weight: mask.sum() * weight, (0.5, 1.0))
+      >>> objectives(jnp.array([True, False, False, False])).tolist()
+      [0.75, 1.0, -0.25]
+      >>> front = search.genetic_front(objectives, jax.random.key(0), 4, population=8, generations=5)
+    """
+    tried = jnp.asarray(weights, jnp.float32)
+
+    def objectives(mask: jax.Array) -> jax.Array:
+        scores = jax.vmap(lambda weight: score(mask, weight))(tried)
+        return jnp.stack([jnp.mean(scores), jnp.max(scores), -jnp.mean(mask.astype(jnp.float32))])
+
+    return objectives

@@ -7,7 +7,7 @@ Activations: functions, to be called in the model.
 
 Straight-through training with ranges of each step is ``jc.simulate``. The penalty of curvature-aware training is
 :func:`jcompress.prune.penalties.hessian_square_norm`. Self-distilled quantization is a loss: the task's, plus
-``jc.distill.soft_targets`` against the logits of the dense network, plus the squared distance to its layers' outputs.
+``jc.distill.soft_targets`` against the logits of the dense network, plus ``jc.distill.layer_errors`` of its layers.
 """
 
 from jcompress.quantize.training import dorefa
@@ -20,7 +20,7 @@ from jcompress.quantize.training.noise import QuantNoise
 from jcompress.quantize.training.relaxed import Relaxed
 from jcompress.quantize.training.soft import DSQ, assignment_entropy, soft_assign, temper
 from jcompress.quantize.training.steps import LSQ, lsq, lsq_plus
-from jcompress.quantize.training.ternary import TTQ
+from jcompress.quantize.training.ternary import TTQ, pruned_ternary
 
 __all__ = [
     "DSQ",
@@ -39,6 +39,7 @@ __all__ = [
     "lsq",
     "lsq_plus",
     "pact",
+    "pruned_ternary",
     "scaled_sign",
     "sign_ste",
     "soft_assign",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jcompress import core, transforms
@@ -72,9 +73,9 @@ def round_gradients(bits: int, key: jax.Array) -> optax.GradientTransformationEx
 
 
 class Moment(NamedTuple):
-    """A leaf of an optimizer's state between steps: its signed root, ``sign(x) * sqrt(|x|)``, as integers."""
+    """A leaf of an optimizer's state between steps, on the levels of :func:`dynamic_levels`."""
 
-    root: Quantized
+    held: Quantized
 
 
 class MomentsState(NamedTuple):
@@ -95,14 +96,13 @@ def moments(
     smallest: int = 4096,
     squares: tuple[str, ...] = ("nu", "sum_of_squares", "v"),
 ) -> optax.GradientTransformationExtraArgs:
-    """Any optimizer, with the large arrays of its state in a few bits between steps (after Dettmers et al. 2021).
+    """Any optimizer, with the large arrays of its state in a few bits between steps (Dettmers et al. 2022, 2110.02861).
 
-    An array x is kept as ``round(sign(x) * sqrt(|x|) / s)`` with one s for ``group_size`` rows of each column. Roots
-    put the levels where moments are dense, near zero: level k of n stands for ``(k / n)**2`` of the largest magnitude,
-    so neighbours differ by about ``2 / k`` of their size, much as in the dynamic table of 8-bit optimizers
-    (arXiv:2110.02861), and by blocks as there. Means of squares have no sign, so they get twice the levels; a square
-    that is not zero never becomes zero, which would make a step infinite. Changes of less than half a level are lost:
-    with a decay near one, such as 0.999, a small square follows the largest of its block rather than its own gradient.
+    Dynamic tree quantization: an array is kept as the nearest of ``2**bits`` levels times the largest magnitude of its
+    block, ``group_size`` rows of each column (the paper's blocks are 2048 entries in memory order). Each decade below
+    the largest has half as many levels as the one above, so that at 8 bits entries down to a millionth of the largest
+    are told apart. Means of squares have no sign, so they get twice the levels; a square that is not zero never becomes
+    zero, which would make a step infinite. Changes of less than half a level are lost.
 
     At 8 bits Adam's state takes a quarter of its bytes: ``jc.nbits(state)`` counts them.
 
@@ -154,20 +154,47 @@ def moments(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def dynamic_levels(bits: int, square: bool) -> np.ndarray:
+    """The levels of dynamic tree quantization, ascending: 0, 1, and in each decade midpoints of equal parts of it.
+
+    The decade ``10**-i`` has ``2**(bits - 2 - i)`` parts, or with no sign twice as many; with a sign all but 1 have a
+    negative as well.
+    """
+    found = [10.0**-i * (0.1 + 0.9 * (np.arange(n) + 0.5) / n) for i, n in enumerate(_parts(bits, square))]
+    positive = np.concatenate(found[::-1])
+    return np.concatenate([positive[:0] if square else -positive[::-1], [0.0], positive, [1.0]])
+
+
+def _parts(bits: int, square: bool) -> list[int]:
+    """How many levels each decade has, the highest first."""
+    return [2 ** (bits - 2 - i + square) for i in range(bits - 1)]
+
+
 def _encoded(x: jax.Array, bits: int, group_size: int, square: bool) -> Quantized:
-    root = jnp.sqrt(jnp.abs(x))
-    most = 2**bits - 1 if square else 2 ** (bits - 1) - 1
-    scale = positive(pool(root, (-2,), group_size, jnp.maximum, 0.0) * (1 / most))
-    level = jnp.clip(jnp.round(root / spread(scale, x, group_size)), 0, most)
+    levels, parts = dynamic_levels(bits, square), _parts(bits, square)
+    scale = positive(pool(jnp.abs(x), (-2,), group_size, jnp.maximum, 0.0))
+    place = _places(jnp.abs(x) / spread(scale, x, group_size), levels[levels > 0], parts)
     if square:
-        codes = jnp.where(x > 0, jnp.maximum(level, 1), level).astype(jnp.uint8)
+        codes = jnp.where(x > 0, jnp.maximum(place, 1), 0)
     else:
-        codes = (jnp.sign(x) * level).astype(jnp.int8)
-    return Quantized(codes, scale, bits=bits, group_size=group_size)
+        codes = jnp.where(x < 0, -jnp.minimum(place, sum(parts)), place) + sum(parts)
+    table = tuple(map(float, levels))
+    return Quantized(codes.astype(jnp.uint8), scale, bits=bits, table=table, group_size=group_size)
+
+
+def _places(x: jax.Array, levels: np.ndarray, parts: list[int]) -> jax.Array:
+    """The place of the positive level nearest to each x in [0, 1], from 1, or 0 where 0 is nearer: by arithmetic.
+
+    Levels are even within a decade; where it begins is half way between its lowest level and the one below.
+    """
+    place, below = jnp.zeros(x.shape, jnp.int32), 0
+    for i, n in reversed(list(enumerate(parts))):
+        begin = (levels[below] + (levels[below - 1] if below else 0.0)) / 2
+        step = jnp.floor((x * 10.0**i - 0.1) * (n / 0.9)).astype(jnp.int32)
+        place = jnp.where(x >= begin, below + 1 + jnp.clip(step, 0, n - 1), place)
+        below += n
+    return jnp.where(x >= (levels[-1] + levels[-2]) / 2, below + 1, place)
 
 
 def _decoded(x: Any) -> Any:
-    if not isinstance(x, Moment):
-        return x
-    root = x.root.materialize()
-    return root * jnp.abs(root)
+    return x.held.materialize() if isinstance(x, Moment) else x
