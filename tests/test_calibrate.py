@@ -412,7 +412,9 @@ class TestUses:
             (lambda w: jnp.where(w > 0, w, 0), "'select_n'|'gt'"),
             (lambda w: w.astype(jnp.int8).astype(jnp.float32), "'convert_element_type'"),
             (lambda w: jax.lax.stop_gradient(jnp.round(w)), "'round'"),
-            (lambda w: jnp.concatenate([w[:3], w[3:] * 2]), "'mul'|'concatenate'"),
+            (lambda w: jnp.concatenate([w[:3], w[3:] * 2]), "joined with others"),
+            (lambda w: (w - w.mean(0)) / w.std(0), "fold that into the weight first"),
+            (lambda w: w * w, "'mul'"),
             (lambda w: w[jnp.array([1, 0, 2, 3, 4])], "'gather'"),
         ],
     )
@@ -829,3 +831,42 @@ def test_one_calibration_serves_methods_that_need_less():
     wanda = jc.plan(params, [(".*", jc.prune.Wanda(sparsity=0.5))])
     own = jc.compress(params, wanda, stats=jc.calibrate(fn, params, [x], wanda))
     jax.tree.map(np.testing.assert_array_equal, jc.compress(params, wanda, stats=stats), own)
+
+
+LINEAR = {
+    "scaled": lambda p: p["w"] * 0.5,
+    "negative": lambda p: -p["w"] / 3,
+    "masked by a choice": lambda p: jnp.where(jnp.eye(8, 6) > 0, 0, p["w"]),
+    "masked by a product": lambda p: p["w"] * (jnp.eye(8, 6) == 0),
+    "masked by a parameter": lambda p: jnp.where(p["mask"], p["w"], 0),
+    "masked and cast": lambda p: (p["w"] * p["mask"]).astype(jnp.bfloat16).astype(jnp.float32),
+    "scaled by a parameter for each output": lambda p: p["w"] * p["gain"],
+    "scaled by a norm of another": lambda p: p["w"] * (p["gain"] / jnp.linalg.norm(p["gain"])),
+    "with a low-rank term": lambda p: p["w"] + p["a"] @ p["b"],
+    "transposed, then less a constant": lambda p: (1 - p["w"].T).T,
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_product_that_is_linear_in_a_parameter_is_one_of_it(name):
+    change, x = LINEAR[name], normal(9, 5, 8)
+    params = {"w": normal(0, 8, 6), "gain": normal(1, 6), "a": normal(2, 8, 2), "b": normal(3, 2, 6)}
+    params["mask"] = jnp.arange(48).reshape(8, 6) % 3 > 0
+    stats = run(lambda p, x: x @ change(p), params, x)
+    check(stats["w"], x)
+    assert stats["w"].layout == jc.Layout() and list(stats) == ["w"]
+    for path in ("gain", "a", "b"):
+        assert path in stats.notes or "fold that into the weight first" in stats.unread[path]
+    tree = jc.compress(params, jc.plan(params, [("w", jc.quantize.Int(bits=8)), (".*", None)]))
+    want = x @ change(jc.materialize(tree))
+    np.testing.assert_allclose(jc.accelerate(lambda p, x: x @ change(p))(tree, x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_norm_is_told_to_be_folded():
+    from flax import nnx
+
+    layer = nnx.WeightNorm(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    plan = jc.plan(params, [(".*kernel", jc.quantize.GPTQ(bits=4)), (".*", None)])
+    with pytest.raises(ValueError, match=r"kernel: .* fold that into the weight first"):
+        jc.calibrate(lambda p, x: nnx.merge(graph, p, rest)(x), params, [normal(0, 4, 8)], plan)

@@ -14,7 +14,7 @@ from jax.extend import core as jax_core
 
 from jcompress.trace.core import bodies, loops
 from jcompress.trace.core.contraction import Convolution, Dot, Ragged
-from jcompress.trace.core.kinds import Collective, Contraction, Flow, Lookup, Opaque
+from jcompress.trace.core.kinds import Collective, Contraction, Flow, Linear, Lookup, Opaque
 from jcompress.trace.core.layouts import (
     BROADCAST,
     RESHAPE,
@@ -110,9 +110,9 @@ def _all(names: str, row: Row) -> dict[str, Row]:
     return dict.fromkeys(names.split(), row)
 
 
-def _each(names: str, zero: Zero = "computed", count: ops.Count = ops.ONE) -> dict[str, Row]:
+def _each(names: str, zero: Zero = "computed", count: ops.Count = ops.ONE, flow: Flow = Flow()) -> dict[str, Row]:
     """Rows of primitives that compute entry by entry."""
-    return _all(names, Row(Elementwise(zero), Flow(), count))
+    return _all(names, Row(Elementwise(zero), flow, count))
 
 
 def _reduce(combine: sums.Combine, neutral: bool = False) -> Row:
@@ -133,12 +133,14 @@ def _product(rule: Rule, of: type[Dot] | type[Convolution], meeting: meetings.Me
 
 ROWS: dict[str, Row] = {
     # Entry by entry
-    **_each("abs add add_any bessel_i0e bessel_i1e ceil clamp clz conj eq eq_to floor ge gt igamma igammac is_finite"),
-    **_each("le le_to lt lt_to max min ne neg nextafter not or population_count reduce_precision rem round shift_left"),
-    **_each("shift_right_arithmetic shift_right_logical sign square sub xor"),
-    **_each("mul and", zero="any"),
-    **_each("div", zero="first"),
-    **_each("select_n", zero="cases"),
+    **_each("abs bessel_i0e bessel_i1e ceil clamp clz conj eq eq_to floor ge gt igamma igammac is_finite"),
+    **_each("le le_to lt lt_to max min ne nextafter not or population_count reduce_precision rem round shift_left"),
+    **_each("shift_right_arithmetic shift_right_logical sign square xor"),
+    **_each("add add_any neg sub", flow=Linear()),
+    **_each("and", zero="any"),
+    **_each("mul", zero="any", flow=Linear()),
+    **_each("div", zero="first", flow=Linear(slice(1))),
+    **_each("select_n", zero="cases", flow=Linear(slice(1, None), together=True)),
     **_each("complex", count=ops.NONE),
     **_each("imag real"),
     **_each("integer_pow", count=ops.power),

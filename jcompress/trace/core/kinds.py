@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from jax.extend import core as jax_core
 
+from jcompress.trace.core import walk
 from jcompress.trace.core.contraction import Convolution, Dot
 from jcompress.trace.core.views import (
     Activation,
@@ -59,6 +61,59 @@ class Flow:
     def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
         """The kinds of the results."""
         return [computed(eqn.primitive.name, kinds)] * len(eqn.outvars)
+
+
+class Linear(Flow):
+    """Computed entry by entry, and linear in some of the operands: a parameter scaled, masked or added to stays one.
+
+    Args:
+      places: the operands in which it is linear, one at a time.
+      together: whether it is linear in several at once, as a choice between them is.
+    """
+
+    def __init__(self, places: slice = slice(None), together: bool = False) -> None:
+        self.places, self.together = places, together
+
+    def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
+        kept = None if any(map(is_activation, kinds)) else self._kept(eqn, kinds)
+        return super().results(eqn, kinds, bodies) if kept is None else [kept]
+
+    def _kept(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> Kind:
+        """The parameter that the result is linear in; None where there is none, or several."""
+        found = [k for k in kinds[self.places] if isinstance(k, (View, Joined)) and _is_full(k, eqn)]
+        if not found or any(k != found[0] for k in found) or (len(found) > 1 and not self.together):
+            return None
+        kind, others = found[0], [k for k in kinds if k is not found[0] and k != found[0]]
+        if any(path in parameters(others, lookups=True) for path in parameters([kind], lookups=True)):
+            return None
+        name = eqn.primitive.name
+        told = computed(name, others)
+        beside = told.reasons if isinstance(told, Derived) else ()
+        if isinstance(kind, Joined):
+            return dataclasses.replace(kind, parts=tuple(_with(part, name, beside) for part in kind.parts))
+        assert isinstance(kind, View)
+        return _with(kind, name, beside)
+
+
+def _with(view: View, name: str, beside: Sequence[tuple[str, str]]) -> View:
+    return dataclasses.replace(view, changed=name, beside=tuple(dict([*view.beside, *beside]).items()))
+
+
+def operands(kinds: Sequence[Kind]) -> Kinds:
+    """The two operands of a product; a parameter that was scaled first is computed where it meets no activation."""
+    pair = list(kinds[:2])
+    if any(map(is_activation, pair)):
+        return pair
+    return [computed(k.changed, [k]) if isinstance(k, View) and k.changed else k for k in pair]
+
+
+def _is_full(kind: Kind, eqn: jax_core.JaxprEqn) -> bool:
+    """Whether a parameter fills the result, and is not spread over it."""
+    dims = [atoms for view in _views(kind) for atoms in view.dims]
+    if any(a.axis < 0 for atoms in dims for a in atoms):
+        return False
+    sizes = [math.prod(a.size for a in atoms) for atoms in dims]
+    return isinstance(kind, Joined) or tuple(sizes) == walk.aval(eqn.outvars[0]).shape
 
 
 class Opaque(Flow):
@@ -133,6 +188,7 @@ def weight_side(kinds: Sequence[Kind]) -> int | None:
     A weight is made of parameters, and not looked up in them. It meets an activation; or it is a parameter as it is,
     and meets what was computed from parameters (learned queries after a norm).
     """
+    kinds = operands(kinds)
     for side in (1, 0):
         if is_weight(kinds[side]) and is_activation(kinds[1 - side]):
             return side

@@ -30,7 +30,7 @@ Atoms = tuple[Atom, ...]
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A parameter with its entries laid out anew and otherwise unchanged.
+    """A parameter with its entries laid out anew; scaled, masked or added to, where it says so, and else unchanged.
 
     Attributes:
       path: the parameter.
@@ -40,6 +40,8 @@ class View:
       scanned: for each loop around, the loop and the atoms that it runs over.
       shards: inside ``shard_map``, the mesh axes along which devices hold different parts.
       level: how many products a product with it counts as: 1, or 0 where nobody asked for the parameter.
+      changed: the primitive that did so last.
+      beside: other parameters that scale it, mask it or are added to it, each with the primitive that does so.
     """
 
     path: str
@@ -49,6 +51,8 @@ class View:
     scanned: tuple[tuple[int, Atoms], ...] = ()
     shards: frozenset[str] = frozenset()
     level: int = 1
+    changed: str = ""
+    beside: tuple[tuple[str, str], ...] = ()
 
     def is_whole(self, atom: Atom) -> bool:
         """Whether the atom is all of its axis."""
@@ -126,8 +130,8 @@ def has_parameters(kind: Kind) -> bool:
 
 def parameters(kinds: Sequence[Kind], lookups: bool) -> list[str]:
     """The paths of views and of what is derived from parameters."""
-    found = [k.path for k in kinds if isinstance(k, View)]
-    found += [part.path for k in kinds if isinstance(k, Joined) for part in k.parts]
+    views = [part for k in kinds for part in (k.parts if isinstance(k, Joined) else (k,)) if isinstance(part, View)]
+    found = [path for view in views for path in (view.path, *dict(view.beside))]
     for kind in kinds:
         if isinstance(kind, Derived) and (lookups or not kind.lookup):
             found += [path for path, _ in kind.reasons]
@@ -146,9 +150,9 @@ def computed(name: str, kinds: Sequence[Kind]) -> Kind:
     reasons: dict[str, str] = {}
     for kind in kinds:
         if isinstance(kind, View):
-            reasons.setdefault(kind.path, name)
+            reasons = {kind.path: name, **dict(kind.beside)} | reasons
         elif isinstance(kind, Joined):
-            reasons |= {part.path: kind.name for part in kind.parts if part.path not in reasons}
+            reasons = {p: kind.name for part in kind.parts for p in (part.path, *dict(part.beside))} | reasons
         elif isinstance(kind, Derived):
             reasons |= dict(kind.reasons)
     return Derived(tuple(reasons.items()), depth(kinds), shards=shards(kinds)) if reasons else None

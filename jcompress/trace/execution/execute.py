@@ -15,7 +15,7 @@ from jcompress.trace.core import flow, walk
 from jcompress.trace.core.bodies import Bodies, Call, Custom, Remat, ShardMap
 from jcompress.trace.core.contraction import Product
 from jcompress.trace.core.flow import Body, Step
-from jcompress.trace.core.kinds import Contraction, weight_side
+from jcompress.trace.core.kinds import Contraction, Linear, weight_side
 from jcompress.trace.core.layouts import SideBySide
 from jcompress.trace.core.loops import Scan, While
 from jcompress.trace.core.views import Joined, Kind, View, parameters
@@ -150,6 +150,8 @@ class _Run:
 
     def _laid_out(self, step: Step, values: list[Any]) -> Sequence[Any] | None:
         """Operands in a form of their own, where the equation leaves them one."""
+        if isinstance(step.flow, Linear):
+            return None
         if len(values) == 1:
             return values[0].laid_out(step) if is_operand(values[0]) else None
         joined = side_by_side(values, step) if isinstance(step.flow, SideBySide) else None

@@ -8,7 +8,7 @@ from typing import Any
 from jcompress.core import Layout, PyTree
 from jcompress.trace.core import flow, walk
 from jcompress.trace.core.flow import Body, Step
-from jcompress.trace.core.kinds import Contraction, Lookup
+from jcompress.trace.core.kinds import Contraction, Lookup, operands
 from jcompress.trace.core.layouts import forward
 from jcompress.trace.core.views import Activation, Atom, Derived, Joined, Kind, View, is_activation, parameters
 from jcompress.trace.recording import meetings
@@ -133,23 +133,28 @@ def unread_weights(step: Step) -> list[tuple[str, str]]:
         return []
     found: list[tuple[str, str]] = []
     for side in (0, 1):
-        mine, other = step.ins[side], step.ins[1 - side]
+        mine, other = (operands(step.ins)[i] for i in (side, 1 - side))
         if isinstance(mine, Derived) and _meets(mine, other):
-            found += [
-                (path, f"it passes through {name!r} before it meets an activation") for path, name in mine.reasons
-            ]
+            found += [(path, _changed(name)) for path, name in mine.reasons]
     for side, kind in _sides(step):
+        views = kind.parts if isinstance(kind, Joined) else (kind,)
+        found += [(path, _changed(name)) for v in views if isinstance(v, View) for path, name in v.beside]
         if isinstance(kind, Joined) and _outputs(step, kind, side) is None:
             reason = "it is joined with others along an axis that is contracted or grouped"
             found += [(path, reason) for path in parameters([kind], lookups=True)]
     return found
 
 
+def _changed(name: str) -> str:
+    return f"it passes through {name!r} before it meets an activation; fold that into the weight first"
+
+
 def _sides(step: Step) -> list[tuple[int, Kind]]:
     """The operands of a product that are parameters as they are, and meet something else."""
     if not isinstance(step.flow, Contraction):
         return []
-    pairs = [(side, step.ins[side], step.ins[1 - side]) for side in (0, 1)]
+    first, second = operands(step.ins)
+    pairs = [(0, first, second), (1, second, first)]
     return [(side, a) for side, a, b in pairs if isinstance(a, (View, Joined)) and isinstance(b, (Activation, Derived))]
 
 
