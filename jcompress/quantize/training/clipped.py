@@ -98,8 +98,8 @@ def xnor(w: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     """
     axes = tuple(range(-w.ndim, -1)) or (-1,) if axes is None else axes
     scale = jax.lax.stop_gradient(jnp.mean(jnp.abs(w), axes, keepdims=True))
-    slope = w.size / max(scale.size, 1)
-    slope = 1 / max(slope, 1) + scale * (jnp.abs(jax.lax.stop_gradient(w)) <= 1)
+    number = max(w.size / max(scale.size, 1), 1)
+    slope = 1 / number + scale * (jnp.abs(jax.lax.stop_gradient(w)) <= 1)
     return straight_through(w * slope.astype(w.dtype), (jnp.where(w >= 0, 1, -1) * scale).astype(w.dtype))
 
 
