@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed, Context, Method
 from jcompress.formats import Sum
+from jcompress.numeric import scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Residual(Method):
     """See :func:`residual`."""
 
     methods: tuple[Method, ...]
+    sweeps: int = 1
 
     wraps: ClassVar[tuple[str, ...]] = ("methods",)
 
@@ -128,13 +131,38 @@ class Residual(Method):
             nodes = core.fit(method, rest, keyed)
             rest = [w - core.dense(node) for w, node in zip(rest, nodes, strict=True)]
             terms.append(nodes)
+        for sweep in range(1, self.sweeps):
+            for i, method in enumerate(self.methods):
+                terms[i] = _nearer(method, arrays, contexts, terms, i, sweep)
         return [Sum(tuple(column)) for column in zip(*terms, strict=True)]
 
     def __repr__(self) -> str:
-        return f"residual({', '.join(map(repr, self.methods))})"
+        sweeps = f", sweeps={self.sweeps}" if self.sweeps > 1 else ""
+        return f"residual({', '.join(map(repr, self.methods))}{sweeps})"
 
 
-def residual(*methods: Method) -> Method:
+def _nearer(
+    method: Method, arrays: Sequence[jax.Array], contexts: Sequence[Context], terms: list[list[Any]], i: int, sweep: int
+) -> list[Any]:
+    """The nodes of one term fitted anew to what all others leave, where that takes the sum nearer to the arrays."""
+    others = [[core.dense(node) for node in column] for j, column in enumerate(terms) if j != i]
+    rest = [w - sum(column) for w, column in zip(arrays, zip(*others, strict=True), strict=True)]
+    number = sweep * len(terms) + i
+    keyed = [c if c.key is None else dataclasses.replace(c, key=jax.random.fold_in(c.key, number)) for c in contexts]
+    found = core.fit(method, rest, keyed)
+    return [_better(w, old, new) for w, old, new in zip(rest, terms[i], found, strict=True)]
+
+
+def _better(w: jax.Array, old: Any, new: Any) -> Any:
+    unit = scaling.unit([w])
+    before, after = (jnp.sum(jnp.square(unit.divide(w - core.dense(node)))) for node in (old, new))
+    nearer = after < before
+    if core.is_concrete(nearer):
+        return new if bool(nearer) else old
+    return jax.tree.map(lambda a, b: jnp.where(nearer, b, a), old, new)
+
+
+def residual(*methods: Method, sweeps: int = 1) -> Method:
     """Fit each method to what the ones before it left over; the result is the sum.
 
     ``residual(Magnitude(0.99), Int(4))`` keeps outliers apart, ``residual(Int(4), SVD(8))`` corrects a quantized
@@ -142,12 +170,14 @@ def residual(*methods: Method) -> Method:
 
     Args:
       *methods: at least two.
+      sweeps: how often each is fitted: from the second time on to what all others leave, and kept where the squared
+        error of the sum is less than before, so it is never more than after one pass.
 
     Returns:
       A method.
 
     Raises:
-      ValueError: for fewer than two methods.
+      ValueError: for fewer than two methods, or fewer than one sweep.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -158,7 +188,9 @@ def residual(*methods: Method) -> Method:
     """
     if len(methods) < 2:
         raise ValueError("residual needs at least two methods")
-    return Residual(methods)
+    if sweeps < 1:
+        raise ValueError(f"residual: sweeps={sweeps} must be at least 1")
+    return Residual(methods, sweeps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Row:
       stationary: whether ``project`` solves the least squares problem of the whole nest.
       gathers: whether the mathematics moves parameters between devices.
       adjusts: whether a constant array gets another value: kept entries make up for the others, or the grid lacks it.
+      empty: whether an array without entries has a node; else it is refused by name.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     stationary: bool = True
     gathers: bool = False
     adjusts: bool = False
+    empty: bool = True
 
 
 def statistics(shape: tuple[int, ...]) -> jc.trace.Stats:
@@ -48,8 +50,9 @@ def statistics(shape: tuple[int, ...]) -> jc.trace.Stats:
     return jc.trace.Stats(**{name: jnp.asarray(value, jnp.float32) for name, value in known.items()}, axes=axes)
 
 
+FACTORS: dict[str, Any] = {"exact": False, "stationary": False, "gathers": True, "empty": False}
 M, Int, SVD, KMeans, Float = jc.prune.Magnitude, jc.quantize.Int, jc.factorize.SVD, jc.share.KMeans, jc.quantize.Float
-T = jc.quantize.training
+T, F = jc.quantize.training, jc.factorize
 
 METHODS = [
     Row("magnitude", M(sparsity=0.7)),
@@ -163,10 +166,29 @@ METHODS = [
     Row("stacked-ttq", jc.stacked(T.TTQ()), shape=(3, 8, 4), exact=False, stationary=False),
     Row("quant-noise", T.QuantNoise(Int(bits=4), rate=0.5), exact=False),
     Row("relaxed", T.Relaxed(bits=3, slack=0.5), exact=False),
-    Row("svd", SVD(rank=3), exact=False, gathers=True),
-    Row("svd-convolution", SVD(rank=3), shape=(3, 3, 2, 8), exact=False, gathers=True),
-    Row("svd-energy", SVD(energy=0.9), jit=False, exact=False, gathers=True),
-    Row("svd-randomized", SVD(rank=3, randomized=True), exact=False, gathers=True),
+    Row("svd", SVD(rank=3), exact=False, gathers=True, empty=False),
+    Row("svd-convolution", SVD(rank=3), shape=(3, 3, 2, 8), exact=False, gathers=True, empty=False),
+    Row("svd-energy", SVD(energy=0.9), jit=False, exact=False, gathers=True, empty=False),
+    Row("svd-randomized", SVD(rank=3, randomized=True), exact=False, gathers=True, empty=False),
+    Row("svd-share", SVD(rank=0.5), exact=False, gathers=True, empty=False),
+    Row("whitened-svd", F.WhitenedSVD(rank=3), **FACTORS),
+    Row("fisher-svd", F.FisherSVD(rank=3), **FACTORS),
+    Row("nmf", F.NMF(rank=3, sweeps=5), **FACTORS, adjusts=True),
+    Row("tucker", F.Tucker(ranks=(4, 3)), **FACTORS),
+    Row("tucker-convolution", F.Tucker(ranks=(2, 2, 3, 5), axes=None, sweeps=1), (3, 3, 4, 8), **FACTORS),
+    Row("block-term", F.BlockTerm(terms=2, ranks=(2, 3)), (3, 3, 4, 8), **FACTORS),
+    Row("cp", F.CP(rank=3, sweeps=5), **FACTORS),
+    Row("cp-convolution", F.CP(rank=4, window="apart", sweeps=5), (3, 3, 4, 8), **FACTORS),
+    Row("tensor-train", F.TensorTrain(rank=4), (3, 3, 4, 8), **FACTORS),
+    Row("tensor-train-matrix", F.TensorTrain(rank=4, shape=((4, 4), (2, 4))), **FACTORS),
+    Row("tensor-train-tolerance", F.TensorTrain(tolerance=0.3), jit=False, **FACTORS),
+    Row("tensor-ring", F.TensorRing(rank=2, sweeps=3), (3, 3, 4, 8), **FACTORS),
+    Row("kronecker", F.Kronecker(shape=(4, 2), terms=2), **FACTORS),
+    Row("monarch", F.Monarch(blocks=4), **FACTORS),
+    Row("separable", F.Separable(rank=5), (3, 3, 4, 8), **FACTORS),
+    Row("ternary-svd", F.TernarySVD(tolerance=0.2), jit=False, **FACTORS, adjusts=True),
+    Row("tucker-int8", jc.chain(F.Tucker(ranks=(4, 3)), Int(bits=8)), **FACTORS),
+    Row("residual-swept", jc.residual(SVD(rank=2), M(sparsity=0.9), sweeps=3), **FACTORS),
     Row("spectrum", jc.factorize.Spectrum(), exact=False),
     Row("spectrum-convolution", jc.factorize.Spectrum(), shape=(3, 3, 2, 8), exact=False),
     Row("kmeans", KMeans(clusters=4), exact=False),
@@ -180,15 +202,15 @@ METHODS = [
     ),
     Row("magnitude-bfloat16", jc.chain(M(sparsity=0.7), Float())),
     Row("global-kmeans", jc.chain(M(sparsity=0.7, scope="global"), KMeans(clusters=4, scope="global")), exact=False),
-    Row("svd-int8", jc.chain(SVD(rank=3), Int(bits=8)), exact=False, stationary=False, gathers=True),
+    Row("svd-int8", jc.chain(SVD(rank=3), Int(bits=8)), exact=False, stationary=False, gathers=True, empty=False),
     Row("int4-scales-bf16", jc.chain(Int(bits=4, group_size=4), Float()), stationary=False),
     Row("outliers-int4", jc.residual(M(sparsity=0.95), Int(bits=4)), exact=False),
-    Row("int2-svd", jc.residual(Int(bits=2), SVD(rank=2)), exact=False, stationary=False, gathers=True),
-    Row("svd-sparse", jc.residual(SVD(rank=2), M(sparsity=0.9)), exact=False, stationary=False, gathers=True),
+    Row("int2-svd", jc.residual(Int(bits=2), SVD(rank=2)), **FACTORS),
+    Row("svd-sparse", jc.residual(SVD(rank=2), M(sparsity=0.9)), **FACTORS),
     Row("stacked-magnitude", jc.stacked(M(sparsity=0.7)), shape=(3, 8, 4)),
     Row("stacked-global", jc.stacked(M(sparsity=0.7, scope="global")), shape=(3, 8, 4)),
     Row("stacked-int4", jc.stacked(Int(bits=4, axis=None)), shape=(3, 8, 4)),
-    Row("stacked-svd", jc.stacked(SVD(rank=2)), shape=(3, 8, 4), exact=False, gathers=True),
+    Row("stacked-svd", jc.stacked(SVD(rank=2)), shape=(3, 8, 4), exact=False, gathers=True, empty=False),
     Row("stacked-spectrum", jc.stacked(jc.factorize.Spectrum()), shape=(3, 8, 4), exact=False),
     Row("stacked-kmeans", jc.stacked(KMeans(clusters=3)), shape=(3, 8, 4), exact=False),
     Row("stacked-random", jc.stacked(jc.prune.Random(sparsity=0.5)), shape=(3, 8, 4)),

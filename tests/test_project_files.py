@@ -19,7 +19,7 @@ LAYERS = {
     "apply": {"core", "formats", "layers", "numeric", "rules"},
     "transforms": {"core", "formats", "rules"},
     "projection": {"apply", "core", "numeric", "rules", "transforms"},
-    "combine": {"core", "formats"},
+    "combine": {"core", "formats", "numeric"},
     "layers": {"core", "formats", "numeric", "rules"},
     "distill": {"core"},
     "io": {"core", "formats", "numeric", "rules", "version"},

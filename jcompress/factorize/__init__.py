@@ -1,6 +1,30 @@
 """Matrix and tensor factorizations."""
 
+from jcompress.factorize.cp import CP
+from jcompress.factorize.nonnegative import NMF
+from jcompress.factorize.products import Kronecker, Monarch
+from jcompress.factorize.separable import Separable
 from jcompress.factorize.spectrum import Spectrum
 from jcompress.factorize.svd import SVD
+from jcompress.factorize.ternary import TernarySVD, additions
+from jcompress.factorize.trains import TensorRing, TensorTrain
+from jcompress.factorize.tucker import BlockTerm, Tucker
+from jcompress.factorize.weighted import FisherSVD, WhitenedSVD
 
-__all__ = ["SVD", "Spectrum"]
+__all__ = [
+    "CP",
+    "NMF",
+    "SVD",
+    "BlockTerm",
+    "FisherSVD",
+    "Kronecker",
+    "Monarch",
+    "Separable",
+    "Spectrum",
+    "TensorRing",
+    "TensorTrain",
+    "TernarySVD",
+    "Tucker",
+    "WhitenedSVD",
+    "additions",
+]

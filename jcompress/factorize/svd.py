@@ -11,6 +11,7 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Context, Method
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest
 from jcompress.formats import LowRank
 from jcompress.formats.lowrank import truncated_svd
 from jcompress.numeric import scaling
@@ -24,7 +25,7 @@ class SVD(Method):
     (window and input) x output matrix. Bytes are won for ``rank < m * n / (m + n)``.
 
     Attributes:
-      rank: the rank, at most the smaller side.
+      rank: the rank, at most the smaller side, or the share of the numbers that is kept, in (0, 1).
       energy: instead of a rank, the part of the squared singular values to keep, in (0, 1]. The smallest rank that
         keeps it depends on the values, so this works outside ``jit`` only. Of stacked layers, what the worst one needs.
       randomized: approximate by a sketch with power iterations (Halko et al. 2011, arXiv:0909.4061), which needs a
@@ -41,15 +42,15 @@ class SVD(Method):
       ((4, 1), (1, 3), True)
     """
 
-    rank: int | None = None
+    rank: int | float | None = None
     energy: float | None = None
     randomized: bool = False
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.energy is None):
             raise ValueError("SVD needs a rank or an energy, one of the two")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"SVD: rank={self.rank} must be at least 1")
+        if self.rank is not None:
+            check_rank("SVD", self.rank)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(
                 f"SVD: energy={self.energy} is outside (0, 1]; it is the part of the squared singular values kept"
@@ -71,12 +72,8 @@ class SVD(Method):
         """Raise if the array is no matrix or the rank exceeds its smaller side."""
         if len(shape) < 2:
             raise ValueError(f"{path}: SVD needs a matrix, found shape {shape}; keep it dense")
-        rows, columns = _matrix_shape(shape)
-        if self.rank is not None and self.rank > min(rows, columns):
-            raise ValueError(
-                f"{path}: rank {self.rank} is above the limit {min(rows, columns)} of a {rows} x {columns} matrix; use "
-                f"at most that, and less than {rows * columns / max(rows + columns, 1):.4g} to win bytes"
-            )
+        if self.rank is not None:
+            chosen_rank("SVD", path, self.rank, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> LowRank:
         """The node for one array."""
@@ -85,8 +82,31 @@ class SVD(Method):
         matrix = w.reshape(*layers, *_matrix_shape(w.shape[context.batch :]))
         rank = _rank_for(matrix, self.energy, context.path) if self.energy is not None else self.rank
         assert rank is not None
+        rank = chosen_rank("SVD", context.path, rank, w.shape[context.batch :])
         u, v = _sketched(matrix, rank, context.key) if self.randomized else truncated_svd(matrix, rank)
         return LowRank(u.reshape(*w.shape[:-1], rank), v)
+
+
+def chosen_rank(name: str, path: str, rank: int | float, shape: tuple[int, ...]) -> int:
+    """The rank for an array of some shape.
+
+    Raises:
+      ValueError: for an array that is no matrix, or a rank above the limit; the message names the path.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"{path}: {name} needs a matrix, found shape {shape}; keep it dense")
+    if is_share(rank):
+        check_filled(name, path, shape)
+    rows, columns = _matrix_shape(shape)
+    most, broken_even = min(rows, columns), rows * columns / max(rows + columns, 1)
+    if is_share(rank):
+        return largest(lambda r: r * (rows + columns), max(most, 1), rank * rows * columns)
+    if rank > most:
+        raise ValueError(
+            f"{path}: rank {rank} is above the limit {most} of a {rows} x {columns} matrix; use at most that, and less "
+            f"than {broken_even:.4g} to win bytes"
+        )
+    return int(rank)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

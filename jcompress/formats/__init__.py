@@ -14,6 +14,7 @@ from jcompress.formats.horseshoe import Horseshoe
 from jcompress.formats.jeffreys import Jeffreys
 from jcompress.formats.lowrank import LowRank
 from jcompress.formats.masked import Masked
+from jcompress.formats.network import TensorNetwork
 from jcompress.formats.quantized import Quantized
 from jcompress.formats.rescaled import Rescaled
 from jcompress.formats.rotated import Rotated
@@ -47,5 +48,6 @@ __all__ = [
     "Spectral",
     "Squeezed",
     "Sum",
+    "TensorNetwork",
     "Ternarized",
 ]

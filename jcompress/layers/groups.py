@@ -38,6 +38,7 @@ class Group:
         places of an image times its channels. What is left out is ``0 ... size - 1``.
       reason: why it cannot be cut, or None.
       name: the axis that it was named after; a factor or a part of an axis has its number behind a dot.
+      arguments: the axes of arguments that are cut with it, where ``free_args`` lets them: ``("1/key", 2)``.
 
     Example:
       >>> import jcompress as jc
@@ -52,6 +53,7 @@ class Group:
     maps: Mapping[Member, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     reason: str | None = None
     name: str = ""
+    arguments: tuple[Member, ...] = ()
 
     def __post_init__(self) -> None:
         whole = {m: np.asarray(self.maps[m]) if m in self.maps else np.arange(self.size) for m in self.members}
@@ -178,7 +180,10 @@ class Groups(Mapping[str, Group]):
         return f"Groups({len(self.prunable)} of {len(self)} can be cut)"
 
     def __str__(self) -> str:
-        return listing.table([(g.name, g.size, g.members, g.reason) for g in self.rows], self.unread)
+        rows = [
+            (g.name, g.size, (*g.members, *((f"args/{p}", a) for p, a in g.arguments)), g.reason) for g in self.rows
+        ]
+        return listing.table(rows, self.unread)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))

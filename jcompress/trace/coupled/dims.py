@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jcompress.trace.coupled import orders
@@ -18,6 +19,22 @@ from jcompress.trace.coupled.orders import Order
 
 class ClashError(Exception):
     """Two terms that cannot be one; the message says why."""
+
+
+def is_shorter(a: Any, b: Any) -> bool:
+    """Whether one length is less than another; of symbols, whether it divides the other.
+
+    Raises:
+      ClashError: if symbols do not tell.
+    """
+    try:
+        return bool(a < b)
+    except jax.errors.InconclusiveDimensionOperation:
+        if b % a == 0:
+            return True
+        if a % b == 0:
+            return False
+        raise ClashError(f"lengths {a} and {b} cannot be compared") from None
 
 
 class Dim:
@@ -379,7 +396,7 @@ def kept_positions(d: Dim, kept: Mapping[Dim, np.ndarray]) -> np.ndarray:
     if d.kind == "leaf":
         return kept[d] if d in kept else np.arange(d.size)
     if d.kind == "order":
-        return np.flatnonzero(np.isin(d.order, kept_positions(d.parts[0], kept)))
+        return np.flatnonzero(np.isin(np.asarray(d.order), kept_positions(d.parts[0], kept)))
     found = [kept_positions(p, kept) for p in d.parts]
     if d.kind == "concat":
         starts = np.cumsum([0, *(p.size for p in d.parts)])

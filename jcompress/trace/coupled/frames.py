@@ -117,6 +117,20 @@ class Frame:
     known: list[Known | None] = dataclasses.field(default_factory=list)
 
 
+def read_leaves(frame: Frame) -> set[Dim]:
+    """The leaves that something reads in a frame and in what it calls, so without parts that are sliced away."""
+    found: set[Dim] = set()
+    left, seen = [frame], {id(frame)}
+    while left:
+        for site in left.pop().sites:
+            if site.rule.reads:
+                found.update(leaf for value in site.ins for d in value for leaf in terms.leaves(d))
+            inside = [f for f in site.frames if id(f) not in seen]
+            seen.update(map(id, inside))
+            left += inside
+    return found
+
+
 def read_states(frame: Frame, states: Sequence[State]) -> list[State]:
     """The states of a frame's outputs, given those of its inputs; pins what could not be cut."""
     frame.states, jaxpr = list(states), frame.closed.jaxpr
@@ -291,7 +305,12 @@ class Rule:
     """What a primitive means: for dimensions, for the slices that are cut, and at other sizes.
 
     This one is for a primitive that nothing is known of: it pins all that it meets.
+
+    Attributes:
+      reads: whether it makes something of the slices that it meets, or only passes them on.
     """
+
+    reads = True
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         """The dimensions of the results; ties what must be cut together."""

@@ -16,8 +16,9 @@ from jcompress.trace.core import walk
 from jcompress.trace.coupled import choices
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled import kept as record
+from jcompress.trace.coupled.cutting import Cutter, sliced
 from jcompress.trace.coupled.frames import NOWHERE, Cut, Value, run
-from jcompress.trace.coupled.groups import Coupled, read
+from jcompress.trace.coupled.groups import Coupled, Free, read
 
 
 class Shrunk:
@@ -42,11 +43,14 @@ class Shrunk:
     """
 
     def __init__(
-        self, fn: Callable[..., Any], shapes: PyTree, coupled: Coupled, keep: Mapping[str, np.ndarray], free: str | None
+        self, fn: Callable[..., Any], shapes: PyTree, coupled: Coupled, keep: Mapping[str, np.ndarray], free: Free
     ) -> None:
         self._fn, self._shapes, self._free = fn, shapes, free
         self.groups, self.keep = coupled.groups, dict(keep)
-        self._axes = _axes(coupled, keep)
+        cut = Cut(_kept(coupled, keep))
+        self._axes = _axes(dict(zip(coupled.program.paths, coupled.params, strict=True)), cut)
+        self._arguments = _axes(coupled.arguments, cut)
+        self._lengths = {path: [d.size for d in dims] for path, dims in coupled.arguments.items()}
         self._known: dict[Any, tuple[Coupled, Cut]] = {}
 
     @property
@@ -75,22 +79,56 @@ class Shrunk:
             for path, axes in self._axes.items()
         }
 
-    def cut(self, tree: PyTree) -> PyTree:
-        """Slice whatever is shaped like the parameters: optimizer states, gradients, moving averages, masks.
+    def cut(self, tree: PyTree, like: PyTree | None = None) -> PyTree:
+        """Slice whatever goes with the parameters: optimizer states, gradients, moving averages, masks.
+
+        A leaf goes with the parameter whose path is part of its own. It is sliced where its shape is that parameter's
+        full one, or that with lengths of 1, with axes in front, or with axes left out; so are accumulators of each axis
+        (SM3), and all parameters side by side in a vector (``optax.flatten``). Factors of second moments (Adafactor)
+        become those of the estimates that stay, or whole ones where the optimizer does not factor the new shape. What
+        goes with no parameter, and what is cut already, stays.
 
         Args:
-          tree: a pytree. A leaf is sliced if its path ends in that of a parameter and its shape is that
-            parameter's full one; scalars and what is cut already stay.
+          tree: a pytree.
+          like: what the leaves must look like afterwards, such as ``optimizer.init(small_params)`` or its shapes;
+            then every leaf is compared, and what the optimizer factors is read off it.
 
         Returns:
           A pytree like ``tree``.
+
+        Raises:
+          ValueError: naming the leaves whose shapes do not tell what of them stays, or are not those of ``like``.
         """
-        full = dict(rules.paths(self._shapes))
-        leaves = []
-        for path, x in rules.paths(tree):
-            name = _ending(path, full, jnp.shape(x))
-            leaves.append(x if name is None else _sliced(x, self._axes.get(name, {})))
-        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        shapes = {path: tuple(x.shape) for path, x in rules.paths(self._shapes)}
+        return Cutter(shapes, self._axes).tree(tree, like)
+
+    def cut_args(self, *args: Any) -> tuple:
+        """Slice the arguments that ``free_args`` named, such as a cache; they are passed that small.
+
+        Args:
+          *args: arguments of the original function, or their shapes.
+
+        Returns:
+          The arguments of this one.
+        """
+        leaves = [sliced(x, self._arguments.get(path, {})) for path, x in rules.paths(args)]
+        return jax.tree.unflatten(jax.tree.structure(args), leaves)
+
+    def _full(self, args: tuple) -> tuple:
+        """The shapes of the original function's arguments."""
+        kept = {
+            path: {a: np.isin(np.arange(self._lengths[path][a]), index) for a, index in axes.items()}
+            for path, axes in self._arguments.items()
+        }
+        shapes = walk.shapes(args)
+        for path, x in rules.paths(shapes):
+            for axis, mask in kept.get(path, {}).items():
+                if x.ndim <= axis or x.shape[axis] != mask.sum():
+                    raise ValueError(
+                        f"argument {path}: found shape {x.shape}, expected length {mask.sum()} on axis {axis}; "
+                        "slice it with the function's .cut_args(*args)"
+                    )
+        return record.full_shapes(shapes, kept)
 
     def __call__(self, params: PyTree, *args: Any) -> Any:
         """The outputs of the masked function."""
@@ -112,7 +150,7 @@ class Shrunk:
         return jax.tree.unflatten(coupled.program.out_tree, outs)
 
     def _read(self, args: tuple) -> tuple[Coupled, Cut]:
-        coupled = read(self._fn, self._shapes, *walk.shapes(args), free_outputs=self._free)
+        coupled = read(self._fn, self._shapes, *self._full(args), free=self._free)
         return coupled, Cut(_kept(coupled, coupled.groups.checked(_matched(self.groups, coupled.groups, self.keep))))
 
     def _check(self, coupled: Coupled, cut: Cut, leaves: list) -> None:
@@ -151,31 +189,14 @@ def _kept(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[terms.Dim, n
     return {coupled.leaves[name]: np.flatnonzero(kept) for name, kept in keep.items()}
 
 
-def _axes(coupled: Coupled, keep: Mapping[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
-    cut = Cut(_kept(coupled, keep))
+def _axes(values: Mapping[str, terms.Dims], cut: Cut) -> dict[str, dict[int, np.ndarray]]:
+    """The positions that stay on each axis that gets smaller."""
     found: dict[str, dict[int, np.ndarray]] = {}
-    for path, dims in zip(coupled.program.paths, coupled.params, strict=True):
+    for path, dims in values.items():
         axes = {a: terms.kept_positions(d, cut.kept) for a, d in enumerate(dims) if cut.leaves((d,))}
         if axes:
             found[path] = axes
     return found
-
-
-def _sliced(x: Any, axes: Mapping[int, np.ndarray]) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda y: _sliced(y, axes), x)
-    for axis, index in axes.items():
-        x = walk.take(x, index, axis)
-    return x
-
-
-def _ending(path: str, full: Mapping[str, Any], shape: tuple[int, ...]) -> str | None:
-    parts = path.split("/")
-    for start in range(len(parts)):
-        name = "/".join(parts[start:])
-        if name in full and jnp.shape(full[name]) == shape:
-            return name
-    return None
 
 
 def shrink(
@@ -186,6 +207,7 @@ def shrink(
     sparsity: float | None = None,
     multiple_of: int = 1,
     free_outputs: str | None = None,
+    free_args: str | None = None,
 ) -> tuple[Shrunk, PyTree]:
     """A smaller function that equals the masked one, and its parameters.
 
@@ -203,11 +225,12 @@ def shrink(
         must cut all members of a group alike. Or None, which
         reads it off ``params``: what is zero in every member of a group goes. Or the ``kept`` of a function that was
         shrunk before; then ``params`` may be the small ones.
-      *args: example arguments, or their shapes.
+      *args: example arguments of the original sizes, or their shapes.
       sparsity: with scores, the fraction of each group that goes.
       multiple_of: sizes are rounded up to a multiple, such as 8 or 128, by keeping more indices, those of the
         largest weights first.
       free_outputs: as in :func:`jcompress.trace.coupling`.
+      free_args: as there. Such arguments are passed smaller: ``small_fn.cut_args(*args)`` slices them.
 
     Returns:
       ``(small_fn, small_params)``. ``small_fn.widths`` are the new sizes, ``small_fn.indices`` the positions that stay,
@@ -239,16 +262,17 @@ def shrink(
     """
     again = record.is_kept(keep, params)
     full = record.full_shapes(params, keep) if again else params
-    coupled = read(fn, full, *args, free_outputs=free_outputs)
+    free = Free(free_outputs, free_args)
+    coupled = read(fn, full, *args, free=free)
     wanted = coupled.groups.checked(record.by_group(coupled.groups, keep)) if again else None
     if wanted is None:
         wanted = choices.wanted(params, coupled.groups, keep, sparsity)
     if multiple_of > 1:
         wanted = choices.rounded(params, coupled.groups, wanted, multiple_of)
     wanted = {name: kept for name, kept in wanted.items() if not kept.all()}
-    small = Shrunk(fn, walk.shapes(full), coupled, wanted, free_outputs)
+    small = Shrunk(fn, walk.shapes(full), coupled, wanted, free)
     leaves = [
-        _sliced(x, small.indices.get(path, {}) if jnp.shape(x) == jnp.shape(before) else {})
+        sliced(x, small.indices.get(path, {}) if jnp.shape(x) == jnp.shape(before) else {})
         for (path, x), (_, before) in zip(rules.paths(params), rules.paths(full), strict=True)
     ]
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)

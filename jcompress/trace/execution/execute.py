@@ -184,7 +184,10 @@ class _Run:
             self._told(step, path, w.values, how)
             return y
 
-        return operand.product(product, x, multiply)
+        def tell(shape: tuple[int, ...], how: str) -> None:
+            self._told(step, path, jax.ShapeDtypeStruct(shape, product.dtype), how)
+
+        return operand.product(product, x, multiply, tell)
 
     def _held(self, step: Step, holds: Bodies, values: list[Any]) -> Sequence[Any]:
         """An equation around bodies: weights that do not change keep their form inside."""

@@ -17,7 +17,8 @@ from jcompress.trace.core.contraction import Dot, Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
-from jcompress.trace.execution.weights import Multiply, Range, Shared, Weight, static
+from jcompress.trace.execution.networks import Network, of_network
+from jcompress.trace.execution.weights import Multiply, Range, Shared, Tell, Weight, static
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +69,7 @@ class Factors:
         shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), self.v)
         return Factors(u.stacked(), shared, out=self.out)
 
-    def product(self, product: Product, x: jax.Array, multiply: Multiply) -> jax.Array:
+    def product(self, product: Product, x: jax.Array, multiply: Multiply, tell: Tell) -> jax.Array:
         """The product with an activation."""
         u, v, out = self.u, self.v, self.out % self.u.values.ndim
         axis = product.outputs(out)
@@ -108,18 +109,18 @@ class Terms:
         """As for :class:`Weight`."""
         return Terms(tuple(term.stacked() for term in self.terms))
 
-    def product(self, product: Product, x: jax.Array, multiply: Multiply) -> jax.Array:
+    def product(self, product: Product, x: jax.Array, multiply: Multiply, tell: Tell) -> jax.Array:
         """The product with an activation."""
-        first, *rest = (term.product(product, x, multiply) for term in self.terms)
+        first, *rest = (term.product(product, x, multiply, tell) for term in self.terms)
         return sum(rest, first)
 
 
-Operand = Weight | Factors | Terms
+Operand = Weight | Factors | Terms | Network
 
 
 def is_operand(x: Any) -> bool:
     """Whether a value is a weight in a form of its own."""
-    return isinstance(x, (Weight, Factors, Terms))
+    return isinstance(x, (Weight, Factors, Terms, Network))
 
 
 def dense(x: Any) -> Any:
@@ -142,6 +143,8 @@ def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Op
         if isinstance(u, Weight) and isinstance(v, Weight):
             u, v = (dataclasses.replace(w, note=w.note or "a factor") for w in (u, v))
             return Factors(u, v)
+    if (network := of_network(path, leaf)) is not None:
+        return network
     if isinstance(leaf, Arranged) and isinstance(leaf.inner, LowRank) and _is_thin(leaf.inner):
         found = _of_arranged(path, leaf, ranges)
         if found is not None:

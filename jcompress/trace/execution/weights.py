@@ -53,6 +53,8 @@ class Policy(Protocol):
 
 Multiply = Any
 """``multiply(product, x, weight)``: the policy's product, with a note of how it was made."""
+Tell = Any
+"""``tell(shape, how)``: a row of the report, for a product that is not the policy's."""
 
 
 @jax.tree_util.register_dataclass
@@ -208,7 +210,7 @@ class Weight:
         known = jax.tree.map(lambda x: x.stacked(n), self.known(), is_leaf=_is_shared)
         return dataclasses.replace(self, **known)
 
-    def product(self, product: Product, x: jax.Array, multiply: Multiply) -> jax.Array:
+    def product(self, product: Product, x: jax.Array, multiply: Multiply, tell: Tell) -> jax.Array:
         """The product with an activation."""
         return multiply(product, x, self)
 

@@ -34,12 +34,13 @@ def demoted(states: Sequence[State], dims: Sequence[Dims]) -> list[State]:
     return found
 
 
+def unknown(at: At) -> Any:
+    """What a slice is that did not cross a call."""
+    raise AssertionError(f"a slice of {set(at)} was asked for across a call; it should have been pinned")
+
+
 def run_arrays(cut: Cut, frame: Frame, arrays: Sequence[Any]) -> list[Any]:
     """Run a frame on what stays of its inputs, and give what stays of its outputs."""
-
-    def unknown(at: At) -> Any:
-        raise AssertionError(f"a slice of {set(at)} was asked for across a call; it should have been pinned")
-
     ins = [Value(cut, d, s, unknown) for d, s in zip(frame.ins, frame.states, strict=True)]
     for value, x in zip(ins, arrays, strict=True):
         value.known[NOWHERE] = x
@@ -48,6 +49,8 @@ def run_arrays(cut: Cut, frame: Frame, arrays: Sequence[Any]) -> list[Any]:
 
 class Call(Rule):
     """A call without a meaning of its own, such as that of a compiled function: its equations are taken in."""
+
+    reads = False
 
     def __init__(self, bodies: bodies.Call) -> None:
         self.bodies = bodies
@@ -100,7 +103,10 @@ class Observed(Rule):
 
     def values(self, cut: Cut, site: Site, ins: Sequence[Value]) -> list[Value]:
         found = site_bind(site, [v.at(NOWHERE) for v in ins])
-        return [Value(cut, d, s, lambda at, x=x: x) for d, s, x in zip(site.outs, site.states, found, strict=True)]
+        outs = [Value(cut, d, s, unknown) for d, s in zip(site.outs, site.states, strict=True)]
+        for value, x in zip(outs, found, strict=True):
+            value.known[NOWHERE] = x
+        return outs
 
 
 class Callback(Observed):

@@ -17,6 +17,8 @@ from jcompress.trace.coupled.states import State, free_leaves, joined
 class Holds(Rule):
     """An equation that runs bodies, and stays what it is around the smaller ones."""
 
+    reads = False
+
     def __init__(self, bodies: bodies.Bodies) -> None:
         self.bodies = bodies
 

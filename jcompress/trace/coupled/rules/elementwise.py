@@ -28,6 +28,8 @@ class Elementwise(Rule):
         constants is.
     """
 
+    reads = False
+
     def __init__(self, zero: Zero = "computed") -> None:
         self.zero = zero
 
@@ -68,6 +70,8 @@ def _on_numbers(site: Site, numbers: Sequence[Any]) -> Any:
 
 class Identity(Rule):
     """Results that are the operands, or the operands of several devices together."""
+
+    reads = False
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         return site.ins

@@ -26,6 +26,8 @@ class Joins(Rule):
 class Concatenate(Joins):
     """One array after the other."""
 
+    reads = False
+
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         axis = site.params["dimension"]
         rest = [(*v[:axis], *v[axis + 1 :]) for v in site.ins]
@@ -48,6 +50,8 @@ class Concatenate(Joins):
 class Stack(Joins):
     """Arrays beside one another, along a new axis."""
 
+    reads = False
+
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         terms.unify_all(*site.ins)
         found = list(terms.alias(site.ins[0]))
@@ -57,6 +61,8 @@ class Stack(Joins):
 
 class Pad(Rule):
     """A concatenation with leaves of its own before and after."""
+
+    reads = False
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         found, site.note = [], []

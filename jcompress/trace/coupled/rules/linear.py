@@ -63,6 +63,8 @@ class Solve(Matrices):
 class LinearSolve(Rule):
     """A solve with derivatives of its own: its functions are read and run at the new sizes, and it stays one."""
 
+    reads = False
+
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         bodies, consts, b = _parts(site, site.ins)
         frames = {name: build.frame(body, [*consts[name], *b]) for name, body in bodies.items()}
@@ -104,7 +106,9 @@ class LinearSolve(Rule):
 
 def _parts(site: Site, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Sequence[Any]], Sequence[Any]]:
     """The functions of a solve by name, what each closes over, and what is solved for."""
-    bodies, consts, left = {}, {}, list(values)
+    bodies: dict[str, Any] = {}
+    consts: dict[str, Sequence[Any]] = {}
+    left = list(values)
     for name, n in site.params["const_lengths"]._asdict().items():
         consts[name], left = left[:n], left[n:]
         body = getattr(site.params["jaxprs"], name)

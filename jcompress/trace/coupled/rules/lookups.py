@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
-from jcompress.trace.coupled.building import Build, value_of
+from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, site_bind
 from jcompress.trace.coupled.rules.joins import Joins
-from jcompress.trace.coupled.rules.selections import selected, take_selected
+from jcompress.trace.coupled.rules.selections import Chosen
 from jcompress.trace.coupled.states import Hold, State, free_leaves, joined
 
 By = Literal["one", "sum", "product", "extremum"]
@@ -36,8 +35,9 @@ class Gather(Rule):
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         (x, indices), numbers, sizes = site.ins, site.params["dimension_numbers"], site.params["slice_sizes"]
-        if site.known[1] is not None and (found := self._chosen(site)) is not None:
-            return [found]
+        if (chosen := Chosen.of(site)) is not None:
+            site.rule = chosen
+            return chosen.dims(build, site)
         batch = dict(_batching(numbers, "start_indices_batching_dims"))
         hidden = {*numbers.collapsed_slice_dims, *batch}
         whole = [a for a in range(len(x)) if a not in hidden and sizes[a] == x[a].size]
@@ -58,28 +58,6 @@ class Gather(Rule):
         site.note = whole
         return [tuple(found)]
 
-    def _chosen(self, site: Site) -> Dims | None:
-        """The dimensions where known positions along one axis are taken, in an order that is a term."""
-        x, numbers = site.ins[0], site.params["dimension_numbers"]
-        axes, index = tuple(map(int, numbers.start_index_map)), value_of(site.known[1])
-        alone = len(axes) == 1 and tuple(map(int, numbers.collapsed_slice_dims)) == axes
-        if index is None or not alone or index.ndim != 2 or _batching(numbers, "start_indices_batching_dims"):
-            return None
-        (axis,), index = axes, index[:, 0].astype(np.int64)
-        sizes = [d.size for i, d in enumerate(x) if i != axis]
-        if [n for i, n in enumerate(site.params["slice_sizes"]) if i != axis] != sizes:
-            return None
-        if index.size == 0 or index.min() < 0 or index.max() >= x[axis].size:
-            return None
-        try:
-            chosen = selected(x[axis], index)
-        except terms.ClashError:
-            return None
-        found = [d for i, d in enumerate(x) if i != axis]
-        (place,) = (i for i in range(len(x)) if i not in numbers.offset_dims)
-        site.note = (axis, place, index)
-        return (*found[:place], chosen, *found[place:])
-
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         batch = _batching(site.params["dimension_numbers"], "start_indices_batching_dims")
         apart = {leaf for _, i in batch for leaf in terms.leaves(site.ins[1][i])}
@@ -97,10 +75,6 @@ class Gather(Rule):
         return Hold.SAME if is_filled and not is_plain else Hold.ZERO
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
-        if isinstance(site.note, tuple):
-            axis, place, index = site.note
-            x, dims = ins[0].at(at), (site.ins[0][axis], site.outs[0][place])
-            return [jnp.moveaxis(take_selected(cut, x, *dims, index, axis, at), axis, place)]
         numbers = site.params["dimension_numbers"]
         sizes, shape = list(site.params["slice_sizes"]), cut.shape(site.ins[0], at)
         for a in site.note:

@@ -19,6 +19,8 @@ from jcompress.trace.coupled.states import Hold, State, free_leaves
 class Moves(Rule):
     """Results whose slices are slices of the one operand."""
 
+    reads = False
+
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         return [State(ins[0].constant, {x: ins[0].at(x) for x in free_leaves(out)}) for out in site.outs]
 
@@ -62,8 +64,12 @@ def _reshaped(dims: Dims, sizes: Sequence[int]) -> Dims:
             found.append(Dim(wanted.pop(0)))
             continue
         block, targets = [left.pop(0)], [wanted.pop(0)]
-        while (have := math.prod(d.size for d in block)) != (want := math.prod(targets)):
-            block.append(left.pop(0)) if have < want else targets.append(wanted.pop(0))
+        try:
+            while (have := math.prod(d.size for d in block)) != (want := math.prod(targets)):
+                block.append(left.pop(0)) if terms.is_shorter(have, want) else targets.append(wanted.pop(0))
+        except terms.ClashError as clash:
+            terms.pin(dims, str(clash))
+            return terms.fresh(sizes, str(clash))
         found += _factored(block, targets)
     return tuple(found)
 
@@ -118,6 +124,8 @@ class Along(Moves):
       drops: whether they go.
       holds_zero: whether a slice of zeros gives zeros.
     """
+
+    reads = True
 
     def __init__(self, axes: Axes, drops: bool = False, holds_zero: bool = True) -> None:
         self.axes, self.drops, self.holds_zero = axes, drops, holds_zero
@@ -237,6 +245,8 @@ def _windows(site: Site) -> list[Any]:
 
 class Window(Moves):
     """Pooling: windows of length 1 leave an axis alone, along the others nothing can be cut."""
+
+    reads = True
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         reason, found = f"{site.eqn.primitive.name} slides along it", []

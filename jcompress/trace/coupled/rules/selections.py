@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled import orders
-from jcompress.trace.coupled.building import Build
+from jcompress.trace.coupled.building import Build, value_of
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import At, Cut, Site, Value, site_bind
 from jcompress.trace.coupled.rules.moves import Moves
@@ -36,11 +37,48 @@ def selected(d: Dim, index: np.ndarray) -> Dim:
     raise terms.ClashError("positions along it are chosen by an index")
 
 
-def take_selected(cut: Cut, x: Any, before: Dim, after: Dim, index: np.ndarray, axis: int, at: At) -> Any:
-    """What ``index`` takes along an axis, at other sizes of its leaves."""
-    kept = cut.kept_at(at)
-    there = terms.kept_positions(before, kept)
-    return walk.take(x, np.searchsorted(there, index[terms.kept_positions(after, kept)]), axis)
+class Chosen(Moves):
+    """A lookup of known positions along one axis, where what they take is a term.
+
+    Args:
+      axis: of the operand.
+      place: of the result, where that axis stands.
+      index: the positions.
+      chosen: what they take.
+    """
+
+    def __init__(self, axis: int, place: int, index: np.ndarray, chosen: Dim) -> None:
+        self.axis, self.place, self.index, self.chosen = axis, place, index, chosen
+
+    @classmethod
+    def of(cls, site: Site) -> Chosen | None:
+        """That of a lookup, or None if it is another kind."""
+        x, numbers, known = site.ins[0], site.params["dimension_numbers"], site.known[1]
+        axes = tuple(map(int, numbers.start_index_map))
+        alone = len(axes) == 1 and tuple(map(int, numbers.collapsed_slice_dims)) == axes
+        if known is None or not alone or len(known.dims) != 2 or numbers.operand_batching_dims:
+            return None
+        (axis,), sizes = axes, site.params["slice_sizes"]
+        is_rest_whole = all(n == d.size for i, (n, d) in enumerate(zip(sizes, x, strict=True)) if i != axis)
+        index = value_of(known) if is_rest_whole else None
+        if index is None or index.size == 0 or index.min() < 0 or index.max() >= x[axis].size:
+            return None
+        (place,) = (i for i in range(len(x)) if i not in numbers.offset_dims)
+        index = index[:, 0].astype(np.int64)
+        try:
+            return cls(axis, place, index, selected(x[axis], index))
+        except terms.ClashError:
+            return None
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        rest = [d for i, d in enumerate(site.ins[0]) if i != self.axis]
+        return [(*rest[: self.place], self.chosen, *rest[self.place :])]
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        kept, x = cut.kept_at(at), ins[0].at(at)
+        there = terms.kept_positions(site.ins[0][self.axis], kept)
+        wanted = self.index[terms.kept_positions(site.outs[0][self.place], kept)]
+        return [jnp.moveaxis(walk.take(x, np.searchsorted(there, wanted), self.axis), self.axis, self.place)]
 
 
 class Reverse(Moves):

@@ -1,0 +1,269 @@
+"""Tensor trains and rings: a chain of cores, one for each mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcompress import core
+from jcompress.core import Context, Method
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, leading
+from jcompress.formats.network import TensorNetwork, refitted
+from jcompress.numeric import scaling
+
+_MODES, _BONDS = "abcdefghijklm", "nopqrstuvwxyz"
+_HIGH = jax.lax.Precision.HIGHEST
+
+Shape = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorTrain(Method):
+    """``w(i_1, ..., i_d) = G_1[i_1] G_2[i_2] ... G_d[i_d]``, a product of matrices (Oseledets 2011).
+
+    By one truncated decomposition after the other: the squared error is at most the sum of those of the unfoldings, so
+    at most ``sqrt(d - 1)`` times the best. With ``shape``, a dense layer becomes a TT-matrix: the inputs and the
+    outputs are split into as many modes, and each core has one of either (Novikov et al. 2015, arXiv:1509.06569); the
+    window of a convolution is a core of its own. Without, the modes are the axes of the array, taken in ``order``.
+
+    Attributes:
+      rank: the largest rank, or the share of the numbers that is kept, in (0, 1). None with a ``tolerance``.
+      shape: the modes of the inputs and of the outputs, such as ``((4, 8, 8), (8, 8, 4))``; or None.
+      order: without ``shape``, the axes in the order of the train, such as ``(-2, 0, 1, -1)``, which makes a chain of
+        1x1, d x 1, 1 x d and 1x1 convolutions (Gabor & Zdunek 2022). By default as they are.
+      tolerance: instead of a rank, the relative error that must not be exceeded; outside ``jit`` only.
+
+    Raises:
+      ValueError: for modes that do not multiply to the axes, or a rank and a tolerance, or neither.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> w = jax.random.normal(jax.random.key(0), (24, 8))
+      >>> node = jc.factorize.TensorTrain(rank=4, shape=((4, 6), (2, 4)))(w)
+      >>> [x.shape for x in node.factors], node.shape
+      ([(4, 2, 4), (4, 6, 4)], (24, 8))
+    """
+
+    rank: int | float | None = None
+    shape: Shape | None = None
+    order: tuple[int, ...] | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.tolerance is None):
+            raise ValueError("TensorTrain needs a rank or a tolerance, one of the two")
+        if self.rank is not None:
+            check_rank("TensorTrain", self.rank)
+        if self.shape is not None and self.order is not None:
+            raise ValueError("TensorTrain: found a shape and an order of axes; a TT-matrix pairs its modes by itself")
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise if the modes do not fit the array."""
+        _modes("TensorTrain", path, shape, self.shape, self.order)
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
+        """The node for one array."""
+        modes = _modes("TensorTrain", context.path, w.shape, self.shape, self.order)
+        if self.tolerance is None:
+            return _train(w, modes, modes.ranks(self.rank))
+        if not core.is_concrete(w):
+            raise ValueError(
+                f"{context.path}: TensorTrain(tolerance={self.tolerance}) chooses its ranks by the values, so it works "
+                "outside jit only; give a rank"
+            )
+        return _train(w, modes, _ranks_for(modes.split(w), self.tolerance))
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRing(Method):
+    """``w(i_1, ..., i_d) = tr(G_1[i_1] ... G_d[i_d])``, a train closed to a ring (Zhao et al. 2016, arXiv:1606.05535).
+
+    Started from a decomposition whose first rank is shared out to both ends, then sweeps of alternating least squares.
+    The modes may be turned in a circle.
+
+    Attributes:
+      rank: of all bonds, or the share of the numbers that is kept, in (0, 1).
+      shape: as in :class:`TensorTrain`.
+      order: as in :class:`TensorTrain`.
+      sweeps: of alternating least squares.
+
+    Raises:
+      ValueError: for modes that do not multiply to the axes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> w = jax.random.normal(jax.random.key(0), (4, 6, 8))
+      >>> [x.shape for x in jc.factorize.TensorRing(rank=2)(w).factors]
+      [(2, 4, 2), (2, 6, 2), (2, 8, 2)]
+    """
+
+    rank: int | float
+    shape: Shape | None = None
+    order: tuple[int, ...] | None = None
+    sweeps: int = 20
+
+    def __post_init__(self) -> None:
+        check_rank("TensorRing", self.rank)
+        if self.shape is not None and self.order is not None:
+            raise ValueError("TensorRing: found a shape and an order of axes; give one of them")
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise if the modes do not fit the array."""
+        _modes("TensorRing", path, shape, self.shape, self.order)
+
+    @core.compiled
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
+        """The node for one array."""
+        modes = _modes("TensorRing", context.path, w.shape, self.shape, self.order)
+        rank, sizes = self.rank, modes.sizes
+        if is_share(rank):
+            rank = largest(lambda r: r * r * sum(sizes), max(sizes), rank * math.prod(sizes))
+        unit = scaling.unit([w])
+        whole = modes.split(unit.divide(w))
+        factors = refitted(modes.whole_equation(ring=True), _ring_start(whole, int(rank)), whole, self.sweeps)
+        return modes.node((unit.multiply(factors[0]), *factors[1:]), w.dtype, ring=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Modes:
+    """How an array is cut into the modes of a chain of cores.
+
+    Attributes:
+      shape: of the array, its axes cut into the modes.
+      cores: for each core, which of these axes it holds.
+      merged: how many of them make each axis of the array.
+    """
+
+    shape: tuple[int, ...]
+    cores: tuple[tuple[int, ...], ...]
+    merged: tuple[int, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of entries of each core's modes."""
+        return [math.prod(self.shape[i] for i in held) for held in self.cores]
+
+    def split(self, w: jax.Array) -> jax.Array:
+        """The array with an axis for each core."""
+        flat = [i for held in self.cores for i in held]
+        return w.reshape(self.shape).transpose(flat).reshape(self.sizes)
+
+    def equation(self, ring: bool) -> str:
+        """The contraction of the cores."""
+        bonds = _BONDS[: len(self.cores) - 1]
+        left = (_BONDS[len(bonds)] if ring else "", *bonds)
+        right = (*bonds, _BONDS[len(bonds)] if ring else "")
+        held = ["".join(_MODES[i] for i in axes) for axes in self.cores]
+        terms = [a + modes + b for a, modes, b in zip(left, held, right, strict=True)]
+        return f"{','.join(terms)}->{_MODES[: len(self.shape)]}"
+
+    def whole_equation(self, ring: bool) -> str:
+        """The same where each core holds one mode."""
+        return Modes(tuple(self.sizes), tuple((i,) for i in range(len(self.cores))), ()).equation(ring)
+
+    def node(self, factors: Sequence[jax.Array], dtype: Any, ring: bool) -> TensorNetwork:
+        """The node of cores with one axis for all their modes."""
+        found = []
+        for place, (x, held) in enumerate(zip(factors, self.cores, strict=True)):
+            left = 0 if not ring and place == 0 else 1
+            own = [self.shape[i] for i in held]
+            found.append(x.reshape(*x.shape[:left], *own, *x.shape[left + 1 :]).astype(dtype))
+        return TensorNetwork(tuple(found), self.equation(ring), self.merged)
+
+    def ranks(self, rank: Any) -> list[int]:
+        """The rank of each bond, none larger than either side of it needs."""
+        sizes, whole = self.sizes, math.prod(self.sizes)
+
+        def bonds(r: int) -> list[int]:
+            sides = [math.prod(sizes[:i]) for i in range(1, len(sizes))]
+            return [min(r, n, whole // max(n, 1)) for n in sides]
+
+        def numbers(r: int) -> int:
+            edges = [1, *bonds(r), 1]
+            return sum(a * n * b for a, n, b in zip(edges, sizes, edges[1:], strict=False))
+
+        if is_share(rank):
+            rank = largest(numbers, math.isqrt(whole) + 1, rank * whole)
+        return bonds(int(rank))
+
+
+def _modes(name: str, path: str, shape: tuple[int, ...], given: Shape | None, order: tuple[int, ...] | None) -> Modes:
+    ndim = len(shape)
+    if ndim < 2:
+        raise ValueError(f"{path}: {name} needs two axes or more, found shape {shape}; keep it dense")
+    check_filled(name, path, shape)
+    if given is None:
+        places = tuple(range(ndim)) if order is None else tuple(a % ndim for a in order)
+        if sorted(places) != list(range(ndim)):
+            raise ValueError(f"{path}: {name} found order={order} for shape {shape}, expected each axis once")
+        return Modes(shape, tuple((i,) for i in places), (1,) * ndim)
+    inputs, outputs = given
+    if len(inputs) != len(outputs) or math.prod(inputs) != shape[-2] or math.prod(outputs) != shape[-1]:
+        raise ValueError(
+            f"{path}: {name} found modes {inputs} and {outputs}, with products {math.prod(inputs)} and "
+            f"{math.prod(outputs)}, for {shape[-2]} inputs and {shape[-1]} outputs; give as many of either that "
+            "multiply to them"
+        )
+    window, n = tuple(range(ndim - 2)), len(inputs)
+    pairs = tuple((ndim - 2 + i, ndim - 2 + n + i) for i in range(n))
+    cores = (window, *pairs) if window else pairs
+    return Modes((*shape[:-2], *inputs, *outputs), cores, (*[1] * len(window), n, n))
+
+
+def _train(w: jax.Array, modes: Modes, ranks: list[int]) -> TensorNetwork:
+    unit = scaling.unit([w])
+    factors = _decomposed(modes.split(unit.divide(w)), tuple(ranks))
+    return modes.node((*factors[:-1], unit.multiply(factors[-1])), w.dtype, ring=False)
+
+
+def _decomposed(w: jax.Array, ranks: tuple[int, ...]) -> list[jax.Array]:
+    """The cores of a float32 array, all but the last orthonormal; the first without its rank of 1 in front."""
+    found, rest, before = [], w.reshape(1, -1), 1
+    for n, rank in zip(w.shape, ranks, strict=False):
+        rest = rest.reshape(before * n, -1)
+        u = leading(rest, rank)
+        found.append(u.reshape(before, n, rank))
+        rest, before = jnp.matmul(u.T, rest, precision=_HIGH), rank
+    found.append(rest.reshape(before, w.shape[-1]))
+    return [found[0].reshape(w.shape[0], -1) if len(found) > 1 else found[0].reshape(w.shape), *found[1:]]
+
+
+def _ranks_for(w: jax.Array, tolerance: float) -> list[int]:
+    """The least ranks with an error of at most ``tolerance``, shared out evenly over the steps."""
+    rest, before, found = scaling.unit([w]).divide(w), 1, []
+    limit = tolerance * float(jnp.linalg.norm(rest)) / math.sqrt(max(w.ndim - 1, 1))
+    for n in w.shape[:-1]:
+        rest = rest.reshape(before * n, -1)
+        _, s, v = jnp.linalg.svd(rest, full_matrices=False)
+        tails = jnp.sqrt(jnp.cumsum(jnp.square(s)[::-1])[::-1])
+        rank = max(1, int((tails > limit).sum()))
+        found.append(rank)
+        rest, before = s[:rank, None] * v[:rank], rank
+    return found
+
+
+def _ring_start(w: jax.Array, rank: int) -> list[jax.Array]:
+    """Cores (rank, mode, rank): the first bond's directions are shared out to both ends, the rest is a train."""
+    first = w.reshape(w.shape[0], -1)
+    u = _padded(leading(first, min(rank * rank, first.shape[0])), rank * rank)
+    found = [jnp.moveaxis(u.reshape(-1, rank, rank), 0, 1)]
+    rest = jnp.matmul(u.T, first, precision=_HIGH).reshape(rank, rank, *w.shape[1:])
+    rest = jnp.moveaxis(rest, 0, -1)  # the end of the ring comes last
+    before = rank
+    for n in w.shape[1:-1]:
+        rest = rest.reshape(before * n, -1)
+        u = _padded(leading(rest, min(rank, *rest.shape)), rank)
+        found.append(u.reshape(before, n, rank))
+        rest, before = jnp.matmul(u.T, rest, precision=_HIGH), rank
+    return [*found, rest.reshape(before, w.shape[-1], rank)]
+
+
+def _padded(u: jax.Array, columns: int) -> jax.Array:
+    """With small columns beside those that there are, so that a sweep may use them."""
+    more = jax.random.normal(jax.random.key(0), (len(u), columns - u.shape[1])) * 0.1
+    return jnp.concatenate([u, more], axis=1) if u.shape[1] < columns else u
