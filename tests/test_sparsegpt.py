@@ -53,6 +53,15 @@ def test_saliency_and_step_are_the_constrained_minimum_and_no_more_than_damage(r
         np.testing.assert_allclose(saliency[q], 0.5 * (best - w) @ hessian @ (best - w), rtol=1e-4)
 
 
+@pytest.mark.parametrize("n", [10, 50, 1000])
+def test_the_recursion_keeps_its_digits_down_to_the_smallest_damping(n, rng):
+    x = rng.normal(size=(n, 20)).astype(np.float32)
+    for damping, bound in ((1e-8, 1e-3), (1e-6, 1e-4), (1e-4, 1e-5)):
+        want = np.linalg.inv(damping * np.eye(20) + x.T.astype(np.float64) @ x / n)
+        error = np.linalg.norm(np.asarray(jc.prune.inverse_hessian(jnp.asarray(x), damping)) - want)
+        assert error < bound * np.linalg.norm(want)
+
+
 def test_the_recursion_and_the_factor_give_the_inverse(rng):
     x = rng.normal(size=(40, 6)).astype(np.float32)
     want = np.linalg.inv(0.1 * np.eye(6) + x.T.astype(np.float64) @ x / 40)

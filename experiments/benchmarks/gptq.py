@@ -21,7 +21,7 @@ import numpy as np
 
 import jcompress as jc
 from experiments.benchmarks import timing
-from jcompress.numeric.sweep import damped, inverse_factor
+from jcompress.numeric.damping import damped, inverse_factor
 
 
 def shapes(width: int) -> dict[str, tuple[int, int]]:

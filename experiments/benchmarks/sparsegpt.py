@@ -19,7 +19,8 @@ from jax import lax
 
 import jcompress as jc
 from experiments.benchmarks import timing
-from jcompress.numeric.sweep import HIGHEST, damped, inverse_factor
+from jcompress.numeric.damping import damped, inverse_factor
+from jcompress.numeric.sweep import HIGHEST
 
 
 @jax.jit

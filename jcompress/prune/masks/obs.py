@@ -69,7 +69,9 @@ def inverse_hessian(x: jax.Array, damping: Any = 1e-6) -> jax.Array:
     """``(damping I + X^T X / n)^-1`` by one rank-one update for each row of ``X``, without any factorization.
 
     ``H^-1 <- H^-1 - (H^-1 x x^T H^-1) / (n + x^T H^-1 x)``, from ``H^-1 = I / damping`` (Hassibi & Stork 1992, with
-    damping from 1e-8 to 1e-4). In float32 the small damping costs digits: ``inverse_factor`` is the accurate way.
+    damping from 1e-8 to 1e-4). It is the root ``S`` of ``H^-1 = S S^T`` that is updated, by ``S (I - c v v^T)`` with
+    ``v = S^T x`` (Potter 1963): it stays positive, and the relative error is at most about
+    ``eps (E x_i^2 / damping)^1/2``, the root of what it is otherwise: 0.0003 at 1e-8 for inputs of size 1 in float32.
 
     Args:
       x: (n, k), the gradients or inputs.
@@ -85,11 +87,15 @@ def inverse_hessian(x: jax.Array, damping: Any = 1e-6) -> jax.Array:
     """
     n, k = x.shape
 
-    def add(inverse: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
-        seen = jnp.matmul(inverse, row, precision=_HIGHEST)
-        return inverse - jnp.outer(seen, seen) / (n + jnp.vdot(row, seen, precision=_HIGHEST)), None
+    def add(root: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        seen = jnp.matmul(root.T, row, precision=_HIGHEST)
+        total = n + jnp.vdot(seen, seen, precision=_HIGHEST)
+        part = seen / (total + jnp.sqrt(n * total))
+        return root - jnp.outer(jnp.matmul(root, seen, precision=_HIGHEST), part), None
 
-    return lax.scan(add, jnp.eye(k, dtype=x.dtype) / damping, x)[0]
+    start = jnp.eye(k, dtype=x.dtype) / jnp.sqrt(jnp.asarray(damping, x.dtype))
+    root = lax.scan(add, start, x)[0]
+    return jnp.matmul(root, root.T, precision=_HIGHEST)
 
 
 def _surgeon(
