@@ -9,7 +9,7 @@ from jcompress.factorize.svd import SVD
 from jcompress.factorize.ternary import TernarySVD, additions
 from jcompress.factorize.trains import TensorRing, TensorTrain
 from jcompress.factorize.tucker import BlockTerm, Tucker
-from jcompress.factorize.weighted import FisherSVD, WhitenedSVD
+from jcompress.factorize.weighted import FisherSVD, Whitened, WhitenedSVD
 
 __all__ = [
     "CP",
@@ -25,6 +25,7 @@ __all__ = [
     "TensorTrain",
     "TernarySVD",
     "Tucker",
+    "Whitened",
     "WhitenedSVD",
     "additions",
 ]

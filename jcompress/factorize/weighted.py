@@ -12,7 +12,7 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.factorize.subspaces import check_rank
 from jcompress.factorize.svd import chosen_rank
-from jcompress.formats import LowRank
+from jcompress.formats import LowRank, TensorNetwork
 from jcompress.formats.lowrank import truncated_svd
 from jcompress.layers import matrices
 
@@ -75,6 +75,88 @@ def _under(w: jax.Array, gram: jax.Array, rank: int, damping: float) -> tuple[ja
     turned = roots * jnp.matmul(vectors.T, w, precision=_HIGH)
     u, v = truncated_svd(turned, rank)
     return jnp.matmul(vectors, u / roots, precision=_HIGH), v
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitened(Method):
+    """Any factorization, fitted to the weights in the units of what they meet: errors count as they move the outputs.
+
+    The inputs are multiplied by a root of their Gram matrix, the method is fitted, and its inverse goes into the factor
+    that has the inputs, so the node keeps its form and size. Of a convolution the Gram matrix of the channels is taken,
+    over all places of the window. For :class:`SVD` of a dense layer this is :class:`WhitenedSVD`. Needs the statistic ``gram``.
+
+    Attributes:
+      method: one that gives ``TensorNetwork`` or ``LowRank`` and has the inputs as one mode of one factor.
+      damping: added to the Gram matrix, as a fraction of its mean diagonal.
+
+    Raises:
+      ValueError: if the node has no factor with the whole inputs, or statistics are missing or of another shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jcompress as jc
+      >>> x = jax.random.normal(jax.random.key(0), (200, 8)) * jnp.logspace(-2, 1, 8)
+      >>> params = {"w": jax.random.normal(jax.random.key(1), (8, 6))}
+      >>> errors = []
+      >>> for method in (jc.factorize.CP(rank=3), jc.factorize.Whitened(jc.factorize.CP(rank=3))):
+      ...     plan = jc.plan(params, [("w", method)])
+      ...     stats = jc.calibrate(lambda p, x: x @ p["w"], params, [x], statistics=["gram", "count"])
+      ...     w = jc.compress(params, plan, stats=stats)["w"].materialize()
+      ...     errors.append(float(jnp.linalg.norm(x @ (w - params["w"]))))
+      >>> errors[1] < 0.5 * errors[0]
+      True
+    """
+
+    method: Method
+    damping: float = 1e-2
+
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    wraps: ClassVar[tuple[str, ...]] = ("method",)
+
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Any:
+        """The node for one array."""
+        _, gram = matrices.of(w, context, "gram")
+        root, inverse = _roots(_of_channels(gram[0], w.shape[-2]), self.damping)
+        turned = jnp.matmul(root, w.astype(jnp.float32), precision=_HIGH)
+        inner = dataclasses.replace(context, stats=None, grad=None)
+        node = core.fit(self.method, [turned.astype(w.dtype)], [inner])[0]
+        return _unturned(node, inverse, context.path, w.ndim)
+
+
+def _of_channels(gram: jax.Array, channels: int) -> jax.Array:
+    """The Gram matrix of the input channels of a convolution, those of all places of its window added up."""
+    places = gram.shape[-1] // channels
+    return jnp.einsum("pcpd->cd", gram.reshape(places, channels, places, channels))
+
+
+def _roots(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+    """The symmetric root of a damped Gram matrix, of mean diagonal 1, and its inverse."""
+    values, vectors = jnp.linalg.eigh(gram)
+    mean = jnp.maximum(jnp.mean(jnp.diagonal(gram)), jnp.finfo(jnp.float32).tiny)
+    roots = jnp.sqrt(jnp.maximum(values, 0) / mean + max(damping, 1e-12))
+    root, inverse = (jnp.matmul(vectors * r, vectors.T, precision=_HIGH) for r in (roots, 1 / roots))
+    return root, inverse
+
+
+def _unturned(node: Any, inverse: jax.Array, path: str, ndim: int) -> Any:
+    """The node with a matrix over its inputs multiplied into the factor that has them."""
+    if isinstance(node, LowRank) and not core.is_node(node.u):
+        u = jnp.matmul(inverse, node.u.astype(jnp.float32), precision=_HIGH).astype(node.u.dtype)
+        return dataclasses.replace(node, u=u)
+    if isinstance(node, TensorNetwork):
+        terms, output = node.equation.split("->")
+        end = sum(node.merged[: ndim - 2])
+        modes = output[end : end + node.merged[ndim - 2]]
+        places = [i for i, term in enumerate(terms.split(",")) if modes in term]
+        if len(modes) == 1 and len(places) == 1 and not core.is_node(node.factors[places[0]]):
+            (place,), factors = places, list(node.factors)
+            axis = terms.split(",")[place].index(modes)
+            moved = jnp.tensordot(inverse, factors[place].astype(jnp.float32), axes=(1, axis), precision=_HIGH)
+            factors[place] = jnp.moveaxis(moved, 0, axis).astype(factors[place].dtype)
+            return dataclasses.replace(node, factors=tuple(factors))
+    raise ValueError(
+        f"{path}: Whitened found {node!r}, expected LowRank or TensorNetwork with the inputs as one mode of one factor "
+        "of arrays; quantize after it, jc.chain(jc.factorize.Whitened(...), ...)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 
 from jcompress import core, rules
 from jcompress.core import PyTree
-from jcompress.formats import LowRank, Masked, Sum
+from jcompress.formats import Arranged, LowRank, Masked, Sum, TensorNetwork
+from jcompress.trace.core import chains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +174,11 @@ def node_products(x: Any) -> list[tuple[float, int]]:
         return [(1.0, weight_bits(x))]
     if isinstance(x, Sum):
         return [pair for term in x.terms for pair in node_products(term)]
+    if isinstance(x, Arranged):
+        return node_products(x.inner)
+    if isinstance(x, TensorNetwork):
+        bits = max(bits for factor in x.factors for _, bits in node_products(factor))
+        return [(chains.share(x), bits)]
     if isinstance(x, LowRank):
         u, v = (jax.eval_shape(core.dense, factor) for factor in (x.u, x.v))
         dense = u.size // u.shape[-1] * v.shape[-1]

@@ -14,12 +14,11 @@ from jcompress import core
 from jcompress.core import Layout
 from jcompress.formats import Arranged, TensorNetwork
 from jcompress.formats.network import mode_sizes
-from jcompress.trace.core import walk
+from jcompress.trace.core import chains, walk
 from jcompress.trace.core.contraction import Convolution, Dot, Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
-from jcompress.trace.execution import chains
 from jcompress.trace.execution.weights import Multiply, Tell, Weight, static
 
 _SPARE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

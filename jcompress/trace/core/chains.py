@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jcompress import core
+from jcompress.formats.network import mode_sizes
 from jcompress.trace.core.contraction import Convolution
 
 
@@ -133,3 +136,31 @@ def _shifted(x: jax.Array, kernel: jax.Array, link: Link, product: Convolution) 
         term = lax.slice(x, starts, limits, strides) * scale
         total = term if total is None else total + term
     return total
+
+
+def share(node: Any) -> float:
+    """The products of a network, as a part of the dense ones, where it is run as ``accelerate`` runs it; at most 1.
+
+    For a convolution of stride 1, and for an activation of many rows.
+
+    Args:
+      node: a :class:`~jcompress.formats.TensorNetwork`, or its shapes.
+    """
+    terms, output = node.equation.split("->")[0].split(","), node.equation.split("->")[1]
+    factors = [jax.eval_shape(core.dense, x) for x in node.factors]
+    sizes = mode_sizes(node.equation, factors)
+    ends = list(itertools.accumulate(node.merged, initial=0))
+    *window, inputs, outputs = (output[a:b] for a, b in itertools.pairwise(ends))
+    dense = math.prod(sizes[m] for m in output)
+    if window:
+        single = all(len(modes) == 1 for modes in (*window, inputs, outputs))
+        links = chain(terms, "".join(window), inputs, outputs) if single else None
+        found = dense if links is None else sum(math.prod(sizes[m] for m in term) for term in terms)
+        return min(1.0, found / max(dense, 1))
+    rows = 4096
+    x = jax.ShapeDtypeStruct((rows, *(sizes[m] for m in inputs)), jnp.float32)
+    row = next(m for m in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if m not in node.equation)
+    equation = f"{row}{inputs},{','.join(terms)}->{row}{outputs}"
+    plain = [jax.ShapeDtypeStruct(f.shape[f.ndim - len(t) :], jnp.float32) for f, t in zip(factors, terms, strict=True)]
+    least = float(jnp.einsum_path(equation, x, *plain, optimize="optimal")[1].opt_cost)
+    return min(1.0, least / (2 * rows * max(dense, 1)))
