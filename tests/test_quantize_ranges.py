@@ -143,12 +143,23 @@ def literal_divergence(histogram, levels):
     return found
 
 
-@pytest.mark.parametrize("draw", ["normal", "laplace", "outlier"])
+DRAWS = {
+    "normal": lambda rng: rng.normal(size=4000),
+    "laplace": lambda rng: rng.laplace(size=4000),
+    "outlier": lambda rng: np.append(rng.normal(size=3999), 30.0),
+    "relu": lambda rng: np.maximum(rng.normal(size=200_000), 0),
+    "sparse": lambda rng: rng.normal(size=50_000) * (rng.random(50_000) < 0.05),
+    "cauchy": lambda rng: rng.standard_cauchy(size=20_000),
+    "lognormal": lambda rng: rng.lognormal(size=200_000),
+    "exponential": lambda rng: rng.exponential(size=300_000),
+    "two values": lambda rng: rng.choice([1.0, 5.0], 10_000),
+    "few": lambda rng: rng.normal(size=30),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
 def test_divergence_is_that_of_the_literal_loop(draw):
-    rng = np.random.default_rng(0)
-    x = np.abs(rng.laplace(size=4000) if draw == "laplace" else rng.normal(size=4000))
-    if draw == "outlier":
-        x[0] = 30.0
+    x = np.abs(DRAWS[draw](np.random.default_rng(0)))
     histogram = np.histogram(x, 256, (0, x.max()))[0]
     known = literal_divergence(histogram, 8)
     kept = int(jax.jit(densities._kept_bins, static_argnums=1)(jnp.asarray(histogram, jnp.uint32), 8))

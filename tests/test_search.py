@@ -257,3 +257,19 @@ def test_weight_agnostic_networks_are_the_front_of_all_masks():
     assert (np.asarray(found.rank) == 0).any()
     for s in np.asarray(found.scores)[np.asarray(found.rank) == 0]:
         assert np.isclose(front, s, atol=1e-5).all(1).any()
+
+
+def test_a_fitness_of_nan_is_never_the_best():
+    key, values = jax.random.key(0), jnp.array([1.0, 5.0, 3.0, 2.0, 4.0])
+    start = jnp.array([True, True, False, False, False])
+    cold = search.anneal(lambda m: jnp.where(m[1], jnp.nan, m @ values), key, start, 0.5, steps=100)
+    assert cold.best.tolist() == [False, False, True, False, True] and float(cold.fitness) == 7.0
+    swarm = search.particle_swarm(lambda x: jnp.where(x.sum() > 1.2, jnp.nan, -jnp.sum((x - 0.5) ** 2)), key, 2)
+    np.testing.assert_allclose(swarm.best, 0.5, atol=1e-2)
+
+    def ends(m):
+        return jnp.stack([jnp.where(m[0], jnp.nan, m.mean()), -m.mean()])
+
+    assert not bool(search.genetic_front(ends, key, 4, generations=5).masks[:, 0].any())
+    drawn = search.particle_filter(lambda m: jnp.where(m[0], jnp.nan, 1.0), key, 4)
+    assert float(drawn.weights.sum()) == pytest.approx(1)

@@ -173,3 +173,24 @@ def test_a_method_that_gives_no_numbers_is_named():
 
     with pytest.raises(ValueError, match=r"^w: .*gave NaN or infinite values"):
         jc.compress(params, jc.plan(params, [("w", broken)]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e25])
+@pytest.mark.parametrize("seen", [True, False])
+def test_channels_whose_readers_no_data_reached_go_by_their_weights(scale, seen):
+    params = {"a": jnp.ones((1, 3)), "b": scale * jnp.array([[2.0], [-2.0], [1.0]])}
+    hidden = {"hidden": jc.trace.Group(size=3, producers=(("a", 1),), consumers=(("b", 0),))}
+    gram = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 9.0]]) * 1e20 * seen
+    stats = {"b": jc.trace.Stats(gram=gram, axes=(0,))}
+    order = P.structured.thinet(params, hidden, stats)["hidden"]
+    entered = P.structured.lasso(params, hidden, stats)["hidden"]
+    assert int(order.argmin()) == (0 if seen else 2)  # of those that cancel, or the smallest
+    assert (int(entered.argmax()) == 2) == seen
+    assert np.isfinite(entered).all()
+
+
+def test_leaves_without_data_are_not_worthless_under_a_budget(rng):
+    w = jnp.asarray(rng.normal(size=(2, 8, 4)), jnp.float32)
+    stats = statistics(rng.normal(size=(2, 20, 8)) * np.array([1, 0])[:, None, None])
+    error = jc.budget.output_error({"w": stats})
+    assert float(error("w", w, w.at[1].set(0))) > 0.2 * float(error("w", w, w.at[0].set(0)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jcompress import core, rules
 from jcompress.core import Context, PyTree
 from jcompress.layers import matrices
+from jcompress.numeric.damping import met
 
 Measure = Callable[[str, jax.Array, jax.Array], Any]
 """``measure(path, dense, compressed)``, an error of one leaf that adds up over leaves."""
@@ -38,6 +39,8 @@ def weight_error(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
 def output_error(stats: Mapping[str, Any], *, relative: bool = False) -> Measure:
     """What the outputs of a leaf's products move on calibration data: ``tr(dW^T gram dW)``, summed and squared.
 
+    Layers or experts that no data reached count as if their inputs had the mean energy of the others.
+
     Args:
       stats: from ``jc.calibrate``, with ``gram``; the same data for all leaves, so that they compare.
       relative: over ``tr(W^T gram W)``, for leaves whose outputs are scaled away by a norm after them.
@@ -55,6 +58,7 @@ def output_error(stats: Mapping[str, Any], *, relative: bool = False) -> Measure
 
     def measure(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
         layer, gram = matrices.of(w, Context(stats=stats.get(path), path=path), "gram")
+        gram = met(gram)
         moved = matrices.moved(layer.of(value.astype(jnp.float32) - w.astype(jnp.float32)).matrix(), gram).sum()
         if not relative:
             return moved

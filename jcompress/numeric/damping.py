@@ -42,6 +42,13 @@ def filled(energy: jax.Array) -> jax.Array:
     return jnp.where(seen, energy, jnp.where(own > 0, own, jnp.where(others > 0, others, 1)))
 
 
+def met(gram: jax.Array) -> jax.Array:
+    """Gram matrices (layers, k, k), with the mean energy of the others for inputs of layers that saw nothing at all."""
+    energy = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    whole = ~jnp.any(energy > 0, axis=-1, keepdims=True)
+    return gram + jnp.eye(gram.shape[-1]) * jnp.where(whole, filled(energy), 0)[:, None, :]
+
+
 def cholesky(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The lower triangular root of a positive semidefinite matrix, and what had to be added to its diagonal.
 

@@ -14,7 +14,7 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Frozen, Rescaled
 from jcompress.layers import matrices
-from jcompress.numeric import scaling
+from jcompress.numeric import extremes, scaling
 from jcompress.quantize import clipping
 from jcompress.quantize.integer import Int
 
@@ -112,4 +112,4 @@ def best(points: int, error: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Of so many evenly spaced powers from 0 to 1, that of the least error."""
     powers = jnp.linspace(0, 1, points)
     errors = jax.lax.map(error, powers)
-    return powers[jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))]
+    return powers[extremes.argmin(errors)]

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jcompress.numeric import extremes
 from jcompress.quantize.grids import Problem, Range
 
 
@@ -162,7 +163,7 @@ def _kept_bins(counts: jax.Array, levels: int) -> jax.Array:
 
     candidates = jnp.arange(bins, levels - 1, -1)
     found = jax.lax.map(divergence, candidates, batch_size=64)
-    return candidates[jnp.argmin(jnp.where(jnp.isnan(found), jnp.inf, found))]
+    return candidates[extremes.argmin(found)]
 
 
 def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
 from jcompress.layers.groups import Group
+from jcompress.numeric import extremes, scaling
 from jcompress.prune.masks import selection
 
 
@@ -95,13 +96,14 @@ def _output_products(name: str, group: Group, found: Mapping[str, Any], stats: M
 
 def _survivors(products: jax.Array, count: jax.Array, score: jax.Array | None) -> jax.Array:
     """For each unit, the one that stays for it: (size,)."""
+    products = scaling.unit([products]).divide(products)
     energies = jnp.diag(products)
     apart = jnp.maximum(energies[:, None] + energies - 2 * products, 0)
     rank = energies if score is None else score
-    center = _centers(apart, count, jnp.argmax(rank))
+    center = _centers(apart, count, extremes.argmax(rank))
     if score is None:
         return center
-    return jnp.argmax(jnp.where(center[:, None] == center, rank, -jnp.inf), axis=1)
+    return extremes.argmax(jnp.where(center[:, None] == center, rank, -jnp.inf), axis=1)
 
 
 def _centers(apart: jax.Array, count: jax.Array, first: jax.Array) -> jax.Array:
@@ -110,17 +112,17 @@ def _centers(apart: jax.Array, count: jax.Array, first: jax.Array) -> jax.Array:
 
     def assign(chosen: jax.Array) -> jax.Array:
         # A center is its own, even where another lies in the same place, so no cluster ever empties.
-        return jnp.where(chosen, index, jnp.argmin(jnp.where(chosen, apart, jnp.inf), axis=1))
+        return jnp.where(chosen, index, extremes.argmin(jnp.where(chosen, apart, jnp.inf), axis=1))
 
     def farthest(_: Any, chosen: jax.Array) -> jax.Array:
         nearest = jnp.min(jnp.where(chosen, apart, jnp.inf), axis=1)
-        return chosen.at[jnp.argmax(jnp.where(chosen, -1.0, nearest))].set(True)
+        return chosen.at[extremes.argmax(jnp.where(chosen, -1.0, nearest))].set(True)
 
     def move(state: tuple) -> tuple:
         step, center, _ = state
         same = center[:, None] == center
         cost = jnp.sum(jnp.where(same, apart, 0), axis=1)
-        moved = jnp.argmin(jnp.where(same, cost, jnp.inf), axis=1)
+        moved = extremes.argmin(jnp.where(same, cost, jnp.inf), axis=1)
         new = assign(jnp.zeros(len(apart), bool).at[moved].set(True))
         return step + 1, new, jnp.any(new != center)
 

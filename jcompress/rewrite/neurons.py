@@ -13,6 +13,7 @@ from jcompress import core
 from jcompress.core import PyTree
 from jcompress.layers import units
 from jcompress.layers.groups import Group
+from jcompress.numeric import extremes, scaling
 from jcompress.prune.masks import selection
 
 
@@ -71,13 +72,14 @@ def _merged(
     """The matrix that maps old outgoing weights to new ones, and who stays."""
     computing = units.rows(name, group, units.chosen(name, group, "producers", match, found), found)
     reading = units.rows(name, group, units.chosen(name, group, "consumers", ".*", found), found)
-    apart, others = units.distances(computing), ~np.eye(group.size, dtype=bool)
+    computing, reading = (scaling.unit([x]).divide(x) for x in (computing, reading))  # only their order counts
     products = jnp.matmul(reading, reading.T, precision="highest") / max(reading.shape[1], 1)
+    apart, others = units.distances(computing), ~np.eye(group.size, dtype=bool)
 
     def merge(_: Any, state: tuple) -> tuple:
         mixing, products, keep = state
         saliency = jnp.where(keep[:, None] & keep & others, apart * jnp.diag(products), jnp.inf)
-        i, j = jnp.unravel_index(jnp.argmin(saliency), saliency.shape)
+        i, j = jnp.unravel_index(extremes.argmin(saliency), saliency.shape)
         mixing = mixing.at[i].add(mixing[j]).at[j].set(0)
         products = products.at[i].add(products[j]).at[j].set(0)
         products = products.at[:, i].add(products[:, j]).at[:, j].set(0)

@@ -14,7 +14,7 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.layers import matrices
-from jcompress.numeric import scaling
+from jcompress.numeric import extremes, scaling
 from jcompress.numeric.damping import damped, inverse_factor
 from jcompress.prune.masks import selection
 from jcompress.prune.masks.patterns import NM
@@ -104,6 +104,8 @@ def _surgeon(
     """Weights (k,) of one output, and their mask, after ``steps`` removals of least cost."""
     k = len(w)
     group = jnp.arange(k) // (k if pattern is None else pattern.m)
+    # No entry of an inverse's diagonal is smaller; rounding may make it so.
+    least = jnp.diag(1 / jnp.diagonal(hessian))
 
     def remove(_: Any, state: tuple) -> tuple:
         w, inverse, alive = state
@@ -112,11 +114,12 @@ def _surgeon(
         if pattern is not None:
             cut = jax.ops.segment_sum((~alive).astype(jnp.int32), group, k // pattern.m)
             cost = jnp.where(cut[group] < pattern.m - pattern.n, cost, jnp.inf)
-        q = jnp.argmin(cost)
+        q = extremes.argmin(cost)
         column, pivot = inverse[:, q], inverse[q, q]
         gone = jnp.arange(k) == q
         # The row and column of the weight that is gone become those of the identity, so that nothing divides by zero.
         rest = inverse - jnp.outer(column, column) / pivot
+        rest = jnp.where(least > 0, jnp.maximum(rest, least), rest)
         rest = jnp.where(gone[:, None] | gone, jnp.eye(k), rest)
         left = alive & ~gone
         return jnp.where(left, w - (w[q] / pivot) * column, 0), rest, left

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jcompress.numeric import dominance
+from jcompress.numeric import dominance, extremes
 
 Fitness = Callable[[jax.Array], jax.Array]
 """A fitness: a boolean mask (length,) -> a number, higher is better."""
@@ -108,8 +108,7 @@ def genetic(
     rate = 1 / length if mutation is None else mutation
 
     def measure(masks: jax.Array) -> jax.Array:
-        scores = jax.vmap(fitness)(masks)
-        return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+        return extremes.lowest(jax.vmap(fitness)(masks))
 
     def pick(key: jax.Array, scores: jax.Array) -> jax.Array:
         if selection == "roulette":
@@ -181,7 +180,9 @@ def genetic_front(
       >>> int(front.rank.max())
       0
     """
-    measure, rate = jax.vmap(objectives), 1 / length if mutation is None else mutation
+    # Not infinity, between which there is no distance.
+    measure = jax.vmap(lambda mask: jnp.nan_to_num(objectives(mask), nan=-1e30))
+    rate = 1 / length if mutation is None else mutation
 
     def ordered(masks: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         rank = dominance.ranks(scores)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jcompress import core
+from jcompress.numeric import extremes
 from jcompress.prune.search.evolution import Fitness, Found
 
 _Four = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -51,7 +52,11 @@ def particle_swarm(
       >>> bool(jnp.allclose(found.best, 0.5, atol=1e-3))
       True
     """
-    measure, (low, high) = jax.vmap(fitness), bounds
+    low, high = bounds
+
+    def measure(positions: jax.Array) -> jax.Array:
+        return extremes.lowest(jax.vmap(fitness)(positions))
+
     start, moving, key = jax.random.split(key, 3)
     positions = jax.random.uniform(start, (particles, length), minval=low, maxval=high)
     velocities = jax.random.uniform(moving, (particles, length), minval=-0.5, maxval=0.5) * (high - low)
@@ -59,7 +64,7 @@ def particle_swarm(
     def step(state: _Four, key: jax.Array) -> tuple[_Four, jax.Array]:
         x, v, top, scores = state
         u = jax.random.uniform(key, (2, *x.shape))
-        v = inertia * v + own * u[0] * (top - x) + best * u[1] * (top[jnp.argmax(scores)] - x)
+        v = inertia * v + own * u[0] * (top - x) + best * u[1] * (top[extremes.argmax(scores)] - x)
         x = x + v
         new = measure(x)
         better = new > scores
@@ -124,14 +129,14 @@ def anneal(
         key, t = now
         first, second = jax.random.split(key)
         other = propose(first, mask)
-        new = fitness(other)
+        new = extremes.lowest(fitness(other))
         taken = jnp.log(jax.random.uniform(second)) * t < new - score
         mask, score = jnp.where(taken, other, mask), jnp.where(taken, new, score)
         best, top = jnp.where(score > top, mask, best), jnp.maximum(score, top)
         return (mask, score, best, top), top
 
     def chain(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        score = fitness(start)
+        score = extremes.lowest(fitness(start))
         temperatures = jnp.broadcast_to(core.value_at(temperature, jnp.arange(steps)), steps)
         state, history = jax.lax.scan(step, (start, score, start, score), (jax.random.split(key, steps), temperatures))
         return state[2], state[3], history

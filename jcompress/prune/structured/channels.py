@@ -12,6 +12,8 @@ import numpy as np
 from jcompress.core import PyTree
 from jcompress.layers import consumers, units
 from jcompress.layers.groups import Group
+from jcompress.numeric import extremes, scaling
+from jcompress.numeric.damping import met
 
 
 def lasso(
@@ -88,21 +90,27 @@ def thinet(params: PyTree, groups: Mapping[str, Group], stats: Mapping[str, Any]
 
 
 def _products(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[str, Any]) -> jax.Array:
-    """The inner products of what each two units add to the next layers' outputs: (size, size)."""
+    """The inner products of what each two units add to the next layers' outputs, in units of their own: (size, size).
+
+    Layers and experts that no data reached count as the mean of the others.
+    """
+    layers = consumers.consumers(name, group, found, stats, "gram")
+    weight, energy = scaling.unit([x.w for x, _ in layers]), scaling.unit([x.stat.gram for x, _ in layers])
     total = jnp.zeros((group.size, group.size))
-    for layer, axis in consumers.consumers(name, group, found, stats, "gram"):
+    for layer, axis in layers:
         unit = layer.unit(axis, group.maps[layer.path, axis])
         target = np.where(unit < 0, group.size, unit)
-        w = layer.matrix()
-        gram = jnp.reshape(layer.stat.gram, (-1, len(unit), len(unit)))
+        w = weight.divide(layer.matrix())
+        gram = met(energy.divide(jnp.reshape(layer.stat.gram, (-1, len(unit), len(unit)))))
         pairs = jnp.sum(gram * jnp.einsum("lin,ljn->lij", w, w, precision="highest"), axis=0)
         total = total.at[target[:, None], target].add(pairs, mode="drop")
     return (total + total.T) / 2
 
 
 def _energies(name: str, group: Group, found: Mapping[str, Any]) -> jax.Array:
-    """The norm of the weights that read each unit: (size,)."""
-    return jnp.linalg.norm(units.rows(name, group, group.consumers, found), axis=1)
+    """The norm of the weights that read each unit, in units of their own: (size,)."""
+    rows = units.rows(name, group, group.consumers, found)
+    return jnp.linalg.norm(scaling.unit([rows]).divide(rows), axis=1)
 
 
 def _soft(x: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -140,7 +148,7 @@ def _admit(products: jax.Array, target: jax.Array, penalty: jax.Array, slack: ja
         return jnp.where(active, -jnp.inf, jnp.abs(target - jnp.matmul(products, b, precision="highest")) - penalty)
 
     def admit(state: tuple) -> tuple:
-        active = state[1].at[jnp.argmax(lacking(state))].set(True)
+        active = state[1].at[extremes.argmax(lacking(state))].set(True)
         return _descent(products, target, penalty, state[0], active), active
 
     settled = _descent(products, target, penalty, *start), start[1]
@@ -177,7 +185,7 @@ def _greedy(products: jax.Array) -> jax.Array:
     def cut(step: jax.Array, state: tuple) -> tuple:
         order, along = state  # ``along``: inner products with the sum of what is cut
         change = jnp.where(order > 0, jnp.inf, jnp.diag(products) + 2 * along)
-        i = jnp.argmin(change)
+        i = extremes.argmin(change)
         return order.at[i].set((step + 1) / size), along + products[i]
 
     return jax.lax.fori_loop(0, size, cut, (jnp.zeros(size), jnp.zeros(size)))[0]
