@@ -125,6 +125,42 @@ def experts(p, x):
     return jnp.zeros_like(x).at[order].set(lax.ragged_dot(h, p["down"], sizes))
 
 
+def two_experts(p, x):
+    """The best two of four experts, weighed, each token's rows sorted by expert."""
+    w, e = lax.top_k(jax.nn.softmax(x @ p["router"] + p["bias"]), 2)
+    order = jnp.argsort(e.reshape(-1))
+    sizes = jnp.sum(e.reshape(-1, 1) == jnp.arange(4), 0, dtype=jnp.int32)
+    h = lax.ragged_dot(jax.nn.gelu(lax.ragged_dot(x[order // 2], p["up"], sizes)), p["down"], sizes)
+    return (h[jnp.argsort(order)].reshape(*e.shape, -1) * w[..., None]).sum(1)
+
+
+def every_expert(p, x):
+    h = jax.nn.relu(jnp.einsum("bw,ewh->beh", x, p["up"]))
+    return jnp.einsum("beh,eho->beo", h, p["down"])
+
+
+def dense_experts(p, x):
+    return jnp.einsum("beo,be->bo", every_expert(p, x), jax.nn.softmax(x @ p["router"]))
+
+
+def switch(p, x):
+    """The best expert, by its probability."""
+    scores = jax.nn.softmax(x @ p["router"])
+    e = jnp.argmax(scores, -1)
+    gate = jnp.take_along_axis(scores, e[:, None], -1)
+    return gate * jnp.einsum("beo,be->bo", every_expert(p, x), jax.nn.one_hot(e, 4))
+
+
+def best_two(p, x):
+    w, e = lax.top_k(jax.nn.sigmoid(x @ p["router"]), 2)
+    combine = jnp.einsum("bk,bke->be", w / w.sum(-1, keepdims=True), jax.nn.one_hot(e, 4))
+    return jnp.einsum("beo,be->bo", every_expert(p, x), combine)
+
+
+EXPERTS = {"router": draw(5, 4), "up": draw(4, 5, 6), "down": draw(4, 6, 5)}
+ROUTED = (("router", 1), ("up", 2))
+
+
 @jax.custom_batching.custom_vmap
 def doubled(x):
     return 2 * x
@@ -283,13 +319,11 @@ KINDS = [
     Kind("tile", *between(lambda p, h: jnp.tile(h, (1, 2)), out=16)),
     Kind("copies by an index", *between(lambda p, h: h[:, np.arange(16) // 2], out=16)),
     Kind("roll", *between(lambda p, h: jnp.roll(h, 1, axis=0))),
-    Kind(
-        "experts",
-        experts,
-        {"router": draw(5, 4), "up": draw(4, 5, 6), "down": draw(4, 6, 5)},
-        (draw(9, 5),),
-        (("up", 2),),
-    ),
+    Kind("experts", experts, EXPERTS, (draw(9, 5),), ROUTED),
+    Kind("two experts", two_experts, {**EXPERTS, "bias": draw(4)}, (draw(9, 5),), ROUTED),
+    Kind("dense experts", dense_experts, EXPERTS, (draw(9, 5),), ROUTED),
+    Kind("switch", switch, EXPERTS, (draw(9, 5),), ROUTED),
+    Kind("best two experts", best_two, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("custom vmap", *between(lambda p, h: jax.vmap(doubled)(doubled(h))), grads=False),
     Kind("linear solve", *between(solved)),
     Kind("cholesky solve", least_squares, {"up": draw(5, 8), "down": draw(8, 3)}, (draw(6, 5),), (("up", 1),)),

@@ -41,7 +41,7 @@ from jcompress.trace.coupled.rules import (
     selections,
     sums,
 )
-from jcompress.trace.coupled.rules.elementwise import Elementwise, Identity, Zero
+from jcompress.trace.coupled.rules.elementwise import Elementwise, Equal, Identity, Zero
 from jcompress.trace.recording import meetings
 
 
@@ -133,7 +133,7 @@ def _product(rule: Rule, of: type[Dot] | type[Convolution], meeting: meetings.Me
 
 ROWS: dict[str, Row] = {
     # Entry by entry
-    **_each("abs bessel_i0e bessel_i1e ceil clamp clz conj eq eq_to floor ge gt igamma igammac is_finite"),
+    **_each("abs bessel_i0e bessel_i1e ceil clamp clz conj eq_to floor ge gt igamma igammac is_finite"),
     **_each("le le_to lt lt_to max min ne nextafter not or population_count reduce_precision rem round shift_left"),
     **_each("shift_right_arithmetic shift_right_logical sign square xor"),
     **_each("add add_any neg sub", flow=Linear()),
@@ -152,6 +152,7 @@ ROWS: dict[str, Row] = {
     **_each("erfc", count=ops.each(60, 1)),
     **_each("digamma", count=ops.each(73, 1)),
     **_each("igamma_grad_a mulhi polygamma random_gamma_grad regularized_incomplete_beta zeta"),
+    "eq": Row(Equal()),
     "convert_element_type": Row(_plain, Cast(), ops.conversion),
     # What stays as it is, laid out anew
     **_all("copy copy_p device_put mesh_cast name optimization_barrier pcast pvary reshard", _moved),
@@ -184,12 +185,12 @@ ROWS: dict[str, Row] = {
     "reduce_and": _reduce(lambda total, x, n: total & x),
     "reduce_or": _reduce(lambda total, x, n: total | x),
     "reduce_xor": Row(_unread, Opaque(), ops.reduction),
-    **_all("argmax argmin", _along("axes", holds_zero=False, drops=True, count=ops.extremum)),
+    **_all("argmax argmin", Row(moves.Choice("axes", drops=True, holds_zero=False), Opaque(), ops.extremum)),
     **_all("cumsum cumprod cummax cummin", _along("axis")),
     "cumlogsumexp": _along("axis", holds_zero=False),
     "sort": Row(moves.Along("dimension"), Flow(), ops.order),
-    "top_k": _along("axis", count=ops.order),
-    "approx_top_k": _along("reduction_dimension", count=ops.order),
+    "top_k": Row(moves.Choice("axis"), Opaque(), ops.order),
+    "approx_top_k": Row(moves.Choice("reduction_dimension"), Opaque(), ops.order),
     "fft": _along(lambda params: range(-len(params["fft_lengths"]), 0), count=ops.fourier),
     **_all("reduce_window_max reduce_window_min reduce_window_sum", _window),
     "reduce_window": Row(_unread, Opaque(), ops.window),

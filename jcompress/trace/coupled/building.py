@@ -18,7 +18,7 @@ from jax.extend import core as jax_core
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import Frame, Known, Rule, Site
+from jcompress.trace.coupled.frames import NO_CHOICE, Chosen, Frame, Known, Rule, Site
 
 
 class Build:
@@ -32,6 +32,8 @@ class Build:
       unread: primitives without a rule, and how often each was met.
       contracted: the dimensions over which products sum, as their operands wrote them.
       traced: derivatives of custom rules, by equation.
+      choices: dimensions along which positions were chosen, and why they stay unless what is chosen can be cut too.
+      experts: pairs of a dimension along which something was chosen, and one that has what is chosen.
       open: functions with custom derivatives whose derivative is being built; a rule may call its own function.
     """
 
@@ -40,6 +42,8 @@ class Build:
         self.unread: Counter[str] = Counter()
         self.contracted: list[Dim] = []
         self.traced: dict[Any, Any] = {}
+        self.choices: list[tuple[Dim, str]] = []
+        self.experts: list[tuple[Dim, Dim]] = []
         self.open: dict[str, Site] = {}
 
     def frame(
@@ -48,6 +52,7 @@ class Build:
         ins: Sequence[Dims],
         known: Sequence[Known | None] = (),
         trained: Sequence[bool] | None = None,
+        chosen: Sequence[Chosen] = (),
     ) -> Frame:
         """A call of ``closed`` on values of these dimensions.
 
@@ -56,8 +61,23 @@ class Build:
           ins: the dimensions of its inputs.
           known: how those are made that are constants.
           trained: which of them depend on parameters; all of them by default.
+          chosen: for each, the dimensions along which its numbers are positions that were chosen.
         """
-        return _Building(self, closed, ins, known, trained).frame
+        return _Building(self, closed, ins, known, trained, chosen).frame
+
+    def settle(self, params: Sequence[Dims]) -> None:
+        """Tie a choice to what is chosen, where that lies on parameters: a router's columns to its experts."""
+        own = {leaf for value in params for d in value for leaf in terms.leaves(d)}
+        free = set()
+        for choice, expert in self.experts:
+            choice, expert = terms.find(choice), terms.find(expert)
+            plain = choice.kind == expert.kind == "leaf" and not choice.pinned and not expert.pinned
+            if choice is not expert and plain and expert in own:
+                terms.unify(choice, expert)
+                free.add(terms.find(expert))
+        for choice, reason in self.choices:
+            if terms.find(choice) not in free:
+                terms.pin([choice], reason)
 
 
 class _Building:
@@ -70,10 +90,12 @@ class _Building:
         ins: Sequence[Dims],
         known: Sequence[Known | None],
         trained: Sequence[bool] | None,
+        chosen: Sequence[Chosen],
     ) -> None:
         jaxpr, self.build, self.frame = closed.jaxpr, build, Frame(closed, list(ins))
         self.dims: dict[Any, Dims] = dict(zip(jaxpr.invars, ins, strict=True))
         self.trained = {v for i, v in enumerate(jaxpr.invars) if trained is None or trained[i]}
+        self.chosen = {v: c for v, c in zip(jaxpr.invars, chosen, strict=False) if c}
         self.frame.given = [(i, k) for i, k in enumerate(known) if k is not None]
         self.known: dict[Any, Known] = {jaxpr.invars[i]: k for i, k in self.frame.given}
         for v, c in zip(jaxpr.constvars, closed.consts, strict=True):
@@ -83,11 +105,16 @@ class _Building:
             self.equation(eqn)
         self.frame.results = [self.used(x) for x in jaxpr.outvars]
         self.frame.outs = [self.dims_of(x) for x in self.frame.results]
+        self.frame.chosen = [self.choice(x) for x in jaxpr.outvars]
         self.frame.known = [self.constant(x) for x in jaxpr.outvars]
 
     def constant(self, x: Any) -> Known | None:
         """What is known of an operand, or None."""
         return None if isinstance(x, jax_core.Literal) else self.known.get(x)
+
+    def choice(self, x: Any) -> Chosen:
+        """Along which dimensions the numbers of an operand are positions that were chosen."""
+        return NO_CHOICE if isinstance(x, (jax_core.Literal, Known)) else self.chosen.get(x, NO_CHOICE)
 
     def equation(self, eqn: jax_core.JaxprEqn) -> None:
         """Tie the dimensions of an equation; with only constants for operands it is one itself."""
@@ -103,8 +130,19 @@ class _Building:
         site = self.site(eqn, [self.used(x) for x in eqn.invars], list(eqn.outvars), known)
         self.dims.update(zip(eqn.outvars, site.outs, strict=True))
         self.trained |= set(eqn.outvars) if any(site.trained) else set()
+        self.chosen.update(self.chosen_by(site))
         self.known.update({v: k for v, k in zip(eqn.outvars, site.made, strict=False) if k is not None})
         self.frame.sites.append(site)
+
+    def chosen_by(self, site: Site) -> dict[Any, Chosen]:
+        """The results of an equation whose numbers are positions that were chosen."""
+        if site.choices is not None:
+            found = site.choices
+        else:
+            passed = NO_CHOICE.union(*site.chosen) if site.rule.tells or not site.rule.reads else NO_CHOICE
+            found = [passed] * len(site.places)
+        pairs = zip(site.places, site.eqn.outvars, found, strict=True)
+        return {place: c for place, v, c in pairs if c and np.issubdtype(walk.aval(v).dtype, np.integer)}
 
     def used(self, x: Any) -> Any:
         """Where an operand stands; a constant has dimensions of its own for each use."""
@@ -122,7 +160,8 @@ class _Building:
         if rule is self.build.default:
             self.build.unread[eqn.primitive.name] += 1
         trained = [not isinstance(x, (jax_core.Literal, Known)) and x in self.trained for x in sources]
-        site = Site(eqn, rule, [self.dims_of(x) for x in sources], sources, places, known, trained)
+        chosen = [self.choice(x) for x in sources]
+        site = Site(eqn, rule, [self.dims_of(x) for x in sources], sources, places, known, trained, chosen)
         site.outs = [tuple(d) for d in rule.dims(self.build, site)]
         return site
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 At = frozenset[Dim]
 NOWHERE: At = frozenset()
+Chosen = frozenset[Dim]
+NO_CHOICE: Chosen = frozenset()
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,11 +62,13 @@ class Site:
       places: where its results stand.
       known: how those operands are made that are constants.
       trained: which operands depend on parameters.
+      chosen: for each operand, the dimensions along which its numbers are positions that were chosen.
       outs: the dimensions of its results.
       states: of its results, as they were read.
       note: what the rule wants to remember.
       frames: the calls inside it.
       made: how those results are made that are constants.
+      choices: what ``chosen`` is of the results, where the rule says it.
     """
 
     eqn: jax_core.JaxprEqn
@@ -74,11 +78,13 @@ class Site:
     places: list[Any]
     known: list[Known | None]
     trained: list[bool]
+    chosen: list[Chosen]
     outs: list[Dims] = dataclasses.field(default_factory=list)
     states: list[State] = dataclasses.field(default_factory=list)
     note: Any = None
     frames: list[Frame] = dataclasses.field(default_factory=list)
     made: list[Known | None] = dataclasses.field(default_factory=list)
+    choices: list[Chosen] | None = None
 
     @property
     def params(self) -> dict[str, Any]:
@@ -102,6 +108,7 @@ class Frame:
       outs: of its outputs.
       states: of its inputs, as they were read.
       known: how those outputs are made that are constants.
+      chosen: what it is of the outputs.
     """
 
     closed: jax_core.ClosedJaxpr
@@ -115,6 +122,7 @@ class Frame:
     outs: list[Dims] = dataclasses.field(default_factory=list)
     states: list[State] = dataclasses.field(default_factory=list)
     known: list[Known | None] = dataclasses.field(default_factory=list)
+    chosen: list[Chosen] = dataclasses.field(default_factory=list)
 
 
 def read_leaves(frame: Frame) -> set[Dim]:
@@ -228,6 +236,22 @@ class Value:
         return base
 
 
+def restored(cut: Cut, x: Value, axis: int) -> Value:
+    """A value with the slices put back that were cut from an axis, which is one leaf."""
+    leaf = terms.find(x.dims[axis])
+    if leaf not in cut.kept:
+        return x
+    kept = cut.kept[leaf]
+    source = np.full(leaf.size, len(kept))
+    source[kept] = np.arange(len(kept))
+    dims = (*x.dims[:axis], Dim(leaf.size), *x.dims[axis + 1 :])
+
+    def get(at: At) -> Any:
+        return jnp.take(jnp.concatenate([x.at(at), x.at(at | {leaf})], axis), source, axis=axis)
+
+    return Value(cut, dims, x.state, get)
+
+
 def constant(cut: Cut, x: Any, dims: Dims, state: State) -> Value:
     """A constant with the positions that stay."""
 
@@ -308,9 +332,11 @@ class Rule:
 
     Attributes:
       reads: whether it makes something of the slices that it meets, or only passes them on.
+      tells: whether its results are positions that were chosen, if an operand is.
     """
 
     reads = True
+    tells = False
 
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         """The dimensions of the results; ties what must be cut together."""

@@ -62,6 +62,7 @@ def read(fn: Callable[..., Any], params: PyTree, *args: Any, free: Free = Free()
     arguments = _pinned(jax.tree.unflatten(program.in_tree, map(_Held, ins))[1:], free.arguments, "argument")
     frame = build.frame(program.closed, ins, trained=[i < n for i in range(len(ins))])
     _pinned(jax.tree.unflatten(program.out_tree, map(_Held, frame.outs)), free.outputs, "output")
+    build.settle(ins[:n])
     seen = read_leaves(frame).union(leaf for value in frame.outs for d in value for leaf in terms.leaves(d))
     for value in ins[:n]:
         for d in value:

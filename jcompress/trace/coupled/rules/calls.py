@@ -58,12 +58,12 @@ class Call(Rule):
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         (closed,) = self.bodies.closed(site.eqn)
         site.frames = [self.body(build, site, closed)]
-        site.made = site.frames[0].known
+        site.made, site.choices = site.frames[0].known, site.frames[0].chosen
         return site.frames[0].outs
 
     def body(self, build: Build, site: Site, closed: Any) -> Frame:
         """What is called, on the operands."""
-        return build.frame(closed, site.ins, site.known, site.trained)
+        return build.frame(closed, site.ins, site.known, site.trained, site.chosen)
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         return read_states(site.frames[0], ins)

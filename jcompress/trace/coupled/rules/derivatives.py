@@ -124,7 +124,7 @@ class Custom(Wrapped):
 
     def body(self, build: Build, site: Site, closed: Any) -> Frame:
         # The derivative has constants among its operands as well, so they are what they are in both.
-        return build.frame(closed, site.ins, trained=site.trained)
+        return build.frame(closed, site.ins, trained=site.trained, chosen=site.chosen)
 
     def _derived(self, build: Build, site: Site) -> Exception | None:
         """Read the derivative; what its author's code raises, or JAX of types that name devices, comes back.

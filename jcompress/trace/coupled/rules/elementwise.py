@@ -11,7 +11,7 @@ import numpy as np
 
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
-from jcompress.trace.coupled.building import Build
+from jcompress.trace.coupled.building import Build, value_of
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import Rule, Site, site_bind
 from jcompress.trace.coupled.states import Hold, State, free_leaves
@@ -59,6 +59,27 @@ class Elementwise(Rule):
             numbers = [0 if z else s.constant for z, s in zip(zero, ins, strict=True)]
             return Hold.ZERO if _on_numbers(site, numbers) == 0 else Hold.SAME
         return Hold.VARIED if Hold.VARIED in held else Hold.SAME
+
+
+class Equal(Elementwise):
+    """Where a position that was chosen is compared with all of them, each of those stands for what is chosen."""
+
+    def dims(self, build: Build, site: Site) -> Sequence[Dims]:
+        (found,) = super().dims(build, site)
+        for mine, other in ((0, 1), (1, 0)):
+            known = site.known[other]
+            if site.chosen[mine] and known is not None and (axis := _counted(value_of(known))) is not None:
+                d = found[axis]
+                build.experts += [(choice, d) for choice in site.chosen[mine] if choice.size == d.size]
+        return [found]
+
+
+def _counted(x: np.ndarray | None) -> int | None:
+    """The axis along which an array counts from 0, if it does nothing else."""
+    if x is None or x.size < 2 or x.size != max(x.shape):
+        return None
+    axis = x.shape.index(x.size)
+    return axis if (x.reshape(-1) == np.arange(x.size)).all() else None
 
 
 def _on_numbers(site: Site, numbers: Sequence[Any]) -> Any:

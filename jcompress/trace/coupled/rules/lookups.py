@@ -12,7 +12,7 @@ from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, site_bind
+from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, restored, site_bind
 from jcompress.trace.coupled.rules.joins import Joins
 from jcompress.trace.coupled.rules.selections import Chosen
 from jcompress.trace.coupled.states import Hold, State, free_leaves, joined
@@ -33,6 +33,8 @@ class Gather(Rule):
     Where the places are known and only put an axis in another order, that axis passes too.
     """
 
+    tells = True
+
     def dims(self, build: Build, site: Site) -> Sequence[Dims]:
         (x, indices), numbers, sizes = site.ins, site.params["dimension_numbers"], site.params["slice_sizes"]
         if (chosen := Chosen.of(site)) is not None:
@@ -41,7 +43,9 @@ class Gather(Rule):
         batch = dict(_batching(numbers, "start_indices_batching_dims"))
         hidden = {*numbers.collapsed_slice_dims, *batch}
         whole = [a for a in range(len(x)) if a not in hidden and sizes[a] == x[a].size]
-        terms.pin([d for a, d in enumerate(x) if a not in whole and a not in batch], "rows are looked up in it")
+        site.note = (whole, self._own(site))
+        stay = [d for a, d in enumerate(x) if a not in whole and a not in batch and a not in site.note[1]]
+        terms.pin(stay, "rows are looked up in it")
         for a, i in batch.items():
             terms.unify(x[a], indices[i])
         found = list(terms.fresh(walk.aval(site.eqn.outvars[0]).shape, "rows are looked up in it"))
@@ -55,13 +59,21 @@ class Gather(Rule):
                 found[axis] = Dim(d.size, "link", (d,))
             else:
                 terms.unify(found[axis], d)
-        site.note = whole
         return [tuple(found)]
+
+    def _own(self, site: Site) -> list[int]:
+        """The axes in which those positions are looked up that were chosen along them."""
+        own = [terms.find(choice) for choice in site.chosen[1]]
+        hidden = map(int, site.params["dimension_numbers"].collapsed_slice_dims)
+        return [a for a in hidden if terms.find(site.ins[0][a]) in own]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         batch = _batching(site.params["dimension_numbers"], "start_indices_batching_dims")
         apart = {leaf for _, i in batch for leaf in terms.leaves(site.ins[1][i])}
         least, held = self._filled(site), {}
+        for leaf in free_leaves(tuple(site.ins[0][a] for a in site.note[1])):
+            if ins[0].at(leaf) is Hold.VARIED:
+                terms.pin([leaf], "rows are looked up in it, and its slices differ")
         for leaf in free_leaves(site.outs[0]):
             found = max(ins[0].at(leaf), least)
             held[leaf] = max(found, ins[1].at(leaf)) if leaf in apart and found is not Hold.ZERO else found
@@ -77,11 +89,14 @@ class Gather(Rule):
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
         numbers = site.params["dimension_numbers"]
         sizes, shape = list(site.params["slice_sizes"]), cut.shape(site.ins[0], at)
-        for a in site.note:
+        for a in site.note[0]:
             sizes[a] = shape[a]
         for a, _ in _batching(numbers, "start_indices_batching_dims"):
             sizes[a] = min(sizes[a], 1)
-        return site_bind(site, [v.at(at) for v in ins], slice_sizes=tuple(sizes))
+        x = ins[0]
+        for axis in site.note[1]:
+            x = restored(cut, x, axis)
+        return site_bind(site, [x.at(at), ins[1].at(at)], slice_sizes=tuple(sizes))
 
 
 class Scatter(Joins):
@@ -90,6 +105,8 @@ class Scatter(Joins):
     Args:
       by: what an entry is afterwards.
     """
+
+    tells = True
 
     def __init__(self, by: By) -> None:
         self.by = by

@@ -12,7 +12,7 @@ from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, site_bind
+from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, restored, site_bind
 from jcompress.trace.coupled.states import Hold, State, free_leaves
 
 
@@ -136,7 +136,7 @@ class Along(Moves):
         dims, axes = site.ins[0], {a % len(site.ins[0]) for a in named}
         terms.unify_all(*(v for v in site.ins if len(v) == len(dims)))
         reason = f"{site.eqn.primitive.name} runs along it"
-        terms.pin([dims[a] for a in axes], reason)
+        self.stay(build, site, [dims[a] for a in axes], reason)
         outs = []
         for v in site.eqn.outvars:
             if self.drops:
@@ -146,6 +146,10 @@ class Along(Moves):
                     tuple(Dim(n, pinned=reason) if i in axes else dims[i] for i, n in enumerate(walk.aval(v).shape))
                 )
         return outs
+
+    def stay(self, build: Build, site: Site, dims: Sequence[Dim], reason: str) -> None:
+        """What holds of the axes along which it happens."""
+        terms.pin(dims, reason)
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         found = []
@@ -158,6 +162,28 @@ class Along(Moves):
                 held[leaf] = Hold.ZERO if is_zero else Hold.SAME if same else Hold.VARIED
             found.append(State(held=held))
         return found
+
+
+class Choice(Along):
+    """The places of the largest along one axis. What is cut there takes part as it is, and places keep their numbers.
+
+    So a router's columns go with the experts that they choose; what chooses anything else stays.
+    """
+
+    def stay(self, build: Build, site: Site, dims: Sequence[Dim], reason: str) -> None:
+        (d,) = dims
+        build.choices.append((d, reason))
+        site.note = [terms.find(x) for x in site.ins[0]].index(terms.find(d))
+        site.choices = [frozenset([d])] * len(site.eqn.outvars)
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        for leaf in free_leaves((site.ins[0][site.note],)):
+            if ins[0].at(leaf) is Hold.VARIED:
+                terms.pin([leaf], f"{site.eqn.primitive.name} runs along it, and its slices differ")
+        return super().states(site, ins)
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        return site_bind(site, [restored(cut, ins[0], site.note).at(at)])
 
 
 class Slice(Moves):

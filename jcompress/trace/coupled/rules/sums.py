@@ -12,7 +12,7 @@ from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
-from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, site_bind, subsets
+from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, restored, site_bind, subsets
 from jcompress.trace.coupled.states import Hold, State, free_leaves
 
 
@@ -140,8 +140,12 @@ class RaggedDot(Dot):
         (left, right, sizes), numbers = site.ins, site.params["ragged_dot_dimension_numbers"]
         (found,) = super().dims(build, site)
         terms.pin([left[a] for a in numbers.lhs_ragged_dimensions], "its rows are divided among the experts")
-        experts = [right[a] for a in numbers.rhs_group_dimensions]
-        terms.pin([*experts, *sizes], "its experts are told apart by how many rows each gets")
+        reason, experts = "its experts are told apart by how many rows each gets", numbers.rhs_group_dimensions
+        terms.pin(sizes, reason)
+        for a in experts:
+            chosen = [(c, right[a]) for c in self._choices(build, site) if c.size == right[a].size]
+            build.experts += chosen
+            build.choices.append((right[a], reason))
         (_, rc), (_, rb) = numbers.dot_dimension_numbers
         if not experts:  # rows are what is summed over, or shared: each expert has a product of its own
             lead = terms.fresh(walk.aval(site.eqn.outvars[0]).shape[:1], "its experts are told apart")
@@ -150,6 +154,24 @@ class RaggedDot(Dot):
         behind = len(found) - len(free)
         gone = {behind + free.index(a) for a in numbers.rhs_group_dimensions}
         return [tuple(d for i, d in enumerate(found) if i not in gone)]
+
+    def _choices(self, build: Build, site: Site) -> list[Dim]:
+        """The dimensions along which experts were chosen, by what counts the rows of each."""
+        sizes = [terms.find(d) for d in site.ins[2]]
+        return [*site.chosen[2], *(choice for choice, d in build.experts if terms.find(d) in sizes)]
+
+    def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        experts = site.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
+        for leaf in free_leaves(tuple(site.ins[1][a] for a in experts)):
+            if ins[1].at(leaf) is not Hold.ZERO:
+                terms.pin([leaf], "rows are divided among its experts, and the slices of those are not zero")
+        return super().states(site, ins)
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        left, right, sizes = ins
+        for axis in site.params["ragged_dot_dimension_numbers"].rhs_group_dimensions:
+            right = restored(cut, right, axis)  # rows of an expert that was cut meet zeros
+        return super().run(cut, site, [left, right, sizes], at)
 
 
 class Convolution(Rule):
