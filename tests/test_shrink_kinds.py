@@ -157,6 +157,13 @@ def best_two(p, x):
     return jnp.einsum("beo,be->bo", every_expert(p, x), combine)
 
 
+def spread(p, x):
+    """The weights of the best two written beside zeros."""
+    w, e = lax.top_k(x @ p["router"], 2)
+    combine = jnp.zeros((x.shape[0], 4)).at[jnp.arange(x.shape[0])[:, None], e].set(jax.nn.softmax(w))
+    return jnp.einsum("beo,be->bo", every_expert(p, x), combine)
+
+
 EXPERTS = {"router": draw(5, 4), "up": draw(4, 5, 6), "down": draw(4, 6, 5)}
 ROUTED = (("router", 1), ("up", 2))
 
@@ -323,6 +330,7 @@ KINDS = [
     Kind("two experts", two_experts, {**EXPERTS, "bias": draw(4)}, (draw(9, 5),), ROUTED),
     Kind("dense experts", dense_experts, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("switch", switch, EXPERTS, (draw(9, 5),), ROUTED),
+    Kind("weights written to experts", spread, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("best two experts", best_two, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("custom vmap", *between(lambda p, h: jax.vmap(doubled)(doubled(h))), grads=False),
     Kind("linear solve", *between(solved)),
@@ -384,3 +392,56 @@ def test_the_shrunk_function_is_the_masked_one(kind):
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(full))
     for a, b in zip(jax.tree.leaves(small.cut(full)), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-4, atol=2e-5 * largest)
+
+
+def test_a_choice_of_classes_or_tokens_stays():
+    """What is chosen by no experts of its own is a class or a token, whoever reads it."""
+    params = {"embed": draw(11, 6), "up": draw(6, 8), "head": draw(8, 11)}
+
+    def best(p, tokens):
+        return jnp.argmax(jax.nn.relu(p["embed"][tokens] @ p["up"]) @ p["head"], -1)
+
+    def twice(p, tokens):
+        return jnp.take(p["embed"], best(p, tokens), axis=0) @ p["up"]
+
+    for fn in (best, twice):
+        groups = jc.trace.coupling(fn, params, jnp.arange(3))
+        assert {n for n, g in groups.items() if ("head", 1) in g.members}.isdisjoint(groups.prunable)
+        assert not any(("embed", 0) in g.members for g in groups.prunable.values())
+
+
+def test_a_rule_that_is_told_what_needs_a_derivative_was_read_for_parameters():
+    _, params, (x,), _ = between(lambda p, h: stepped(h, jnp.linspace(0.5, 1.0, 8)))
+    small, cut = jc.shrink(lambda p, x, t: stepped(x @ p["up"], t) @ p["down"], params, {}, x, jnp.ones(8))
+    with pytest.raises(ValueError, match="derivative with respect to operand 1"):
+        jax.grad(lambda t: small(cut, x, t).sum())(jnp.ones(8))
+
+
+def test_rules_that_cannot_be_traced_pin_with_what_they_raise():
+    @jax.custom_vjp
+    def closed(h):
+        return h * 2
+
+    def forward(h):
+        raise RuntimeError("only for inference")
+
+    closed.defvjp(forward, lambda _, g: (g,))
+    fn, params, args, _ = between(lambda p, h: closed(h))
+    groups = jc.trace.coupling(fn, params, *args)
+    assert "cannot be read here: RuntimeError: only for inference" in groups["up[1]"].reason
+    small, cut = jc.shrink(fn, params, {}, *args)
+    np.testing.assert_allclose(small(cut, *args), fn(params, *args))
+
+
+def test_an_effect_sees_what_stays():
+    seen = []
+    fn, params, args, _ = between(lambda p, h: (jax.debug.callback(lambda v: seen.append(v.shape), h), h)[1])
+    small, cut = jc.shrink(fn, params, {"up[1]": jnp.arange(8) < 5}, *args)
+    jax.block_until_ready(jax.jit(small)(cut, *args))
+    jax.effects_barrier()
+    assert seen == [(6, 5)]
+
+
+def test_what_a_callback_gives_was_made_for_the_full_size():
+    fn, params, args, _ = between(lambda p, h: jax.pure_callback(np.sin, h, h))
+    assert "pure_callback" in jc.trace.coupling(fn, params, *args)["up[1]"].reason

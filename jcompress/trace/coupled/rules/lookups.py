@@ -116,7 +116,8 @@ class Scatter(Joins):
         batch = dict(_batching(numbers, "scatter_indices_batching_dims"))
         hidden = {*numbers.inserted_window_dims, *batch}
         passing = [a for a in range(len(x)) if a not in hidden]
-        terms.pin([x[a] for a in numbers.inserted_window_dims], "rows are written into it")
+        site.note = self._chosen(build, site)
+        terms.pin([x[a] for a in numbers.inserted_window_dims if a not in site.note], "rows are written into it")
         terms.pin([d for i, d in enumerate(indices) if i not in batch.values()], "rows are written into it")
         for axis, a in zip(numbers.update_window_dims, passing, strict=True):
             if updates[axis].size == x[a].size:
@@ -129,14 +130,39 @@ class Scatter(Joins):
         terms.pin([d for i, d in enumerate(rest) if i not in batch.values()], "rows are written into it")
         return [terms.alias(x)]
 
+    def _chosen(self, build: Build, site: Site) -> list[int]:
+        """The axes along which something is written where it was chosen: those may be of what is chosen."""
+        found = []
+        for a in map(int, site.params["dimension_numbers"].inserted_window_dims):
+            pairs = [(c, site.ins[0][a]) for c in site.chosen[1] if c.size == site.ins[0][a].size]
+            if pairs and site.known[0] is not None:
+                build.experts += pairs
+                build.choices.append((site.ins[0][a], "rows are written into it"))
+                found.append(a)
+        return found
+
+    def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
+        x = ins[0]
+        for axis in site.note:
+            x = restored(cut, x, axis)
+        (found,) = site_bind(site, [x.at(at), *(v.at(at) for v in ins[1:])])
+        for axis in site.note:
+            found = walk.take(found, terms.kept_positions(site.outs[0][axis], cut.kept_at(at)), axis)
+        return [found]
+
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         (x, places, updates), dims = ins, site.outs[0]
+        written = {leaf for a in site.note for leaf in terms.leaves(site.ins[0][a])}
+        for leaf in written.intersection(free_leaves(dims)):
+            if x.at(leaf) is Hold.VARIED:
+                terms.pin([leaf], "rows are written into it, and its slices differ")
         batch = _batching(site.params["dimension_numbers"], "scatter_indices_batching_dims")
         apart = {leaf for a, _ in batch for leaf in terms.leaves(site.ins[0][a])}
         found = joined([x, updates], dims)
         if found.constant is not None and (self.by in ("one", "extremum") or found.constant == 0):
             return [found]
         held = {leaf: max(x.at(leaf), updates.at(leaf)) for leaf in free_leaves(dims)}
+        held.update(dict.fromkeys(written.intersection(held), Hold.VARIED))
         for leaf in apart.intersection(held):
             held[leaf] = max(held[leaf], places.at(leaf)) if held[leaf] is not Hold.ZERO else Hold.ZERO
         return [State(held=held)]
