@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import struct
+import tarfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-NAMES = ("digits", "mnist", "text", "tfds:<name>")
+NAMES = ("digits", "mnist", "cifar10", "text", "tfds:<name>")
 OPTIONS = ("val", "test", "length")
 
 
@@ -86,9 +87,10 @@ def load(
     """Load a data set by name.
 
     Args:
-      name: ``digits`` (embedded in scikit-learn), ``mnist`` (idx files, gzipped or not), ``text`` (bytes of a .txt
-        file), or ``tfds:<name>`` for an image data set of tensorflow_datasets.
-      data_dir: the folder of the files, for ``mnist`` and ``text``; for TFDS its own folder.
+      name: ``digits`` (embedded in scikit-learn), ``mnist`` (idx files, gzipped or not), ``cifar10`` (the official
+        binary archive, packed or not), ``text`` (bytes of a .txt file), or ``tfds:<name>`` for an image data set of
+        tensorflow_datasets.
+      data_dir: the folder of the files, for ``mnist``, ``cifar10`` and ``text``; for TFDS its own folder.
       seed: of the random split, where the data set has no split of its own (``digits``).
       val: the fraction that validates: of all digits (0.2 by default), or of the training split (none by default).
       test: the fraction of the digits that tests.
@@ -101,6 +103,8 @@ def load(
         return _digits(seed, 0.2 if val is None else val, test)
     if name == "mnist":
         return _mnist(_folder(name, data_dir), val or 0.0)
+    if name == "cifar10":
+        return _cifar(_folder(name, data_dir), val or 0.0)
     if name == "text":
         return _text(_folder(name, data_dir), length, val or 0.0)
     if name.startswith("tfds:"):
@@ -193,6 +197,35 @@ def read_idx(path: Path) -> np.ndarray:
             f"{path}: its header says {'x'.join(map(str, shape))} bytes, found {values.size}; download it again"
         )
     return values.reshape(shape)
+
+
+def _cifar(folder: Path, val: float) -> Data:
+    train, test = (_cifar_split(folder, names) for names in ("data_batch_", "test_batch"))
+    return _split_off("CIFAR-10", train, test, val)
+
+
+def _cifar_split(folder: Path, start: str) -> Split:
+    """The records of all binary files of a name, in a folder or in the archive: a label, and 32 x 32 bytes a colour."""
+    files = {p.name: p.read_bytes for p in sorted(folder.rglob(f"{start}*.bin"))}
+    archive = folder / "cifar-10-binary.tar.gz"
+    if not files and archive.exists():
+        with tarfile.open(archive) as packed:
+            raw = [
+                packed.extractfile(member).read()  # type: ignore[union-attr]  # regular files
+                for member in sorted(packed.getmembers(), key=lambda m: m.name)
+                if member.isfile() and Path(member.name).name.startswith(start)
+            ]
+    else:
+        raw = [read() for read in files.values()]
+    whole = np.frombuffer(b"".join(raw), np.uint8)
+    if not whole.size or whole.size % 3073:
+        raise DataError(
+            f"{folder}: found {whole.size} bytes of {start}*.bin, expected records of 3,073, in a folder or in "
+            "cifar-10-binary.tar.gz; download it again"
+        )
+    records = whole.reshape(-1, 3073)
+    x = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) / np.float32(255)
+    return Split(np.ascontiguousarray(x, np.float32), records[:, 0].astype(np.int32))
 
 
 def _split_off(name: str, train: Split, test: Split, val: float) -> Data:

@@ -1,0 +1,102 @@
+"""ResNet-20 and ResNet-56 for CIFAR-10 as plain functions of arrays that were trained elsewhere (He et al. 2016).
+
+Names and layouts are those of a PyTorch state dict: kernels OIHW, a batch norm as ``weight``, ``bias``,
+``running_mean`` and ``running_var``. Shortcuts are of option A: every other pixel, and zeros for channels that are new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.data import DataError
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Params = dict[str, Any]
+
+
+def load(path: str | Path) -> tuple[Params, Params]:
+    """Parameters ``{"layer1/0/conv1/weight": ...}`` and batch statistics, from an ``.npz`` of a state dict.
+
+    Raises:
+      DataError: if the file is not there, or is none.
+    """
+    try:
+        with np.load(path) as found:
+            arrays = {name.replace(".", "/"): jnp.asarray(found[name]) for name in found.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected the .npz of a ResNet for CIFAR-10") from None
+    statistics = {name: x for name, x in arrays.items() if "/running_" in name}
+    return {name: x for name, x in arrays.items() if name not in statistics}, statistics
+
+
+def apply(params: Params, x: jax.Array, statistics: Mapping[str, Any] | None = None) -> tuple[jax.Array, Params]:
+    """Logits (n, 10), and the batch statistics that were used.
+
+    Args:
+      params: from :func:`load`.
+      x: images (n, 32, 32, 3) in [0, 1].
+      statistics: from :func:`load`; without them those of this batch are taken.
+    """
+    used: Params = {}
+    x = ((x - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)).transpose(0, 3, 1, 2)
+
+    def convolved(x: jax.Array, name: str, stride: int) -> jax.Array:
+        kernel = params[f"{name}/weight"]
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(1, 1), (1, 1)])
+
+    def normed(x: jax.Array, name: str) -> jax.Array:
+        mean, var = f"{name}/running_mean", f"{name}/running_var"
+        if statistics is None:
+            used[mean], used[var] = x.mean((0, 2, 3)), x.var((0, 2, 3))
+        else:
+            used[mean], used[var] = statistics[mean], statistics[var]
+        scale = params[f"{name}/weight"] * jax.lax.rsqrt(used[var] + 1e-5)
+        shift = params[f"{name}/bias"] - used[mean] * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+    x = jax.nn.relu(normed(convolved(x, "conv1", 1), "bn1"))
+    for block, stride in _blocks(params):
+        y = jax.nn.relu(normed(convolved(x, f"{block}/conv1", stride), f"{block}/bn1"))
+        y = normed(convolved(y, f"{block}/conv2", 1), f"{block}/bn2")
+        if stride == 2:
+            more = y.shape[1] - x.shape[1]
+            x = jnp.pad(x[:, :, ::2, ::2], ((0, 0), (more // 2, more - more // 2), (0, 0), (0, 0)))
+        x = jax.nn.relu(x + y)
+    return x.mean((2, 3)) @ params["linear/weight"].T + params["linear/bias"], used
+
+
+def logits(params: Params, x: jax.Array, statistics: Mapping[str, Any]) -> jax.Array:
+    """Logits (n, 10) with given batch statistics."""
+    return apply(params, x, statistics)[0]
+
+
+def _blocks(params: Params) -> Iterator[tuple[str, int]]:
+    for stage in (1, 2, 3):
+        depth = len({name.split("/")[1] for name in params if name.startswith(f"layer{stage}/")})
+        for i in range(depth):
+            yield f"layer{stage}/{i}", 2 if stage > 1 and i == 0 else 1
+
+
+def augmented(x: np.ndarray, seed: int) -> np.ndarray:
+    """Images as they were in training: padded by four pixels, cropped at random, and flipped half of the time."""
+    rng, n = np.random.default_rng(seed), x.shape[1]
+    wide = np.pad((x - np.float32(MEAN)) / np.float32(DEVIATION), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    rows, columns = rng.integers(0, 9, len(x)), rng.integers(0, 9, len(x))
+    found = np.stack([image[a : a + n, b : b + n] for image, a, b in zip(wide, rows, columns, strict=True)])
+    flip = rng.random(len(x)) < 0.5
+    found[flip] = found[flip, :, ::-1]
+    return found * np.float32(DEVIATION) + np.float32(MEAN)
+
+
+def restated(params: Params, images: np.ndarray, batch_size: int = 250, seed: int = 0) -> Params:
+    """Batch statistics estimated anew on augmented images: the means over batches."""
+    batches = [augmented(images[i : i + batch_size], seed + i) for i in range(0, len(images), batch_size)]
+    of = jax.jit(lambda params, x: apply(params, x)[1])
+    found = [of(params, batch) for batch in batches]
+    return jax.tree.map(lambda *xs: sum(xs) / len(xs), *found)
