@@ -12,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.extend import core as jax_core
 
-from jcompress.trace.core import bodies, loops
+from jcompress.trace.core import bodies, loops, places
 from jcompress.trace.core.contraction import Convolution, Dot, Ragged
 from jcompress.trace.core.kinds import Collective, Contraction, Flow, Linear, Lookup, Opaque
 from jcompress.trace.core.layouts import (
@@ -99,9 +99,10 @@ _fixed = Row(Rule(), Opaque())
 _unread = UNREAD.rule
 _call, _scan, _while, _cond = bodies.Call(), loops.Scan(), loops.While(), loops.Cond()
 _remat, _mesh, _custom = bodies.Remat(), bodies.ShardMap(), bodies.Custom()
-_window = Row(moves.Window(), Opaque(), ops.window)
+_window = Row(moves.Window(), Opaque(places.resized), ops.window)
 _observed = Row(calls.Observed(), Opaque(), ops.NONE)
 _matrices = Row(linear.Matrices(), Opaque(), ops.UNKNOWN)
+_extremum = Row(moves.Choice("axes", drops=True, holds_zero=False), Opaque(places.reduced), ops.extremum)
 _drawn = Row(joins.Drawn(), Opaque())
 
 
@@ -110,17 +111,24 @@ def _all(names: str, row: Row) -> dict[str, Row]:
     return dict.fromkeys(names.split(), row)
 
 
-def _each(names: str, zero: Zero = "computed", count: ops.Count = ops.ONE, flow: Flow = Flow()) -> dict[str, Row]:
+def _each(
+    names: str, zero: Zero = "computed", count: ops.Count = ops.ONE, flow: Flow = Flow(places.entry_by_entry)
+) -> dict[str, Row]:
     """Rows of primitives that compute entry by entry."""
     return _all(names, Row(Elementwise(zero), flow, count))
 
 
 def _reduce(combine: sums.Combine, neutral: bool = False) -> Row:
-    return Row(sums.Reduce(combine, neutral), Flow(), ops.reduction)
+    return Row(sums.Reduce(combine, neutral), Flow(places.reduced), ops.reduction)
 
 
-def _along(axes: moves.Axes, holds_zero: bool = True, drops: bool = False, count: ops.Count = ops.ONE) -> Row:
-    return Row(moves.Along(axes, drops=drops, holds_zero=holds_zero), Opaque(), count)
+def _along(axes: moves.Axes, holds_zero: bool = True, count: ops.Count = ops.ONE) -> Row:
+    placed = places.along(axes, keeps=True) if isinstance(axes, str) else places.any_how
+    return Row(moves.Along(axes, holds_zero=holds_zero), Opaque(placed), count)
+
+
+def _choice(axis: str) -> Row:
+    return Row(moves.Choice(axis), Opaque(places.along(axis, keeps=False)), ops.order)
 
 
 def _scatters(names: str, by: lookups.By) -> dict[str, Row]:
@@ -166,7 +174,7 @@ ROWS: dict[str, Row] = {
     "split": Row(moves.Split(), Pieces(), ops.NONE),
     "concatenate": Row(joins.Concatenate(), SideBySide(), ops.NONE),
     "stack": Row(joins.Stack(), Flow(), ops.NONE),
-    "pad": Row(joins.Pad(), Flow(), ops.NONE),
+    "pad": Row(joins.Pad(), Flow(places.padded), ops.NONE),
     "tile": Row(moves.Tile(), TILE, ops.NONE),
     "rev": Row(selections.Reverse(), REVERSE, ops.NONE),
     "iota": Row(joins.Iota(), Flow(), ops.NONE),
@@ -185,12 +193,14 @@ ROWS: dict[str, Row] = {
     "reduce_and": _reduce(lambda total, x, n: total & x),
     "reduce_or": _reduce(lambda total, x, n: total | x),
     "reduce_xor": Row(_unread, Opaque(), ops.reduction),
-    **_all("argmax argmin", Row(moves.Choice("axes", drops=True, holds_zero=False), Opaque(), ops.extremum)),
+    **_all(
+        "argmax argmin", Row(moves.Choice("axes", drops=True, holds_zero=False), Opaque(places.reduced), ops.extremum)
+    ),
     **_all("cumsum cumprod cummax cummin", _along("axis")),
     "cumlogsumexp": _along("axis", holds_zero=False),
-    "sort": Row(moves.Along("dimension"), Flow(), ops.order),
-    "top_k": Row(moves.Choice("axis"), Opaque(), ops.order),
-    "approx_top_k": Row(moves.Choice("reduction_dimension"), Opaque(), ops.order),
+    "sort": Row(moves.Along("dimension"), Flow(places.along("dimension", keeps=False)), ops.order),
+    "top_k": _choice("axis"),
+    "approx_top_k": _choice("reduction_dimension"),
     "fft": _along(lambda params: range(-len(params["fft_lengths"]), 0), count=ops.fourier),
     **_all("reduce_window_max reduce_window_min reduce_window_sum", _window),
     "reduce_window": Row(_unread, Opaque(), ops.window),

@@ -135,7 +135,9 @@ class ShardMap(Bodies):
     def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
         found, manual = [computed(eqn.primitive.name, [k]) for k in bodies[0].outs], self.manual(eqn)
         return [
-            dataclasses.replace(k, shards=shards([k]) - manual) if isinstance(k, (Activation, Derived)) else None
+            dataclasses.replace(k, shards=shards([k]) - manual, places=None)
+            if isinstance(k, (Activation, Derived))
+            else None
             for k in found
         ]
 
@@ -168,4 +170,4 @@ def _held(kind: Kind, spec: Any, v: Any, name: str) -> Kind:
         return computed(name, [kind]) if part is None else part
     if isinstance(kind, Joined):
         return computed(kind.name, [kind])
-    return kind if kind is None else dataclasses.replace(kind, shards=kind.shards | spec_axes(spec))
+    return kind if kind is None else dataclasses.replace(kind, shards=kind.shards | spec_axes(spec), places=None)

@@ -116,6 +116,11 @@ class Dot(Product):
         return cls(eqn, side, _numbers(eqn))
 
     @property
+    def grouped(self) -> tuple[int, ...]:
+        """Axes of the second operand that count groups of rows of the first."""
+        return ()
+
+    @property
     def obstacle(self) -> str:
         return "" if self.contracted else "no axis of it is summed over"
 

@@ -12,8 +12,8 @@ from typing import Any
 from jax.extend import core as jax_core
 
 from jcompress.trace import primitives
-from jcompress.trace.core import walk
-from jcompress.trace.core.kinds import Flow, Kinds
+from jcompress.trace.core import places, walk
+from jcompress.trace.core.kinds import Flow, Kinds, at_places, places_of
 from jcompress.trace.core.views import Activation, Kind, has_parameters, whole
 from jcompress.trace.core.walk import Program
 from jcompress.trace.primitives import Row
@@ -80,12 +80,13 @@ class Body:
         return list(map(read, jaxpr.outvars))
 
 
-def of_program(program: Program, counted: Container[str] | None = None) -> Body:
+def of_program(program: Program, counted: Container[str] | None = None, mask: Sequence[int] | None = None) -> Body:
     """A function read: its parameters are what they are, and its arguments activations.
 
     Args:
       program: the traced function.
       counted: the paths that count as a level of their own; all by default.
+      mask: the shape of a mask over the leading axes of the arguments, whose positions are to be followed.
     """
     closed, paths = program.closed, program.paths
     avals = [walk.aval(v) for v in closed.jaxpr.invars]
@@ -93,9 +94,13 @@ def of_program(program: Program, counted: Container[str] | None = None) -> Body:
         whole(path, a.shape, 1 if counted is None or path in counted else 0)
         for path, a in zip(paths, avals, strict=False)
     ]
-    others = [Activation()] * (len(avals) - len(paths))
+    others: Kinds = [
+        Activation() if mask is None else Activation(places=places.of_argument(a.shape, mask))
+        for a in avals[len(paths) :]
+    ]
     # Where a function has no other arguments, what it closes over is its data.
-    return Reading(constants=None if others else Activation()).body(closed, [*kinds, *others])
+    reading = Reading(constants=None if others else Activation(), follows=mask is not None)
+    return reading.body(closed, [*kinds, *others])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +110,12 @@ class Reading:
     Attributes:
       constants: the kind of what a function closes over: an activation, where it has no other arguments.
       loop: how many loops, branches and meshes are around.
+      follows: whether positions are followed.
     """
 
     constants: Kind = None
     loop: int = 0
+    follows: bool = False
 
     def deeper(self) -> Reading:
         """Inside one more of them."""
@@ -127,6 +134,14 @@ class Reading:
             row, ins = primitives.row(eqn), list(map(read, eqn.invars))
             bodies = row.flow.bodies(eqn, ins, self)
             outs = row.flow.results(eqn, ins, bodies)
+            if self.follows and not bodies:
+                outs = _placed(eqn, row, ins, outs)
             steps.append(Step(eqn, row, ins, outs, bodies))
             env.update(zip(eqn.outvars, outs, strict=True))
         return Body(closed, list(kinds), list(map(read, jaxpr.outvars)), steps, self.loop)
+
+
+def _placed(eqn: jax_core.JaxprEqn, row: Row, ins: Kinds, outs: Kinds) -> Kinds:
+    """The results with where their positions stand in the mask."""
+    views = [places_of(k, getattr(v.aval, "shape", ())) for k, v in zip(ins, eqn.invars, strict=True)]
+    return [at_places(k, view) for k, view in zip(outs, row.flow.places(eqn, views), strict=True)]

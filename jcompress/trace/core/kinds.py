@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from jax.extend import core as jax_core
 
-from jcompress.trace.core import walk
+from jcompress.trace.core import places, walk
 from jcompress.trace.core.contraction import Convolution, Dot
 from jcompress.trace.core.views import (
     Activation,
@@ -26,6 +26,7 @@ from jcompress.trace.core.views import (
 )
 
 Kinds = list[Kind]
+Placed = Callable[[jax_core.JaxprEqn, Sequence[places.Places]], list[places.Places]]
 
 
 class Reader(Protocol):
@@ -48,11 +49,17 @@ class Reader(Protocol):
 class Flow:
     """Results computed from the operands, entry by entry or not: made of parameters if all operands are.
 
+    Args:
+      placed: where the positions of the results stand in a mask, from those of the operands.
+
     Attributes:
       meets: whether a parameter and an activation may meet in it without a product over an axis of the parameter.
     """
 
     meets = True
+
+    def __init__(self, placed: Placed = places.any_how) -> None:
+        self.placed = placed
 
     def bodies(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], reader: Reader) -> list[Any]:
         """The bodies of equations inside, read."""
@@ -62,17 +69,22 @@ class Flow:
         """The kinds of the results."""
         return [computed(eqn.primitive.name, kinds)] * len(eqn.outvars)
 
+    def places(self, eqn: jax_core.JaxprEqn, views: Sequence[places.Places]) -> list[places.Places]:
+        """Where the positions of the results stand in a mask, from those of the operands."""
+        return self.placed(eqn, views)
+
 
 class Linear(Flow):
     """Computed entry by entry, and linear in some of the operands: a parameter scaled, masked or added to stays one.
 
     Args:
-      places: the operands in which it is linear, one at a time.
+      operands: those in which it is linear, one at a time.
       together: whether it is linear in several at once, as a choice between them is.
     """
 
-    def __init__(self, places: slice = slice(None), together: bool = False) -> None:
-        self.places, self.together = places, together
+    def __init__(self, operands: slice = slice(None), together: bool = False) -> None:
+        super().__init__(places.entry_by_entry)
+        self.operands, self.together = operands, together
 
     def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
         kept = None if any(map(is_activation, kinds)) else self._kept(eqn, kinds)
@@ -80,7 +92,7 @@ class Linear(Flow):
 
     def _kept(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind]) -> Kind:
         """The parameter that the result is linear in; None where there is none, or several."""
-        found = [k for k in kinds[self.places] if isinstance(k, (View, Joined)) and _is_full(k, eqn)]
+        found = [k for k in kinds[self.operands] if isinstance(k, (View, Joined)) and _is_full(k, eqn)]
         if not found or any(k != found[0] for k in found) or (len(found) > 1 and not self.together):
             return None
         kind, others = found[0], [k for k in kinds if k is not found[0] and k != found[0]]
@@ -130,11 +142,12 @@ class Lookup(Flow):
     """
 
     def __init__(self, counts: bool = False) -> None:
+        super().__init__(places.of_gather if counts else places.resized)
         self.counts = counts
 
     def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
-        name, (first, *places) = eqn.primitive.name, kinds
-        if not has_parameters(first) or not any(map(is_activation, places)):
+        name, (first, *at) = eqn.primitive.name, kinds
+        if not has_parameters(first) or not any(map(is_activation, at)):
             return [computed(name, kinds)] * len(eqn.outvars)
         level = depth(kinds) + (first.level if self.counts and isinstance(first, View) else 0)
         reasons = tuple((path, name) for path in parameters([first], lookups=True))
@@ -149,6 +162,7 @@ class Collective(Flow):
     """
 
     def __init__(self, same: bool = False) -> None:
+        super().__init__()
         self.same = same
 
     def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
@@ -181,6 +195,12 @@ class Contraction(Flow):
         level = depth([x]) + max((part.level for part in _views(weight)), default=0)
         return [Activation(max(level, depth([made])), shards([*kinds, made]))]
 
+    def places(self, eqn: jax_core.JaxprEqn, views: Sequence[places.Places]) -> list[places.Places]:
+        made = self.of(eqn, 0)
+        if isinstance(made, Convolution):
+            return places.of_convolution(eqn, views)
+        return places.of_dot(made.numbers, made.grouped, eqn, views)
+
 
 def weight_side(kinds: Sequence[Kind]) -> int | None:
     """Which of two operands of a product is the weight, or None: what is counted, recorded and multiplied as one.
@@ -205,3 +225,20 @@ def is_weight(kind: Kind) -> bool:
 
 def _views(kind: Kind) -> tuple[View, ...]:
     return kind.parts if isinstance(kind, Joined) else (kind,) if isinstance(kind, View) else ()
+
+
+def places_of(kind: Kind, shape: Sequence[int]) -> places.Places:
+    """Where the positions of a value stand in a mask."""
+    return kind.places if isinstance(kind, Activation) or is_looked_up(kind) else places.nowhere(shape)
+
+
+def is_looked_up(kind: Kind) -> TypeGuard[Derived]:
+    """Whether a value is rows of a parameter that an activation chose."""
+    return isinstance(kind, Derived) and kind.lookup
+
+
+def at_places(kind: Kind, view: places.Places) -> Kind:
+    """A value whose positions stand there in a mask."""
+    if isinstance(kind, Activation) or is_looked_up(kind):
+        return dataclasses.replace(kind, places=view)
+    return kind

@@ -11,6 +11,7 @@ from jax.extend import core as jax_core
 
 from jcompress.trace.core import walk
 from jcompress.trace.core.kinds import Flow, Kinds
+from jcompress.trace.core.places import Places, joined
 from jcompress.trace.core.views import Atom, Atoms, Joined, Kind, View, computed, spec_axes
 
 
@@ -150,7 +151,13 @@ class Moved(Flow):
         view: Callable[[View, jax_core.JaxprEqn], View | None],
         place: Callable[[jax_core.JaxprEqn, int], int | None] = lambda eqn, axis: None,
     ) -> None:
+        super().__init__()
         self.view, self.place = view, place
+
+    def places(self, eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Places]:
+        if len(eqn.outvars) != len(views):
+            return super().places(eqn, views)
+        return [None if view is None else self.view(view, eqn) for view in views]
 
     def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
         if len(eqn.outvars) != len(kinds):
@@ -179,6 +186,9 @@ class Cast(Moved):
     def __init__(self) -> None:
         super().__init__(self._kept, lambda eqn, axis: axis)
 
+    def places(self, eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Places]:
+        return list(views)
+
     def _kept(self, view: View, eqn: jax_core.JaxprEqn) -> View | None:
         # Between floats of 16 bits or more; anything narrower is a compression of its own.
         before, after = (walk.aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
@@ -206,9 +216,16 @@ class Pieces(Flow):
         pieces = _pieces(kind, eqn.params["sizes"], eqn.params["axis"])
         return [piece or other for piece, other in zip(pieces, plain, strict=True)]
 
+    def places(self, eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Places]:
+        (view,) = views
+        return _pieces(view, eqn.params["sizes"], eqn.params["axis"]) if view else [None] * len(eqn.outvars)
+
 
 class SideBySide(Flow):
     """Operands one after the other along an axis."""
+
+    def __init__(self) -> None:
+        super().__init__(joined)
 
     def results(self, eqn: jax_core.JaxprEqn, kinds: Sequence[Kind], bodies: Sequence[Any]) -> Kinds:
         dim, parts = eqn.params["dimension"], tuple(k for k in kinds if isinstance(k, View))

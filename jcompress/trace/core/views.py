@@ -67,23 +67,27 @@ class Derived:
       reasons: pairs of a path and the primitive that changed its values.
       depth: as in :class:`Activation`.
       lookup: entries of a parameter chosen by an activation: what is computed from them is an activation.
+      places: as in :class:`Activation`.
     """
 
     reasons: tuple[tuple[str, str], ...]
     depth: int = 0
     lookup: bool = False
     shards: frozenset[str] = frozenset()
+    places: View | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """Depends on the arguments, after at most ``depth`` products with parameters in a row.
 
-    Inside ``shard_map``, ``shards`` are the mesh axes along which devices hold different values.
+    Inside ``shard_map``, ``shards`` are the mesh axes along which devices hold different values. ``places`` says where
+    its positions stand in the mask that a caller gave; None where nothing is known.
     """
 
     depth: int = 0
     shards: frozenset[str] = frozenset()
+    places: View | None = None
 
 
 @dataclasses.dataclass(frozen=True)

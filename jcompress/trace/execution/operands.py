@@ -172,7 +172,8 @@ def _of_arranged(path: str, leaf: Arranged, ranges: Mapping[tuple[int, ...], Ran
     u, v = of_leaf(path, u, ranges), of_leaf(path, inner.v, {})
     if not isinstance(u, Weight) or not isinstance(v, Weight):
         return None
-    return Factors(*(dataclasses.replace(w, note=w.note or "a factor") for w in (u, v)), out=out)
+    u, v = (dataclasses.replace(w, note=w.note or "a factor") for w in (u, v))
+    return Factors(u, v, out=out)
 
 
 def _named(leaf: Any) -> str:

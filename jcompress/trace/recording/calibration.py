@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ def calibrate(
     batches: Iterable[Any],
     plan: Plan | None = None,
     *,
+    where: Any = None,
     loss: Callable[..., Any] | None = None,
     statistics: Iterable[str] | None = None,
     per_example: bool = False,
@@ -50,6 +51,10 @@ def calibrate(
       plan: gather what the plan's methods need, and nothing else. Without one: ``gram``, ``count``, ``sum``,
         ``absmax``, ``norm``, ``zeros``, ``outputs`` and ``counts``, for all parameters, but no ``gram`` of more than
         16,384 features.
+      where: which positions count, so that padding does not, or how much each does: booleans or weights by the leading
+        axes of the arguments, (batch,) or (batch, time); the same for all batches, or a function of the batch that
+        gives them, ``where(*batch)``, or a list with one for each. :func:`jcompress.trace.observe` says how positions
+        are followed; a parameter whose positions cannot be is unread, with the reason. The loss is not weighed.
       loss: ``loss(params, *batch)``, a scalar, for ``grad`` (the mean gradient over batches), ``grad_square`` and
         ``hessian_diagonal``.
       statistics: gather these by name, whatever the plan needs, for all parameters that it does not keep dense.
@@ -83,15 +88,16 @@ def calibrate(
     gradients.check(of_loss, loss, key)
     largest = LARGEST_GRAM if plan is None and statistics is None else None
 
-    def once(params: PyTree, index: Any, *batch: Any) -> State:
-        found = observe(fn, params, *batch, statistics=names, largest=largest)[1]
+    def once(params: PyTree, index: Any, mask: Any, *batch: Any) -> State:
+        mask = where(*batch) if callable(where) else mask
+        found = observe(fn, params, *batch, statistics=names, largest=largest, where=mask)[1]
         if not any(of_loss.values()):
             return found, {}
         assert loss is not None
         step_key = None if key is None else jax.random.fold_in(key, index)
         return found, gradients.gather(loss, params, batch, of_loss, per_example, probes, step_key)
 
-    found, sums = _stream(once, params, _shown(batches, progress))
+    found, sums = _stream(once, params, _masked(_shown(batches, progress), where))
     found = _with_gradients(found, gradients.means(sums))
     _check_found(found, names, plan)
     _check_finite(found)
@@ -102,8 +108,8 @@ def _stream(once: Callable[..., State], params: PyTree, batches: Iterable[Any]) 
     """The sum of ``once`` over batches; what is summed up is donated from batch to batch."""
     update = jax.jit(lambda state, *args: _both(state, once(*args)), donate_argnums=0)
     state: State | None = None
-    for i, batch in enumerate(batches):
-        args = (params, i, *(batch if isinstance(batch, tuple) else (batch,)))
+    for i, (batch, mask) in enumerate(batches):
+        args = (params, i, mask, *(batch if isinstance(batch, tuple) else (batch,)))
         if state is None:
             # Where data is sharded, the first batch decides how the statistics are.
             start = jax.jit(once) if _is_sharded(args) else _zeros_like(once, args)
@@ -114,6 +120,24 @@ def _stream(once: Callable[..., State], params: PyTree, batches: Iterable[Any]) 
     if state is None:
         raise ValueError("calibrate: found no batch, expected at least one; a generator can be read only once")
     return state
+
+
+def _masked(batches: Iterable[Any], where: Any) -> Iterator[tuple[Any, Any]]:
+    """Each batch with its mask, if that is no function of the batch."""
+    if where is None or callable(where):
+        return ((batch, None) for batch in batches)
+    if hasattr(where, "shape"):
+        return ((batch, where) for batch in batches)
+    return _paired(batches, where)
+
+
+def _paired(batches: Iterable[Any], masks: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    try:
+        yield from zip(batches, masks, strict=True)
+    except ValueError as error:
+        if "zip()" not in str(error):
+            raise
+        raise ValueError("where: found another number of masks than of batches; expected one for each") from None
 
 
 def _zeros_like(once: Callable[..., State], args: tuple) -> Callable[..., State]:

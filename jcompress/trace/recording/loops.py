@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from jcompress.trace.core import walk
 from jcompress.trace.core.bodies import Bodies, ShardMap
 from jcompress.trace.core.flow import Body, Step
 from jcompress.trace.core.layouts import forward
-from jcompress.trace.core.loops import While
+from jcompress.trace.core.loops import Scan, While
 from jcompress.trace.core.views import parameters
 from jcompress.trace.recording.meetings import Use
 from jcompress.trace.recording.tape import LARGEST, Moments, Tape, merge
@@ -31,6 +32,8 @@ def record(evaluate: Evaluate, step: Step, values: Sequence[Any], tape: Tape) ->
     if isinstance(flow, ShardMap):
         return _on_devices(evaluate, flow, step, values, tape)
     runs = [_run(evaluate, body, tape) for body in step.bodies]
+    loop, turns = step.bodies[0].loop - 1, tape.found.turns
+    turns[loop] = 0
     found = [_abstract(run, body) for run, body in zip(runs, step.bodies, strict=True)]
     if isinstance(flow, While):
         for use in found.pop(0):
@@ -51,12 +54,18 @@ def record(evaluate: Evaluate, step: Step, values: Sequence[Any], tape: Tape) ->
         return body
 
     start = [_zeros(uses[use]) for use in summed]
-    outs, totals, left = flow.again(step.eqn, values, list(map(listed, runs)), start, add)
+    told = {"told": functools.partial(turns.__setitem__, loop)} if isinstance(flow, Scan) and _is_masked(tape) else {}
+    outs, totals, left = flow.again(step.eqn, values, list(map(listed, runs)), start, add, **told)
+    del turns[loop]
     for use, moments in zip(summed, totals, strict=True):
         tape.add(use, moments)
     for use, moments in zip(stacked, left or [], strict=True):
         tape.add(*_unrolled(use, moments))
     return outs
+
+
+def _is_masked(tape: Tape) -> bool:
+    return tape.found.mask is not None
 
 
 def _run(evaluate: Evaluate, body: Body, tape: Tape) -> Callable[..., tuple[list[Any], Found]]:

@@ -315,9 +315,8 @@ def _times(x: Any, counts: Any) -> Any:
 
 def _sum_of(hits: Any, counts: Any, axes: Sequence[int]) -> Any:
     """How many there are, or what those weigh that count: uint32 of positions, float32 of weights."""
-    if counts is None or counts.dtype == bool:
-        return (hits if counts is None else hits & counts).sum(axes, dtype=jnp.uint32)
-    return jnp.where(hits, counts, 0).sum(axes, dtype=jnp.float32)
+    hits = hits if counts is None else jnp.where(hits, counts, 0)
+    return hits.sum(axes, dtype=jnp.float32 if jnp.issubdtype(hits.dtype, jnp.floating) else jnp.uint32)
 
 
 def _out_sharding(x: Any, batch: list[int], positions: list[int]) -> dict[str, Any]:
@@ -381,12 +380,16 @@ def of_gather(eqn: jax_core.JaxprEqn, view: View) -> Meeting:
     return Meeting(view, (), atoms, (), free, (), (), ())
 
 
-def rows_read(eqn: jax_core.JaxprEqn, met: Meeting, indices: Any) -> tuple[Use, jax.Array]:
-    """How often each row of an embedding is read."""
+def rows_read(eqn: jax_core.JaxprEqn, met: Meeting, indices: Any, weight: Any = None) -> tuple[Use, jax.Array]:
+    """How often each row of an embedding is read, or what the positions weigh that read it."""
     view, (atom,) = met.view, met.inputs
     rows = indices.reshape(-1)
     if "CLIP" in str(eqn.params["mode"]).upper():
         rows = jnp.clip(rows, 0, atom.size - 1)
     rows = jnp.where(rows < 0, atom.size, rows)  # below the first row there is none, as there is none behind the last
-    counts = jnp.zeros(atom.size, jnp.uint32).at[rows].add(1, mode="drop")
+    each = jnp.uint32(1)
+    if weight is not None:
+        each = jnp.broadcast_to(weight * 1, indices.shape)[..., 0].reshape(-1)
+        each = each.astype(jnp.float32 if jnp.issubdtype(weight.dtype, jnp.floating) else jnp.uint32)
+    counts = jnp.zeros(atom.size, each.dtype).at[rows].add(each, mode="drop")
     return Use(view.path, view.shape, (atom.axis,), _in_order(_own(view.fixed)), view.scanned), counts

@@ -17,7 +17,12 @@ from jcompress.trace.recording.statistics import DEFAULT, FORWARD, OF_LOSS, Cali
 
 
 def observe(
-    fn: Callable[..., Any], params: PyTree, *args: Any, statistics: Any = DEFAULT, largest: int | None = None
+    fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    statistics: Any = DEFAULT,
+    largest: int | None = None,
+    where: Any = None,
 ) -> tuple[Any, Calibration]:
     """Run ``fn(params, *args)``, and gather what each parameter meets.
 
@@ -35,13 +40,18 @@ def observe(
       *args: the other arguments of ``fn``. With none, what ``fn`` closes over counts as activations.
       statistics: names of fields of :class:`Stats`, for all parameters; or ``{path: names}``.
       largest: leave out Gram matrices of more features than this.
+      where: which positions count (booleans), or how much each does (weights, not negative), by the leading axes of the
+        arguments: (batch,), or (batch, time). Positions are followed through the function: what is computed entry by
+        entry, laid out anew, convolved at as many positions or looked up stands where its operands do, and a sum over
+        positions, such as a pooled vector, counts if one of them does.
 
     Returns:
       ``(outputs, calibration)``, the latter a :class:`Calibration`: a mapping from paths to :class:`Stats`, with
       ``.unread`` for those whose products give none, such as a kernel that was normalised first.
 
     Raises:
-      ValueError: for an unknown statistic, or a compressed node among the parameters.
+      ValueError: for an unknown statistic, a compressed node among the parameters, or if the shape of ``where`` is that
+        of no argument's leading axes.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -53,11 +63,26 @@ def observe(
     program = walk.program(fn, params, *args)
     wanted = statistics if isinstance(statistics, Mapping) else dict.fromkeys(program.paths, statistics)
     values = jax.tree.leaves((params, *args))
-    found = tape.Found({path: _moments(path, names) for path, names in wanted.items()}, largest)
+    mask = None if where is None else _mask(where, jax.tree.leaves(args))
+    found = tape.Found({path: _moments(path, names) for path, names in wanted.items()}, largest, mask)
     recorded = tape.Tape(found)
-    outs = record.evaluate(flow.of_program(program, counted=set(found.wanted)), values, recorded)
+    body = flow.of_program(program, set(found.wanted), None if mask is None else mask.shape)
+    outs = record.evaluate(body, values, recorded)
     uses = recorded.close()
     return jax.tree.unflatten(program.out_tree, outs), _collected(uses, found, program)
+
+
+def _mask(where: Any, args: list[Any]) -> jax.Array:
+    """A mask or weights, as booleans, integers or float32."""
+    mask = jnp.asarray(where)
+    mask = mask.astype(jnp.float32) if jnp.issubdtype(mask.dtype, jnp.floating) else mask
+    shapes = [jnp.shape(x) for x in args]
+    if not mask.ndim or all(shape[: mask.ndim] != mask.shape for shape in shapes):
+        raise ValueError(
+            f"where: found shape {mask.shape}, expected that of the leading axes of an argument; the arguments have "
+            f"shapes {', '.join(map(str, shapes)) or 'none'}"
+        )
+    return mask
 
 
 def _moments(path: str, names: Iterable[str]) -> frozenset[str]:

@@ -83,7 +83,8 @@ def _lookup(step: Step, values: list[Any], tape: Tape) -> None:
         try:
             met = meetings.of_gather(step.eqn, view)
             found.reads(met, met.inputs)
-            use, counts = meetings.rows_read(step.eqn, met, values[1])
+            weight = found.weight(step.ins[1])
+            use, counts = meetings.rows_read(step.eqn, met, values[1], weight)
             use = dataclasses.replace(use, shards=tuple(sorted(shards(step.ins[1:]))))
             tape.add(use, {"counts": counts.reshape(*[1] * len(use.lead), -1)})
         except UnreadError as reason:

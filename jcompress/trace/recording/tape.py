@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jcompress.core import Layout
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.kinds import Contraction
-from jcompress.trace.core.views import Atoms, Kind, View, depth, shards
-from jcompress.trace.recording import meetings, roles
+from jcompress.trace.core.views import Activation, Atoms, Derived, Kind, View, depth, shards
+from jcompress.trace.recording import meetings, roles, weighing
 from jcompress.trace.recording.meetings import Meeting, UnreadError, Use
 
 Moments = dict[str, jax.Array]
@@ -40,11 +40,15 @@ class Found:
       met: paths that met an activation in a product or a lookup.
       notes: what was left out of a path's statistics.
       layouts: what the axes of a parameter are, by its path and the axes that are contracted.
+      mask: booleans or weights of positions, or None where all count alike.
+      turns: of each loop around, the number of the turn.
       levels: for each path, how many products with parameters came before its first one in a row, counting from 1.
     """
 
     wanted: Mapping[str, frozenset[str]]
     largest: int | None = None
+    mask: Any = None
+    turns: dict[int, Any] = dataclasses.field(default_factory=dict)
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
     met: dict[str, None] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -64,6 +68,13 @@ class Found:
             with contextlib.suppress(UnreadError):
                 self.layouts[key] = roles.of_meeting(met)
 
+    def weight(self, kind: Kind) -> Any:
+        """How much each position of a value counts; None where all count alike."""
+        if self.mask is None:
+            return None
+        view = kind.places if isinstance(kind, (Activation, Derived)) else None
+        return weighing.of_places(view, self.mask, self.turns)
+
     def cannot(self, path: str, reason: str) -> None:
         """Say that a path is unread; the first reason stays."""
         self.unread.setdefault(path, reason)
@@ -80,6 +91,7 @@ class Recorded:
       names: of the moments.
       x: the activation.
       y: the product.
+      weight: how much each position counts, of the rank of ``y``; or None.
       sizes: of the groups that its rows are in, one for each position of the leading axis; or None.
     """
 
@@ -89,6 +101,7 @@ class Recorded:
     names: frozenset[str]
     x: Any
     y: Any
+    weight: Any = None
     sizes: Any = None
 
     def moments(self) -> Moments:
@@ -120,11 +133,15 @@ class Recorded:
         """Once, or for each group of rows: one after the other, so that no activation is copied for each."""
         row = self.met.rows
         if row is None:
-            return once(self.use.lead, None)
+            return once(self.use.lead, self.weight)
         ends = jnp.cumsum(self.sizes)
         group = jnp.searchsorted(ends, jnp.arange(self.y.shape[row]), side="right")
         group = group.reshape([-1 if d == row else 1 for d in range(self.y.ndim)])
-        return jax.lax.map(lambda i: once((), group == i), jnp.arange(len(self.sizes)))
+
+        def of_group(i: Any) -> Moments:
+            return once((), group == i if self.weight is None else jnp.where(group == i, self.weight, 0))
+
+        return jax.lax.map(of_group, jnp.arange(len(self.sizes)))
 
 
 class Tape:
@@ -154,7 +171,8 @@ class Tape:
             self.found.reads(met, met.contracted)
             if names:
                 use = dataclasses.replace(use, shards=tuple(sorted(shards([other]))))
-                of = Recorded(met, use, part, self._affordable(met, use, names), x, y, *values[2:])
+                weight = self.found.weight(step.outs[0])
+                of = Recorded(met, use, part, self._affordable(met, use, names), x, y, weight, *values[2:])
                 self._count(of, id(step.eqn) if met.is_derived else 0)
         except UnreadError as reason:
             self.found.cannot(path, str(reason))
