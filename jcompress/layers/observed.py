@@ -20,6 +20,11 @@ def check(path: str, method: Any, context: Context) -> None:
     Raises:
       ValueError: for statistics that are not finite.
     """
+    with jax.ensure_compile_time_eval():  # statistics that are known stay so where the leaf is traced
+        _check(path, method, context)
+
+
+def _check(path: str, method: Any, context: Context) -> None:
     read = {need.removeprefix("stats.") for need in core.needs(method) if need.startswith("stats.")}
     read = {name for name in read if getattr(context.stats, name, None) is not None}
     found = {name: np.asarray(energy) for name in read if (energy := _energy(name, context)) is not None}

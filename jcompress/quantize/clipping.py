@@ -40,6 +40,8 @@ def clipped(grid: Method, clips: int, layer: matrices.Contraction, gram: jax.Arr
         raise ValueError(
             f"{context.path}: clips={clips} needs a grid that gives Quantized, found {plain!r}; use clips=1"
         )
+    if not w.size:
+        return plain
     shown, unit = matrices.visible(layer, context), scaling.unit([w])
     how = plain.axes, plain.group_size, plain.group_axis
     most = pool(jnp.abs(w).astype(jnp.float32), how[0], how[1], jnp.maximum, 0.0, how[2])
