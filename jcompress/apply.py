@@ -111,8 +111,9 @@ def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: M
         (w, contexts[path]) if layout is None else relaying.seen(w, contexts[path], layout)
         for path, (w, _), layout in zip(unit, found, layouts, strict=True)
     ]
-    for path, (_, context) in zip(unit, laid, strict=True):
-        observed.check(path, plan[path], context)
+    for path, (_, largest), (_, context) in zip(unit, found, laid, strict=True):
+        if core.is_concrete(largest):
+            observed.check(path, plan[path], context)
     fitted = core.fit(plan[unit[0]], [w for w, _ in laid], [context for _, context in laid])
     nodes = {}
     for path, (w, largest), layout, node in zip(unit, found, layouts, fitted, strict=True):
@@ -181,7 +182,8 @@ def _check_finite(path: str, dtype: Any, largest: jax.Array, node: Any, method: 
 def _check_results(nodes: Mapping[str, Any], plan: Plan) -> None:
     """Raise for what is no number among what methods gave; under ``jit`` nothing can be seen."""
     known = {path: node for path, node in nodes.items() if all(map(core.is_concrete, jax.tree.leaves(node)))}
-    for path, finite in jax.device_get({path: _all_finite(node) for path, node in known.items()}).items():
+    flags = {path: _all_finite(node) for path, node in known.items()}
+    for path, finite in jax.device_get({path: x for path, x in flags.items() if core.is_concrete(x)}).items():
         if not finite:
             raise ValueError(
                 f"{path}: {plan[path]!r} gave NaN or infinite values, from a leaf whose own are finite; look at its "

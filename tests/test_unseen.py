@@ -194,3 +194,10 @@ def test_leaves_without_data_are_not_worthless_under_a_budget(rng):
     stats = statistics(rng.normal(size=(2, 20, 8)) * np.array([1, 0])[:, None, None])
     error = jc.budget.output_error({"w": stats})
     assert float(error("w", w, w.at[1].set(0))) > 0.2 * float(error("w", w, w.at[0].set(0)))
+
+
+def test_statistics_that_a_compiled_function_holds_are_not_looked_at(rng):
+    params, stats = {"w": jnp.ones((4, 2))}, {"w": statistics(rng.normal(size=(9, 4)) * np.array([1, 0, 1, 1]))}
+    plan = jc.plan(params, [("w", P.Wanda(0.5))])
+    held = jax.jit(lambda x: x @ jc.materialize(jc.compress(params, plan, stats=stats))["w"])
+    np.testing.assert_allclose(held(jnp.eye(4)).sum(0), 2)
