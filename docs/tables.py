@@ -53,7 +53,7 @@ def primitives() -> str:
 
 
 def _words(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower().replace("jvp", " jvp").replace("vjp", " vjp").replace("  ", " ")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower().replace("custom", "custom ").strip().replace("  ", " ")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -32,13 +32,15 @@ METHODS = {
     "jeffreys": jc.prune.NormalJeffreys(),
     "scored": jc.prune.dynamic.EdgePopup(sparsity=0.5),
     "soft": jc.prune.dynamic.STR(),
+    "network": jc.factorize.Monarch(blocks=4),
+    "arranged": jc.factorize.SVD(rank=2),
 }
 
 
 def _compressed():
     params = {name: jax.random.normal(jax.random.key(0), (3, 16, 8)) for name in METHODS}
     params |= {"dense": jnp.ones((2, 2)), "none": None}
-    plan = jc.plan(params, list(METHODS.items()))
+    plan = jc.plan(params, list(METHODS.items()), layout={"arranged": jc.Layout(inputs=-1, outputs=-2)})
     stats = {"rescaled": jc.trace.Stats(gram=jnp.stack([jnp.diag(jnp.arange(1.0, 17.0))] * 3), axes=(-2,))}
     return jc.compress(params, plan, key=jax.random.key(1), stats=stats), plan
 

@@ -59,7 +59,7 @@ class SVD(Method):
             raise ValueError("SVD: randomized=True needs a rank; an energy needs all singular values")
 
     @property
-    def whole(self) -> bool:
+    def whole(self) -> bool:  # type: ignore[override]  # of the instance here
         """Whether stacked layers come as one array: where the rank depends on the values, all get the same one."""
         return self.energy is not None
 

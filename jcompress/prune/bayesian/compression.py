@@ -75,7 +75,7 @@ class NormalJeffreys(Method):
       axes: negative axes along which a scale is shared. The default ``(-1,)`` gives one to every row, an input of an
         (in, out) kernel; ``(-4, -3, -2)`` one to every filter of a convolution (height, width, in, out).
       start: the log of all variances at the start, where scales have the mean 1.
-      threshold: of log alpha, as in the authors' code; in the paper it is chosen by eye, from a histogram: trained
+      threshold: of log alpha. In the paper it is chosen by eye, from a histogram: trained
         scales that matter lie far below it, near ``start``, and the others rise slowly.
 
     Raises:

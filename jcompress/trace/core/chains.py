@@ -103,7 +103,7 @@ def _step(x: jax.Array, kernel: jax.Array, link: Link, product: Convolution) -> 
     shape = [kernel.shape[link.window.index(d)] if d in link.window else 1 for d in range(n)]
     spec = p["dimension_numbers"].lhs_spec
     numbers = lax.ConvDimensionNumbers(spec, (n + 1, n, *range(n)), spec)
-    chosen = {
+    chosen: dict[str, Any] = {
         name: tuple(p[key][d] if d in link.window else none for d in range(n))
         for name, key, none in (
             ("window_strides", "window_strides", 1), ("padding", "padding", (0, 0)),
@@ -158,9 +158,11 @@ def share(node: Any) -> float:
         found = dense if links is None else sum(math.prod(sizes[m] for m in term) for term in terms)
         return min(1.0, found / max(dense, 1))
     rows = 4096
-    x = jax.ShapeDtypeStruct((rows, *(sizes[m] for m in inputs)), jnp.float32)
+    x: Any = jax.ShapeDtypeStruct((rows, *(sizes[m] for m in inputs)), jnp.float32)
     row = next(m for m in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if m not in node.equation)
     equation = f"{row}{inputs},{','.join(terms)}->{row}{outputs}"
-    plain = [jax.ShapeDtypeStruct(f.shape[f.ndim - len(t) :], jnp.float32) for f, t in zip(factors, terms, strict=True)]
+    plain: list[Any] = [
+        jax.ShapeDtypeStruct(f.shape[f.ndim - len(t) :], jnp.float32) for f, t in zip(factors, terms, strict=True)
+    ]
     least = float(jnp.einsum_path(equation, x, *plain, optimize="optimal")[1].opt_cost)
     return min(1.0, least / (2 * rows * max(dense, 1)))

@@ -66,10 +66,11 @@ class Network:
             dtype = walk.aval(step.eqn.outvars[0]).dtype
             return [dataclasses.replace(self, factors=tuple(x.astype(dtype) for x in self.factors))]
         n = len(self.sizes)
-        moved = {axis: step.flow.place(step.eqn, axis + n) for axis in range(-n, 0)}
-        if len(moved) != n or any(place is None for place in moved.values()):
+        found = {axis: step.flow.place(step.eqn, axis + n) for axis in range(-n, 0)}
+        moved = {axis: place for axis, place in found.items() if place is not None}
+        if len(moved) != n:
             return None
-        named = {
+        named: dict[str, Any] = {
             name: tuple(moved[a] - n for a in getattr(self.layout, name)) for name in ("inputs", "outputs", "window")
         }
         sizes = [0] * n
