@@ -157,6 +157,13 @@ def best_two(p, x):
     return jnp.einsum("beo,be->bo", every_expert(p, x), combine)
 
 
+def gated(p, x):
+    """A choice that weighs its own scores."""
+    scores = jax.nn.softmax(x @ p["router"])
+    chosen = jax.nn.one_hot(jnp.argmax(scores, -1), 4)
+    return jnp.einsum("beo,be->bo", every_expert(p, x), chosen * scores)
+
+
 def spread(p, x):
     """The weights of the best two written beside zeros."""
     w, e = lax.top_k(x @ p["router"], 2)
@@ -323,13 +330,15 @@ KINDS = [
     Kind("order twice", *between(lambda p, h: jnp.take(h[:, SHUFFLE], np.argsort(SHUFFLE), axis=-1) + h)),
     Kind("order of constants on the device", *between(lambda p, h: jnp.take(h, jnp.asarray(SHUFFLE), axis=1))),
     Kind("shuffle", shuffled, {"up": draw(5, 8), "down": draw(4, 2, 3)}, (draw(4, 5),), (("up", 1), ("down", 0))),
+    Kind("written in another order", *between(lambda p, h: jnp.zeros_like(h).at[:, SHUFFLE].set(jnp.tanh(h)))),
     Kind("tile", *between(lambda p, h: jnp.tile(h, (1, 2)), out=16)),
-    Kind("copies by an index", *between(lambda p, h: h[:, np.arange(16) // 2], out=16)),
+    Kind("copies by an index", *between(lambda p, h: h[:, np.arange(16) // 2], ("down", 0), out=16)),
     Kind("roll", *between(lambda p, h: jnp.roll(h, 1, axis=0))),
     Kind("experts", experts, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("two experts", two_experts, {**EXPERTS, "bias": draw(4)}, (draw(9, 5),), ROUTED),
     Kind("dense experts", dense_experts, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("switch", switch, EXPERTS, (draw(9, 5),), ROUTED),
+    Kind("gated experts", gated, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("weights written to experts", spread, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("best two experts", best_two, EXPERTS, (draw(9, 5),), ROUTED),
     Kind("custom vmap", *between(lambda p, h: jax.vmap(doubled)(doubled(h))), grads=False),
@@ -382,6 +391,7 @@ def test_the_shrunk_function_is_the_masked_one(kind):
     masked = jc.trace.mask(kind.params, groups, keep)
     small, params = jc.shrink(kind.fn, kind.params, keep, *kind.args)
     assert sum(x.size for x in jax.tree.leaves(params)) < sum(x.size for x in jax.tree.leaves(masked))
+    assert jc.trace.cost(small, params, *kind.args).total.multiply_adds == groups.multiply_adds(keep)
     if not kind.grads:
         expected, found = kind.fn(masked, *kind.args), small(params, *kind.args)
         np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.abs(expected).max()))

@@ -68,11 +68,13 @@ class Build:
     def settle(self, params: Sequence[Dims]) -> None:
         """Tie a choice to what is chosen, where that lies on parameters: a router's columns to its experts."""
         own = {leaf for value in params for d in value for leaf in terms.leaves(d)}
+        summed = {leaf for d in self.contracted for leaf in terms.leaves(d)}
         free = set()
         for choice, expert in self.experts:
             choice, expert = terms.find(choice), terms.find(expert)
             plain = choice.kind == expert.kind == "leaf" and not choice.pinned and not expert.pinned
-            if choice is not expert and plain and expert in own:
+            # What is compared with its own scores, as where loads are balanced, has experts if products sum over it.
+            if plain and expert in (summed if choice is expert else own):
                 terms.unify(choice, expert)
                 free.add(terms.find(expert))
         for choice, reason in self.choices:

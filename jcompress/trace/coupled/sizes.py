@@ -13,6 +13,7 @@ from jcompress.trace import primitives
 from jcompress.trace.core.bodies import Bodies
 from jcompress.trace.core.contraction import Dot, Product
 from jcompress.trace.core.kinds import Contraction
+from jcompress.trace.costs import operations
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import Frame, Site
@@ -71,7 +72,10 @@ def _sizes(names: Names) -> dict[str, int]:
 
 def _gather(frame: Frame, names: Names, times: int, found: list[Polynomial], choices: list) -> None:
     for site in (*frame.fixed, *frame.sites):
-        flow = primitives.row(site.eqn).flow
+        row = primitives.row(site.eqn)
+        flow = row.flow
+        if row.count is operations.fourier:
+            found.append(_product([{(): times}, *_transform(site, names)]))
         if isinstance(flow, Contraction):
             found.append(_product([{(): times}, *_factors(site, flow.of(site.eqn, 0), names)]))
         elif isinstance(flow, Bodies) and flow.is_choice:
@@ -88,6 +92,13 @@ def _times(count: Count, times: int) -> Count:
     scaled = {names: c * times for names, c in count.terms.items()}
     inner = tuple(tuple(_times(branch, times) for branch in branches) for branches in count.choices)
     return Count(scaled, count.sizes, inner)
+
+
+def _transform(site: Site, names: Names) -> list[Polynomial]:
+    """The lengths whose product is the number of multiply-adds of a Fourier transform."""
+    (dims,) = site.ins
+    each = operations.fourier(site.eqn)[0] // 2 // max(math.prod(d.size for d in dims), 1)
+    return [{(): each}, *(length(d, names) for d in dims)]
 
 
 def _factors(site: Site, product: Product, names: Names) -> list[Polynomial]:

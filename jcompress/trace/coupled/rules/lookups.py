@@ -14,7 +14,7 @@ from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import At, Cut, Rule, Site, Value, restored, site_bind
 from jcompress.trace.coupled.rules.joins import Joins
-from jcompress.trace.coupled.rules.selections import Chosen
+from jcompress.trace.coupled.rules.selections import Chosen, Placed
 from jcompress.trace.coupled.states import Hold, State, free_leaves, joined
 
 By = Literal["one", "sum", "product", "extremum"]
@@ -116,6 +116,9 @@ class Scatter(Joins):
         batch = dict(_batching(numbers, "scatter_indices_batching_dims"))
         hidden = {*numbers.inserted_window_dims, *batch}
         passing = [a for a in range(len(x)) if a not in hidden]
+        if self.by == "one" and (placed := Placed.of(site)) is not None:
+            site.rule = placed
+            return placed.dims(build, site)
         site.note = self._chosen(build, site)
         terms.pin([x[a] for a in numbers.inserted_window_dims if a not in site.note], "rows are written into it")
         terms.pin([d for i, d in enumerate(indices) if i not in batch.values()], "rows are written into it")
