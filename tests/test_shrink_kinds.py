@@ -455,3 +455,14 @@ def test_an_effect_sees_what_stays():
 def test_what_a_callback_gives_was_made_for_the_full_size():
     fn, params, args, _ = between(lambda p, h: jax.pure_callback(np.sin, h, h))
     assert "pure_callback" in jc.trace.coupling(fn, params, *args)["up[1]"].reason
+
+
+def test_units_of_complex_weights_are_ranked_by_magnitude():
+    params = {"w": draw(3, 8) + 1j * draw(3, 8), "out": draw(8, 2)}
+    fn = lambda p, x: (x @ p["w"]).real @ p["out"]  # noqa: E731
+    groups = jc.trace.coupling(fn, params, draw(4, 3))
+    scores = jc.prune.structured.importance(params, groups)["w[1]"]
+    np.testing.assert_allclose(scores, jnp.abs(params["w"]).sum(0) + jnp.abs(params["out"]).sum(1), rtol=1e-5)
+    small, _ = jc.shrink(fn, params, {"w[1]": np.arange(8) < 3}, draw(4, 3), multiple_of=4)
+    energy = (jnp.abs(params["w"]) ** 2).sum(0) + (params["out"] ** 2).sum(1)
+    assert small.keep["w[1]"].tolist() == [*[True] * 3, *(np.arange(3, 8) == 3 + int(energy[3:].argmax()))]

@@ -66,7 +66,7 @@ def importance(
     picked = {name: units.chosen(name, group, members, match, found) for name, group in wanted.items()}
     contexts = _contexts(found, grads, stats, key)
     scored = {
-        path: scores.evaluate(score, units.leaf(found, path, name).astype(jnp.float32), contexts[path])
+        path: scores.evaluate(score, _wide(units.leaf(found, path, name)), contexts[path])
         for name, pairs in picked.items()
         for path in dict.fromkeys(path for path, _ in pairs)
     }
@@ -78,6 +78,10 @@ def importance(
         )
         for name, pairs in picked.items()
     }
+
+
+def _wide(w: jax.Array) -> jax.Array:
+    return w.astype(jnp.complex64 if jnp.iscomplexobj(w) else jnp.float32)
 
 
 def _contexts(found: Mapping[str, Any], grads: PyTree, stats: Any, key: Any) -> dict[str, Context]:

@@ -68,7 +68,7 @@ def rounded(params: PyTree, groups: Groups, keep: Mapping[str, np.ndarray], mult
         wanted = min(-(-int(kept.sum()) // multiple) * multiple, group.size)
         score = np.zeros(group.size)
         for (path, axis), index in group.maps.items():
-            x = _values(path, arrays[path]).astype(np.float64)
+            x = np.abs(_values(path, arrays[path])).astype(np.float64)
             energy = (x**2).sum(axis=tuple(i for i in range(x.ndim) if i != axis))
             np.add.at(score, index[index >= 0], energy[index >= 0])
         order = np.lexsort((-score, ~kept))
