@@ -6,14 +6,15 @@ Calibration, execution and costs go through what stands here; none of them works
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 from jax.extend import core as jax_core
 
 from jcompress.trace import primitives
 from jcompress.trace.core import places, walk
-from jcompress.trace.core.kinds import Flow, Kinds, at_places, places_of
+from jcompress.trace.core.kinds import Flow, Kinds, Lookup, at_places, places_of
 from jcompress.trace.core.views import Activation, Kind, has_parameters, whole
 from jcompress.trace.core.walk import Program
 from jcompress.trace.primitives import Row
@@ -111,11 +112,13 @@ class Reading:
       constants: the kind of what a function closes over: an activation, where it has no other arguments.
       loop: how many loops, branches and meshes are around.
       follows: whether positions are followed.
+      names: of masks that are looked up on the way.
     """
 
     constants: Kind = None
     loop: int = 0
     follows: bool = False
+    names: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def deeper(self) -> Reading:
         """Inside one more of them."""
@@ -135,13 +138,16 @@ class Reading:
             bodies = row.flow.bodies(eqn, ins, self)
             outs = row.flow.results(eqn, ins, bodies)
             if self.follows and not bodies:
-                outs = _placed(eqn, row, ins, outs)
+                outs = _placed(eqn, row, ins, outs, self.names)
             steps.append(Step(eqn, row, ins, outs, bodies))
             env.update(zip(eqn.outvars, outs, strict=True))
         return Body(closed, list(kinds), list(map(read, jaxpr.outvars)), steps, self.loop)
 
 
-def _placed(eqn: jax_core.JaxprEqn, row: Row, ins: Kinds, outs: Kinds) -> Kinds:
+def _placed(eqn: jax_core.JaxprEqn, row: Row, ins: Kinds, outs: Kinds, names: Iterator[int]) -> Kinds:
     """The results with where their positions stand in the mask."""
     views = [places_of(k, getattr(v.aval, "shape", ())) for k, v in zip(ins, eqn.invars, strict=True)]
-    return [at_places(k, view) for k, view in zip(outs, row.flow.places(eqn, views), strict=True)]
+    found = row.flow.places(eqn, views)
+    if isinstance(row.flow, Lookup) and views[0] is not None and not places.is_nowhere(views[0]):
+        found = [view and places.looked_up(view, f"looked up {next(names)}") for view in found]
+    return [at_places(k, view) for k, view in zip(outs, found, strict=True)]

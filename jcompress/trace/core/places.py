@@ -83,8 +83,8 @@ def around(views: Sequence[Places], dims: Sequence[Atoms]) -> View:
     taken = {a.axis for atoms in dims for a in atoms}
     kept = tuple(a for axis, a in fixed.items() if a.axis >= 0 and axis not in taken)
     scanned = {loop: atoms for v in known for loop, atoms in v.scanned}
-    shape = next((v.shape for v in known if v.shape), ())
-    return View("where", shape, tuple(dims), kept, tuple(scanned.items()))
+    path, shape = next(((v.path, v.shape) for v in known if not is_nowhere(v)), ("where", ()))
+    return View(path, shape, tuple(dims), kept, tuple(scanned.items()))
 
 
 def entry_by_entry(eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Places]:
@@ -94,14 +94,37 @@ def entry_by_entry(eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Plac
 
 def together(shape: Sequence[int], views: Sequence[Places]) -> View:
     """Of a value of this shape, computed entry by entry from others of as many axes, or of none."""
+    views = _of_one_mask(views)
     same = [v for v in views if v is None or len(v.dims) == len(shape)]
     columns = [[None if v is None else v.dims[d] for v in same] for d in range(len(shape))]
     return around(views, [_both(n, column) for n, column in zip(shape, columns, strict=True)])
 
 
+def _of_one_mask(views: Sequence[Places]) -> list[Places]:
+    """The views of one mask: of the caller's if there are several; of the others nothing is known."""
+    masks = {v.path for v in views if v is not None and not is_nowhere(v)}
+    if len(masks) < 2:
+        return list(views)
+    return [v if v is not None and (is_nowhere(v) or v.path == "where") else None for v in views]
+
+
+def looked_up(view: View, name: str) -> View:
+    """Of what is looked up at places that are computed: of a mask of its own, looked up alike."""
+    own = [d for d, atoms in enumerate(view.dims) if not is_free(atoms)]
+    dims = list(view.dims)
+    for axis, d in enumerate(own):
+        dims[d] = (Atom(axis, 1, length(view.dims[d])),)
+    return View(name, tuple(length(view.dims[d]) for d in own), tuple(dims))
+
+
+def outside(view: Places) -> Places:
+    """Of a value that leaves a branch or a loop: masks that are made inside stay there."""
+    return view if view is None or view.path == "where" else None
+
+
 def agreed(views: Sequence[Places]) -> Places:
     """Of a value that may be any of these, as the carry of a loop is."""
-    known = [v for v in views if v is not None]
+    known = [v for v in map(outside, views) if v is not None]
     if not known or len(known) < len(views):
         return None
     first, dims = known[0], list[Atoms]()
@@ -203,18 +226,22 @@ def of_convolution(eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Plac
 
 
 def of_gather(eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Places]:
-    """Of what is looked up: at the positions of the indices, and of the axes that are taken whole."""
+    """Of what is looked up: at the positions of the indices, and of the axes that are taken whole or index by index."""
     numbers, (out,), (operand, indices, *_) = eqn.params["dimension_numbers"], eqn.outvars, views
-    shape, sizes = _shape(out), eqn.params["slice_sizes"]
-    whole = [d for d in range(len(sizes)) if d not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
+    if operand is None or indices is None:
+        return [None]
+    shape, sizes, before = _shape(out), eqn.params["slice_sizes"], _shape(eqn.invars[0])
+    alike = dict(zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+    whole = [d for d in range(len(sizes)) if d not in (*numbers.collapsed_slice_dims, *alike.values())]
+    # Where the axis that is looked into has positions, those of the result are others.
+    moves = not all(is_free(operand.dims[d]) for d in numbers.start_index_map if sizes[d] != before[d])
     dims: list[Atoms] = [()] * len(shape)
     for d, new in zip(whole, numbers.offset_dims, strict=True):
-        atoms = None if operand is None else operand.dims[d]
-        is_part = sizes[d] != _shape(eqn.invars[0])[d]
-        free = atoms is not None and is_free(atoms)
-        dims[new] = _copies(shape[new]) if free else lost(shape[new]) if is_part or atoms is None else atoms
+        kept = sizes[d] == before[d] or is_free(operand.dims[d])
+        dims[new] = (operand.dims[d] if sizes[d] == before[d] else _copies(shape[new])) if kept else lost(shape[new])
     for d, new in enumerate(i for i in range(len(shape)) if i not in numbers.offset_dims):
-        dims[new] = lost(shape[new]) if indices is None else indices.dims[d]
+        both = [indices.dims[d], operand.dims[alike[d]]] if d in alike else [indices.dims[d]]
+        dims[new] = lost(shape[new]) if moves and d not in alike else _both(shape[new], both)
     return [around([operand, indices], dims)]
 
 
@@ -234,6 +261,7 @@ def turn(loop: int, atoms: Atoms) -> View:
 
 def stacked(view: Places, loop: int, n: int) -> Places:
     """Of what a loop gives slice by slice."""
+    view = outside(view)
     if view is None:
         return None
     first = dict(view.scanned).get(loop, _copies(n))

@@ -31,11 +31,14 @@ def evaluate(body: Body, values: Sequence[Any], tape: Tape) -> list[Any]:
 
 
 def _equation(step: Step, values: list[Any], tape: Tape) -> list[Any]:
-    if step.has_parameters and isinstance(step.flow, Call):
+    is_masked = tape.found.mask is not None
+    if (step.has_parameters or is_masked) and isinstance(step.flow, Call):
         return evaluate(step.bodies[0], values, tape)
     if step.has_parameters and isinstance(step.flow, Bodies):
         return loops.record(evaluate, step, values, tape)
     outs = walk.bind(step.eqn, values)
+    if is_masked and isinstance(step.flow, Lookup):
+        tape.found.look_up(step, values)
     if step.has_parameters:
         _recorded(step, values, outs, tape)
     return outs

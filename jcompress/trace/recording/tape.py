@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.core import Layout
+from jcompress.trace.core import places, walk
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.kinds import Contraction
 from jcompress.trace.core.views import Activation, Atoms, Derived, Kind, View, depth, shards
@@ -42,6 +43,7 @@ class Found:
       layouts: what the axes of a parameter are, by its path and the axes that are contracted.
       mask: booleans or weights of positions, or None where all count alike.
       turns: of each loop around, the number of the turn.
+      looked_up: masks that were looked up as activations were, by the names that their positions have.
       levels: for each path, how many products with parameters came before its first one in a row, counting from 1.
     """
 
@@ -49,6 +51,7 @@ class Found:
     largest: int | None = None
     mask: Any = None
     turns: dict[int, Any] = dataclasses.field(default_factory=dict)
+    looked_up: dict[str, Any] = dataclasses.field(default_factory=dict)
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
     met: dict[str, None] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -73,11 +76,28 @@ class Found:
         if self.mask is None:
             return None
         view = kind.places if isinstance(kind, (Activation, Derived)) else None
-        return weighing.of_places(view, self.mask, self.turns)
+        mask = self.mask if view is None or view.path == "where" else self.looked_up.get(view.path)
+        return weighing.of_places(None if mask is None else view, self.mask if mask is None else mask, self.turns)
+
+    def look_up(self, step: Step, values: Sequence[Any]) -> None:
+        """Look up the weights of positions as the positions themselves are."""
+        (out,), kind = step.outs, step.ins[0]
+        if not isinstance(out, Activation) or out.places is None or out.places.path == "where":
+            return
+        with contextlib.suppress(UnreadError):
+            weight = jnp.broadcast_to(self.weight(kind), values[0].shape)
+            (found,) = walk.bind(step.eqn, [weight, *values[1:]], **_of_weights(step, weight))
+            copies = [d for d, atoms in enumerate(out.places.dims) if places.is_free(atoms)]
+            self.looked_up[out.places.path] = meetings.first(found, copies)
 
     def cannot(self, path: str, reason: str) -> None:
         """Say that a path is unread; the first reason stays."""
         self.unread.setdefault(path, reason)
+
+
+def _of_weights(step: Step, weight: Any) -> dict[str, Any]:
+    """What changes of a lookup where weights are looked up: nothing counts that is not there."""
+    return {"fill_value": weight.dtype.type(0)} if step.eqn.params.get("fill_value") is not None else {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _positions(view: View, axis: int, turns: Mapping[int, Any]) -> Any:
     for a in view.fixed:
         if a.axis == axis:
             is_found, total = True, total + a.offset
-    if many > view.shape[axis]:
+    if is_found and many > view.shape[axis]:
         raise UnreadError(f"axis {axis} of where stands for two of its axes")
     return total if is_found else None
 
