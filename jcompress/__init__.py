@@ -2,7 +2,7 @@
 
 from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, rewrite, share, trace
 from jcompress.apply import compress, simulate
-from jcompress.combine import chain, residual, stacked
+from jcompress.combine import cartesian, chain, residual, stacked
 from jcompress.core import (
     CalibrationWarning,
     Compressed,
@@ -37,6 +37,7 @@ __all__ = [
     "accelerate",
     "budget",
     "calibrate",
+    "cartesian",
     "chain",
     "compress",
     "compress_sequentially",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed, Context, Method
-from jcompress.formats import Sum
+from jcompress.formats import Cartesian, Sum
 from jcompress.numeric import scaling
 
 
@@ -23,6 +23,11 @@ class Chain(Method):
     then: Method
 
     wraps: ClassVar[tuple[str, ...]] = ("first", "then")
+
+    @property
+    def takes_complex(self) -> bool:  # type: ignore[override]  # it depends on the first part
+        """Whether the first part does; the second sees what the first made of the leaf."""
+        return core.takes_complex(self.first)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the first part cannot take the leaf; the second sees what the first made of it."""
@@ -125,7 +130,7 @@ class Residual(Method):
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Sum]:
         """One node for each array of the rule."""
-        rest, terms = list(arrays), []
+        rest, terms = list(map(core.widened, arrays)), []
         for i, method in enumerate(self.methods):
             keyed = [c if c.key is None else dataclasses.replace(c, key=jax.random.fold_in(c.key, i)) for c in contexts]
             nodes = core.fit(method, rest, keyed)
@@ -239,3 +244,66 @@ def stacked(method: Method) -> Method:
       (2, 1, 1)
     """
     return Stacked(method)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts(Method):
+    """See :func:`cartesian`."""
+
+    method: Method
+
+    wraps: ClassVar[tuple[str, ...]] = ("method",)
+    takes_complex: ClassVar[bool] = True
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Cartesian]:
+        """One node for each array of the rule."""
+        for w, context in zip(arrays, contexts, strict=True):
+            if not jnp.iscomplexobj(w):
+                raise ValueError(
+                    f"{context.path}: found dtype {w.dtype}, and {self!r} is for complex arrays; leave it out"
+                )
+        parts = [x for w in arrays for x in (w.real, w.imag)]
+        known = [part for context in contexts for part in _halves(context)]
+        nodes = core.fit(self.method, parts, known)
+        return [Cartesian(real, imag) for real, imag in zip(nodes[::2], nodes[1::2], strict=True)]
+
+    def __repr__(self) -> str:
+        return f"cartesian({self.method!r})"
+
+
+def _halves(context: Context) -> Iterator[Context]:
+    """What is known of the real parts of a complex array, and of the imaginary ones."""
+    previous, grad = context.previous, context.grad
+    for i, name in enumerate(("real", "imag")):
+        yield dataclasses.replace(
+            context,
+            key=None if context.key is None else jax.random.fold_in(context.key, i),
+            # Of a real change the Hermitian form of complex inputs is that of its real part.
+            stats=jax.tree.map(jnp.real, context.stats),
+            # JAX gives the conjugate: dL/dx - i dL/dy.
+            grad=None if grad is None else (grad.real if i == 0 else -grad.imag),
+            previous=getattr(previous, name) if isinstance(previous, Cartesian) else None,
+            path=f"{context.path}/{name}",
+        )
+
+
+def cartesian(method: Method) -> Method:
+    """Compress the real and the imaginary parts of complex arrays each by a method for real ones.
+
+    ``W = X + i Y`` becomes ``X~ + i Y~``: squared errors add up, so what is best for both parts is best for the array.
+    Pruning by magnitude and low rank need none of this: they take complex arrays as they are, and a weight that goes
+    goes whole.
+
+    Args:
+      method: any method. If it decides for several leaves at once, it does so for the parts of all.
+
+    Returns:
+      A method for complex arrays.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> method = jc.chain(jc.prune.Magnitude(sparsity=0.5), jc.cartesian(jc.quantize.Int(bits=8, axis=None)))
+      >>> method(jnp.array([[1 + 2j], [0.1j]])).materialize().round(2).tolist()
+      [[(1+2j)], [0j]]
+    """
+    return Parts(method)

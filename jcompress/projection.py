@@ -164,7 +164,15 @@ def _nearest(node: Any, w: jax.Array) -> Any:
 
 
 def _distance(node: Any, w: jax.Array) -> jax.Array:
-    return jnp.square(node.materialize().astype(jnp.float32) - w.astype(jnp.float32)).sum()
+    return _squares(_single(node.materialize()) - _single(w))
+
+
+def _squares(x: jax.Array) -> jax.Array:
+    return jnp.square(jnp.abs(x)).sum()
+
+
+def _single(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
 
 
 def _strayed(state: ProjectState, params: dict[str, jax.Array], every: int) -> jax.Array:
@@ -190,7 +198,7 @@ def _is_off(node: Any, w: jax.Array, fresh: jax.Array) -> jax.Array:
     """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit."""
     found = node.project(w) if _is_linear(node) else node
     coarsest = max(float(jnp.finfo(x.dtype).eps) for x in (w, *jax.tree.leaves(found)) if core.is_trainable(x))
-    limit = max(1e-4, 4 * coarsest) ** 2 * jnp.square(w.astype(jnp.float32)).sum()
+    limit = max(1e-4, 4 * coarsest) ** 2 * _squares(_single(w))
     far = _distance(found, w) > limit
     # Between refits a projection that is not linear lets the parameters leave the set.
     return far if _is_linear(node) else far & fresh

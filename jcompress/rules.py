@@ -390,10 +390,11 @@ def _check_compressible(path: str, leaf: Any, method: Method | None, layout: Lay
             "methods with jc.chain"
         )
     dtype = jnp.result_type(core.native(leaf))
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(
             f"{path}: found dtype {dtype}, expected a float array; keep it dense with a rule ({path!r}, None) before"
         )
+    core.check_real(method, path, dtype)
     _check_fit(method, path, jnp.shape(leaf), dtype, layout)
 
 

@@ -36,6 +36,10 @@ boxed = t.linen_params(jax.random.key(9))
 for way in ({}, {"like": boxed}):
     dense = jc.materialize(jc.load(os.path.join(folder, "linen"), **way))
     found[f"linen {sorted(way)}"] = t.linen.apply({"params": dense}, t.X)
+for name, fn in t.FUNCTIONS.items():
+    tree = jc.load(os.path.join(folder, name))
+    found[name] = jax.jit(fn)(jc.materialize(tree), t.X)
+    found[f"{name} executed"] = jc.accelerate(fn)(tree, t.X)
 np.savez(os.path.join(folder, "found.npz"), **found)
 """
 
@@ -90,6 +94,29 @@ def linen_params(key):
     return linen.init(key, X)["params"]
 
 
+def product(params, x):
+    return x @ params["w"].astype(jnp.promote_types(x.dtype, jnp.result_type(params["w"])))
+
+
+def fourier(params, x):
+    """A layer in frequencies, with one complex kernel for each."""
+    modes = jnp.fft.rfft(x, axis=0)
+    return jnp.fft.irfft(jnp.einsum("mi,mio->mo", modes, params["w"]), n=len(x), axis=0)
+
+
+W = jax.random.normal(jax.random.key(5), (8, 6))
+COMPLEX = jax.lax.complex(*jax.random.normal(jax.random.key(6), (2, 3, 8, 6)))
+KINDS = {
+    "int16": (W, jc.quantize.GPTQ(bits=16, symmetric=False)),
+    "int9": (W, jc.quantize.Int(bits=9, group_size=4)),
+    "float8 blocks": (W, jc.quantize.Float8("e4m3", block=(5, 4))),
+    "float8 checkpoint": (W.astype(jnp.float8_e4m3fn), jc.factorize.SVD(rank=3)),
+    "complex": (COMPLEX, jc.stacked(jc.chain(jc.factorize.SVD(rank=4), jc.cartesian(jc.quantize.Int(bits=12))))),
+    "complex sparse": (COMPLEX, jc.prune.Magnitude(sparsity=0.5)),
+}
+FUNCTIONS = {name: fourier if "complex" in name else product for name in KINDS}
+
+
 def compressed(params):
     return jc.compress(params, jc.plan(params, RULES))
 
@@ -107,6 +134,12 @@ def elsewhere(tmp_path_factory):
     small = compressed(linen_params(jax.random.key(1)))
     jc.save(folder / "linen", small)
     wanted["linen"] = linen.apply({"params": jc.materialize(small)}, X)
+    for name, (w, method) in KINDS.items():
+        params = {"w": w}
+        stats = {"w": jc.trace.Stats(gram=X.T @ X, axes=(-2,))} if "gram" in str(jc.core.needs(method)) else None
+        small = jc.compress(params, jc.plan(params, [("w", method)]), stats=stats)
+        jc.save(folder / name, small)
+        wanted[name] = jax.jit(FUNCTIONS[name])(jc.materialize(small), X)
     here = os.path.dirname(__file__)
     subprocess.run([sys.executable, "-c", LOADER, str(folder), here], check=True)
     return wanted, np.load(folder / "found.npz")
@@ -117,6 +150,14 @@ def elsewhere(tmp_path_factory):
 def test_a_network_runs_in_a_fresh_process(elsewhere, name, way):
     wanted, found = elsewhere
     np.testing.assert_array_equal(found[f"{name} {way}"], wanted[name])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_arrays_of_every_kind_run_in_a_fresh_process(elsewhere, name):
+    wanted, found = elsewhere
+    np.testing.assert_array_equal(found[name], wanted[name])
+    tolerance = 0.05 if "float8 checkpoint" in name else 1e-4
+    np.testing.assert_allclose(found[f"{name} executed"], wanted[name], atol=tolerance)
 
 
 def test_keys_of_lists_come_back_as_integers(tmp_path):

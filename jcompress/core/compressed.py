@@ -204,6 +204,12 @@ def native(x: Any) -> Any:
     return x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) and not x.dtype.isnative else x
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """Floats of 8 and 4 bits, which no product takes, as bfloat16, which holds them exactly; all else as it is."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and dtype_bits(x.dtype) < 16
+    return x.astype(jnp.bfloat16) if narrow else x
+
+
 def is_trainable(x: Any) -> bool:
     """The one rule: floats of 16 bits or more train; integers, booleans, keys and 8- or 4-bit floats are held."""
     dtype = jnp.result_type(native(x))

@@ -99,6 +99,9 @@ class Method:
     """Whether it takes stacked layers, experts and groups as one array, ``context.batch`` of its axes in front. By
     default it is mapped over them, and sees one at a time."""
 
+    takes_complex: ClassVar[bool] = False
+    """Whether it has a meaning for complex arrays. One made of others has it where they all have."""
+
     def __init_subclass__(cls) -> None:
         cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # its own, or the decorator writes another one
 
@@ -156,6 +159,21 @@ def is_whole(method: Any) -> bool:
     return bool(getattr(method, "whole", False)) or any(map(is_whole, wrapped(method)))
 
 
+def check_real(method: Any, path: str, dtype: Any) -> None:
+    """Raise for a complex array, if the method knows real ones only."""
+    if jnp.issubdtype(dtype, jnp.complexfloating) and not takes_complex(method):
+        raise ValueError(
+            f"{path}: found dtype {dtype}, and {method!r} is defined for real arrays; use jc.cartesian({method!r}), "
+            "which compresses real and imaginary parts each, or keep it dense"
+        )
+
+
+def takes_complex(method: Any) -> bool:
+    """Whether ``method`` has a meaning for complex arrays."""
+    inner = wrapped(method)
+    return bool(getattr(method, "takes_complex", False)) or bool(inner and all(map(takes_complex, inner)))
+
+
 def check(method: Any, path: str, shape: tuple[int, ...], dtype: Any) -> None:
     """Raise if ``method`` cannot take an array of this shape and dtype."""
     if hasattr(method, "check"):
@@ -169,7 +187,8 @@ def unit(method: Any, shape: tuple[int, ...]) -> int:
 
 def fit(method: Any, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Any]:
     """Apply a method to the leaves of one rule: together if it decides for all at once, else one by one."""
-    for context in contexts:
+    for w, context in zip(arrays, contexts, strict=True):
+        check_real(method, context.path, w.dtype)
         for need in needs(method):
             _require(method, need, context)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,8 @@ class SVD(Method):
         if self.energy is not None and self.randomized:
             raise ValueError("SVD: randomized=True needs a rank; an energy needs all singular values")
 
+    takes_complex: ClassVar[bool] = True
+
     @property
     def whole(self) -> bool:  # type: ignore[override]  # of the instance here
         """Whether stacked layers come as one array: where the rank depends on the values, all get the same one."""
@@ -77,7 +79,7 @@ class SVD(Method):
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> LowRank:
         """The node for one array."""
-        layers = w.shape[: context.batch]
+        w, layers = core.widened(w), w.shape[: context.batch]
         self.check(context.path, w.shape[context.batch :], w.dtype)
         matrix = w.reshape(*layers, *_matrix_shape(w.shape[context.batch :]))
         rank = _rank_for(matrix, self.energy, context.path) if self.energy is not None else self.rank
@@ -126,6 +128,10 @@ def _rank_for(matrix: jax.Array, energy: float, path: str) -> int:
     return min(int((parts < energy * (1 - 1e-6)).sum(-1).max(initial=0)) + 1, values.shape[-1])
 
 
+def _adjoint(x: jax.Array) -> jax.Array:
+    return x.T.conj()
+
+
 def _sketched(
     matrix: jax.Array, rank: int, key: jax.Array, iterations: int = 4, extra: int = 8
 ) -> tuple[jax.Array, jax.Array]:
@@ -136,8 +142,8 @@ def _sketched(
     high = jax.lax.Precision.HIGHEST
     basis = jnp.linalg.qr(jnp.matmul(a, jax.random.normal(key, (a.shape[1], width), a.dtype), precision=high))[0]
     for _ in range(iterations):
-        back = jnp.linalg.qr(jnp.matmul(a.T, basis, precision=high))[0]
+        back = jnp.linalg.qr(jnp.matmul(_adjoint(a), basis, precision=high))[0]
         basis = jnp.linalg.qr(jnp.matmul(a, back, precision=high))[0]
-    u, v = truncated_svd(jnp.matmul(basis.T, a, precision=high), rank)
+    u, v = truncated_svd(jnp.matmul(_adjoint(basis), a, precision=high), rank)
     u, v = jnp.matmul(basis, u, precision=high) * unit.root, v * unit.root
     return u.astype(matrix.dtype), v.astype(matrix.dtype)

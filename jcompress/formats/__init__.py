@@ -4,6 +4,7 @@ from jcompress.formats.annealed import Annealed
 from jcompress.formats.arranged import Arranged
 from jcompress.formats.binarized import Binarized
 from jcompress.formats.bottleneck import Bottleneck
+from jcompress.formats.cartesian import Cartesian
 from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
 from jcompress.formats.fake_quantized import FakeQuantized
@@ -30,6 +31,7 @@ __all__ = [
     "Arranged",
     "Binarized",
     "Bottleneck",
+    "Cartesian",
     "Cast",
     "Codebook",
     "FakeQuantized",

@@ -54,6 +54,7 @@ def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
     Decomposed in units of their own: near the ends of float32 the squares of entries would leave it.
     """
+    w = core.widened(w)
     wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
     if not w.size or wide.dtype != jnp.float32:
         unit = scaling.ONE

@@ -23,9 +23,9 @@ class Unit(NamedTuple):
     root: jax.Array
 
     def divide(self, x: jax.Array) -> jax.Array:
-        """``x`` in units, float32; exact. Numbers below the least normal float are zero, as XLA treats them."""
+        """``x`` in units, float32 unless complex; exact. Numbers below the least normal float are zero, as in XLA."""
         inverse = 1 / self.root
-        return x.astype(jnp.float32) * inverse * inverse
+        return (x if jnp.iscomplexobj(x) else x.astype(jnp.float32)) * inverse * inverse
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """What :meth:`divide` undoes."""

@@ -34,6 +34,7 @@ class Nonzero(core.Method):
     """
 
     whole: ClassVar[bool] = True
+    takes_complex: ClassVar[bool] = True
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Masked:
         """The node for one array."""

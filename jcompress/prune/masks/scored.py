@@ -60,6 +60,11 @@ class ByScore(Method):
         return scores.needs(self.score)
 
     @property
+    def takes_complex(self) -> bool:  # type: ignore[override]  # it depends on the score
+        """Whether the score knows what a complex weight is worth."""
+        return self.score in (scores.magnitude, scores.random) or getattr(self.score, "takes_complex", False)
+
+    @property
     def joint(self) -> bool:
         """Whether one threshold, or one mask, serves all leaves of the rule."""
         return selection.is_joint(self)

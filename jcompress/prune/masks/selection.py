@@ -107,7 +107,8 @@ def fit(
     entry alone it need not be written out. Other scores square, multiply or add up what they read, so they see the
     arrays in the units of :mod:`jcompress.numeric.scaling`.
     """
-    if by is not None and method.pattern is None and method.scope != "output":
+    is_plain = method.pattern is None and method.scope != "output" and not any(map(jnp.iscomplexobj, arrays))
+    if by is not None and is_plain:
         masks = _decided(method, list(arrays), contexts, by)
     else:
         singly = by is not None and (method.pattern is None or isinstance(method.pattern, NM))

@@ -190,9 +190,9 @@ class Cast(Moved):
         return list(views)
 
     def _kept(self, view: View, eqn: jax_core.JaxprEqn) -> View | None:
-        # Between floats of 16 bits or more; anything narrower is a compression of its own.
+        # To floats of 16 bits or more, as from a float8 checkpoint; to anything narrower is a compression of its own.
         before, after = (walk.aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
-        return view if before.kind in "fV" and after.kind in "fV" and min(before.itemsize, after.itemsize) > 1 else None
+        return view if before.kind in "fV" and after.kind in "fV" and after.itemsize > 1 else None
 
 
 class Permutation(Moved):
