@@ -130,7 +130,8 @@ class Residual(Method):
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Sum]:
         """One node for each array of the rule."""
-        rest, terms = list(map(core.widened, arrays)), []
+        arrays = list(map(core.widened, arrays))
+        rest, terms = arrays, []
         for i, method in enumerate(self.methods):
             keyed = [c if c.key is None else dataclasses.replace(c, key=jax.random.fold_in(c.key, i)) for c in contexts]
             nodes = core.fit(method, rest, keyed)
@@ -160,7 +161,7 @@ def _nearer(
 
 def _better(w: jax.Array, old: Any, new: Any) -> Any:
     unit = scaling.unit([w])
-    before, after = (jnp.sum(jnp.square(unit.divide(w - core.dense(node)))) for node in (old, new))
+    before, after = (jnp.sum(jnp.square(jnp.abs(unit.divide(w - core.dense(node))))) for node in (old, new))
     nearer = after < before
     if core.is_concrete(nearer):
         return new if bool(nearer) else old

@@ -22,7 +22,7 @@ METHODS = {
     "random": jc.prune.Random(sparsity=0.7),
     "svd": SVD(rank=3),
     "svd-randomized": SVD(rank=3, randomized=True),
-    "low-rank-sparse": jc.residual(SVD(rank=2), M(sparsity=0.8)),
+    "low-rank-sparse": jc.residual(SVD(rank=2), M(sparsity=0.8), sweeps=2),
     "stacked-magnitude": jc.stacked(M(sparsity=0.5)),
     "int8": jc.cartesian(Int(bits=8)),
     "int12-block": jc.cartesian(Int(bits=12, block=(5, 3))),

@@ -48,7 +48,7 @@ def _energy(name: str, context: Context) -> Any:
     if not core.is_concrete(x):
         return None
     if name == "gram":
-        return jnp.diagonal(x, axis1=-2, axis2=-1)
+        return jnp.diagonal(x, axis1=-2, axis2=-1).real  # of complex inputs too
     if name in ("norm", "square"):
         return x
     by_weight = name in ("grad_square", "hessian_diagonal") and jnp.ndim(x) > 1
@@ -80,7 +80,7 @@ def _warn_raised(path: str, gram: Any, energy: np.ndarray, damping: float) -> No
     largest, mean = energy.max(axis=-1), energy.mean(axis=-1, dtype=np.float64)
     if (damping * mean >= 16 * np.finfo(np.float32).eps * k**0.5 * largest).all():
         return
-    raised = float(_raised(jnp.asarray(gram, jnp.float32).reshape(-1, k, k), damping))
+    raised = float(_raised(jnp.real(gram).astype(jnp.float32).reshape(-1, k, k), damping))
     if raised > 0:
         warnings.warn(
             f"{path}: its Gram matrix is singular with damping={damping:.3g}, and {damping + raised:.3g} was used; "
