@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jcompress.core import Context, Layout, PyTree
 from jcompress.formats import Masked, Sum
 from jcompress.formats.arranged import restored
 from jcompress.layers import observed, relaying
+from jcompress.numeric.alike import each
 from jcompress.numeric.packing import Expected
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
@@ -101,9 +102,38 @@ def check_plan(name: str, plan: Any) -> None:
 def fit(leaves: Mapping[str, Any], plan: Plan, contexts: Mapping[str, Context]) -> dict[str, Any]:
     """The nodes of all leaves that the plan names."""
     check_paths(leaves, plan)
-    nodes: dict[str, Any] = {}
-    for unit in plan.units():
-        nodes |= fit_unit(unit, plan, leaves, contexts)
+    return fit_units(plan.units(), plan, leaves, contexts)
+
+
+def fit_units(
+    units: list[list[str]],
+    plan: Plan,
+    arrays: Mapping[str, Any],
+    contexts: Mapping[str, Context],
+    prepare: Callable[[Any, Context], tuple[Any, Context]] = lambda w, context: (w, context),
+) -> dict[str, Any]:
+    """The nodes of many units, under ``jit`` in a loop over leaves that are alike.
+
+    Args:
+      units: of paths.
+      plan: their methods.
+      arrays: ``{path: array}``, or what an array is made from.
+      contexts: ``{path: context}``.
+      prepare: of these two gives the array and the context that the method is told.
+    """
+    alone = [unit[0] for unit in units if len(unit) == 1]
+
+    def one(i: int, item: tuple[Any, Context]) -> Any:
+        path, (w, context) = alone[i], item
+        w, context = prepare(w, dataclasses.replace(context, step=contexts[path].step, path=path))
+        return fit_unit([path], plan, {path: w}, {path: context})[path]
+
+    items = [(arrays[path], dataclasses.replace(contexts[path], step=None, path="")) for path in alone]
+    nodes = dict(zip(alone, each(one, items, list(map(plan.kind, alone))), strict=True))
+    for unit in units:
+        if len(unit) > 1:
+            known = {path: prepare(arrays[path], contexts[path]) for path in unit}
+            nodes |= fit_unit(unit, plan, {p: x[0] for p, x in known.items()}, {p: x[1] for p, x in known.items()})
     return nodes
 
 

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jcompress import core, rules, transforms
-from jcompress.apply import check_paths, check_plan, contexts_of, fit, fit_unit
+from jcompress.apply import check_paths, check_plan, contexts_of, fit, fit_units
 from jcompress.core import Context, PyTree
+from jcompress.numeric.alike import each, room_among
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
 
@@ -126,13 +128,13 @@ def project(
         if optimizer is not None and grads is None:
             grads = updates
         contexts = contexts_of(params, state.steps, state.key, stats, grads)
-        state = state._replace(strayed=_strayed(state, leaves, every))
+        step = _Step(here, every, state.steps, leaves, state.held, state.strayed, contexts)
         if optimizer is None:
-            change, held, after = *_chained(here, every, state, params, updates, contexts), None
+            change, held, strayed, after = *_chained(step, params, updates), None
         else:
-            change, held, after = _around(optimizer, here, every, state, params, updates, contexts, extra)
+            change, held, strayed, after = _around(optimizer, step, state.inner, params, updates, extra)
         updates = rules.rebuild(updates, change, like=params)
-        return updates, ProjectState(optax.safe_increment(state.steps), held, state.strayed, state.key, after)
+        return updates, ProjectState(optax.safe_increment(state.steps), held, strayed, state.key, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -175,25 +177,6 @@ def _single(x: jax.Array) -> jax.Array:
     return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
 
 
-def _strayed(state: ProjectState, params: dict[str, jax.Array], every: int) -> jax.Array:
-    """Whether the parameters left the set since the last step, and which: looked at on steps 1, 2, 4, 8, ...
-
-    So a transform behind this one is found out at next to no cost, under a ramp that starts at nothing too.
-    """
-    held = dict(sorted(state.held.items()))
-    look = (state.steps > 0) & (state.steps & (state.steps - 1) == 0) & (state.strayed < 0)
-
-    def first() -> jax.Array:
-        fresh = transforms.is_due(state.steps - 1, every)
-        off = jnp.stack([_is_off(node, params[path], fresh) for path, node in held.items()])
-        return jnp.where(off.any(), jnp.argmax(off), -1).astype(jnp.int32)
-
-    if not held:
-        return state.strayed
-    held, params = jax.lax.stop_gradient((held, params))
-    return jax.lax.cond(look, first, lambda: state.strayed)
-
-
 def _is_off(node: Any, w: jax.Array, fresh: jax.Array) -> jax.Array:
     """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit."""
     found = node.project(w) if _is_linear(node) else node
@@ -213,162 +196,214 @@ def _check_strayed(strayed: jax.Array, held: PyTree) -> None:
         )
 
 
-def _chained(
-    plan: Plan, every: int, state: ProjectState, params: PyTree, updates: PyTree, contexts: dict[str, Context]
-) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """The updates onto the set, and what is held, given the updates of the optimizer."""
-    leaves = rules.paths(params)
-    arrays, change = dict(leaves), rules.beside(params, updates)
+class _Step(NamedTuple):
+    """What a step is done with: the parameters and what was held as they were before it, and what is due in it."""
+
+    plan: Plan
+    every: int
+    steps: jax.Array
+    arrays: dict[str, jax.Array]
+    held: dict[str, Any]
+    strayed: jax.Array
+    contexts: dict[str, Context]
+
+    @property
+    def refits(self) -> jax.Array:
+        """Whether what is held is fitted anew."""
+        return transforms.is_due(self.steps, self.every)
+
+    @property
+    def looks(self) -> jax.Array:
+        """Whether it is looked at which parameters left the set since the last step: on steps 1, 2, 4, 8, ...
+
+        So a transform behind this one is found out at next to no cost, under a ramp that starts at nothing too.
+        """
+        return (self.steps > 0) & (self.steps & (self.steps - 1) == 0) & (self.strayed < 0)
+
+    def still(self) -> _Step:
+        """The same without derivatives."""
+        found: _Step = jax.lax.stop_gradient(self._replace(plan=None, every=None))
+        return found._replace(plan=self.plan, every=self.every)
+
+    def batches(self) -> list[list[list[str]]]:
+        """The units of leaves, those that are refitted together: as much as may be in memory twice, or a larger unit.
+
+        Units whose projections are all linear stand apart from others, leaves that are alike next to one another.
+        """
+        order: dict[Any, list[list[str]]] = {}
+        for unit in self.plan.units():
+            first = self.arrays[unit[0]]
+            order.setdefault((self.is_linear(unit), self.plan.kind(unit[0]), first.shape, first.dtype), []).append(unit)
+        room = room_among(x.size for x in self.arrays.values())
+        found: list[list[list[str]]] = []
+        left, last = 0, None
+        for (linear, *_), units in order.items():
+            for unit in units:
+                size = sum(self.arrays[path].size for path in unit)
+                if size > left or linear is not last:
+                    found.append([])
+                    left, last = room, linear
+                found[-1].append(unit)
+                left -= size
+        return found
+
+    def is_linear(self, unit: list[str]) -> bool:
+        """Whether the projections of all leaves of a unit cost linear time."""
+        return all(_is_linear(self.held[path]) for path in unit)
+
+    def found_off(self, strayed: jax.Array, paths: list[str]) -> jax.Array:
+        """The least number of a leaf that is off the set, of those that are found now and the one found before."""
+        fresh, names = transforms.is_due(self.steps - 1, self.every), sorted(self.held)
+        items = [(self.held[path], self.arrays[path]) for path in paths]
+        off = each(lambda i, item: _is_off(*item, fresh), items, list(map(self.plan.kind, paths)), long=1)
+        # As unsigned integers, of which -1 is the largest.
+        numbers = jnp.where(jnp.stack(off), np.array([names.index(path) for path in paths], np.uint32), ~np.uint32(0))
+        return jnp.minimum(strayed.astype(jnp.uint32), numbers.min()).astype(jnp.int32)
+
+    def anew(self, units: list[list[str]], new: dict[str, tuple[jax.Array, ...]]) -> dict[str, Any]:
+        """The nodes of units of leaves, fitted to new values: arrays, or the old ones and their updates."""
+
+        def prepare(w: tuple[jax.Array, ...], context: Context) -> tuple[jax.Array, Context]:
+            array, last = optax.apply_updates(*w) if len(w) > 1 else w[0], context.previous
+            return array, dataclasses.replace(context, previous=last.project(array) if _is_linear(last) else None)
+
+        known = {path: dataclasses.replace(self.contexts[path], previous=self.held[path]) for path in _paths(units)}
+        return fit_units(units, self.plan, new, known, prepare)
+
+
+class _Carry(NamedTuple):
+    """What goes from one refit to the next: which parameter strayed, and a zero, which puts it behind the one before.
+
+    So the updates of the whole model need not be in memory at once: of 5 million parameters these would be so large
+    that on a CPU every step would fetch its memory anew.
+    """
+
+    strayed: jax.Array
+    nothing: jax.Array
+
+    @classmethod
+    def of(cls, strayed: jax.Array, steps: jax.Array) -> _Carry:
+        """With a zero that the compiler cannot know to be one: what it is added to comes behind what gave it."""
+        return cls(strayed, (steps < 0).astype(jnp.float32))
+
+    def behind(self, x: jax.Array) -> jax.Array:
+        """The array, not before this is known."""
+        return x + self.nothing.astype(x.dtype)
+
+
+def _paths(units: list[list[str]]) -> list[str]:
+    return [path for unit in units for path in unit]
+
+
+def _chained(step: _Step, params: PyTree, updates: PyTree) -> tuple[dict[str, jax.Array], dict[str, Any], jax.Array]:
+    """The updates onto the set, what is held, and what strayed, given the updates of the optimizer."""
+    change = rules.beside(params, updates)
     held: dict[str, Any] = {}
     values: dict[str, jax.Array] = {}
-    # Behind the look at the parameters, which would be copied for it if they were written over meanwhile.
-    due, nothing = transforms.is_due(state.steps, every), _zero(state.strayed + 1)
-    # One unit behind the other, so that the updates of the whole model need not be in memory at once: of 5 million
-    # parameters these would be so large that on a CPU every step would fetch its memory anew.
-    for unit in plan.units():
-        change |= {path: _tied(change[path], nothing) for path in unit}
-        if all(_is_linear(state.held[path]) for path in unit):
-            now, moved, nothing = _looped(unit, plan, due, state, arrays, change, nothing, contexts)
+    carry = _Carry.of(step.strayed, step.steps)
+    for units in step.batches():
+        change |= {path: carry.behind(change[path]) for path in _paths(units)}
+        if step.is_linear(_paths(units)):
+            now, moved, carry = _looped(units, step, change, carry)
             change |= moved
         else:
-            new = {path: optax.apply_updates(arrays[path], change[path]) for path in unit}
-            now, more, nothing = _refitted([unit], plan, due, state, partial(_given, new), nothing, contexts)
+            new = {path: optax.apply_updates(step.arrays[path], change[path]) for path in _paths(units)}
+            now, more, carry = _refitted(units, step, partial(_given, new), carry)
             values |= more
         held |= now
-        change |= _onto(now, values, arrays, change)
-    return change, held
+        change |= _onto(now, values, step.arrays, change)
+    return change, held, carry.strayed
 
 
-def _given(new: dict[str, jax.Array], nothing: jax.Array) -> dict[str, jax.Array]:
+def _given(new: dict[str, jax.Array], carry: _Carry) -> dict[str, jax.Array]:
     return new
 
 
 def _looped(
-    unit: list[str],
-    plan: Plan,
-    due: jax.Array,
-    state: ProjectState,
-    arrays: dict[str, jax.Array],
-    change: dict[str, jax.Array],
-    nothing: jax.Array,
-    contexts: dict[str, Context],
-) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
-    """What leaves of linear projections hold after a step, their updates, and a zero, by a loop of no turn or one.
+    units: list[list[str]], step: _Step, change: dict[str, jax.Array], carry: _Carry
+) -> tuple[dict[str, Any], dict[str, jax.Array], _Carry]:
+    """What leaves of linear projections hold after a step, and their updates, by a loop of no turn or one.
 
     The result of a loop stands where its operand stood: on steps without a turn the updates are written and read once.
     A conditional would have the new values written out beside them.
     """
     # What is held has no derivative, and a loop none in reverse mode: only the updates pass theirs by.
-    arrays, contexts, held, operand = jax.lax.stop_gradient(
-        ({path: arrays[path] for path in unit}, {path: contexts[path] for path in unit},
-         {path: state.held[path] for path in unit}, {path: change[path] for path in unit})
-    )  # fmt: skip
+    still, carry, paths = step.still(), jax.lax.stop_gradient(carry), _paths(units)
+    held, operand = {path: still.held[path] for path in paths}, {path: change[path] for path in paths}
 
-    def turn(carry: tuple) -> tuple:
-        _, held, moved, _ = carry
-        new = {path: optax.apply_updates(arrays[path], moved[path]) for path in unit}
-        nodes, zero = _anew([unit], plan, held, new, contexts), _zero(state.steps)
-        # Touched, or XLA would take the updates from before the loop, and compute them again after it.
-        return jnp.zeros_like(due), _fixed(nodes), {path: _tied(x, zero) for path, x in moved.items()}, zero
+    def turn(loop: tuple) -> tuple:
+        _, held, moved, carry = loop
+        now = still._replace(held=still.held | held)
+        strayed = jax.lax.cond(still.looks, lambda: now.found_off(carry.strayed, paths), lambda: carry.strayed)
 
-    _, held, moved, zero = jax.lax.while_loop(lambda carry: carry[0], turn, (due, held, operand, nothing))
-    return held, {path: straight_through(change[path], moved[path]) for path in unit}, zero
+        def fitted() -> dict[str, Any]:
+            return _fixed(now.anew(units, {path: (still.arrays[path], moved[path]) for path in paths}))
+
+        held = jax.lax.cond(still.refits, fitted, lambda: held)
+        # Held back, or XLA would take the updates from before the loop, and compute them again after it.
+        return jnp.array(False), held, jax.lax.optimization_barrier(moved), _Carry.of(strayed, still.steps)
+
+    due = still.refits | still.looks
+    loop = due, held, jax.lax.stop_gradient(operand), carry
+    _, held, moved, carry = jax.lax.while_loop(lambda loop: loop[0], turn, loop)
+    return held, {path: straight_through(change[path], moved[path]) for path in paths}, carry
 
 
 def _around(
     optimizer: optax.GradientTransformationExtraArgs,
-    plan: Plan,
-    every: int,
-    state: ProjectState,
+    step: _Step,
+    inner: PyTree,
     params: PyTree,
     grads: PyTree,
-    contexts: dict[str, Context],
     extra: dict[str, Any],
-) -> tuple[dict[str, jax.Array], dict[str, Any], PyTree]:
-    """As :func:`_chained`, given the optimizer; and the optimizer's new state."""
-    leaves = rules.paths(params)
-    arrays = dict(leaves)
+) -> tuple[dict[str, jax.Array], dict[str, Any], jax.Array, PyTree]:
+    """As :func:`_chained`, given the optimizer and its state; and the optimizer's new state."""
     held: dict[str, Any] = {}
     values: dict[str, jax.Array] = {}
-    # Behind the look at the parameters, which would be copied for it if they were written over meanwhile.
-    due, nothing = transforms.is_due(state.steps, every), _zero(state.strayed + 1)
+    carry = _Carry.of(step.strayed, step.steps)
 
     @jax.jit  # traced once, for all conditionals
-    def stepped(nothing: jax.Array) -> tuple[PyTree, PyTree]:
-        return optimizer.update(jax.tree.map(lambda g: _tied(g, nothing), grads), state.inner, params, **extra)
+    def stepped(carry: _Carry) -> tuple[PyTree, PyTree]:
+        return optimizer.update(jax.tree.map(carry.behind, grads), inner, params, **extra)
 
-    def moved(nothing: jax.Array) -> dict[str, jax.Array]:
-        change = rules.beside(params, stepped(nothing)[0])
-        return {path: optax.apply_updates(x, change[path]) for path, x in leaves}
+    def moved(carry: _Carry) -> dict[str, jax.Array]:
+        change = rules.beside(params, stepped(carry)[0])
+        return {path: optax.apply_updates(x, change[path]) for path, x in step.arrays.items()}
 
-    for units in _batches(plan.units(), arrays):
-        now, more, nothing = _refitted(units, plan, due, state, moved, nothing, contexts)
+    for units in step.batches():
+        now, more, carry = _refitted(units, step, moved, carry)
         held, values = held | now, values | more
     # Behind the conditionals, which read the state that the optimizer writes over: else it would be copied.
-    updates, after = stepped(nothing)
+    updates, after = stepped(carry)
     change = rules.beside(params, updates)
-    return change | _onto(held, values, arrays, change), held, after
-
-
-def _batches(units: list[list[str]], arrays: dict[str, jax.Array]) -> list[list[list[str]]]:
-    """The units, those of a conditional together: an eighth of the parameters, or a single larger unit."""
-    sizes = [sum(arrays[path].size for path in unit) for unit in units]
-    found: list[list[list[str]]] = []
-    room = 0
-    for unit, size in zip(units, sizes, strict=True):
-        if size > room:
-            found.append([])
-            room = sum(sizes) // 8
-        found[-1].append(unit)
-        room -= size
-    return found
-
-
-def _zero(steps: jax.Array) -> jax.Array:
-    """A zero that the compiler cannot know to be one: what it is added to comes behind the loop that gave it."""
-    return (steps < 0).astype(jnp.float32)
-
-
-def _tied(x: jax.Array, nothing: jax.Array) -> jax.Array:
-    return x + nothing.astype(x.dtype)
+    return change | _onto(held, values, step.arrays, change), held, carry.strayed, after
 
 
 def _refitted(
-    units: list[list[str]],
-    plan: Plan,
-    due: jax.Array,
-    state: ProjectState,
-    moved: Callable[[jax.Array], dict[str, jax.Array]],
-    nothing: jax.Array,
-    contexts: dict[str, Context],
-) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
-    """What units of leaves hold after a step, the values of those whose projection is not linear, and a zero."""
-    unit = [path for some in units for path in some]
-    held = {path: state.held[path] for path in unit}
-    rest = [path for path in unit if not _is_linear(held[path])]
+    units: list[list[str]], step: _Step, moved: Callable[[_Carry], dict[str, jax.Array]], carry: _Carry
+) -> tuple[dict[str, Any], dict[str, jax.Array], _Carry]:
+    """What units of leaves hold after a step, and the values of those whose projection is not linear."""
+    paths = _paths(units)
+    held = {path: step.held[path] for path in paths}
+    rest = [path for path in paths if not _is_linear(held[path])]
 
-    def fitted(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
-        nodes = _anew(units, plan, held, moved(nothing), contexts)
-        values = {path: nodes[path].materialize() for path in rest}
-        return _fixed(nodes), values, _zero(state.steps)
+    def fitted(carry: _Carry) -> tuple[dict, dict]:
+        nodes = step.anew(units, {path: (x,) for path, x in moved(carry).items()})
+        return _fixed(nodes), {path: nodes[path].materialize() for path in rest}
 
-    def kept(nothing: jax.Array) -> tuple[dict, dict, jax.Array]:
-        new = moved(nothing) if rest else {}
-        return held, {path: new[path] for path in rest}, _zero(state.steps)
+    def kept(carry: _Carry) -> tuple[dict, dict]:
+        new = moved(carry) if rest else {}
+        return held, {path: new[path] for path in rest}
 
-    return jax.lax.cond(due, fitted, kept, nothing)
+    def due(carry: _Carry) -> tuple[dict, dict, _Carry]:
+        still = step.still()
+        strayed = jax.lax.cond(step.looks, lambda: still.found_off(carry.strayed, paths), lambda: carry.strayed)
+        return *jax.lax.cond(step.refits, fitted, kept, carry), _Carry.of(strayed, step.steps)
 
+    def ordinary(carry: _Carry) -> tuple[dict, dict, _Carry]:
+        return *kept(carry), _Carry.of(carry.strayed, step.steps)
 
-def _anew(
-    units: list[list[str]], plan: Plan, held: dict[str, Any], new: dict[str, jax.Array], contexts: dict[str, Context]
-) -> dict[str, Any]:
-    """The nodes of units of leaves, fitted to new values."""
-    previous = {path: node.project(new[path]) for path, node in held.items() if _is_linear(node)}
-    known = {path: dataclasses.replace(contexts[path], previous=previous.get(path)) for path in held}
-    nodes: dict[str, Any] = {}
-    for unit in units:
-        nodes |= fit_unit(unit, plan, new, known)
-    return nodes
+    return jax.lax.cond(step.refits | step.looks, due, ordinary, carry)
 
 
 def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, change: dict) -> dict[str, jax.Array]:

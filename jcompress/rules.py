@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import jax
@@ -121,6 +121,14 @@ def key_of(key: jax.Array | None, path: str) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
+def kind(path: str) -> str:
+    """What paths of leaves that are sharded alike have in common: all but numbers, as of layers.
+
+    Under ``jit`` arrays do not tell how they are sharded. With a single device all paths are of one kind.
+    """
+    return "" if jax.device_count() == 1 else re.sub(r"\d+", "0", path)
+
+
 def matching(params: PyTree | Mapping[str, Any], match: str, name: str = "match") -> dict[str, Any]:
     """``{path: leaf}`` of the leaves whose whole path a regular expression matches.
 
@@ -144,6 +152,7 @@ class Plan(Mapping):
       groups: ``{path: number}``.
       shapes: ``{path: shape}``, where known.
       layouts: ``{path: Layout}``, where known.
+      shardings: ``{path: sharding}`` of leaves that are spread over devices, where known.
       notes: what is worth telling about the rules.
 
     Example:
@@ -161,12 +170,14 @@ class Plan(Mapping):
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         notes: Sequence[str] = (),
         layouts: Mapping[str, Layout] | None = None,
+        shardings: Mapping[str, Any] | None = None,
     ) -> None:
         self._methods = dict(methods)
         self.groups = dict(groups) if groups is not None else _numbered(self._methods)
         self.shapes = dict(shapes or {})
         self.notes = tuple(notes)
         self.layouts = dict(layouts or {})
+        self.shardings = dict(shardings or {})
 
     def __getitem__(self, path: str) -> Method | None:
         return self._methods[path]
@@ -189,7 +200,7 @@ class Plan(Mapping):
             if method is not None and path in self.shapes:
                 _check_fit(method, path, self.shapes[path], jnp.float32, self.layouts.get(path))
         groups = {**self.groups, **_numbered(changes, max(self.groups.values(), default=0) + 1)}
-        return Plan({**self._methods, **changes}, groups, self.shapes, self.notes, self.layouts)
+        return Plan({**self._methods, **changes}, groups, self.shapes, self.notes, self.layouts, self.shardings)
 
     def units(self, among: Iterable[str] | None = None) -> list[list[str]]:
         """The paths that are decided together: all of a rule whose method decides for all at once, else each alone.
@@ -203,6 +214,10 @@ class Plan(Mapping):
             if method is not None or among is not None:
                 found.setdefault(self.groups[path] if core.is_joint(method) else path, []).append(path)
         return list(found.values())
+
+    def kind(self, path: str) -> Hashable:
+        """What leaves of one shape must have in common to be treated in one loop: rule, layout and sharding."""
+        return self.groups[path], self.layouts.get(path), self.shardings.get(path), kind(path)
 
     def _laid_out(self, path: str) -> str:
         found = self.layouts.get(path)
@@ -285,7 +300,14 @@ def plan(params: PyTree, rules: Iterable[Rule], layout: Mapping[str, Layout] | N
         if not won[i]
     ]
     shapes = {path: jnp.shape(x) for path, x in found if not core.is_node(x)}
-    return Plan(methods, groups, shapes, notes, layouts)
+    shardings = {path: sharding for path, x in found if (sharding := _spread(x)) is not None}
+    return Plan(methods, groups, shapes, notes, layouts, shardings)
+
+
+def _spread(leaf: Any) -> Any:
+    """The sharding of a leaf that is known to be on several devices."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return sharding if len(getattr(sharding, "device_set", ())) > 1 else None
 
 
 def _layouts(found: list[tuple[str, Any]], layout: Mapping[str, Layout]) -> dict[str, Layout]:

@@ -60,7 +60,12 @@ def compress_sequentially(
     apply.check_paths(dense, plan)
     nodes: dict[str, Any] = {}
     for paths in _by_level(_levels(fn, params, batches, plan), plan):
-        part = Plan({p: plan[p] for p in paths}, {p: plan.groups[p] for p in paths}, layouts=plan.layouts)
+        part = Plan(
+            {p: plan[p] for p in paths},
+            {p: plan.groups[p] for p in paths},
+            layouts=plan.layouts,
+            shardings=plan.shardings,
+        )
         stats = None
         if any(need.split(".")[0] == "stats" for need in core.needs(*part.values())):
             only = plan.replace({p: None for p in plan if p not in part})

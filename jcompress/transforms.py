@@ -203,7 +203,7 @@ def shown(plan: Plan, params: PyTree) -> Plan:
         return plan
     kept = {path: method for path, method in plan.items() if not is_hidden(path, params)}
     shapes = {path: shape for path, shape in plan.shapes.items() if path in kept}
-    return Plan(kept, {path: plan.groups[path] for path in kept}, shapes, plan.notes, plan.layouts)
+    return Plan(kept, {path: plan.groups[path] for path in kept}, shapes, plan.notes, plan.layouts, plan.shardings)
 
 
 def onto(params: PyTree, updates: PyTree, values: Mapping[str, jax.Array]) -> PyTree:

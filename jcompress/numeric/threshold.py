@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,12 +30,14 @@ from jcompress.numeric.counting import (
     reduce_together,
 )
 
+_PROBES, _FEW, _STALLED, _LANES = 5, 2_000, 0.7, 16
+
 
 class _Search(NamedTuple):
     """``low`` reaches the wanted count, ``high`` does not; the answer is the last integer that does.
 
     All are scalars. ``margin`` is how far off the wanted place the outer probes lie, in brackets; where it is large the
-    probes divide the bracket evenly.
+    probes divide the bracket evenly. ``probes`` are those of the next read.
     """
 
     low: jax.Array
@@ -43,33 +46,40 @@ class _Search(NamedTuple):
     high_count: Count
     margin: jax.Array
     reads: jax.Array
+    probes: tuple[jax.Array, ...] = ()
+
+    def probing(self, offsets: Sequence[jax.Array]) -> _Search:
+        """With probes at rising offsets from ``low``: strictly increasing inside the bracket where there is room."""
+        unsigned, room = self.low.dtype, self.high - self.low - 1
+        limit, middle = float(jnp.iinfo(unsigned).max) * 0.999, len(offsets) // 2
+        probes = []
+        for i, offset in enumerate(offsets):
+            step = jnp.clip(jnp.floor(offset), 0.0, limit).astype(unsigned)
+            # One more from probe to probe, about the middle one, which stays where it is.
+            step = jnp.maximum(step + i, i + 1 + middle) - middle
+            # Where later probes find no room they fall on the last integer, and count it again.
+            probes.append(self.low + jnp.minimum(step, room + 1 - jnp.minimum(len(offsets) - i, room)))
+        return self._replace(probes=tuple(probes))
 
     def packed(self) -> jax.Array:
-        """One vector of integers, so that a turn of the search writes one small array."""
+        """One vector of integers, the last of them 0."""
         margin = lax.bitcast_convert_type(self.margin, jnp.uint32)
-        return jnp.stack([x.astype(self.low.dtype) for x in jax.tree.leaves(self._replace(margin=margin))])
+        packed = jnp.zeros(_LANES, self.low.dtype)
+        for i, x in enumerate(jax.tree.leaves(self._replace(margin=margin))):
+            packed = jnp.where(np.arange(_LANES) == i, x.astype(packed.dtype), packed)
+        return packed
 
     def unpacked(self, packed: jax.Array) -> _Search:
         """The search in a vector, of the same dtypes as this one."""
-        found: _Search = jax.tree.unflatten(jax.tree.structure(self), list(packed))
+        found: _Search = jax.tree.unflatten(
+            jax.tree.structure(self), list(packed[: jax.tree.structure(self).num_leaves])
+        )
         margin = lax.bitcast_convert_type(found.margin.astype(jnp.uint32), jnp.float32)
         counts = [Count(*(x.astype(jnp.uint32) for x in count)) for count in (found.low_count, found.high_count)]
         return found._replace(margin=margin, low_count=counts[0], high_count=counts[1])
 
 
-def _increasing(low: jax.Array, high: jax.Array, offsets: jax.Array) -> jax.Array:
-    """``low`` plus rising offsets, as strictly increasing integers inside ``(low, high)`` where there is room."""
-    unsigned, room = low.dtype, high - low - 1
-    order = jnp.arange(_PROBES, dtype=unsigned)
-    steps = jnp.clip(jnp.floor(offsets), 0.0, float(jnp.iinfo(unsigned).max) * 0.999).astype(unsigned)
-    # One more from probe to probe, about the middle one, which stays where it is.
-    middle = jnp.asarray(_PROBES // 2, unsigned)
-    steps = jnp.maximum(steps + order, order + 1 + middle) - middle
-    # Where later probes find no room they fall on the last integer, and count it again.
-    return low + jnp.minimum(steps, room + 1 - jnp.minimum(_PROBES - order, room))
-
-
-def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array] | None = None) -> jax.Array:
+def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array] | None = None) -> list[jax.Array]:
     """Five offsets: two close about the place where the count should be met, two farther out, and the place itself.
 
     The place is where ``curve`` of the count, taken as straight between the ends of the bracket, meets the wanted one;
@@ -78,62 +88,56 @@ def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array]
     inside = jnp.maximum(s.low_count.minus(s.high_count), 1.0)
     centre = part = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
     if curve is not None:
-        low, place, high = curve(Count(*map(jnp.stack, zip(s.low_count, wanted, s.high_count, strict=True))))
+        low, place, high = curve(s.low_count), curve(wanted), curve(s.high_count)
         curved = jnp.clip((low - place) / jnp.maximum(low - high, 1e-9), 0.0, 1.0)
         centre = jnp.where(inside > _FEW, curved, part)
     noise = jnp.sqrt(part * (1 - part) / inside) + 0.5 / inside
-    sides = jnp.stack([jnp.maximum(s.margin, 2 * noise), noise, jnp.zeros_like(noise)])
-    near = jnp.clip(centre + jnp.concatenate([-sides, sides[1::-1]]), 0.0, 1.0)
+    wide = jnp.maximum(s.margin, 2 * noise)
     even = (inside <= _PROBES + 1) | (s.margin > 0.3)
-    evenly = (np.arange(_PROBES, dtype=np.float32) + 1) / (_PROBES + 1)
-    return jnp.where(even, evenly, near) * (s.high - s.low).astype(jnp.float32)
+    offsets, width = [], (s.high - s.low).astype(jnp.float32)
+    for i, side in enumerate((-wide, -noise, 0.0, noise, wide)):
+        near = jnp.clip(centre + side, 0.0, 1.0)
+        offsets.append(jnp.where(even, (i + 1) / (_PROBES + 1), near) * width)
+    return offsets
 
 
-_PROBES, _FEW = 5, 2_000
-
-
-def _narrow(s: _Search, probes: jax.Array, counts: Count, wanted: Count) -> _Search:
-    # Counts fall as probes rise: the new ends are the last probe that reaches the wanted count and the one behind it.
-    rows = [probes, *(x.astype(probes.dtype) for x in counts)]
-    ends = [jnp.stack([x.astype(probes.dtype) for x in (end, *count)])[:, None]
-            for end, count in ((s.low, s.low_count), (s.high, s.high_count))]  # fmt: skip
-    table = jnp.concatenate([ends[0], jnp.stack(rows), ends[1]], axis=1)
-    last = jnp.sum(counts.reaches(wanted), dtype=jnp.int32)
-    (low, *low_count), (high, *high_count) = lax.dynamic_slice_in_dim(table, last, 2, axis=1).T
-    within, shrunk = (last > 0) & (last < _PROBES), (high - low) <= (s.high - s.low) // 4
+def _narrow(s: _Search, counts: list[Count], wanted: Count) -> _Search:
+    low, low_count, high, high_count = s.low, s.low_count, s.high, s.high_count
+    for probe, count in zip(s.probes, counts, strict=True):
+        reaches = count.reaches(wanted)
+        low, low_count = jnp.where(reaches, probe, low), pick(reaches, count, low_count)
+    for probe, count in zip(s.probes[::-1], counts[::-1], strict=True):
+        reaches = count.reaches(wanted)
+        high, high_count = jnp.where(reaches, high, probe), pick(reaches, high_count, count)
+    within = (low >= s.probes[0]) & (high <= s.probes[-1])
+    shrunk = (high - low) <= (s.high - s.low) // 4
     margin = jnp.where(within, jnp.maximum(0.4 * s.margin, 0.02), jnp.minimum(1.5 * s.margin, 0.5))
     margin = jnp.where(within | shrunk, margin, _STALLED)
-    both = [Count(*(x.astype(jnp.uint32) for x in count)) for count in (low_count, high_count)]
-    return _Search(low, both[0], high, both[1], margin, s.reads + 1)
-
-
-_STALLED = 0.7
+    return _Search(low, low_count, high, high_count, margin, s.reads + 1)
 
 
 def _search(
-    count: Callable[[jax.Array], Count],
+    count: Callable[[Sequence[jax.Array]], list[Count]],
     start: _Search,
     wanted: Count,
-    guess: jax.Array,
     curve: Callable[[Count], jax.Array] | None = None,
 ) -> _Search:
-    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count.
+    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count."""
 
-    ``guess`` are the offsets of the first probes.
-    """
-
-    def is_open(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
-        s = start.unpacked(carry[0])
+    def is_open(packed: jax.Array) -> jax.Array:
+        s = start.unpacked(packed)
         return (s.high - s.low > 1) & ~s.low_count.equals(wanted)
 
-    def narrow(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        packed, probes = carry
-        s = _narrow(start.unpacked(packed), probes, count(probes), wanted)
-        # Probes for the next turn: computed in this one, they would be computed again for each value that is read.
-        return s.packed(), _increasing(s.low, s.high, _interpolated(s, wanted, curve))
+    def narrow(packed: jax.Array) -> jax.Array:
+        # Every lane computes all of the turn, with numbers of its own by adding a zero that the compiler does not know:
+        # so it makes one program of it. Of scalars it would make a dozen, and each takes as long to compile.
+        s, nil = start.unpacked(packed), jnp.minimum(packed, packed[-1])
+        counts = count(s.probes)
+        s, counts, goal = jax.tree.map(lambda x: x + nil.astype(x.dtype), (s, counts, wanted))
+        s = _narrow(s, counts, goal)
+        return s.probing(_interpolated(s, goal, curve)).packed()
 
-    first = start.packed(), _increasing(start.low, start.high, guess)
-    return start.unpacked(lax.while_loop(is_open, narrow, first)[0])
+    return start.unpacked(lax.while_loop(is_open, narrow, start.packed()))
 
 
 class _Values(NamedTuple):
@@ -166,15 +170,16 @@ class _Values(NamedTuple):
         return _falling_rank(inner, lax.optimization_barrier((first, *later_than))[0])
 
 
-def _count_reaching(values: Sequence[_Values], probes: jax.Array) -> Count:
+def _count_reaching(values: Sequence[_Values], probes: Sequence[jax.Array]) -> list[Count]:
     """How many ranks reach each probe. The barrier keeps XLA from hoisting the ranks into a copy."""
     counts = []
     for x in values:
-        *arrays, held = lax.optimization_barrier((*x.arrays, probes))
-        bits = x.rank(*arrays)
-        flags = [(bits >= held[i]).astype(jnp.uint32) for i in range(_PROBES)]
-        counts.append(jnp.stack(reduce_together(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES)))
-    return Count.total(counts)
+        number = len(x.arrays)
+        held = lax.optimization_barrier((*x.arrays, *probes))
+        bits = x.rank(*held[:number])
+        flags = [(bits >= probe).astype(jnp.uint32) for probe in held[number:]]
+        counts.append(reduce_together(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
+    return [Count.total(column) for column in zip(*counts, strict=True)]
 
 
 def _common_float(scores: Sequence[jax.Array]) -> list[jax.Array]:
@@ -227,12 +232,13 @@ def _start(
         octave = jnp.clip((bits >> mantissa).astype(jnp.int32) - lowest, 0, _OCTAVES).astype(jnp.uint32)
         octave, counted = (jnp.where(drawn, y, jnp.zeros_like(y)) for y in (octave, jnp.ones_like(octave)))
         rows.append(reduce_together([counted, octave, octave * octave, bits, least], start, combine))
-    count, octaves, squares, largest, smallest = (jnp.stack(column) for column in zip(*rows, strict=True))
-    n = jnp.maximum(jnp.sum(count), 1).astype(jnp.float32)
+    merge = (operator.add, operator.add, operator.add, jnp.maximum, jnp.minimum)
+    count, octaves, squares, largest, smallest = map(functools.reduce, merge, zip(*rows, strict=True))
+    n = jnp.maximum(count, 1).astype(jnp.float32)
     # The middle of an octave, from which its values are a twelfth of a squared octave away.
-    mean = jnp.sum(octaves).astype(jnp.float32) / n + 0.5
-    deviation = jnp.sqrt(jnp.maximum(jnp.sum(squares).astype(jnp.float32) / n - (mean - 0.5) ** 2, 0.0) + 1 / 12)
-    search = _bracket(values, wanted, jnp.min(smallest), jnp.max(largest))
+    mean = octaves.astype(jnp.float32) / n + 0.5
+    deviation = jnp.sqrt(jnp.maximum(squares.astype(jnp.float32) / n - (mean - 0.5) ** 2, 0.0) + 1 / 12)
+    search = _bracket(values, wanted, smallest, largest)
     # In bits above the low end; that of bits of 16 is far below 2**24, that of 32 is known to a few octaves anyway.
     centre = (mean + lowest) * float(1 << mantissa) - search.low.astype(jnp.float32)
     return search, centre, deviation * float(1 << mantissa)
@@ -297,8 +303,9 @@ def _ranked(
         reach, rest = (jnp.maximum(x, none) / n for x in (count.minus(Count.of(0)), total.minus(count)))
         return jnp.where(reach < rest, -1.0, 1.0) * _deviations(jnp.minimum(reach, rest))
 
-    guess = centre + (jnp.array([-1, -0.25, 0, 0.25, 1]) - normal(wanted)) * deviation
-    return values, _search(lambda probes: _count_reaching(values, probes), start, wanted, guess, normal)
+    z = -normal(wanted)
+    start = start.probing([centre + (z + side) * deviation for side in (-1, -0.25, 0, 0.25, 1)])
+    return values, _search(lambda probes: _count_reaching(values, probes), start, wanted, normal)
 
 
 def _deviations(part: jax.Array) -> jax.Array:
@@ -417,7 +424,8 @@ def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
     values = [_Values(rank, (among, first, second), among.shape, among)]
     start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_LAST))
     start = start._replace(margin=jnp.float32(0.0))
-    found = _search(lambda probes: _count_reaching(values, probes), start, wanted, _interpolated(start, wanted))
+    start = start.probing(_interpolated(start, wanted))
+    found = _search(lambda probes: _count_reaching(values, probes), start, wanted)
     ties, left = found.low_count.left_after(found.high_count), wanted.left_after(found.high_count)
     return _reaching(values[0], found.low, _cut(values, found.low, ties, left))
 
@@ -453,17 +461,17 @@ def _reaching(x: _Values, level: jax.Array, cut: jax.Array) -> jax.Array:
 def _cut(values: Sequence[_Values], level: jax.Array, ties: Count, wanted: Count) -> jax.Array:
     """The place down to which the first ``wanted`` of the values at ``level`` lie, of which there are ``ties``."""
 
-    def reaching(probes: jax.Array) -> Count:
+    def reaching(probes: Sequence[jax.Array]) -> list[Count]:
         counts = []
         for x in values:
-            flags, places = x.bits(level, probes) == level, x.places(level, probes)
-            reached = [(flags & (places >= probes[i])).astype(jnp.uint32) for i in range(_PROBES)]
-            counts.append(jnp.stack(reduce_together(reached, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES)))
-        return Count.total(counts)
+            flags, places = x.bits(level, *probes) == level, x.places(level, *probes)
+            reached = [(flags & (places >= probe)).astype(jnp.uint32) for probe in probes]
+            counts.append(reduce_together(reached, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
+        return [Count.total(column) for column in zip(*counts, strict=True)]
 
     last = jnp.uint32(sum(x.size for x in values) + 1)
     start = _Search(jnp.uint32(0), ties, last, Count.of(0), jnp.float32(0.25), jnp.uint32(0))
-    cut = _search(reaching, start, wanted, _interpolated(start, wanted))
+    cut = _search(reaching, start.probing(_interpolated(start, wanted)), wanted)
     return jnp.where(cut.low_count.equals(wanted), cut.low, cut.high)
 
 
