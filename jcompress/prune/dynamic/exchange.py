@@ -58,9 +58,13 @@ class SET(leaves.Exchange):
     def exchange(self, found: Sequence[Leaf], memory: Any = ()) -> tuple[list[jax.Array], list[jax.Array], Any]:
         """The new masks, what of the old ones was not dropped, and the memory."""
         fraction = core.value_at(self.fraction, found[0].step) if found else 0
-        dropped = [_dropped(leaf, fraction) for leaf in found]
-        grown = [leaves.grow_random(x, leaf.key, number) for leaf, (x, number) in zip(found, dropped, strict=True)]
-        return grown, [survivors for survivors, _ in dropped], memory
+
+        def one(leaf: Leaf) -> tuple[jax.Array, jax.Array]:
+            survivors, number = _dropped(leaf, fraction)
+            return leaves.grow_random(survivors, leaf.key, number), survivors
+
+        moved = leaves.each(one, found)
+        return [masks for masks, _ in moved], [survivors for _, survivors in moved], memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +108,12 @@ class RigL:
     def __call__(self, found: Sequence[Leaf], memory: Any = (), /) -> tuple[list[jax.Array], Any]:
         """The new masks."""
         fraction = self.fraction_at(found[0].step) if found else 0
-        grown = []
-        for leaf in found:
+
+        def one(leaf: Leaf) -> jax.Array:
             survivors, number = _dropped(leaf, fraction)
-            grown.append(leaves.grow_largest(survivors, leaf.grad, number))
-        return grown, memory
+            return leaves.grow_largest(survivors, leaf.grad, number)
+
+        return leaves.each(one, found), memory
 
 
 def _dropped(leaf: Leaf, fraction: Any) -> tuple[jax.Array, jax.Array]:

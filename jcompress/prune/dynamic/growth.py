@@ -74,7 +74,7 @@ class NeST(leaves.Exchange):
 
     def exchange(self, found: Sequence[Leaf], memory: Any = ()) -> tuple[list[jax.Array], list[jax.Array], Any]:
         """The new masks, what of the old ones was not dropped, and the memory."""
-        moved = [self._moved(leaf) for leaf in found]
+        moved = leaves.each(self._moved, found)
         return [masks for masks, _ in moved], [survivors for _, survivors in moved], memory
 
     def _moved(self, leaf: Leaf) -> tuple[jax.Array, jax.Array]:

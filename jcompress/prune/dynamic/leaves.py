@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from jcompress.numeric import alike
 from jcompress.numeric.counting import count_true
 from jcompress.numeric.threshold import keep_largest, keep_random
+
+T = TypeVar("T")
 
 
 class Leaf(NamedTuple):
@@ -22,6 +25,7 @@ class Leaf(NamedTuple):
       momentum: the moving average of dense gradients, or None if the rule reads none.
       step: the steps taken.
       key: a PRNG key of this leaf's and this step's own, or None if training was given none.
+      kind: what leaves of one shape must have in common to be treated in one loop, as :func:`each` does.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -38,6 +42,7 @@ class Leaf(NamedTuple):
     momentum: jax.Array | None
     step: jax.Array
     key: jax.Array | None
+    kind: Hashable = None
 
 
 @runtime_checkable
@@ -76,6 +81,23 @@ class Exchange:
         """The new masks."""
         masks, _, memory = self.exchange(found, memory)
         return masks, memory
+
+
+def each(call: Callable[..., T], found: Sequence[Leaf], *others: Sequence[Any]) -> list[T]:
+    """``call(leaf, *other)`` for every leaf, compiled once for those that are alike.
+
+    Args:
+      call: of a leaf, and of what belongs to it.
+      found: the leaves.
+      *others: more for each leaf, arrays or pytrees of arrays.
+    """
+
+    def one(i: int, item: tuple[Any, ...]) -> T:
+        leaf, *rest = item
+        return call(leaf._replace(step=found[i].step, kind=found[i].kind), *rest)
+
+    bare = [leaf._replace(step=None, kind=None) for leaf in found]
+    return alike.each(one, list(zip(bare, *others, strict=True)), [leaf.kind for leaf in found])
 
 
 def part(mask: jax.Array, fraction: Any) -> jax.Array:
@@ -120,12 +142,15 @@ def apportion(total: jax.Array, shares: jax.Array, room: jax.Array) -> jax.Array
     """
     shares = jnp.where(jnp.sum(shares) > 0, shares, 1.0)
     wanted, limit = total.astype(jnp.float32), room.astype(jnp.float32)
-    given = jnp.zeros_like(limit)
-    for _ in range(shares.size):  # each round fills one at least, or gives all away
+
+    def share(_: int, given: jax.Array) -> jax.Array:
         open_shares = jnp.where(given < limit, shares, 0.0)
         whole = jnp.sum(open_shares)
         more = (wanted - jnp.sum(given)) * open_shares / jnp.where(whole > 0, whole, 1.0)
-        given = jnp.minimum(given + more, limit)
+        return jnp.minimum(given + more, limit)
+
+    # Each round fills one at least, or gives all away.
+    given = jax.lax.fori_loop(0, shares.size, share, jnp.zeros_like(limit))
     floors = jnp.minimum(jnp.floor(given).astype(jnp.uint32), room)
     # Sums in float32 may be off either way: take back what is too much, then fill up in order.
     floors = _filled(total, floors)

@@ -47,11 +47,10 @@ class SparseMomentum(leaves.Exchange):
         if not found:
             return [], [], memory
         fraction = core.value_at(self.fraction, found[0].step)
-        survivors = [leaves.drop_smallest(leaf, leaves.part(leaf.mask, fraction)) for leaf in found]
-        momenta = [_momentum(leaf) for leaf in found]
-        shares = [mean_where(jnp.abs(m), leaf.mask) for m, leaf in zip(momenta, found, strict=True)]
-        numbers = _shared_out(found, survivors, jnp.stack(shares))
-        grown = [leaves.grow_largest(*args) for args in zip(survivors, momenta, numbers, strict=True)]
+        survivors = leaves.each(lambda leaf: leaves.drop_smallest(leaf, leaves.part(leaf.mask, fraction)), found)
+        shares = jnp.stack([mean_where(jnp.abs(_momentum(leaf)), leaf.mask) for leaf in found])
+        numbers = _shared_out(found, survivors, shares)
+        grown = leaves.each(lambda leaf, x, n: leaves.grow_largest(x, _momentum(leaf), n), found, survivors, numbers)
         return grown, survivors, memory
 
 
@@ -99,8 +98,8 @@ class DSR(leaves.Exchange):
         fraction = core.value_at(self.fraction, found[0].step)
         factor = jnp.where(share < fraction * (1 - self.tolerance), 2.0, 1.0)
         factor = jnp.where(share > fraction * (1 + self.tolerance), 0.5, factor)
-        numbers, keys = _shared_out(found, survivors, remaining), [leaf.key for leaf in found]
-        grown = [leaves.grow_random(*args) for args in zip(survivors, keys, numbers, strict=True)]
+        numbers = _shared_out(found, survivors, remaining)
+        grown = leaves.each(lambda leaf, x, n: leaves.grow_random(x, leaf.key, n), found, survivors, numbers)
         return grown, survivors, memory * factor
 
 

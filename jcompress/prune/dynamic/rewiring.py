@@ -12,6 +12,7 @@ import optax
 from jcompress import core, rules, transforms
 from jcompress.core import PyTree
 from jcompress.formats import Masked
+from jcompress.numeric.alike import each
 from jcompress.numeric.counting import count_true
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic import entries
@@ -133,5 +134,6 @@ def _reactivated(state: RewiringState, alive: dict[str, jax.Array], scope: Scope
     if scope == "global" and alive:
         chosen = keep_largest(list(scores.values()), sum(numbers[1:], numbers[0]))
     else:
-        chosen = [keep_largest([x], number)[0] for x, number in zip(scores.values(), numbers, strict=True)]
+        items = list(zip(scores.values(), numbers, strict=True))
+        chosen = each(lambda _, item: keep_largest([item[0]], item[1])[0], items, list(map(rules.kind, scores)))
     return dict(zip(alive, chosen, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +109,8 @@ def sparse(
         raw = updates if grads is None else grads
         extra = extra if grads is None else {**extra, "grads": grads}
         momentum = _averaged(state.momentum, rules.beside(params, raw), decay)
-        new, active, memory = _changed(rule, every, state._replace(momentum=momentum), params, raw)
+        kinds = {path: masks.kind(path) if isinstance(masks, Plan) else rules.kind(path) for path in state.masks}
+        new, active, memory = _changed(rule, every, state._replace(momentum=momentum), params, raw, kinds)
         # Before the optimizer, not after: one that works weight by weight leaves a fresh entry as it is under a
         # gradient of zero, and it can write over its state only if what it moves by is what it keeps.
         fresh = entries.reset(tx.init, state.inner, params, active)
@@ -139,7 +140,7 @@ def _exchanged(rule: Rule, found: list[Leaf], memory: PyTree) -> tuple[list[jax.
 
 
 def _changed(
-    rule: Rule, every: int, state: SparseState, params: PyTree, grads: PyTree
+    rule: Rule, every: int, state: SparseState, params: PyTree, grads: PyTree, kinds: Mapping[str, Hashable]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], PyTree]:
     """The masks after this step, those of the weights that were active before it as well, and the memory.
 
@@ -164,6 +165,7 @@ def _changed(
                 momentum=momentum.get(path),
                 step=state.steps,
                 key=rules.key_of(key, path),
+                kind=kinds[path],
             )
             for path, mask in masks.items()
         ]

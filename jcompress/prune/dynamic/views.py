@@ -13,9 +13,11 @@ import optax
 from jcompress import core, rules, transforms
 from jcompress.core import PyTree
 from jcompress.formats import Masked
+from jcompress.numeric.alike import each
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic.held import lay
 from jcompress.prune.masks import selection
+from jcompress.rules import kind
 
 
 @runtime_checkable
@@ -214,7 +216,10 @@ def latent(
 def _views(
     view: LatentView, weights: dict[str, jax.Array], masks: dict[str, jax.Array], step: Any
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array | None]]:
-    both = {path: view(w, masks[path], step) for path, w in weights.items()}
+    found = each(
+        lambda _, item: view(*item, step), [(w, masks[p]) for p, w in weights.items()], list(map(kind, weights))
+    )
+    both = dict(zip(weights, found, strict=True))
     return {path: x[0] for path, x in both.items()}, {path: x[1] for path, x in both.items()}
 
 
