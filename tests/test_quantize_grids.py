@@ -329,3 +329,9 @@ def test_double_quantization_is_within_the_bound_of_both():
     bound = scales(plain, w.shape) / 2 + 7 * np.repeat(np.abs(first - second), 64, 0)
     assert (np.abs(np.asarray(double.materialize() - w)) <= bound + 1e-6).all()
     assert double.nbits() == 4 * w.size + 8 * 32 + 32 * 8
+
+
+@pytest.mark.parametrize("method", [jc.quantize.Float8, jc.quantize.Int])
+def test_a_pair_for_a_group_is_told_to_be_a_block(method):
+    with pytest.raises(ValueError, match=r"group_size=\(128, 128\).*block=\(128, 128\)"):
+        method(group_size=(128, 128))

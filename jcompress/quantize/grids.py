@@ -177,6 +177,11 @@ def validate_group(method: Any) -> None:
             )
         if method.group_size is not None:
             raise ValueError(f"{type(method).__name__}: found group_size and block; a scale is for one or the other")
+    if isinstance(method.group_size, tuple):
+        raise ValueError(
+            f"{type(method).__name__}: found group_size={method.group_size}; rows and columns that share a scale are a "
+            f"block: block={method.group_size}"
+        )
     if method.group_size is not None and method.group_size < 1:
         raise ValueError(
             f"{type(method).__name__}: group_size={method.group_size} must be positive, or None for no groups"
