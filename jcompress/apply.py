@@ -265,13 +265,18 @@ def _array(path: str, x: Any) -> tuple[jax.Array, jax.Array]:
             "jax.eval_shape(lambda params: jc.compress(params, plan), params)"
         )
     x = core.widened(jnp.asarray(core.native(x)))
-    largest = jnp.max(jnp.abs(x), initial=0)
+    largest = _largest(x)
     if core.is_concrete(largest) and not bool(jnp.isfinite(largest)):
         raise ValueError(
             f"{path}: found {int((~jnp.isfinite(x)).sum())} NaN or infinite values, expected finite ones; mend them, "
             "or keep the leaf dense"
         )
     return x, largest
+
+
+@jax.jit
+def _largest(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x), initial=0)
 
 
 def contexts_of(

@@ -351,7 +351,9 @@ def keep_largest(
     if not sum(x.size for x in scores):
         return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
     layout = batches(scores) if sum(x.size for x in scores) < _LAST else tuple(Batch((i,)) for i in range(len(scores)))
-    return _keep(list(scores), None if among is None else list(among), Count.of(count), by, layout)
+    # A known number as NumPy's, which outside ``jit`` need not be sent to a device by itself.
+    wanted = Count(np.uint32(count >> 16), np.uint32(count & 0xFFFF)) if isinstance(count, int) else Count.of(count)
+    return _keep(list(scores), None if among is None else list(among), wanted, by, layout)
 
 
 def _check_sizes(scores: Sequence[jax.Array]) -> None:

@@ -114,7 +114,7 @@ def fit(
         singly = by is not None and (method.pattern is None or isinstance(method.pattern, NM))
         seen = arrays if singly else scaling.comparable(arrays, is_joint(method))
         masks = masks_of(method, [score(w, c) for w, c in zip(seen, contexts, strict=True)], contexts)
-    return [Masked(jnp.where(mask, w, jnp.zeros_like(w)), mask) for w, mask in zip(arrays, masks, strict=True)]
+    return [Masked(jnp.where(mask, w, np.zeros((), w.dtype)), mask) for w, mask in zip(arrays, masks, strict=True)]
 
 
 def masks_of(method: Selection, scores: Sequence[jax.Array], contexts: Sequence[Context]) -> list[jax.Array]:
