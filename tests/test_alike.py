@@ -150,7 +150,8 @@ def test_compress_under_jit_is_that_outside(method):
 
 
 def test_items_are_put_together_by_kind_structure_and_type():
-    items = [jnp.full(n, i, dtype) for i, (n, dtype) in enumerate([(2, "float32"), (2, "float32"), (3, "float32"), (2, "float16")])]
+    types = [(2, "float32"), (2, "float32"), (3, "float32"), (2, "float16")]
+    items = [jnp.full(n, i, dtype) for i, (n, dtype) in enumerate(types)]
     seen = []
 
     def call(i, item):
