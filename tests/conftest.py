@@ -118,10 +118,20 @@ def _in_shard(items, shard):
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also what the short run leaves out")
+    parser.addoption("--zoo", action="store_true", help="models of other packages, and nothing else")
     parser.addoption("--shard", help="i/n: the i-th of n parts of the list, counted from 1")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "zoo: reads models of other packages; --zoo runs these alone")
+
+
 def pytest_collection_modifyitems(config, items):
+    others = [item for item in items if bool(item.get_closest_marker("zoo")) != config.getoption("--zoo")]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
+    if config.getoption("--zoo"):
+        return
     rest = {} if config.getoption("--all") else dict(_left_out(items))
     config.stash[LEFT_OUT] = collections.Counter(rest.values())
     if config.getoption("--shard"):

@@ -1,0 +1,77 @@
+"""Models of packages that build on ``flax``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.zoo.model import Entry, Model, model, normal
+
+KEY = jax.random.key(0)
+
+
+def resnet(kind: str) -> Model:
+    """ResNet-18, ResNet-D and ResNeSt of ``jax-resnet`` at a few channels."""
+    import jax_resnet as jr
+
+    block = {"": jr.ResNetBlock, "D": jr.ResNetDBlock, "St": jr.ResNeStBottleneckBlock}[kind]
+    stem = jr.ResNetStem if not kind else jr.ResNetDStem
+    made = jr.ResNet(block, stage_sizes=[1, 1], n_classes=5, hidden_sizes=(8, 12), stem_cls=stem)
+    variables = made.init(KEY, normal(2, 16, 16, 3))
+    return model(lambda v, x: made.apply(v, x, mutable=False), variables, normal(2, 16, 16, 3))
+
+
+def stylegan() -> Model:
+    import flaxmodels.stylegan2 as parts
+
+    made = parts.Generator(
+        resolution=16, z_dim=12, w_dim=18, mapping_layer_features=18, num_ws=6, num_mapping_layers=2, fmap_base=128,
+        fmap_max=16, use_noise=False,
+    )  # fmt: skip
+    z = normal(2, 12)
+    variables = made.init(KEY, z)
+    return model(lambda v, z: made.apply(v, z, train=False), variables, z)
+
+
+def unet() -> Model:
+    """The denoiser of latent diffusion."""
+    from diffusers import FlaxUNet2DConditionModel
+
+    made = FlaxUNet2DConditionModel(
+        sample_size=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(32, 64), layers_per_block=1,
+        attention_head_dim=2, cross_attention_dim=12,
+    )  # fmt: skip
+    params = made.init_weights(KEY)
+
+    def fn(params: Any, x: jax.Array, words: jax.Array) -> jax.Array:
+        return made.apply({"params": params}, x, jnp.array([3, 700]), words).sample
+
+    return model(fn, params, normal(2, 4, 8, 8), normal(2, 5, 12, seed=2))
+
+
+def autoencoder() -> Model:
+    from diffusers import FlaxAutoencoderKL
+
+    made = FlaxAutoencoderKL(
+        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, latent_channels=4,
+    )  # fmt: skip
+    params = made.init_weights(KEY)
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        return made.apply({"params": params}, x, deterministic=True).sample
+
+    return model(fn, params, normal(2, 3, 16, 16))
+
+
+ENTRIES = [
+    Entry("ResNet", "jax-resnet", lambda: resnet("")),
+    Entry("ResNet-D", "jax-resnet", lambda: resnet("D")),
+    Entry("ResNeSt", "jax-resnet", lambda: resnet("St")),
+    Entry("StyleGAN2 generator", "flaxmodels", stylegan),
+    Entry("latent diffusion U-Net", "diffusers", unet),
+    Entry("autoencoder", "diffusers", autoencoder),
+]
