@@ -18,6 +18,7 @@ from experiments import flags, minilm, prune, tables
 from experiments.quantization import training
 from experiments.runner import refuse
 from experiments.workdir import Row, Rows
+from experiments.zoo import tables as zoo
 
 RESULTS = Path(__file__).parent.parent / "results"
 TITLES = {
@@ -43,6 +44,8 @@ def draw(folder: Path) -> list[Path]:
         found, (table, picture) = rows(path, prune.Pruning.keys), beside(path)
         prune.finish(found, "text" if path.stem == "text" else "image", table, picture, TITLES[path.stem])
         made.append(picture)
+    models = folder / "zoo" / "models.jsonl"
+    zoo.finish(rows(models, ("package", "model")), models.with_suffix(".md"))
     quantization = folder / "quantization"
     table, picture = beside(quantization / "minilm.jsonl")
     minilm.finish(rows(quantization / "minilm.jsonl", minilm.Encoding.keys), table, picture)

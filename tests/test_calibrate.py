@@ -363,6 +363,20 @@ class TestUses:
         assert stats["e"].counts.tolist() == [0, 2, 3, 0, 0, 0, 1]
         assert stats["e"].axes == (-1,) and not stats["e"].others
 
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_rows_indexed_one_by_one(self, axis):
+        """Indexing by a scalar is a slice from a place, and vmap makes it a lookup along all axes."""
+        params = {"e": normal(0, 7, 3) if axis == 0 else normal(0, 3, 7)}
+
+        def fn(p, x):
+            each = jax.vmap(lambda i: jax.lax.dynamic_index_in_dim(p["e"], i, axis, keepdims=False))
+            return jax.vmap(each)(x)
+
+        words = jnp.array([[1, 1, 3], [3, 3, 9]])  # behind the last row is the last
+        stats = jc.calibrate(fn, params, [words])
+        assert stats["e"].counts.tolist() == [0, 2, 0, 3, 0, 0, 1]
+        assert jc.trace.layout(fn, params, words)["e"].inputs == (axis - 2,)
+
     def test_an_embedding_alone_has_counts(self):
         stats = run(lambda p, t: jnp.take(p["e"], t, axis=0), {"e": normal(0, 7, 4)}, jnp.array([1, 1, 3]))
         assert stats["e"].counts.tolist() == [0, 2, 0, 1, 0, 0, 0] and stats["e"].gram is None

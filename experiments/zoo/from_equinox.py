@@ -82,7 +82,7 @@ def recurrent(kind: str) -> Model:
 
 ENTRIES = [
     Entry("MLP", "equinox", mlp),
-    Entry("CNN, grouped, transposed", "equinox", cnn),
+    Entry("CNN with groups", "equinox", cnn),
     Entry("attention", "equinox", attention),
     Entry("GRU", "equinox", lambda: recurrent("GRUCell")),
     Entry("LSTM", "equinox", lambda: recurrent("LSTMCell")),

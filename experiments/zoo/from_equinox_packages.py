@@ -81,7 +81,7 @@ def flow() -> Model:
 
 
 ENTRIES = [
-    Entry("ViT, SwiGLU", "equimo", vit),
+    Entry("ViT with SwiGLU", "equimo", vit),
     Entry("ConvNeXt", "equimo", convnext),
     Entry("MLLA", "equimo", mlla),
     Entry("U-Net", "pdequinox", unet),

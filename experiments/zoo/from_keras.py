@@ -76,6 +76,6 @@ ENTRIES = [
     Entry("MobileNet", "keras", lambda: mobilenet("MobileNet")),
     Entry("MobileNetV3", "keras", lambda: mobilenet("MobileNetV3Small")),
     Entry("separable and transposed", "keras", separable),
-    Entry("bidirectional LSTM, GRU", "keras", recurrent),
-    Entry("attention, einsum", "keras", transformer),
+    Entry("bidirectional LSTM and GRU", "keras", recurrent),
+    Entry("attention and einsum", "keras", transformer),
 ]

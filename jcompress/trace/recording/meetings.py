@@ -365,12 +365,12 @@ def spread(met: Meeting, weight: Any, x: Any) -> Any:
 
 def of_gather(eqn: jax_core.JaxprEqn, view: View) -> Meeting:
     """The meeting of an embedding with the rows that are read of it: a product with one-hot vectors."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        raise UnreadError("it is indexed along several axes at once")
-    (dim,) = numbers.start_index_map
     operand: Any = eqn.invars[0].aval
-    shape = operand.shape
+    shape, sizes = operand.shape, eqn.params["slice_sizes"]
+    column = _column(eqn)
+    if column is None or eqn.params["dimension_numbers"].operand_batching_dims:
+        raise UnreadError("it is indexed along several axes at once")
+    dim = eqn.params["dimension_numbers"].start_index_map[column]
     if sizes[dim] != 1 or any(n != m for d, (n, m) in enumerate(zip(sizes, shape, strict=True)) if d != dim):
         raise UnreadError("windows of it are read, not rows")
     atoms = view.dims[dim]
@@ -380,10 +380,23 @@ def of_gather(eqn: jax_core.JaxprEqn, view: View) -> Meeting:
     return Meeting(view, (), atoms, (), free, (), (), ())
 
 
+def _column(eqn: jax_core.JaxprEqn) -> int | None:
+    """Which of the indices of a lookup says the row, or None where several do.
+
+    ``vmap`` of ``table[i]`` indexes all axes. A start along an axis that is read whole is kept inside, and so is 0.
+    """
+    indexed = eqn.params["dimension_numbers"].start_index_map
+    columns = list(range(len(indexed)))
+    if len(columns) > 1 and "FILL" not in str(eqn.params["mode"]).upper():
+        shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]  # type: ignore[attr-defined]
+        columns = [column for column, dim in enumerate(indexed) if sizes[dim] != shape[dim]]
+    return columns[0] if len(columns) == 1 else None
+
+
 def rows_read(eqn: jax_core.JaxprEqn, met: Meeting, indices: Any, weight: Any = None) -> tuple[Use, jax.Array]:
     """How often each row of an embedding is read, or what the positions weigh that read it."""
     view, (atom,) = met.view, met.inputs
-    rows = indices.reshape(-1)
+    rows = indices[..., _column(eqn)].reshape(-1)
     if "CLIP" in str(eqn.params["mode"]).upper():
         rows = jnp.clip(rows, 0, atom.size - 1)
     rows = jnp.where(rows < 0, atom.size, rows)  # below the first row there is none, as there is none behind the last
