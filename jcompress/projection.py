@@ -222,8 +222,7 @@ class _Step(NamedTuple):
 
     def still(self) -> _Step:
         """The same without derivatives."""
-        found: _Step = jax.lax.stop_gradient(self._replace(plan=None, every=None))
-        return found._replace(plan=self.plan, every=self.every)
+        return _Step(self.plan, self.every, *jax.lax.stop_gradient(self[2:]))
 
     def batches(self) -> list[list[list[str]]]:
         """The units of leaves, those that are refitted together: as much as may be in memory twice, or a larger unit.
@@ -254,8 +253,8 @@ class _Step(NamedTuple):
     def found_off(self, strayed: jax.Array, paths: list[str]) -> jax.Array:
         """The least number of a leaf that is off the set, of those that are found now and the one found before."""
         fresh, names = transforms.is_due(self.steps - 1, self.every), sorted(self.held)
-        items = [(self.held[path], self.arrays[path]) for path in paths]
-        off = each(lambda i, item: _is_off(*item, fresh), items, list(map(self.plan.kind, paths)), long=1)
+        items: list[Any] = [(self.held[path], self.arrays[path]) for path in paths]
+        off = each(lambda i, item: _is_off(item[0], item[1], fresh), items, list(map(self.plan.kind, paths)), long=1)
         # As unsigned integers, of which -1 is the largest.
         numbers = jnp.where(jnp.stack(off), np.array([names.index(path) for path in paths], np.uint32), ~np.uint32(0))
         return jnp.minimum(strayed.astype(jnp.uint32), numbers.min()).astype(jnp.int32)

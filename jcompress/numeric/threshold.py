@@ -71,9 +71,8 @@ class _Search(NamedTuple):
 
     def unpacked(self, packed: jax.Array) -> _Search:
         """The search in a vector, of the same dtypes as this one."""
-        found: _Search = jax.tree.unflatten(
-            jax.tree.structure(self), list(packed[: jax.tree.structure(self).num_leaves])
-        )
+        structure: Any = jax.tree.structure(self)
+        found: _Search = jax.tree.unflatten(structure, list(packed[: structure.num_leaves]))
         margin = lax.bitcast_convert_type(found.margin.astype(jnp.uint32), jnp.float32)
         counts = [Count(*(x.astype(jnp.uint32) for x in count)) for count in (found.low_count, found.high_count)]
         return found._replace(margin=margin, low_count=counts[0], high_count=counts[1])
@@ -95,7 +94,8 @@ def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array]
     wide = jnp.maximum(s.margin, 2 * noise)
     even = (inside <= _PROBES + 1) | (s.margin > 0.3)
     offsets, width = [], (s.high - s.low).astype(jnp.float32)
-    for i, side in enumerate((-wide, -noise, 0.0, noise, wide)):
+    sides: tuple[Any, ...] = (-wide, -noise, 0.0, noise, wide)
+    for i, side in enumerate(sides):
         near = jnp.clip(centre + side, 0.0, 1.0)
         offsets.append(jnp.where(even, (i + 1) / (_PROBES + 1), near) * width)
     return offsets
@@ -232,8 +232,9 @@ def _start(
         octave = jnp.clip((bits >> mantissa).astype(jnp.int32) - lowest, 0, _OCTAVES).astype(jnp.uint32)
         octave, counted = (jnp.where(drawn, y, jnp.zeros_like(y)) for y in (octave, jnp.ones_like(octave)))
         rows.append(reduce_together([counted, octave, octave * octave, bits, least], start, combine))
-    merge = (operator.add, operator.add, operator.add, jnp.maximum, jnp.minimum)
-    count, octaves, squares, largest, smallest = map(functools.reduce, merge, zip(*rows, strict=True))
+    merge: Any = (operator.add, operator.add, operator.add, jnp.maximum, jnp.minimum)
+    merged: Any = [functools.reduce(how, column) for how, column in zip(merge, zip(*rows, strict=True), strict=True)]
+    count, octaves, squares, largest, smallest = merged
     n = jnp.maximum(count, 1).astype(jnp.float32)
     # The middle of an octave, from which its values are a twelfth of a squared octave away.
     mean = octaves.astype(jnp.float32) / n + 0.5
@@ -352,7 +353,8 @@ def keep_largest(
         return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
     layout = batches(scores) if sum(x.size for x in scores) < _LAST else tuple(Batch((i,)) for i in range(len(scores)))
     # A known number as NumPy's, which outside ``jit`` need not be sent to a device by itself.
-    wanted = Count(np.uint32(count >> 16), np.uint32(count & 0xFFFF)) if isinstance(count, int) else Count.of(count)
+    halves: Any = (np.uint32(count >> 16), np.uint32(count & 0xFFFF)) if isinstance(count, int) else Count.of(count)
+    wanted = Count(*halves)
     return _keep(list(scores), None if among is None else list(among), wanted, by, layout)
 
 
@@ -405,7 +407,7 @@ def _keep(
     ]
     ties, left = found.low_count.left_after(found.high_count), wanted.left_after(found.high_count)
     cut = _cut(values, found.low, ties, left)
-    firsts = [x.first for x in values]
+    firsts: list[Any] = [x.first for x in values]
     if len(layout) < len(scores):
         values, firsts = _floats(scores, among, _ordering(by)), apart(places, found.reads == 0)
     return [

@@ -96,7 +96,8 @@ def each(call: Callable[..., T], found: Sequence[Leaf], *others: Sequence[Any]) 
         leaf, *rest = item
         return call(leaf._replace(step=found[i].step, kind=found[i].kind), *rest)
 
-    bare = [leaf._replace(step=None, kind=None) for leaf in found]
+    nothing: Any = None
+    bare = [leaf._replace(step=nothing, kind=None) for leaf in found]
     return alike.each(one, list(zip(bare, *others, strict=True)), [leaf.kind for leaf in found])
 
 

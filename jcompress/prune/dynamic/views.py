@@ -216,9 +216,8 @@ def latent(
 def _views(
     view: LatentView, weights: dict[str, jax.Array], masks: dict[str, jax.Array], step: Any
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array | None]]:
-    found = each(
-        lambda _, item: view(*item, step), [(w, masks[p]) for p, w in weights.items()], list(map(kind, weights))
-    )
+    items: list[Any] = [(w, masks[p]) for p, w in weights.items()]
+    found = each(lambda _, item: view(item[0], item[1], step), items, list(map(kind, weights)))
     both = dict(zip(weights, found, strict=True))
     return {path: x[0] for path, x in both.items()}, {path: x[1] for path, x in both.items()}
 
