@@ -17,6 +17,7 @@ from jcompress.formats import Masked, Sum
 from jcompress.formats.arranged import restored
 from jcompress.layers import observed, relaying
 from jcompress.numeric.alike import each
+from jcompress.numeric.meshes import on_any_mesh
 from jcompress.numeric.packing import Expected
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
@@ -139,24 +140,35 @@ def fit_units(
 
 def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: Mapping[str, Context]) -> dict[str, Any]:
     """The nodes of leaves that are decided together."""
-    found = [_array(path, arrays[path]) for path in unit]
-    layouts = [_layout(plan, path, w, contexts[path]) for path, (w, _) in zip(unit, found, strict=True)]
-    laid = [
-        (w, contexts[path]) if layout is None else relaying.seen(w, contexts[path], layout)
-        for path, (w, _), layout in zip(unit, found, layouts, strict=True)
-    ]
-    for path, (_, largest), (_, context) in zip(unit, found, laid, strict=True):
-        if core.is_concrete(largest):
-            observed.check(path, plan[path], context)
-    fitted = core.fit(plan[unit[0]], [w for w, _ in laid], [context for _, context in laid])
-    nodes = {}
-    for path, (w, largest), layout, node in zip(unit, found, layouts, fitted, strict=True):
-        _check_finite(path, w.dtype, largest, node, plan[path])
-        node = _foretold(_narrowed(node, arrays[path]), plan[path], contexts[path].step)
-        if layout is None and w.ndim == 3 and -3 in getattr(node, "axes", ()):
-            _warn_of_stack(path, w)
-        nodes[path] = node if layout is None else restored(node, layout, w.shape[w.ndim - layout.ndim :])
-    return nodes
+    found = {path: _array(path, arrays[path]) for path in unit}
+    own, methods = {path: contexts[path] for path in unit}, {path: plan[path] for path in unit}
+    layouts = {path: _layout(plan, path, w, own[path]) for path, (w, _) in found.items()}
+
+    def fitted(ws: dict[str, Any], contexts: dict[str, Context], methods: dict[str, Any]) -> dict[str, Any]:
+        laid = [
+            (ws[path], contexts[path]) if layout is None else relaying.seen(ws[path], contexts[path], layout)
+            for path, layout in layouts.items()
+        ]
+        for path, (_, context) in zip(unit, laid, strict=True):
+            if core.is_concrete(found[path][1]):
+                observed.check(path, methods[path], context)
+        nodes = core.fit(methods[unit[0]], [w for w, _ in laid], [context for _, context in laid])
+        checked = {}
+        for path, node in zip(unit, nodes, strict=True):
+            _check_finite(path, ws[path].dtype, found[path][1], node, methods[path])
+            node = _foretold(_narrowed(node, arrays[path]), methods[path], contexts[path].step)
+            checked[path] = _restored(path, ws[path], node, layouts[path])
+        return checked
+
+    same = on_any_mesh(fitted, like=lambda ws, *_: ws)
+    return same({path: w for path, (w, _) in found.items()}, own, methods)
+
+
+def _restored(path: str, w: jax.Array, node: Any, layout: Layout | None) -> Any:
+    """The node of a leaf in its own order of axes."""
+    if layout is None and w.ndim == 3 and -3 in getattr(node, "axes", ()):
+        _warn_of_stack(path, w)
+    return node if layout is None else restored(node, layout, w.shape[w.ndim - layout.ndim :])
 
 
 def _narrowed(node: Any, leaf: Any) -> Any:

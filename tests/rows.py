@@ -23,7 +23,8 @@ class Row:
       jit: whether it works under jit.
       exact: whether jit, vmap and eager agree to the last bit, or to float tolerance.
       stationary: whether ``project`` solves the least squares problem of the whole nest.
-      gathers: whether the mathematics moves parameters between devices.
+      gathers: whether the mathematics moves parameters between devices; "inputs" if only where inputs are sharded.
+      sums: whether a mean over entries decides a number, which devices add up in another order.
       adjusts: whether a constant array gets another value: kept entries make up for the others, or the grid lacks it.
       empty: whether an array without entries has a node; else it is refused by name.
     """
@@ -34,7 +35,8 @@ class Row:
     jit: bool = True
     exact: bool = True
     stationary: bool = True
-    gathers: bool = False
+    gathers: bool | str = False
+    sums: bool = False
     adjusts: bool = False
     empty: bool = True
 
@@ -78,8 +80,11 @@ METHODS = [
     Row("fisher", jc.prune.Fisher(sparsity=0.7)),
     Row("obd", jc.prune.OBD(sparsity=0.7)),
     Row("obs", jc.prune.OBS(sparsity=0.7), exact=False, gathers=True, adjusts=True),
-    Row("sparsegpt", jc.prune.SparseGPT(sparsity=0.7), exact=False, adjusts=True),
-    Row("sparsegpt-2:4", jc.prune.SparseGPT(pattern=jc.prune.NM(2, 4), block_size=8), exact=False, adjusts=True),
+    Row("sparsegpt", jc.prune.SparseGPT(sparsity=0.7), exact=False, adjusts=True, gathers="inputs"),
+    Row(
+        "sparsegpt-2:4", jc.prune.SparseGPT(pattern=jc.prune.NM(2, 4), block_size=8), exact=False, adjusts=True,
+        gathers="inputs",
+    ),
     Row("random", jc.prune.Random(sparsity=0.7)),
     Row("random-2:4", jc.prune.Random(pattern=jc.prune.NM(2, 4))),
     Row("hard-concrete", jc.prune.HardConcrete(), exact=False),
@@ -110,12 +115,12 @@ METHODS = [
     Row("int8-tensor", Int(bits=8, axis=None)),
     Row("int5-vector", Int(bits=5), shape=(40,)),
     Row("int4-group", Int(bits=4, group_size=4)),
-    Row("int4-group-padded", Int(bits=4, group_size=5, pad=True)),
+    Row("int4-group-padded", Int(bits=4, group_size=5, pad=True), gathers="inputs"),
     Row("int4-affine", Int(bits=4, symmetric=False)),
     Row("int3-group-affine", Int(bits=3, symmetric=False, group_size=8)),
     Row("int2-mse", Int(bits=2, clip="mse"), exact=False),
     Row("int3-affine-mse", Int(bits=3, clip="mse", symmetric=False), exact=False),
-    Row("int1", Int(bits=1)),
+    Row("int1", Int(bits=1), sums=True),
     Row("int1-affine", Int(bits=1, symmetric=False)),
     Row("int8-convolution", Int(bits=8), shape=(3, 3, 4, 8)),
     Row("int4-power-of-two", Int(bits=4, power_of_two=True), stationary=False),
@@ -125,7 +130,7 @@ METHODS = [
     Row("fixed-point", jc.quantize.FixedPoint(bits=6, fraction=3), stationary=False),
     Row("int12", Int(bits=12)),
     Row("int9-affine-group", Int(bits=9, symmetric=False, group_size=4)),
-    Row("int8-block", Int(bits=8, block=(5, 3))),
+    Row("int8-block", Int(bits=8, block=(5, 3)), gathers="inputs"),
     Row("float8", jc.quantize.Float8("e4m3")),
     Row("float8-block", jc.quantize.Float8("e4m3", block=(4, 4)), shape=(3, 16, 8)),
     Row("float4", jc.quantize.Float4(group_size=8)),
@@ -139,18 +144,18 @@ METHODS = [
     Row("powers-of-two-inq", jc.quantize.PowersOfTwo(bits=5, magnitudes=8), stationary=False, adjusts=True),
     Row("additive-powers-of-two", jc.quantize.AdditivePowersOfTwo(bits=4)),
     Row("stochastic-int4", jc.quantize.Stochastic(Int(bits=4))),
-    Row("ternary", jc.quantize.Ternary()),
+    Row("ternary", jc.quantize.Ternary(), sums=True),
     Row("abc-net", jc.quantize.ABCNet(bases=2), exact=False),
     Row("hqq", jc.quantize.HQQ(bits=3, group_size=8), exact=False),
-    Row("gptq", jc.quantize.GPTQ(bits=4, group_size=4), exact=False),
-    Row("awq", jc.quantize.AWQ(Int(bits=4), points=3), exact=False, stationary=False, adjusts=True),
+    Row("gptq", jc.quantize.GPTQ(bits=4, group_size=4), exact=False, gathers="inputs"),
+    Row("awq", jc.quantize.AWQ(Int(bits=4), points=3), exact=False, stationary=False, adjusts=True, gathers="inputs"),
     Row(
         "awq-clipped", jc.quantize.AWQ(Int(bits=3, group_size=4), points=2, clips=3), exact=False, stationary=False,
-        adjusts=True,
+        adjusts=True, gathers="inputs",
     ),
-    Row("rotation", jc.quantize.Rotation(Int(bits=2)), exact=False, adjusts=True),
-    Row("adaround", jc.quantize.AdaRound(bits=4, steps=5), exact=False),
-    Row("gpfq", jc.quantize.GPFQ(bits=4, stochastic=True), exact=False, adjusts=True),
+    Row("rotation", jc.quantize.Rotation(Int(bits=2)), exact=False, adjusts=True, gathers="inputs"),
+    Row("adaround", jc.quantize.AdaRound(bits=4, steps=5), exact=False, gathers="inputs"),
+    Row("gpfq", jc.quantize.GPFQ(bits=4, stochastic=True), exact=False, adjusts=True, gathers="inputs"),
     Row("lqer", jc.quantize.LQER(rank=2, grid=Int(bits=2)), exact=False, stationary=False, gathers=True),
     Row("inq", jc.quantize.INQ(free=M(sparsity=0.5)), adjusts=True),
     Row("lab", jc.quantize.LAB(), exact=False),
@@ -160,8 +165,8 @@ METHODS = [
     Row("lsq-group", T.LSQ(bits=3, group_size=4, start="range"), stationary=False),
     Row("dsq", T.DSQ(bits=3), stationary=False),
     Row("dorefa", T.DoReFa(bits=3), exact=False, stationary=False),
-    Row("binary-connect", T.BinaryConnect(), stationary=False),
-    Row("binary-connect-drawn", T.BinaryConnect(axis=None, learned=True, stochastic=True), stationary=False),
+    Row("binary-connect", T.BinaryConnect(), stationary=False, sums=True),
+    Row("binary-connect-drawn", T.BinaryConnect(axis=None, learned=True, stochastic=True), stationary=False, sums=True),
     Row("ttq", T.TTQ(), exact=False, stationary=False),
     Row("stacked-ttq", jc.stacked(T.TTQ()), shape=(3, 8, 4), exact=False, stationary=False),
     Row("quant-noise", T.QuantNoise(Int(bits=4), rate=0.5), exact=False),

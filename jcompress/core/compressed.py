@@ -17,6 +17,7 @@ import numpy as np
 
 from jcompress.core.axes import Relaying
 from jcompress.numeric import packing
+from jcompress.numeric.meshes import on_any_mesh
 
 PyTree = Any
 _Node = TypeVar("_Node", bound="Compressed")
@@ -42,6 +43,11 @@ class Compressed:
     """Fields laid out like the dense array: a mask around this node stores their kept entries only."""
     linear: ClassVar[bool] = True
     """Whether ``project`` costs linear time, so that an optimizer step can afford it."""
+
+    def __init_subclass__(cls) -> None:
+        for name, like in (("materialize", None), ("project", _target), ("finalize", None), ("support", None)):
+            if name in vars(cls):
+                setattr(cls, name, on_any_mesh(vars(cls)[name], like))
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         """The dense array this node stands for, differentiable in its trainable leaves."""
@@ -120,6 +126,11 @@ class Compressed:
         told = [(f, x) for f, x in values if x is not None and not (f.metadata.get("static") and x == f.default)]
         shown = [f"{f.name}={_short(x)}" for f, x in told]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _target(node: Any, w: jax.Array, where: Any = None) -> jax.Array:
+    """What a projection is sharded like."""
+    return w
 
 
 def _short(x: Any) -> str:

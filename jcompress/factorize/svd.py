@@ -22,7 +22,7 @@ class SVD(Method):
     """The best approximation of a given rank in the Frobenius norm (Eckart & Young 1936).
 
     ``W ~ U_r S_r V_r^T``, the singular values shared evenly by both factors. A convolution kernel counts as the
-    (window and input) x output matrix. Bytes are won for ``rank < m * n / (m + n)``.
+    (window and input) x output matrix. Bytes are won for ``rank < m * n / (m + n)``. Gathers a sharded matrix.
 
     Attributes:
       rank: the rank, at most the smaller side, or the share of the numbers that is kept, in (0, 1).

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jcompress.numeric.meshes import is_explicit
+
 
 class Count(NamedTuple):
     """A non-negative integer below 2**47 as ``high * 2**16 + low``: int32 wraps past 2**31 parameters."""
@@ -116,11 +118,6 @@ def reduce_together(
 
 
 _PARTS, _LARGE = 8, 1 << 16
-
-
-def is_explicit(x: jax.Array) -> bool:
-    """Whether the type of ``x`` says how it is sharded, so that to split an axis of it is an error."""
-    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
 def count_true(mask: jax.Array) -> jax.Array:

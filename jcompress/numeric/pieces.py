@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcompress.numeric.counting import is_explicit
+from jcompress.numeric.meshes import is_explicit
 
 _PARTS, _PIECES, _SMALL, _LARGE = 64, 64, 1 << 12, 1 << 18
 

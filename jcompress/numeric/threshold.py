@@ -23,12 +23,12 @@ from jcompress.numeric.batches import Batch, apart, batches
 from jcompress.numeric.counting import (
     Count,
     count_true,
-    is_explicit,
     magnitude_bits,
     ordered_bits,
     pick,
     reduce_together,
 )
+from jcompress.numeric.meshes import is_explicit
 
 _PROBES, _FEW, _STALLED, _LANES = 5, 2_000, 0.7, 16
 

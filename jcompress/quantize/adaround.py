@@ -26,7 +26,7 @@ class AdaRound(Method):
     weight adds to it under rounding to nearest, so that the penalty means the same in all layers. The exponent ``b``
     falls from 20 to 2 by a cosine, after a fifth of the steps without penalty. At the end ``h`` is 0 or 1, and an
     output whose error grew keeps rounding to nearest, so no output's error is above that. The loss needs the Gram
-    matrix alone, the statistic ``gram``, and no data.
+    matrix alone, the statistic ``gram``, and no data. A kernel sharded by inputs is gathered for its products with it.
 
     Attributes:
       bits: bits a code, 2 to 16.

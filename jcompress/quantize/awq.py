@@ -28,7 +28,7 @@ class AWQ(Method):
     never above that of the grid alone (Lin et al. 2023, arXiv:2306.00978, who take the mean magnitude of the inputs).
     The node keeps ``1 / s`` in bfloat16, 16 bits an input; :func:`fold_scales` puts it into the layer before instead.
     Needs the statistic ``gram``. One power for a leaf; with ``jc.stacked`` one for each layer. With ``clips`` each
-    range is then cut to the part of least output error; ten are a good number.
+    range is then cut to the part of least output error; ten are a good number. A kernel sharded by inputs is gathered.
 
     Attributes:
       grid: the method that quantizes, fitted once for each power; with :class:`GPTQ` it gets the Gram matrix of the

@@ -28,7 +28,7 @@ class GPFQ(Method):
     relative error falls as one over the number of inputs, where that of rounding does not fall (Zhang, Zhou & Saab
     2022, arXiv:2201.11113). ``<x_t, u>`` is read off the Gram matrix, the statistic ``gram``, so no data is needed; the
     inputs of the compressed layers before are those of :func:`jcompress.compress_sequentially`. Their distance to the
-    dense ones is met by weights that :func:`align` has fitted to them.
+    dense ones is met by weights that :func:`align` has fitted to them. A kernel sharded by inputs is gathered.
 
     Attributes:
       bits: bits a code, 2 to 16; 2 symmetric bits are the ternary alphabet.

@@ -32,7 +32,8 @@ class GPTQ(Method):
     ``tr(dW^T gram dW)``: the weights themselves are further from the dense ones than rounded ones are. Needs the
     statistic ``gram``, ``jc.calibrate(fn, params, batches, plan=plan)``; each layer after those before it with
     :func:`jcompress.trace.compress_sequentially`. Computed in float32 at the highest precision; layers of one shape
-    are compiled once, stacked ones mapped. Behind a mask, hidden weights stay zeros;
+    are compiled once, stacked ones mapped. Sharded by outputs a kernel stays where it is; sharded by inputs it is
+    gathered, since each input waits for those before it. Behind a mask, hidden weights stay zeros;
     ``jc.prune.SparseGPT(quantizer=...)`` chooses mask and codes in one sweep.
 
     Attributes:

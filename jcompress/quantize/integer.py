@@ -30,7 +30,8 @@ class Int(Method):
         one scale for the whole array. Vectors take one scale.
       clip: ``"minmax"``, the full range; ``"mse"``, the part of it that gives the least squared error; or a method of
         :mod:`jcompress.quantize.ranges`. One symmetric bit has no range.
-      pad: whether a last group may be smaller than the others.
+      pad: whether a last group may be smaller than the others. Kernels whose groups or blocks lie across the borders
+        between devices are gathered.
       power_of_two: whether scales are rounded up to powers of two. They are stored in 8 bits, and held.
       block: instead of groups, rows and columns that share a scale, such as (128, 128): blocks of the last two axes,
         those at the edges possibly smaller.

@@ -27,7 +27,7 @@ class LQER(Method):
     arXiv:2410.06040). ``"diagonal"`` takes the diagonal alone: rows weighted by the norms of their inputs (Zhang et al.
     2024, arXiv:2402.02446). Without weights it is ``jc.residual(grid, jc.factorize.SVD(rank))`` (also Luo et al. 2024,
     arXiv:2408.00923, who search the ranks under a budget). Needs the statistic ``gram``. The factors are 32-bit floats,
-    or smaller by ``jc.chain(LQER(...), ...)``.
+    or smaller by ``jc.chain(LQER(...), ...)``. Gathers a sharded matrix.
 
     Attributes:
       rank: of the correction.

@@ -21,7 +21,7 @@ class Rotation(Method):
     ``w = R v`` and ``v`` is quantized. The error ``w - R q(v)`` is as long as that of ``v``, which has no outliers: the
     largest of ``n`` weights falls from up to ``|v|`` to about ``|v| sqrt(2 log(n) / n)`` (Ashkboos et al. 2024,
     arXiv:2404.00456; Tseng et al. 2024, arXiv:2402.04396). The rotation acts along axis -2, in each place of a
-    convolution's window alike; one bit an input is stored.
+    convolution's window alike; one bit an input is stored. A kernel sharded by inputs moves between devices.
 
     Attributes:
       grid: the method that quantizes; with :class:`GPTQ` it gets the Gram matrix of the rotated inputs.

@@ -139,7 +139,7 @@ class OBS(Method):
     removed, the others move by ``-(w_q / [H^-1]_qq) H^-1 e_q``, and ``H^-1`` loses the row and column. What stays is
     exactly the least squares fit of the outputs on the inputs that are kept. Each output keeps ``k - round(sparsity *
     k)`` of its ``k`` weights. Time is ``sparsity * k**3`` for each output, memory ``k**2`` for each that is treated at
-    a time: for small layers; :class:`SparseGPT` for large ones. Needs the statistic ``gram``.
+    a time: for small layers; :class:`SparseGPT` for large ones. Needs the statistic ``gram``. Gathers a sharded kernel.
 
     Attributes:
       sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern

@@ -36,7 +36,8 @@ class SparseGPT(Method):
     Judge it by the error of outputs, ``tr(dW^T gram dW)``; the weights themselves move away from the dense ones. Needs
     the statistic ``gram``, ``jc.calibrate(fn, params, batches, plan=plan)``; each layer after those before it with
     :func:`jcompress.trace.compress_sequentially`. Computed in float32 at the highest precision, blocks in a
-    ``fori_loop``; outputs may be sharded, and only scalars move. ``jc.project`` takes the mask alone.
+    ``fori_loop``; outputs may be sharded, and only scalars move; a kernel sharded by inputs is gathered.
+    ``jc.project`` takes the mask alone.
 
     Attributes:
       sparsity: the fraction of zeros, in [0, 1]: a number, a traced scalar or an optax schedule. None if a pattern
