@@ -39,8 +39,12 @@ METHODS = {
 
 def _compressed():
     params = {name: jax.random.normal(jax.random.key(0), (3, 16, 8)) for name in METHODS}
-    params |= {"dense": jnp.ones((2, 2)), "none": None}
-    plan = jc.plan(params, list(METHODS.items()), layout={"arranged": jc.Layout(inputs=-1, outputs=-2)})
+    params |= {"dense": jnp.ones((2, 2)), "none": None, "complex": jnp.ones((4, 4), jnp.complex64)}
+    plan = jc.plan(
+        params,
+        [*METHODS.items(), ("complex", jc.cartesian(jc.quantize.Int(bits=8)))],
+        layout={"arranged": jc.Layout(inputs=-1, outputs=-2)},
+    )
     stats = {"rescaled": jc.trace.Stats(gram=jnp.stack([jnp.diag(jnp.arange(1.0, 17.0))] * 3), axes=(-2,))}
     return jc.compress(params, plan, key=jax.random.key(1), stats=stats), plan
 

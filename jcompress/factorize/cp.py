@@ -34,7 +34,6 @@ class CP(Method):
       sweeps: at most so many.
       tolerance: it stops when a sweep takes off less than this part of the squared norm.
       ridge: as a fraction of the mean diagonal of the normal equations.
-      seed: of the random columns, where the rank is above a mode.
 
     Raises:
       ValueError: for a rank that is neither a whole number nor a share, or an array of fewer than two axes.
@@ -52,7 +51,6 @@ class CP(Method):
     sweeps: int = 200
     tolerance: float = 1e-7
     ridge: float = 1e-7
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_rank("CP", self.rank)
@@ -74,7 +72,7 @@ class CP(Method):
         rank = self._rank(sizes)
         unit = scaling.unit([w])
         whole = unit.divide(w).reshape(sizes)
-        factors = _fitted(whole, _start(whole, rank, self.seed), self.sweeps, self.tolerance, self.ridge)
+        factors = _fitted(whole, _start(whole, rank), self.sweeps, self.tolerance, self.ridge)
         factors[-1] = unit.multiply(factors[-1])
         terms = ["".join(_MODES[i] for i in group) for group in groups]
         return TensorNetwork(
@@ -97,12 +95,12 @@ class CP(Method):
         return largest(lambda r: r * sum(sizes), whole, self.rank * whole)
 
 
-def _start(w: jax.Array, rank: int, seed: int) -> list[jax.Array]:
-    """The leading singular vectors of each unfolding, and random columns where the rank is above the mode."""
+def _start(w: jax.Array, rank: int) -> list[jax.Array]:
+    """The leading singular vectors of each unfolding, and columns that are always the same where there are no more."""
     found = []
     for i, n in enumerate(w.shape):
         u = leading(unfolded(w, [i]), min(rank, n))
-        more = jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), (n, rank - min(rank, n)))
+        more = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (n, rank - min(rank, n)))
         found.append(jnp.concatenate([u, more / math.sqrt(n)], axis=1))
     return found
 

@@ -31,7 +31,6 @@ class NMF(Method):
       rank: the rank, or the share of the numbers that is kept, in (0, 1).
       semi: whether ``F`` may have any sign. A plain one of a signed matrix is an error outside ``jit``.
       sweeps: updates of either factor.
-      seed: of the start.
 
     Raises:
       ValueError: for a rank above the limit, or negative numbers without ``semi``.
@@ -47,7 +46,6 @@ class NMF(Method):
     rank: int | float
     semi: bool = True
     sweeps: int = 200
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_rank("NMF", self.rank)
@@ -67,7 +65,7 @@ class NMF(Method):
 def _fitted(method: NMF, w: jax.Array, rank: int) -> LowRank:
     unit = scaling.unit([w])
     matrix = unit.divide(w).reshape(-1, w.shape[-1])
-    rows, columns = jax.random.split(jax.random.key(method.seed))
+    rows, columns = jax.random.split(jax.random.key(0))
     size = jnp.sqrt(jnp.mean(jnp.abs(matrix)) / max(rank, 1)) if matrix.size else 0.0
     f = size * jax.random.uniform(rows, (len(matrix), rank), minval=0.1)
     g = size * jax.random.uniform(columns, (rank, matrix.shape[1]), minval=0.1)

@@ -110,6 +110,12 @@ def ternarized(vector: np.ndarray, cosine: float) -> np.ndarray:
 def additions(node: TensorNetwork) -> tuple[int, int]:
     """Additions and multiplications for one input of a node that :class:`TernarySVD` gave.
 
+    Args:
+      node: the node.
+
+    Returns:
+      Additions, one for each nonzero of both factors, and multiplications, one for each term.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> jc.factorize.additions(jc.factorize.TernarySVD()(jnp.array([[2.0, -2.0], [2.0, -2.0]])))

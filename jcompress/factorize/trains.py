@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,13 +63,18 @@ class TensorTrain(Method):
         if self.shape is not None and self.order is not None:
             raise ValueError("TensorTrain: found a shape and an order of axes; a TT-matrix pairs its modes by itself")
 
+    @property
+    def whole(self) -> bool:  # type: ignore[override]  # of the instance here
+        """Whether stacked layers come as one array: where ranks depend on the values, all get the same ones."""
+        return self.tolerance is not None
+
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the modes do not fit the array."""
         _modes("TensorTrain", path, shape, self.shape, self.order)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
         """The node for one array."""
-        modes = _modes("TensorTrain", context.path, w.shape, self.shape, self.order)
+        modes = _modes("TensorTrain", context.path, w.shape[context.batch :], self.shape, self.order)
         if self.tolerance is None:
             return _train(w, modes, modes.ranks(self.rank))
         if not core.is_concrete(w):
@@ -76,7 +82,14 @@ class TensorTrain(Method):
                 f"{context.path}: TensorTrain(tolerance={self.tolerance}) chooses its ranks by the values, so it works "
                 "outside jit only; give a rank"
             )
-        return _train(w, modes, _ranks_for(modes.split(w), self.tolerance))
+        layers = w.reshape(-1, *w.shape[context.batch :])
+        ranks = [
+            max(column) for column in zip(*(_ranks_for(modes.split(x), self.tolerance) for x in layers), strict=True)
+        ]
+        train = partial(_train, modes=modes, ranks=ranks)
+        for _ in range(context.batch):
+            train = jax.vmap(train)
+        return train(w)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Whitened(Method):
     The inputs are multiplied by a root of their Gram matrix, the method is fitted, and its inverse goes into the factor
     that has the inputs, so the node keeps its form and size. Of a convolution the Gram matrix of the channels is taken,
     over all places of the window. For :class:`SVD` of a dense layer this is :class:`WhitenedSVD`. Needs the statistic
-    ``gram``.
+    ``gram``. For low rank by Wang et al. 2024, arXiv:2403.07378.
 
     Attributes:
       method: one that gives ``TensorNetwork`` or ``LowRank`` and has the inputs as one mode of one factor.

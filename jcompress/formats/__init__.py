@@ -4,9 +4,9 @@ from jcompress.formats.annealed import Annealed
 from jcompress.formats.arranged import Arranged
 from jcompress.formats.binarized import Binarized
 from jcompress.formats.bottleneck import Bottleneck
-from jcompress.formats.cartesian import Cartesian
 from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
+from jcompress.formats.complexes import Cartesian
 from jcompress.formats.fake_quantized import FakeQuantized
 from jcompress.formats.frozen import Frozen
 from jcompress.formats.gated import Gated
