@@ -260,8 +260,27 @@ def check_paths(leaves: Iterable[str], plan: Plan) -> None:
         extra, missing = sorted(found - planned), sorted(planned - found)
         raise ValueError(
             f"the plan was made for other parameters: not in the plan {extra[:3]}, "
-            f"not in the parameters {missing[:3]}; make it anew with jc.plan(params, rules)"
+            f"not in the parameters {missing[:3]}; {_advice(found, planned)}"
         )
+
+
+def _advice(found: set[str], planned: set[str]) -> str:
+    """What to do where one of two trees is a part of the other."""
+    if found and (found < planned or _lies_in(found, planned)):
+        return "these are a part of the parameters, so plan for the part: jc.plan(part, rules)"
+    if planned and (planned < found or _lies_in(planned, found)):
+        return (
+            "the plan is that of a part, so plan for all of them: jc.plan(params, rules), which serves inside "
+            "optax.masked and optax.partition too"
+        )
+    return "make it anew with jc.plan(params, rules)"
+
+
+def _lies_in(part: set[str], whole: set[str]) -> bool:
+    """Whether the paths of a subtree are among those of a tree."""
+    first = min(part)
+    prefixes = [path.removesuffix(first) for path in whole if path.endswith(f"/{first}")]
+    return any(all(prefix + path in whole for path in part) for prefix in prefixes)
 
 
 def _array(path: str, x: Any) -> tuple[jax.Array, jax.Array]:

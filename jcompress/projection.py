@@ -70,8 +70,11 @@ def project(
     it would have moved. Formats whose projection does not cost linear time (low rank) are projected at refits only.
 
     Inside ``optax.masked`` or ``partition`` the plan may be that of the whole tree: leaves that are not shown are left
-    out, and a global threshold is that of the others. Something behind it in the chain, which would move pruned weights
-    again, is found out on steps 1, 2, 4, 8, ...; the state remembers it, and :func:`jcompress.nodes` says so.
+    out, and a global threshold is that of the others; if all that it compresses is hidden, that is an error.
+
+    Something behind it in the chain, which would move pruned weights again, is found out on steps 1, 2, 4, 8, ...; the
+    state remembers it, and :func:`jcompress.nodes` says so. Optimizers that keep two copies (schedule-free, lookahead)
+    or move parameters by themselves go in front of it, and what they average is read by :func:`jcompress.nodes`.
 
     Args:
       plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.

@@ -187,21 +187,38 @@ def copied(key: Any) -> Any:
 
 def is_hidden(path: str, params: PyTree) -> bool:
     """Whether ``optax.masked`` or ``partition`` keeps a leaf from this transform."""
-    return any(path == p or path.startswith(f"{p}/") for p in _hidden(params))
+    return _lies_in(path, _hidden(params))
 
 
-def _hidden(params: PyTree) -> list[str]:
+def _hidden(params: PyTree) -> set[str]:
     def stop(x: Any) -> bool:
         return isinstance(x, optax.MaskedNode)
 
-    return [path for path, x in rules.paths(params, is_leaf=stop) if stop(x)]
+    return {path for path, x in rules.paths(params, is_leaf=stop) if stop(x)}
+
+
+def _lies_in(path: str, places: set[str]) -> bool:
+    return path in places or any(path[:i] in places for i, c in enumerate(path) if c == "/")
 
 
 def shown(plan: Plan, params: PyTree) -> Plan:
-    """The plan without the leaves that ``optax.masked`` or ``partition`` keeps from this transform."""
-    if not _hidden(params):
+    """The plan without the leaves that ``optax.masked`` or ``partition`` keeps from this transform.
+
+    Raises:
+      ValueError: if these are all that it compresses.
+    """
+    hidden = _hidden(params)
+    if not hidden:
         return plan
-    kept = {path: method for path, method in plan.items() if not is_hidden(path, params)}
+    kept = {path: method for path, method in plan.items() if not _lies_in(path, hidden)}
+    named = [path for path, method in plan.items() if method is not None]
+    if named and not any(kept.values()):
+        seen = [path for path, _ in rules.paths(params)]
+        raise ValueError(
+            f"{named[0]}: optax.masked or optax.partition hides it from this transform, and all else that the plan "
+            f"compresses; what it is shown is {seen[:3]}. Put the transform into the branch of these leaves, or plan "
+            "for those of this branch"
+        )
     shapes = {path: shape for path, shape in plan.shapes.items() if path in kept}
     return Plan(kept, {path: plan.groups[path] for path in kept}, shapes, plan.notes, plan.layouts, plan.shardings)
 
