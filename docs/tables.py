@@ -8,11 +8,14 @@ of the conformance list on every layout, and takes some minutes.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 PAGE = Path(__file__).parent / "tables.md"
 
 
@@ -34,6 +37,25 @@ def layouts() -> str:
                 cells.append("**no**")
         lines.append([row.name, *cells])
     return table(["method", *(case.name for case in CASES)], lines)
+
+
+def meshes() -> str:
+    """Methods x axis types of a mesh: whether a leaf sharded along any axis gives what it gives on one device."""
+    from jax.sharding import AxisType
+    from rows import METHODS
+    from test_conformance import sharded, test_sharding_is_kept_and_no_parameters_are_moved
+
+    def tried(row: Any, axis_type: Any) -> str:
+        for axis, shape in sharded(row):
+            try:
+                test_sharding_is_kept_and_no_parameters_are_moved(row, axis, shape, axis_type)
+            except Exception as error:
+                told = (str(error) or type(error).__name__).strip().splitlines()[0]
+                return f"**no**, along axis {axis}: {told[:60]}"
+        return {False: "yes", True: "yes, gathered"}.get(row.gathers, f"yes, gathered where {row.gathers} are sharded")
+
+    lines = [[row.name, tried(row, AxisType.Auto), tried(row, AxisType.Explicit)] for row in METHODS]
+    return table(["method", "automatic axes", "explicit axes"], lines)
 
 
 def primitives() -> str:
@@ -62,7 +84,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"layouts": layouts, "primitives": primitives}
+TABLES: dict[str, Callable[[], str]] = {"layouts": layouts, "meshes": meshes, "primitives": primitives}
 
 
 def main(names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from jcompress.formats import Masked, Sum
 from jcompress.formats.arranged import restored
 from jcompress.layers import observed, relaying
 from jcompress.numeric.alike import each
-from jcompress.numeric.meshes import on_any_mesh
+from jcompress.numeric.meshes import on_any_mesh, typed_like
 from jcompress.numeric.packing import Expected
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
@@ -160,8 +160,15 @@ def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: M
             checked[path] = _restored(path, ws[path], node, layouts[path])
         return checked
 
-    same = on_any_mesh(fitted, like=lambda ws, *_: ws)
-    return same({path: w for path, (w, _) in found.items()}, own, methods)
+    def like(ws: dict[str, Any], *_: Any) -> dict[str, Any]:
+        return {path: w if (own := layouts[path]) is None else _seen(w, own) for path, w in ws.items()}
+
+    return on_any_mesh(fitted, like)({path: w for path, (w, _) in found.items()}, own, methods)
+
+
+def _seen(w: jax.Array, layout: Layout) -> list[Any]:
+    """The array that a node is sharded like, first as its method sees it."""
+    return [typed_like(jax.ShapeDtypeStruct(layout.seen(w.shape), w.dtype), w), w]
 
 
 def _restored(path: str, w: jax.Array, node: Any, layout: Layout | None) -> Any:

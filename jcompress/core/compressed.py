@@ -17,7 +17,7 @@ import numpy as np
 
 from jcompress.core.axes import Relaying
 from jcompress.numeric import packing
-from jcompress.numeric.meshes import on_any_mesh
+from jcompress.numeric.meshes import on_any_mesh, typed_like
 
 PyTree = Any
 _Node = TypeVar("_Node", bound="Compressed")
@@ -45,7 +45,7 @@ class Compressed:
     """Whether ``project`` costs linear time, so that an optimizer step can afford it."""
 
     def __init_subclass__(cls) -> None:
-        for name, like in (("materialize", None), ("project", _target), ("finalize", None), ("support", None)):
+        for name, like in (("materialize", _made_of), ("project", _target), ("finalize", None), ("support", None)):
             if name in vars(cls):
                 setattr(cls, name, on_any_mesh(vars(cls)[name], like))
 
@@ -63,6 +63,10 @@ class Compressed:
         Old trainable leaves are never read, so they may be ``None``.
         """
         raise NotImplementedError
+
+    def seen(self, w: jax.Array) -> Any:
+        """The array, or shapes of it in other orders of axes, that fields are sharded like on explicit mesh axes."""
+        return w
 
     def finalize(self) -> Compressed:
         """The form that is stored: what exists only for training is resolved."""
@@ -128,9 +132,16 @@ class Compressed:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def _target(node: Any, w: jax.Array, where: Any = None) -> jax.Array:
+def _target(node: Any, w: jax.Array, where: Any = None) -> Any:
     """What a projection is sharded like."""
-    return w
+    return node.seen(w)
+
+
+def _made_of(node: Any, **_: Any) -> list[Any]:
+    """What an array is sharded like: the fields of its node, each node among them as the array that it stands for."""
+    fields = [getattr(node, f.name) for f in dataclasses.fields(node)]
+    leaves = [x for x in jax.tree.leaves(fields, is_leaf=is_node) if is_node(x) or isinstance(x, jax.Array)]
+    return [typed_like(x._dense, _made_of(x)) if is_node(x) else x for x in leaves]
 
 
 def _short(x: Any) -> str:

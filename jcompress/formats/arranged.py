@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed, Layout
+from jcompress.numeric.meshes import typed_like
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +45,9 @@ class Arranged(Compressed):
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Arranged:
         where = None if where is None else self.layout.arrange(jnp.broadcast_to(where, w.shape))
         return dataclasses.replace(self, inner=self.inner.project(self.layout.arrange(w), where))
+
+    def seen(self, w: jax.Array) -> Any:
+        return [typed_like(jax.eval_shape(self.layout.arrange, w), w), w]
 
     def finalize(self) -> Compressed:
         return restored(self.inner, self.layout, self.sizes)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -49,24 +50,32 @@ def on_any_mesh(call: _Call, like: Callable[..., Any] | None = None) -> _Call:
 
     @functools.wraps(call)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        mesh = next((mesh_of(x) for x in jax.tree.leaves((args, kwargs)) if is_explicit(x)), None)
+        given = jax.tree.leaves((args, kwargs))
+        mesh = next((mesh_of(x) for x in given if is_explicit(x)), None)
         if mesh is None or _ENTER is None or _RESHARD is None:
             return call(*args, **kwargs)
         with _ENTER(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, jax.sharding.AxisType.Auto))):
             found = call(*_freed(args), **_freed(kwargs))
         known = (args, kwargs) if like is None else like(*args, **kwargs)
+        devices = next((x.sharding.mesh for x in given if mesh_of(x) and not isinstance(x, jax.core.Tracer)), None)
         if not isinstance(known, dict):
-            return _typed(found, known, mesh)
-        return {name: _typed(x, known[name], mesh) for name, x in found.items()}
+            return _typed(found, known, mesh, devices)
+        return {name: _typed(x, known[name], mesh, devices) for name, x in found.items()}
 
     return wrapped  # type: ignore[return-value]  # the same arguments and results
 
 
 def mesh_of(x: Any) -> Any:
-    """The mesh of an array's type if it has explicit axes, else None."""
-    sharding = getattr(jax.typeof(x), "sharding", None) if isinstance(x, jax.Array) and hasattr(jax, "typeof") else None
-    mesh = getattr(sharding, "mesh", None)
+    """The mesh of an array's or a shape's type if it has explicit axes, else None."""
+    mesh = getattr(_sharding_of(x), "mesh", None)
     return mesh if getattr(mesh, "explicit_axes", ()) else None
+
+
+def _sharding_of(x: Any) -> Any:
+    """The sharding that is part of a type; None where there is none."""
+    if isinstance(x, jax.Array):
+        return getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
+    return getattr(x, "sharding", None) if isinstance(x, (jax.ShapeDtypeStruct, jax.core.ShapedArray)) else None
 
 
 def is_explicit(x: Any) -> bool:
@@ -76,17 +85,58 @@ def is_explicit(x: Any) -> bool:
 
 def spec_of(x: Any) -> tuple[Any, ...]:
     """The mesh axes of each axis of an array whose mesh has explicit axes."""
-    return tuple(jax.typeof(x).sharding.spec)
+    spec = tuple(_sharding_of(x).spec)
+    return spec + (None,) * (len(x.shape) - len(spec))
 
 
-def sharding_like(shape: tuple[int, ...], like: Sequence[jax.Array]) -> NamedSharding:
-    """The sharding that a result of this shape gets from arguments on a mesh with explicit axes."""
-    mesh: Any = _mesh_of_devices(like) or mesh_of(like[0])
-    return NamedSharding(mesh, PartitionSpec(*_spec_like(shape, like)))
+def struct(x: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, a shape or a type, and its sharding where that is part of the type.
+
+    Args:
+      x: of which.
+      shape: other lengths of its axes; those that no longer divide are not sharded.
+    """
+    shape = tuple(jnp.shape(x)) if shape is None else shape
+    mesh = mesh_of(x)
+    marks = {} if mesh is None else {"sharding": NamedSharding(mesh, _fitted(spec_of(x), shape, mesh))}
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(x), **marks)
 
 
-def _mesh_of_devices(like: Sequence[jax.Array]) -> Any:
-    return next((x.sharding.mesh for x in like if not isinstance(x, jax.core.Tracer)), None)  # type: ignore[attr-defined]
+def typed_like(x: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a result with the sharding that it has where it is made from arrays."""
+    known = [y for y in jax.tree.leaves(like) if mesh_of(y) is not None]
+    if not known:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    sharding = NamedSharding(mesh_of(known[0]), PartitionSpec(*_spec_like(tuple(x.shape), known)))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def is_freed(sharding: Any) -> bool:
+    """Whether an equation's sharding names mesh axes that are explicit no longer where it is run."""
+    if _ENTER is None or not isinstance(sharding, NamedSharding):
+        return False
+    here = jax.sharding.get_abstract_mesh()
+    return not here.empty and not here.explicit_axes and bool(getattr(sharding.mesh, "explicit_axes", ()))
+
+
+def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """An array of other lengths sharded as another one, along the axes whose lengths allow it."""
+    is_known = isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer)
+    sharding = like.sharding if is_known else _sharding_of(like) if mesh_of(like) else None
+    if not isinstance(sharding, NamedSharding) or (isinstance(x, jax.core.Tracer) and mesh_of(x) is None):
+        return x
+    there = NamedSharding(sharding.mesh, _fitted(sharding.spec, x.shape, sharding.mesh))
+    return jax.device_put(x, there) if mesh_of(x) is None else _RESHARD(x, there)
+
+
+def _fitted(spec: Iterable[Any], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    pairs = zip(spec, shape, strict=False)
+    return PartitionSpec(*(None if names is None or n % _parts(names, mesh) else names for names, n in pairs))
+
+
+def _parts(names: Any, mesh: Any) -> int:
+    sizes = dict(mesh.shape)
+    return math.prod(sizes[name] for name in _names(names))
 
 
 def _spec_like(shape: tuple[int, ...], like: Sequence[jax.Array]) -> list[Any]:
@@ -95,15 +145,15 @@ def _spec_like(shape: tuple[int, ...], like: Sequence[jax.Array]) -> list[Any]:
         return list(spec_of(same[0]))
     spec: list[Any] = [None] * len(shape)
     for x in like:
-        for i in range(1, min(x.ndim, len(shape)) + 1):
+        for i in range(1, min(len(x.shape), len(shape)) + 1):
             if x.shape[-i] == shape[-i]:
                 _place(spec, len(shape) - i, spec_of(x)[-i])
     for x in like:
         for length, names in zip(x.shape, spec_of(x), strict=True):
             if len(shape) > 1 and x.shape.count(length) == shape.count(length) == 1:  # nothing else that it could be
                 _place(spec, shape.index(length), names)
-    largest = max(like, key=lambda x: x.size)
-    if 2 * math.prod(shape) >= largest.size:
+    largest = max(like, key=lambda x: math.prod(x.shape))
+    if 2 * math.prod(shape) >= math.prod(largest.shape):
         _spread(spec, shape, largest)
     return spec
 
@@ -115,15 +165,16 @@ def _place(spec: list[Any], axis: int, names: Any) -> None:
 
 
 def _spread(spec: list[Any], shape: tuple[int, ...], like: jax.Array) -> None:
-    """Shard a large result over the mesh axes that it lacks still, along axes of the same length if it has any."""
-    sizes = dict(mesh_of(like).shape)
+    """Shard a large result over the mesh axes that it lacks still, as if axes had been moved, split or merged."""
+    changed = [i for i, n in enumerate(shape) if shape.count(n) > like.shape.count(n)]
     for length, names in zip(like.shape, spec_of(like), strict=True):
         if names is None or set(_names(names)) & set(_used(spec)):
             continue
-        parts = math.prod(sizes[name] for name in _names(names))
+        parts = _parts(names, mesh_of(like))
         fits = [i for i, n in enumerate(shape) if spec[i] is None and n and n % parts == 0]
         if fits:
-            spec[max(fits, key=lambda i: (shape[i] == length, shape[i]))] = names
+            moved = length in shape and like.shape.count(length) == shape.count(length)
+            spec[max(fits, key=lambda i: (moved and shape[i] == length, i in changed, shape[i], -i))] = names
 
 
 def _names(names: Any) -> tuple[str, ...]:
@@ -150,15 +201,16 @@ def _freed_leaf(x: Any) -> Any:
     return x
 
 
-def _typed(tree: Any, like: Any, mesh: Any) -> Any:
+def _typed(tree: Any, like: Any, mesh: Any, devices: Any) -> Any:
     """Results with explicit axes."""
     known = [x for x in jax.tree.leaves(like) if mesh_of(x) is not None]
 
     def typed(x: Any) -> Any:
         if not isinstance(x, jax.Array):
             return x
-        if not isinstance(x, jax.core.Tracer) and _mesh_of_devices(known) is None:
+        if not isinstance(x, jax.core.Tracer) and devices is None:
             return x  # a constant: without devices there is no place to bring it to
-        return _RESHARD(x, sharding_like(x.shape, known) if known else NamedSharding(mesh, PartitionSpec()))
+        spec = _spec_like(x.shape, known) if known else ()
+        return _RESHARD(x, NamedSharding(devices or mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(typed, tree)

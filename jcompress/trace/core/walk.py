@@ -12,6 +12,7 @@ from jax.extend import core as jax_core
 
 from jcompress import core, rules
 from jcompress.core import PyTree
+from jcompress.numeric import meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Program:
 
 def shapes(tree: PyTree) -> PyTree:
     """The tree with the shape and dtype of each array in its place."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+    return jax.tree.map(meshes.struct, tree)
 
 
 def program(fn: Callable[..., Any], params: PyTree, *args: Any) -> Program:
@@ -58,7 +59,11 @@ def aval(x: Any) -> Any:
 
 def bind(eqn: jax_core.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[Any]:
     """Apply an equation's primitive to values, with some of its parameters changed."""
-    found = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    given = {**eqn.params, **changed}
+    freed = {name: None for name, x in given.items() if meshes.is_freed(x)}
+    if "dst_sharding" in freed:
+        return list(values)
+    found = eqn.primitive.get_bind_params({**given, **freed})
     # Before jax 0.8 the functions that a primitive calls came apart from its parameters.
     functions, params = found if isinstance(found, tuple) else ((), found)
     out = eqn.primitive.bind(*functions, *values, **params)
@@ -66,11 +71,10 @@ def bind(eqn: jax_core.JaxprEqn, values: Sequence[Any], **changed: Any) -> list[
 
 
 def take(x: Any, index: Any, axis: int) -> jax.Array:
-    """The positions ``index`` along an axis. On a mesh with explicit axes the result is whole along it."""
-    sharding: Any = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
-    spec = tuple(getattr(sharding, "spec", ()))
-    if all(names is None for names in spec):
-        return jnp.take(x, index, axis=axis)
-    whole = jax.sharding.PartitionSpec(*(None if i == axis else names for i, names in enumerate(spec)))
+    """The positions ``index`` along an axis. They are sharded as before where their number allows it."""
+    if not meshes.is_explicit(x):
+        return meshes.sharded_like(jnp.take(x, index, axis=axis), x)
+    whole = [None if i == axis else names for i, names in enumerate(meshes.spec_of(x))]
     place = (slice(None),) * axis + (jnp.asarray(index),)
-    return jnp.asarray(x).at[place].get(out_sharding=jax.sharding.NamedSharding(sharding.mesh, whole))
+    sharding = jax.sharding.NamedSharding(meshes.mesh_of(x), jax.sharding.PartitionSpec(*whole))
+    return meshes.sharded_like(jnp.asarray(x).at[place].get(out_sharding=sharding), x)

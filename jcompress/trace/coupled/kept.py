@@ -12,6 +12,7 @@ import numpy as np
 from jcompress import rules
 from jcompress.core import PyTree
 from jcompress.layers.groups import Groups
+from jcompress.numeric import meshes
 
 Kept = Mapping[str, Mapping[int, Any]]
 """``{path: {axis: bool (length before,)}}``."""
@@ -46,7 +47,7 @@ def _full_shape(path: str, x: Any, axes: Mapping[int, Any]) -> jax.ShapeDtypeStr
         if not 0 <= axis < len(shape) or shape[axis] not in (before, after):
             raise ValueError(f"{path}: found shape {jnp.shape(x)}, expected length {before} or {after} on axis {axis}")
         shape[axis] = before
-    return jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(x))
+    return meshes.struct(x, tuple(shape))
 
 
 def by_group(groups: Groups, kept: Kept) -> dict[str, np.ndarray]:

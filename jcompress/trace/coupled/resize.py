@@ -12,6 +12,7 @@ import numpy as np
 from jcompress import rules
 from jcompress.core import PyTree
 from jcompress.layers.groups import Groups
+from jcompress.numeric import meshes
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import choices
 from jcompress.trace.coupled import dims as terms
@@ -133,7 +134,7 @@ class Shrunk:
     def __call__(self, params: PyTree, *args: Any) -> Any:
         """The outputs of the masked function."""
         flat, _ = jax.tree.flatten(args)
-        key = (jax.tree.structure(args), tuple((jnp.shape(x), jnp.result_type(x)) for x in flat))
+        key = (jax.tree.structure(args), tuple(map(meshes.struct, flat)))
         if key not in self._known:
             self._known[key] = self._read(args)
         coupled, cut = self._known[key]
@@ -141,13 +142,18 @@ class Shrunk:
         if tree != coupled.program.in_tree:
             raise ValueError(f"the parameters have another structure: found {tree}, expected {coupled.program.in_tree}")
         self._check(coupled, cut, leaves)
-        values = []
-        for x, dims, state in zip(leaves, coupled.frame.ins, coupled.frame.states, strict=True):
-            value = Value(cut, dims, state, _unknown)
-            value.known[NOWHERE] = jnp.asarray(x)
-            values.append(value)
-        outs = [v.at(NOWHERE) for v in run(cut, coupled.frame, values)]
-        return jax.tree.unflatten(coupled.program.out_tree, outs)
+
+        def small(leaves: list) -> dict[int, jax.Array]:
+            values = []
+            for x, dims, state in zip(leaves, coupled.frame.ins, coupled.frame.states, strict=True):
+                value = Value(cut, dims, state, _unknown)
+                value.known[NOWHERE] = jnp.asarray(x)
+                values.append(value)
+            return {i: v.at(NOWHERE) for i, v in enumerate(run(cut, coupled.frame, values))}
+
+        types = dict(enumerate(map(meshes.struct, coupled.program.closed.out_avals)))
+        outs = meshes.on_any_mesh(small, like=lambda _: types)(leaves)
+        return jax.tree.unflatten(coupled.program.out_tree, list(outs.values()))
 
     def _read(self, args: tuple) -> tuple[Coupled, Cut]:
         coupled = read(self._fn, self._shapes, *self._full(args), free=self._free)

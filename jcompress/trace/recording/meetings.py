@@ -286,7 +286,6 @@ def moments(
             dims,
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
-            **_out_sharding(x, batch, positions),
         )
         found["gram"] = gram.reshape(*head, k, k)
     each = {
@@ -317,18 +316,6 @@ def _sum_of(hits: Any, counts: Any, axes: Sequence[int]) -> Any:
     """How many there are, or what those weigh that count: uint32 of positions, float32 of weights."""
     hits = hits if counts is None else jnp.where(hits, counts, 0)
     return hits.sum(axes, dtype=jnp.float32 if jnp.issubdtype(hits.dtype, jnp.floating) else jnp.uint32)
-
-
-def _out_sharding(x: Any, batch: list[int], positions: list[int]) -> dict[str, Any]:
-    """With explicit mesh axes: the features of one side stay sharded as they are."""
-    sharding = getattr(jax.typeof(x), "sharding", None) if hasattr(jax, "typeof") else None
-    if sharding is None or all(entry is None for entry in sharding.spec):
-        return {}
-    spec = sharding.spec
-    features = [i for i in range(x.ndim) if i not in batch and i not in positions]
-    kept = [spec[i] for i in (*batch, *features)]
-    out = jax.sharding.PartitionSpec(*kept, *[None] * len(features))
-    return {"out_sharding": jax.sharding.NamedSharding(sharding.mesh, out)}
 
 
 def _histogram(x: jax.Array, counts: jax.Array | None) -> jax.Array:

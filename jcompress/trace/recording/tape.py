@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.core import Layout
+from jcompress.numeric.meshes import on_any_mesh
 from jcompress.trace.core import places, walk
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.kinds import Contraction
@@ -126,6 +127,9 @@ class Recorded:
 
     def moments(self) -> Moments:
         """Of the activation."""
+        return self._on_any_mesh(Recorded._of_activation, lambda x, *_: x)
+
+    def _of_activation(self) -> Moments:
         x = self.met.laid_out(self.x)
         seen, labels = meetings.split(x, self.met.x, jnp.sum)
 
@@ -138,6 +142,15 @@ class Recorded:
 
     def outputs(self) -> Moments:
         """Of the product."""
+        return self._on_any_mesh(Recorded._of_product, lambda x, y, *_: y)
+
+    def _on_any_mesh(self, call: Callable[[Recorded], Moments], like: Callable[..., Any]) -> Moments:
+        def made(x: Any, y: Any, weight: Any, sizes: Any) -> Moments:
+            return call(dataclasses.replace(self, x=x, y=y, weight=weight, sizes=sizes))
+
+        return on_any_mesh(made, like)(self.x, self.y, self.weight, self.sizes)
+
+    def _of_product(self) -> Moments:
         if self.part is not None or "outputs" not in self.names:
             return {}
         seen, labels = meetings.split(self.y, self.met.y, meetings.first)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jax_core
 
+from jcompress.numeric import meshes
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
 from jcompress.trace.coupled.building import Build
@@ -75,7 +76,7 @@ class _Derivative:
             out, change = jax.jvp(self.function(operands), floats, tuple(tangents))
             return out, [change[i] for i in self.outs]
 
-        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.avals]
+        shapes = [meshes.struct(a) for a in self.avals]
         return jax.make_jaxpr(both)(shapes, [shapes[i] for i in self.ins])
 
     def vjp(self) -> tuple[jax_core.ClosedJaxpr, jax_core.ClosedJaxpr]:
@@ -89,8 +90,9 @@ class _Derivative:
             remembered, tree = jax.tree.flatten(back)
             return out, remembered
 
-        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.avals]
-        first, (out, remembered) = jax.make_jaxpr(forward, return_shape=True)(shapes)
+        shapes = [meshes.struct(a) for a in self.avals]
+        first, shown = jax.make_jaxpr(forward, return_shape=True)(shapes)
+        out, remembered = jax.tree.unflatten(jax.tree.structure(shown), map(meshes.struct, first.out_avals))
 
         def backward(remembered: Sequence[Any], cotangents: Sequence[Any]) -> Any:
             full = [_float0(x) for x in out]
