@@ -155,7 +155,7 @@ def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: M
         nodes = core.fit(methods[unit[0]], [w for w, _ in laid], [context for _, context in laid])
         checked = {}
         for path, node in zip(unit, nodes, strict=True):
-            _check_finite(path, ws[path].dtype, found[path][1], node, methods[path])
+            _check_range(path, ws[path], found[path][1], node, methods[path])
             node = _foretold(_narrowed(node, arrays[path]), methods[path], contexts[path].step)
             checked[path] = _restored(path, ws[path], node, layouts[path])
         return checked
@@ -227,16 +227,17 @@ def _foretold(node: Any, method: Any, step: Any) -> Any:
     return dataclasses.replace(node, expected=expected)
 
 
-def _check_finite(path: str, dtype: Any, largest: jax.Array, node: Any, method: Any) -> None:
-    """Raise where a method rounded beyond what the leaf's dtype holds, as it can next to its greatest number only."""
-    most = float(jnp.finfo(dtype).max)
+def _check_range(path: str, w: jax.Array, largest: jax.Array, node: Any, method: Any) -> None:
+    """Raise where a method went to the end of what the leaf's dtype holds, or beyond, as it can next to it only."""
+    most = float(jnp.finfo(w.dtype).max)
     if not core.is_concrete(largest) or float(largest) <= most / 16:
         return
-    finite = jnp.isfinite(core.dense(node)).all()
-    if core.is_concrete(finite) and not bool(finite):
+    end, value = most * (1 - 2.0**-10), jnp.abs(core.dense(node))
+    inside = jnp.isfinite(value).all() & ((value >= end).sum() <= (jnp.abs(w) >= end).sum())
+    if core.is_concrete(inside) and not bool(inside):
         raise ValueError(
-            f"{path}: found magnitudes up to {float(largest):.3g}, and {method!r} goes beyond {most:.3g}, the greatest "
-            f"number of {dtype}; divide the leaf by a power of two, or keep it dense"
+            f"{path}: found magnitudes up to {float(largest):.3g}, and {method!r} goes to {most:.3g} or beyond, the "
+            f"greatest number of {w.dtype}; divide the leaf by a power of two, or keep it dense"
         )
 
 

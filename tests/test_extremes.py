@@ -84,6 +84,40 @@ def test_every_row_is_as_good_as_at_scale_one_or_names_the_leaf(row, scale):
         assert far == pytest.approx(row_error(row, mantissa * x), rel=0.02, abs=0.01)
 
 
+# Under jit nothing can be refused: these have no level between zero, or half, of such numbers and infinity.
+NO_LEVEL = {"int1-affine", "int4-power-of-two", "powers-of-two", "powers-of-two-inq", "inq"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_odd_inputs_give_numbers_or_name_the_leaf(row):
+    x = np.random.default_rng(0).normal(size=row.shape)
+    x /= np.abs(x).max()
+    odd = [1e-38 * x, 1e-42 * x, 0 * x, 0 * x + 1, np.broadcast_to(np.arange(row.shape[-1]), row.shape)]
+    far = [3e38 * x] if row.name not in NO_LEVEL else []
+    grads = {"w": jnp.asarray(np.random.default_rng(7).normal(size=row.shape), jnp.float32)}
+    stats, key = {"w": statistics(row.shape)}, jax.random.key(0)
+    plan = jc.plan(grads, [("w", row.method)])
+
+    def run(params):
+        return jc.materialize(jc.compress(params, plan, key=key, stats=stats, grads=grads))["w"]
+
+    compiled = jax.jit(run) if row.jit else run
+    for case in (*odd, *(far if row.jit else [])):
+        assert np.isfinite(compiled({"w": jnp.asarray(case, jnp.float32)})).all()
+    for case in odd[1:4]:
+        assert np.isfinite(run({"w": jnp.asarray(case, jnp.float32)})).all()
+
+
+@pytest.mark.parametrize("method", [Q.Int(4), Q.Int(8, axis=None), Q.Float8("e5m2"), Q.NF4(8)], ids=repr)
+@pytest.mark.parametrize("scale", [3e38, 1.0, 1e-30])
+def test_scales_are_refitted_next_to_the_greatest_number(method, scale, rng):
+    x = rng.normal(size=(64, 8))
+    x = jnp.asarray(x / np.abs(x).max(), jnp.float32)
+    far = method(x * scale).project(x * scale).scale
+    # Not divided by XLA, which multiplies by an inverse that is zero.
+    np.testing.assert_allclose(np.asarray(far, np.float64) / scale, method(x).project(x).scale, rtol=2e-2)
+
+
 P = jc.prune
 MASKS = [
     P.ByScore(0.5, score=P.scores.squared),

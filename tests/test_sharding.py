@@ -104,3 +104,18 @@ def test_a_choice_among_many_weights_moves_scalars_only(choice, spec, axis_type)
     assert max(size for _, size in collectives(compiled.as_text())) <= 64
     np.testing.assert_array_equal(np.asarray(found), np.asarray(jax.jit(choose)(w, mask)))
     assert found.sharding.is_equivalent_to(given[0].sharding, 2)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, P(None, ("data", "model"))], ids=str)
+def test_the_sketch_of_a_decomposition_moves_thin_matrices_and_the_exact_one_all_of_it_once(spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    w = jax.device_put(np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32), NamedSharding(mesh, spec))
+    moved = {}
+    for randomized in (True, False):
+        method = jc.factorize.SVD(rank=4, randomized=randomized)
+        factors = jax.jit(lambda w, method=method: method(w, jc.Context(key=jax.random.key(0))))
+        found = collectives(factors.lower(w).compile().as_text())
+        moved[randomized] = [size for _, size in found if size > 1]
+    assert max(moved[True]) <= 128 * (4 + 8) and len(moved[True]) <= 20
+    assert sum(size >= w.size for size in moved[False]) == 1
+    assert len(moved[False]) == sum(axis is not None for axis in spec)

@@ -31,6 +31,10 @@ class SVD(Method):
       randomized: approximate by a sketch with power iterations (Halko et al. 2011, arXiv:0909.4061), which needs a
         key. Matrix products and thin QR only: large matrices compile and run faster on accelerators.
 
+    Of a sharded matrix the exact decomposition gathers all of it on every device, once an axis: XLA has none that works
+    on parts. The sketch moves thin matrices alone, at most ``max(m, n) (rank + 8)`` numbers at a time, one to be added
+    up and one to be gathered for each of its ten products.
+
     Raises:
       ValueError: for a rank above the limit, an energy outside (0, 1], or both or neither given.
 

@@ -15,6 +15,7 @@ from jcompress.factorize.svd import chosen_rank
 from jcompress.formats import LowRank, TensorNetwork
 from jcompress.formats.lowrank import truncated_svd
 from jcompress.layers import matrices
+from jcompress.numeric import scaling
 
 _HIGH = jax.lax.Precision.HIGHEST
 
@@ -72,9 +73,10 @@ def _under(w: jax.Array, gram: jax.Array, rank: int, damping: float) -> tuple[ja
     mean = jnp.maximum(jnp.mean(jnp.diagonal(gram)), jnp.finfo(jnp.float32).tiny)
     roots = jnp.sqrt(jnp.maximum(values, 0) / mean + max(damping, 1e-12))[:, None]
     # In the eigenvectors' coordinates the root is diagonal.
-    turned = roots * jnp.matmul(vectors.T, w, precision=_HIGH)
+    unit = scaling.unit([w])
+    turned = roots * jnp.matmul(vectors.T, unit.divide(w), precision=_HIGH)
     u, v = truncated_svd(turned, rank)
-    return jnp.matmul(vectors, u / roots, precision=_HIGH), v
+    return jnp.matmul(vectors, u / roots, precision=_HIGH) * unit.root, v * unit.root
 
 
 @dataclasses.dataclass(frozen=True)

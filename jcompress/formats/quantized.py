@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -112,12 +113,20 @@ class Quantized(Compressed):
         if where is not None:
             levels = jnp.where(where, levels, 0.0)
             w = jnp.where(where, w, 0.0)
-        product = pool(levels * w, self.axes, self.group_size, jnp.add, 0.0, self.group_axis)
         square = pool(levels * levels, self.axes, self.group_size, jnp.add, 0.0, self.group_axis)
-        scale = jnp.where(square > 0, product / jnp.maximum(square, 1e-30), 0.0)
+        small = self._small(w.size // max(square.size, 1) + 1)
+        product = pool(levels * small * w, self.axes, self.group_size, jnp.add, 0.0, self.group_axis)
+        scale = jnp.where(square > 0, product / jnp.maximum(square * small, jnp.finfo(jnp.float32).tiny), 0.0)
         if core.is_node(self.scale):
             return dataclasses.replace(self, scale=self.scale.project(scale))
         return dataclasses.replace(self, scale=scale)
+
+    def _small(self, size: int) -> float:
+        """A power of two, under which so many levels times weights add up inside float32."""
+        most = max(map(abs, self.table)) if self.table is not None else 2.0**self.bits
+        if jnp.issubdtype(self.codes.dtype, jnp.floating):
+            most = float(jnp.finfo(self.codes.dtype).max)
+        return 2.0 ** -max(math.ceil(math.log2(max(size * most, 1))), 0)
 
     def widths(self) -> dict[str, int]:
         return {"codes": self.bits, "zero": self.bits}

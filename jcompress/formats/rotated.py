@@ -12,6 +12,7 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
+from jcompress.numeric import scaling
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +41,7 @@ class Rotated(Compressed):
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         values = core.dense(self.values, key=key)
         rotated = hadamard(values.astype(jnp.float32))
-        return jnp.where(self.signs, -rotated, rotated).astype(values.dtype)
+        return scaling.inside(jnp.where(self.signs, -rotated, rotated)).astype(values.dtype)
 
     def rotate(self, w: jax.Array) -> jax.Array:
         """``R^T w``, in float32: what the values stand for."""
@@ -75,7 +76,7 @@ def hadamard(x: jax.Array, transpose: bool = False) -> jax.Array:
     small = paley(order) if order > 1 else np.ones((1, 1))
     blocks, power = (1, n // order) if order else (n // (n & -n), n & -n)
     # H = Sylvester (power) x small: butterflies along one axis, a small product along the other.
-    y = x.reshape(*lead, blocks, power, len(small), m)
+    y = x.reshape(*lead, blocks, power, len(small), m) * (power * len(small)) ** -0.5  # before sums, which may overflow
     step = 1
     while step < power:
         pairs = y.reshape(*lead, blocks, power // (2 * step), 2, step, len(small), m)
@@ -85,7 +86,7 @@ def hadamard(x: jax.Array, transpose: bool = False) -> jax.Array:
     if len(small) > 1:
         product = jnp.asarray(small.T if transpose else small, x.dtype)
         y = jnp.einsum("ij,...jm->...im", product, y, precision=jax.lax.Precision.HIGHEST)
-    return (y * (power * len(small)) ** -0.5).reshape(x.shape)
+    return y.reshape(x.shape)
 
 
 def hadamard_order(n: int) -> int:

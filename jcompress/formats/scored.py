@@ -14,6 +14,7 @@ from jcompress.core import Compressed
 from jcompress.formats.frozen import Frozen
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized
+from jcompress.numeric import scaling
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +86,10 @@ class Scored(Compressed):
 
 def mean_magnitude(weights: jax.Array, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """``||mask * weights||_1 / ||mask||_0`` over some axes, kept with length 1; 0 where nothing is kept."""
-    total = jnp.sum(jnp.where(mask, jnp.abs(weights), 0), axes, jnp.float32, keepdims=True)
-    return total / jnp.maximum(jnp.sum(mask, axes, jnp.float32, keepdims=True), 1)
+    kept = jnp.where(mask, jnp.abs(weights), 0)
+    unit = scaling.of(jnp.max(kept, axes, keepdims=True, initial=0))
+    total = jnp.sum(unit.divide(kept), axes, keepdims=True)
+    return unit.multiply(total / jnp.maximum(jnp.sum(mask, axes, jnp.float32, keepdims=True), 1))
 
 
 @jax.custom_jvp

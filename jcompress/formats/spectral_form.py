@@ -56,7 +56,7 @@ class Spectral(Compressed):
         stack = w.ndim - 2 - self.window
         axes = tuple(range(stack, w.ndim - 1))
         unit = scaling.of(jnp.max(jnp.abs(w), axes, keepdims=True, initial=0))
-        norms = unit.multiply(jnp.sqrt(jnp.sum(jnp.square(unit.divide(w)), axes, keepdims=True)))
+        norms = unit.saturated(jnp.sqrt(jnp.sum(jnp.square(unit.divide(w)), axes, keepdims=True)))
         outputs = jnp.where(norms > 0, norms, 1).astype(w.dtype)
         vectors = -(unit.divide(w) / unit.divide(outputs)).astype(w.dtype)
         return Spectral(

@@ -13,6 +13,7 @@ from jcompress import core
 from jcompress.core import Compressed, Relaying
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized, pool
+from jcompress.numeric import scaling
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +38,7 @@ class Sum(Compressed):
         first, *rest = (core.dense(term, key=key) for term in self.terms)
         for term in rest:
             first = first + term
-        return first
+        return scaling.inside(first)
 
     def relaid(self, relaying: Relaying, /) -> Sum | None:
         terms = [term.relaid(relaying) if core.is_node(term) else relaying.array(term) for term in self.terms]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -120,6 +121,11 @@ def _scales(layer: Contraction, node: Quantized, early: bool) -> Known:
         elif x is not None:
             found[name] = jnp.ones(matrix.shape, dtype)
     return found
+
+
+def scaled(known: Known, change: Callable[[jax.Array], jax.Array]) -> Known:
+    """What is known, with the scales in other units."""
+    return {name: change(x) if name == "scale" else x for name, x in known.items()}
 
 
 def filled(node: Quantized, layer: Contraction, values: jax.Array, known: Known, rounding: Rounding) -> Quantized:

@@ -31,8 +31,18 @@ class Unit(NamedTuple):
         """What :meth:`divide` undoes."""
         return x * self.root * self.root
 
+    def saturated(self, x: jax.Array) -> jax.Array:
+        """:meth:`multiply`, the greatest number of float32 for what lies beyond."""
+        return inside(self.multiply(x))
+
 
 ONE = Unit(np.float32(1))  # type: ignore[arg-type]  # no array before a backend is chosen
+
+
+def inside(x: jax.Array) -> jax.Array:
+    """The greatest number of the dtype, with its sign, for what is infinite."""
+    most = float(jnp.finfo(x.dtype).max)
+    return x if jnp.iscomplexobj(x) else jnp.clip(x, -most, most)
 
 
 def unit(xs: Sequence[jax.Array]) -> Unit:

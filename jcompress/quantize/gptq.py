@@ -12,7 +12,8 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.layers import matrices
-from jcompress.layers.rounding import Rounding, filled, rounding
+from jcompress.layers.rounding import Rounding, filled, rounding, scaled
+from jcompress.numeric import scaling
 from jcompress.numeric.damping import damped, inverse_factor
 from jcompress.numeric.sweep import Known, sweep
 from jcompress.quantize.integer import Int
@@ -99,8 +100,11 @@ class GPTQ(Method):
         known = {**known, "shown": matrices.visible(layer, context)}
         if not w.size:
             return self._method(w, context)
-        values, known = _solve(layer.matrix(), gram, known, self.damping, order=self.order, block=block, rounding=found)
-        return filled(node, layer, values, known, found)
+        matrix = layer.matrix()
+        size = scaling.unit([matrix])
+        known, matrix = scaled(known, size.divide), size.divide(matrix)
+        values, known = _solve(matrix, gram, known, self.damping, order=self.order, block=block, rounding=found)
+        return filled(node, layer, size.multiply(values), scaled(known, size.multiply), found)
 
 
 def _solve(

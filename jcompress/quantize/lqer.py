@@ -14,6 +14,7 @@ from jcompress.core import Context, Method
 from jcompress.formats import LowRank, Sum
 from jcompress.formats.lowrank import truncated_svd
 from jcompress.layers import matrices
+from jcompress.numeric import scaling
 from jcompress.numeric.damping import cholesky, damped
 from jcompress.quantize.integer import Int
 
@@ -84,10 +85,12 @@ class LQER(Method):
 
 
 def _factors(left: jax.Array, gram: jax.Array, rank: int, by: str) -> tuple[jax.Array, jax.Array]:
+    unit = scaling.unit([left])
+    left = unit.divide(left)
     if by == "diagonal":
         norms = jnp.sqrt(jnp.diagonal(gram))[:, None]
         u, v = truncated_svd(norms * left, rank)
-        return u / norms, v
+        return u / norms * unit.root, v * unit.root
     root, _ = cholesky(gram)
     u, v = truncated_svd(jnp.matmul(root.T, left, precision=jax.lax.Precision.HIGHEST), rank)
-    return jax.scipy.linalg.solve_triangular(root, u, lower=True, trans=1), v
+    return jax.scipy.linalg.solve_triangular(root, u, lower=True, trans=1) * unit.root, v * unit.root

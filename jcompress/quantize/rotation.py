@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Rotated
 from jcompress.layers import matrices
+from jcompress.numeric import scaling
 from jcompress.quantize.integer import Int
 
 
@@ -59,7 +61,13 @@ class Rotation(Method):
         inner = dataclasses.replace(context, where=None)
         if getattr(context.stats, "gram", None) is not None:
             inner = matrices.with_gram(inner, self._rotated(w, context, empty))
-        return dataclasses.replace(empty, values=self.grid(empty.rotate(shown).astype(w.dtype), inner))
+        turned = empty.rotate(shown).astype(w.dtype)
+        if core.is_concrete(turned) and not bool(jnp.isfinite(turned).all()):
+            raise ValueError(
+                f"{context.path}: found magnitudes up to {float(jnp.abs(w).max()):.3g}, and rotated they go beyond "
+                f"what {w.dtype} holds; divide the leaf by a power of two, or leave the rotation out"
+            )
+        return dataclasses.replace(empty, values=self.grid(scaling.inside(turned), inner))
 
     def _rotated(self, w: jax.Array, context: Context, node: Rotated) -> jax.Array:
         """The Gram matrix of the rotated inputs, (layers, k, k)."""

@@ -205,7 +205,7 @@ class OBS(Method):
             start = jnp.where(shown, size.divide(matrix), 0)
             one = partial(_surgeon, hessian=hessian, inverse=inverse, steps=steps, pattern=self.pattern)
             values, mask = lax.map(lambda x: one(*x), (start.T, shown.T))
-            return size.multiply(values.T), mask.T
+            return size.saturated(values.T), mask.T
 
         if not w.size:
             return Masked(w, jnp.zeros(w.shape, jnp.bool_))

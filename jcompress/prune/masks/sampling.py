@@ -95,7 +95,7 @@ class Sampled(ByScore):
             cut = [jnp.max(jnp.where(mask, 0, k), initial=0) for mask, k in zip(masks, keys, strict=True)]
             cut = [jnp.max(jnp.stack(cut))] * len(cut) if self.joint else cut
             chances = [_inverse_probability(self.score(w, c), t) for w, c, t in zip(seen, contexts, cut, strict=True)]
-            values = [(w * chance).astype(w.dtype) for w, chance in zip(arrays, chances, strict=True)]
+            values = [scaling.inside((w * chance).astype(w.dtype)) for w, chance in zip(arrays, chances, strict=True)]
         return [Masked(jnp.where(mask, w, jnp.zeros_like(w)), mask) for w, mask in zip(values, masks, strict=True)]
 
 

@@ -14,7 +14,7 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Masked
 from jcompress.layers import matrices
-from jcompress.layers.rounding import Rounding, filled, rounding
+from jcompress.layers.rounding import Rounding, filled, rounding, scaled
 from jcompress.numeric import scaling
 from jcompress.numeric.damping import damped, inverse_factor
 from jcompress.numeric.sweep import Decision, Known, sweep
@@ -105,11 +105,11 @@ class SparseGPT(Method):
             found, node, known = rounding(self.quantizer, layer, context, early=False)
             check_spans(context.path, self, found.group_size)
         solve = partial(_solve, pattern=self.pattern, block_size=self.block_size, rounding=found)
-        # A quantizer's scales are those of the weights themselves.
-        size = scaling.unit([matrix]) if found is None else scaling.ONE
-        counts = self._counts(matrix.shape, sparsity)
-        values, known = solve(size.divide(matrix), gram, {**known, "shown": shown}, counts, self.damping)
-        kept = matrices.masked(layer, size.multiply(values), known["mask"])
+        size, counts = scaling.unit([matrix]), self._counts(matrix.shape, sparsity)
+        known = {**scaled(known, size.divide), "shown": shown}
+        values, known = solve(size.divide(matrix), gram, known, counts, self.damping)
+        values, known = size.saturated(values), scaled(known, size.multiply)
+        kept = matrices.masked(layer, values, known["mask"])
         return kept if found is None else dataclasses.replace(kept, values=filled(node, layer, values, known, found))
 
     def _counts(self, shape: tuple[int, ...], sparsity: Any) -> jax.Array:
