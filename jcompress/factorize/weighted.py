@@ -203,5 +203,7 @@ class FisherSVD(Method):
         # Rows without gradients count a little, or their weights would be lost.
         weights = jnp.sqrt(jnp.maximum(rows, 1e-6 * jnp.mean(rows)))[:, None]
         weights = jnp.where(jnp.max(weights, initial=0) > 0, weights, 1)
-        u, v = truncated_svd(weights * matrix, rank)
-        return LowRank((u / weights).reshape(*w.shape[:-1], rank).astype(w.dtype), v.astype(w.dtype))
+        unit = scaling.unit([matrix])
+        u, v = truncated_svd(weights * unit.divide(matrix), rank)
+        u, v = u / weights * unit.root, v * unit.root
+        return LowRank(u.reshape(*w.shape[:-1], rank).astype(w.dtype), v.astype(w.dtype))
