@@ -2,6 +2,7 @@
 and the shrunk function is the masked one on random leaves, gradients included."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -466,3 +467,35 @@ def test_units_of_complex_weights_are_ranked_by_magnitude():
     small, _ = jc.shrink(fn, params, {"w[1]": np.arange(8) < 3}, draw(4, 3), multiple_of=4)
     energy = (jnp.abs(params["w"]) ** 2).sum(0) + (params["out"] ** 2).sum(1)
     assert small.keep["w[1]"].tolist() == [*[True] * 3, *(np.arange(3, 8) == 3 + int(energy[3:].argmax()))]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def shifted(order, x):
+    """Its rule calls the function itself, with another constant, and so on for ever."""
+    return jnp.sin(x + 0.3 * order)
+
+
+@shifted.defjvp
+def _(order, primals, tangents):
+    (x,), (t,) = primals, tangents
+    return shifted(order, x), (2 + order) * shifted(order + 1, x) * t  # not the true derivative, so that it shows
+
+
+def test_a_rule_that_calls_its_function_with_other_constants():
+    fn, params, args, _ = between(lambda p, x: shifted(0, x))
+    groups = jc.trace.coupling(fn, params, *args)
+    (name,) = groups.prunable
+    keep = {name: np.arange(groups[name].size) % 3 > 0}
+    small_fn, small = jc.shrink(fn, params, keep, *args)
+    masked, ones = (jc.trace.mask(tree, groups, keep) for tree in (params, jax.tree.map(jnp.ones_like, params)))
+
+    def along(fn, params, direction):
+        return lambda s: fn(jax.tree.map(lambda w, d: w + s * d, params, direction), *args)
+
+    found, right = along(small_fn, small, small_fn.cut(ones)), along(fn, masked, ones)
+    for order in range(4):
+        if order:
+            found, right = jax.jacfwd(found), jax.jacfwd(right)
+        np.testing.assert_allclose(found(0.0), right(0.0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="order 4"):
+        jax.jacfwd(found)(0.0)

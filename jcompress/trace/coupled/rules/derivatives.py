@@ -21,6 +21,10 @@ from jcompress.trace.coupled.rules.calls import Wrapped, demoted, run_arrays
 from jcompress.trace.coupled.states import Hold, State, all_hold, free_leaves
 
 
+ORDERS = 3
+"""Of derivatives that are read: a rule may call its function with other constants, and so on for ever."""
+
+
 def _is_float(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.inexact)
 
@@ -112,6 +116,8 @@ class Custom(Wrapped):
         if key in build.open:
             return self._within(build.open[key], site)
         outs = super().dims(build, site)
+        if len(build.open) == ORDERS:
+            return outs
         site.outs = list(outs)
         build.open[key] = site
         error = self._derived(build, site)
@@ -166,6 +172,8 @@ class Custom(Wrapped):
         return [terms.alias(d) for d in outer.outs]
 
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
+        if site.note is None:
+            return self.read(site, ins)
         if getattr(site.note, "reading", False):
             return [
                 all_hold(d, Hold.VARIED) if s is None else s for d, s in zip(site.outs, site.note.found, strict=True)
@@ -203,27 +211,36 @@ class CustomJVP(Custom):
         read_states(site.frames[1], [*ins, *(State(held=_table(ins[i], site.ins[i])) for i in site.note.ins)])
 
     def call(self, cut: Cut, site: Site, crossing: Versions, at: At) -> list[Any]:
-        primal, derivative = site.frames
-        note: _Derivative = site.note
+        primal, *derivative = site.frames
+        note: _Derivative | None = site.note
 
         @jax.custom_jvp
         def again(*arrays: Any) -> list[Any]:
             return [v.at(at) for v in run(cut, primal, crossing.values(arrays))]
 
         def rule(primals: tuple, tangents: tuple) -> Any:
+            if note is None:
+                raise _too_deep(site)
             note.check(i for (i, _), x in zip(crossing.layout, tangents, strict=True) if not _is_no_change(x))
             tangents = tuple(_instantiated(x) for x in tangents)
             values, changes = crossing.values(primals), crossing.values(tangents)
             floats = [changes[i] for i in note.ins]
             for value in floats:
                 value.state = State(held=_table(value.state, value.dims))
-            found = [v.at(at) for v in run(cut, derivative, [*values, *floats])]
+            found = [v.at(at) for v in run(cut, derivative[0], [*values, *floats])]
             out = found[: len(site.outs)]
             change = dict(zip(note.outs, found[len(site.outs) :], strict=True))
             return out, [change[i] if i in change else _float0(x) for i, x in enumerate(out)]
 
-        again.defjvp(rule, symbolic_zeros=bool(note.refused))
+        again.defjvp(rule, symbolic_zeros=bool(note and note.refused))
         return again(*crossing.arrays)
+
+
+def _too_deep(site: Site) -> Exception:
+    return ValueError(
+        f"{site.eqn.primitive.name}: found a derivative of order {ORDERS + 1}, expected at most {ORDERS} of a shrunk "
+        "function whose derivatives call functions with derivatives of their own"
+    )
 
 
 def _is_no_change(x: Any) -> bool:
@@ -268,25 +285,28 @@ class CustomVJP(Custom):
         read_states(backward, [*demoted(kept, backward.ins[: len(kept)]), *cotangents])
 
     def run(self, cut: Cut, site: Site, ins: Sequence[Value], at: At) -> list[Any]:
-        primal, forward, backward = site.frames
-        note: _Derivative = site.note
+        primal, *derivative = site.frames
+        note: _Derivative | None = site.note
 
         @jax.custom_vjp
         def again(*arrays: Any) -> list[Any]:
             return run_arrays(cut, primal, arrays)
 
         def first(*arrays: Any) -> Any:
+            if note is None:
+                raise _too_deep(site)
             if note.refused:
                 note.check(i for i, x in enumerate(arrays) if x.perturbed)
                 arrays = tuple(x.value for x in arrays)
-            found = run_arrays(cut, forward, arrays)
+            found = run_arrays(cut, derivative[0], arrays)
             return found[: len(site.outs)], found[len(site.outs) :]
 
         def second(kept: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+            assert note is not None
             changes = [_instantiated(cotangents[i]) for i in note.outs]
-            found = run_arrays(cut, backward, [*kept, *changes])
+            found = run_arrays(cut, derivative[1], [*kept, *changes])
             known = dict(zip(note.ins, found, strict=True))
             return tuple(known.get(i) for i in range(len(ins)))
 
-        again.defvjp(first, second, symbolic_zeros=bool(note.refused))
+        again.defvjp(first, second, symbolic_zeros=bool(note and note.refused))
         return again(*[v.at(NOWHERE) for v in ins])
