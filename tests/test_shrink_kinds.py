@@ -277,6 +277,16 @@ def counted(h, n):
 counted.defvjp(lambda h, n: (counted(h, n), n), lambda n, g: (g[0] * n, None))
 
 
+def with_constant(wrap):
+    inner = wrap(lambda h: (jnp.sin(h), jnp.arange(h.shape[-1]) * 0.5 + 1, jnp.ones(h.shape)))
+
+    def fn(p, h):
+        h, order, ones = inner(h)
+        return h * (order + 1) * ones + order * jnp.tanh(h) * (2 * ones - 1)
+
+    return fn
+
+
 KINDS = [
     Kind("dropout", *between(dropout)),
     Kind("noise", *between(lambda p, h: h + jax.random.normal(KEY, h.shape))),
@@ -327,6 +337,9 @@ KINDS = [
         (draw(4, 5),),
         (("mid", 0), ("mid", 1)),
     ),
+    Kind("a call that gives a constant", *between(with_constant(jax.jit))),
+    Kind("a call in a call that gives a constant", *between(with_constant(lambda fn: jax.jit(jax.checkpoint(fn))))),
+    Kind("a constant that is counted", *between(lambda p, h: jax.nn.softmax(h + with_constant(jax.jit)(p, h)))),
     Kind("order", *between(lambda p, h: jax.nn.relu(h[:, SHUFFLE]) * p["scale"], scale=draw(8))),
     Kind("order twice", *between(lambda p, h: jnp.take(h[:, SHUFFLE], np.argsort(SHUFFLE), axis=-1) + h)),
     Kind("order of constants on the device", *between(lambda p, h: jnp.take(h, jnp.asarray(SHUFFLE), axis=1))),

@@ -271,7 +271,7 @@ def run(cut: Cut, frame: Frame, ins: Sequence[Value]) -> list[Value]:
     """The outputs of a frame at the new sizes; slices that were cut are computed where something asks for them."""
     known: dict[Any, Value] = dict(zip(frame.closed.jaxpr.invars, ins, strict=True))
     fixed = _constants(frame, ins)
-    known.update({place: constant(cut, fixed[k], d, of_use(k.state, k.dims, d)) for place, k, d in frame.uses})
+    known.update({place: constant(cut, fixed(k), d, of_use(k.state, k.dims, d)) for place, k, d in frame.uses})
 
     def value(x: Any) -> Value:
         if not isinstance(x, jax_core.Literal):
@@ -287,13 +287,20 @@ def run(cut: Cut, frame: Frame, ins: Sequence[Value]) -> list[Value]:
     return [value(x) for x in frame.results]
 
 
-def _constants(frame: Frame, ins: Sequence[Value]) -> dict[Known, Any]:
-    """The constants of a frame, whole."""
+def _constants(frame: Frame, ins: Sequence[Value]) -> Callable[[Any], Any]:
+    """The constants of a frame, whole, and those that the calls in it give back."""
     found = {k: k.value for k in frame.constants} | {k: ins[i].at(NOWHERE) for i, k in frame.given}
+
+    def array(x: Any) -> Any:
+        if not isinstance(x, Known):
+            return x.val
+        if x not in found:
+            found[x] = x.value if x.eqn is None else walk.bind(x.eqn, list(map(array, x.operands)))[x.index]
+        return found[x]
+
     for site in frame.fixed:
-        operands = [found[x] if isinstance(x, Known) else x.val for x in site.sources]
-        found.update(zip(site.places, walk.bind(site.eqn, operands), strict=True))
-    return found
+        found.update(zip(site.places, walk.bind(site.eqn, list(map(array, site.sources))), strict=True))
+    return array
 
 
 def subsets(leaves: Iterable[Dim]) -> list[At]:
