@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import jcompress as jc
 
 PyTree = Any
+VARIANCE = re.compile(r"(^|[/._])(var|variance|var_ema/average)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ def drawn(params: PyTree, seed: int = 0) -> PyTree:
 
 def _drawn(path: str, leaf: Any, rng: np.random.Generator) -> Any:
     value = np.asarray(leaf, np.float32)
-    if any("var" in part for part in path.split("/")[-2:]):
+    if VARIANCE.search(path):
         return rng.uniform(0.5, 1.5, value.shape)
     constant = value.size > 0 and value.min() == value.max()
     return value + 0.3 * rng.standard_normal(value.shape) if constant else value
