@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments.zoo.model import Entry, Model, integers, model, normal
 
@@ -41,8 +42,8 @@ def _tokens() -> tuple:
 
 
 def _pair() -> tuple:
-    """Those of an encoder and of a decoder."""
-    return (integers(WORDS, 2, 7), integers(WORDS, 2, 5, seed=2))
+    """Those of an encoder, which of them count, and those of a decoder."""
+    return (integers(WORDS, 2, 7), jnp.ones((2, 7), jnp.int32).at[1, 5:].set(0), integers(WORDS, 2, 5, seed=2))
 
 
 def _image() -> tuple:

@@ -20,7 +20,6 @@ from jcompress.trace.coupled.frames import NOWHERE, At, Cut, Frame, Site, Value,
 from jcompress.trace.coupled.rules.calls import Wrapped, demoted, run_arrays
 from jcompress.trace.coupled.states import Hold, State, all_hold, free_leaves
 
-
 ORDERS = 3
 """Of derivatives that are read: a rule may call its function with other constants, and so on for ever."""
 
