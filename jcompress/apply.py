@@ -191,7 +191,7 @@ def _layout(plan: Plan, path: str, w: jax.Array, context: Context) -> Layout | N
     found = plan.layouts.get(path) or relaying.layout_of(w.shape, context.stats)
     if found is not None:
         found.check(path, w.shape)
-        core.check(plan[path], path, found.seen(w.shape), w.dtype)
+        core.check_laid_out(plan[path], path, found, w.shape, w.dtype)
     return found
 
 

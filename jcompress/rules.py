@@ -423,6 +423,6 @@ def _check_compressible(path: str, leaf: Any, method: Method | None, layout: Lay
 def _check_fit(method: Method, path: str, shape: tuple[int, ...], dtype: Any, layout: Layout | None) -> None:
     """Raise if a method cannot take a leaf of this shape, as far as its layout is known when the plan is made."""
     if layout is not None:
-        core.check(method, path, layout.seen(shape), dtype)
+        core.check_laid_out(method, path, layout, shape, dtype)
     elif not any(need.startswith("stats") for need in core.needs(method)):
         core.check(method, path, shape, dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcompress.core.axes import Layout
 from jcompress.core.compressed import is_concrete
 
 
@@ -178,6 +179,12 @@ def check(method: Any, path: str, shape: tuple[int, ...], dtype: Any) -> None:
     """Raise if ``method`` cannot take an array of this shape and dtype."""
     if hasattr(method, "check"):
         method.check(path, shape, dtype)
+
+
+def check_laid_out(method: Any, path: str, layout: Layout, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise if ``method`` cannot take an array whose axes are these: a layer of it, unless it wants the whole."""
+    layers = 0 if is_whole(method) else layout.lead(len(shape))
+    check(method, path, layout.seen(shape)[layers:], dtype)
 
 
 def unit(method: Any, shape: tuple[int, ...]) -> int:
