@@ -2,7 +2,7 @@
 
     pip install -e ".[zoo]"
     python -m experiments.zoo
-    python -m experiments.zoo --only "GPT-2,ResNet v1"
+    python -m experiments.zoo --only "GPT-2,keras,transformers/ResNet"
 
 Each model is small, made without a download, with every leaf random. A model that is there already is not read again
 unless it is named; one whose package is missing is left out. ``pytest --zoo`` fails where a row says that a reading is
@@ -57,11 +57,15 @@ def chosen(only: str) -> list[Entry]:
       ValueError: for a name that none has.
     """
     names = [name.strip() for name in only.split(",") if name.strip()]
-    known = {entry.name for entry in ENTRIES} | {entry.package for entry in ENTRIES}
+    known = {name for entry in ENTRIES for name in _names(entry)}
     for name in names:
         if name not in known:
             raise ValueError(f"--only: {name!r} is no model and no package; use some of {', '.join(sorted(known))}")
-    return [entry for entry in ENTRIES if not names or entry.name in names or entry.package in names]
+    return [entry for entry in ENTRIES if not names or not _names(entry).isdisjoint(names)]
+
+
+def _names(entry: Entry) -> set[str]:
+    return {entry.name, entry.package, f"{entry.package}/{entry.name}"}
 
 
 def run(path: Path, only: str = "") -> str:

@@ -10,9 +10,10 @@ from experiments.workdir import Row, write
 
 HEAD = (
     "package", "model", "parameters", "groups", "free", "cut to", "shrunk off by", "gradients off by", "calibrated",
-    "Gram checked", "bytes", "fast", "dense", "what fell short",
+    "Gram checked", "layouts", "bytes", "fast", "dense", "accelerated off by", "multiply-adds", "of XLA's operations",
+    "what fell short",
 )  # fmt: skip
-LEFT = (0, 1, 13)
+LEFT = (0, 1, 17)
 UNUSED = "in no product with an activation"  # a bias, a table of positions: nothing to know
 
 
@@ -25,10 +26,13 @@ def finish(rows: Sequence[Row], path: Path) -> None:
         "*groups* of axes that are cut together, how many of them are *free*, and the share of parameters left when "
         "each free group loses two units in five; *off by*: the largest difference to the masked function, relative to "
         "the largest value. *calibrated*: matrices with statistics, of those that meet an activation; *Gram checked*: "
-        "compared with a sum of x x^T that was taken without the library. *bytes*: how much smaller with int8, rank 3 "
-        "and half of the weights in turn. *fast* and *dense*: products with nodes that `accelerate` makes without and "
-        "with the dense array, equal to the dense function in both. Multiply-adds were compared with those of all "
-        f"products of the jaxpr. {'Nothing was wrong.' if not wrong else f'{wrong} readings were wrong.'}\n"
+        "compared with a sum of x x^T that was taken without the library. *layouts*: read from shapes alone, of the "
+        "same matrices. *bytes*: how much smaller with int8, rank 3 and half of the weights in turn. *fast* and "
+        "*dense*: products with nodes that `accelerate` makes without and with the dense array, and the largest "
+        "difference of its outputs to the dense function. *multiply-adds*: equal to those of all products of the "
+        "jaxpr; *of XLA's operations*: all operations counted, as a share of XLA's count before it optimizes, which "
+        "counts the body of a loop once. "
+        f"{'Nothing was wrong.' if not wrong else f'{wrong} readings were wrong.'}\n"
     )
     write(path, f"{head}\n{markdown(cells(rows), LEFT)}\n")
 
@@ -46,13 +50,27 @@ def _cells(row: Row) -> Sequence[str]:
     def shown(name: str, form: str = "") -> str:
         return format(row[name], form) if name in row else "-"
 
-    unread = _unread(row.get("uncalibrated", {}))
-    known = f"{row['calibrated']}/{row['calibrated'] + len(unread)}" if "calibrated" in row else "-"
     return (
-        row["package"], row["model"], f"{row['parameters']:,}", shown("groups"), shown("prunable"),
-        shown("shrunk_to", ".0%"), shown("shrunk_error", ".0e"), shown("gradient_error", ".0e"), known,
-        shown("grams_compared"), f"{shown('bytes_ratio')}x", shown("fast_rows"), shown("dense_rows"), short(row),
+        f"{row['package']} {row['version']}", row["model"], f"{row['parameters']:,}", shown("groups"),
+        shown("prunable"), shown("shrunk_to", ".0%"), shown("shrunk_error", ".0e"), shown("gradient_error", ".0e"),
+        _share(row, "calibrated", "uncalibrated"), shown("grams_compared"), _share(row, "layouts", "no_layout"),
+        f"{shown('bytes_ratio')}x", shown("fast_rows"), shown("dense_rows"), shown("execution_error", ".0e"),
+        _counted(row), _of_xla(row), short(row),
     )  # fmt: skip
+
+
+def _share(row: Row, known: str, unknown: str) -> str:
+    return f"{row[known]}/{row[known] + len(_unread(row[unknown]))}" if known in row else "-"
+
+
+def _counted(row: Row) -> str:
+    if "multiply_adds" not in row:
+        return "-"
+    return f"{row['multiply_adds']:,.0f}" + ("" if row["cost_checked"] else " (not compared)")
+
+
+def _of_xla(row: Row) -> str:
+    return f"{row['flops'] / row['xla_flops']:.1%}" if row.get("xla_flops") else "-"
 
 
 def _unread(reasons: dict[str, str]) -> dict[str, str]:
