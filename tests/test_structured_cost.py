@@ -190,11 +190,7 @@ def test_what_cannot_be_met_is_told(rng):
         structured.keep(scores, dict(groups), cost=0.5)
 
 
-# A mixer's cut channels share one value behind a bias over tokens: the shrunk network computes it, once more.
-COUNTED = [entry.name for entry in zoo.ZOO if "mixer" not in entry.name]
-
-
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("name", [entry.name for entry in zoo.ZOO])
 def test_counts_are_those_of_the_shrunk_network(rng, name):
     model = zoo.built(name)
     args = model.args(2, jax.random.key(0))
@@ -205,6 +201,49 @@ def test_counts_are_those_of_the_shrunk_network(rng, name):
         small, cut = jc.shrink(model.fn, model.params, keep, *args, free_outputs=model.free_outputs)
         assert groups.multiply_adds(keep) == jc.trace.cost(small, cut, *args).total.multiply_adds
         assert groups.bytes(keep) == sum(x.nbytes for x in jax.tree.leaves(cut))
+
+
+def _alike(p, x):
+    """Half where it is cut: a product over it computes that once more."""
+    return jnp.einsum("bi,ci->bc", jax.nn.sigmoid(x @ p["a"]), jax.nn.sigmoid(x @ p["b"]))
+
+
+def _alike_heads(p, x):
+    q, k = (jax.nn.sigmoid(x @ p[n]).reshape(-1, 2, 3) for n in ("a", "b"))
+    return jnp.einsum("bhi,chi->bc", q, k) + jnp.einsum("bhi,bhj->bij", q, k).sum()
+
+
+def _alike_beside(p, x):
+    q = jnp.concatenate([jax.nn.sigmoid(x @ p["a"]), x], 1)
+    k = jnp.concatenate([jax.nn.sigmoid(x @ p["b"]), x + 1], 1)
+    return jnp.einsum("bi,ci->bc", q, k)
+
+
+def _alike_inside(p, x):
+    def turn(h, _):
+        return jax.lax.cond(h.sum() > 0, lambda h: _alike(p, h) @ h, lambda h: h + 1, h), None
+
+    return jax.lax.scan(turn, x, None, length=3)[0]
+
+
+def _alike_over_tokens(p, x):
+    """A value for all channels that goes through a product over tokens before a norm sums it."""
+    h = jax.nn.sigmoid(x @ p["a"]).T @ jnp.ones((4, 5)) + x.sum()
+    h = h.T - h.mean()
+    return jax.nn.softmax(h @ p["b"].T)
+
+
+@pytest.mark.parametrize("fn", [_alike, _alike_heads, _alike_beside, _alike_inside, _alike_over_tokens])
+def test_a_value_that_cut_units_share_counts_once_more(fn):
+    params, x = {n: jnp.ones((4, 6)) for n in "ab"}, jnp.ones((4, 4))
+    groups = jc.trace.coupling(fn, params, x)
+    names = list(groups.prunable)
+    traced = jax.jit(lambda sizes: groups.multiply_adds(sizes))
+    for sizes in itertools.product(*((1, groups[n].size - 1, groups[n].size) for n in names)):
+        keep = {n: np.arange(groups[n].size) < k for n, k in zip(names, sizes, strict=True)}
+        expected = counted(fn, params, keep, x)[0]
+        assert groups.multiply_adds(keep) == expected
+        assert traced(dict(zip(names, sizes, strict=True))) == expected
 
 
 def test_branches_count_as_the_dearest_and_loops_as_often_as_they_turn():

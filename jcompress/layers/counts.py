@@ -21,13 +21,14 @@ class Count:
     """A cost as a function of how many units of each group stay.
 
     ``sum_t c_t prod_{g in t} n_g``: a dense layer between two groups costs ``c n_in n_out``. Of the branches of a
-    ``cond`` the dearest counts.
+    ``cond`` the dearest counts. Where the units that go share a value that counts, one of them is computed for all.
 
     Attributes:
       terms: ``{names of groups: coefficient}``.
       sizes: of all groups, when nothing is cut.
       choices: for each ``cond``, the counts of its branches.
       unit: what a one is counted in: 8 for bits counted in bytes.
+      shared: for some groups, the terms that count besides where units of all of them go.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -43,6 +44,7 @@ class Count:
     sizes: Mapping[str, int]
     choices: tuple[tuple[Count, ...], ...] = ()
     unit: int = 1
+    shared: Mapping[tuple[str, ...], Polynomial] = dataclasses.field(default_factory=dict)
 
     def __call__(self, keep: Mapping[str, Any]) -> Any:
         """The cost of what stays.
@@ -60,13 +62,18 @@ class Count:
 
     def _total(self, sizes: Mapping[str, Any], exact: bool) -> Any:
         parts = [
-            (c if exact else np.float32(c)) * math.prod(sizes[name] for name in names)
-            for names, c in self.terms.items()
+            (c if exact else np.float32(c)) * math.prod([sizes[name] for name in names] + [self._cut(sizes, cut)])
+            for cut, terms in [((), self.terms), *self.shared.items()]
+            for names, c in terms.items()
         ]
         for branches in self.choices:
             found = [branch._total(sizes, exact) for branch in branches]
             parts.append(max(found) if exact else _largest(found))
         return sum(parts)
+
+    def _cut(self, sizes: Mapping[str, Any], cut: tuple[str, ...]) -> Any:
+        """One where units of all these groups go, else zero."""
+        return math.prod(1 * (sizes[name] < self.sizes[name]) for name in cut)
 
 
 def _largest(found: list[Any]) -> Any:

@@ -192,6 +192,9 @@ class Cut:
         """The shape of a value of these dimensions."""
         return terms.shape(dims, self.sizes(at))
 
+    def ran(self, site: Site, at: At, summed: At = NOWHERE) -> None:
+        """An equation is computed at some slices that were cut, and sums over the one of ``summed``."""
+
 
 def _one_cut(size: int, kept: np.ndarray) -> np.ndarray:
     return np.setdiff1d(np.arange(size), kept)[:1]
@@ -362,6 +365,7 @@ class Rule:
 
         def get(i: int, at: At) -> Any:
             if at not in done:
+                cut.ran(site, at)
                 done[at] = self.run(cut, site, ins, at)
             return done[at][i]
 

@@ -15,7 +15,7 @@ from jcompress.layers.groups import Group, Groups, Member
 from jcompress.trace import primitives
 from jcompress.trace.core import walk
 from jcompress.trace.coupled import dims as terms
-from jcompress.trace.coupled import sizes
+from jcompress.trace.coupled import sizes, slices
 from jcompress.trace.coupled.building import Build
 from jcompress.trace.coupled.dims import Dim, Dims
 from jcompress.trace.coupled.frames import Frame, read_leaves, read_states
@@ -73,7 +73,10 @@ def read(fn: Callable[..., Any], params: PyTree, *args: Any, free: Free = Free()
     groups, leaves = _name(dict(zip(program.paths, ins, strict=False)), contracted, arguments)
     names = {leaf: name for name, leaf in leaves.items()}
     shapes = [v.aval for v in program.closed.jaxpr.invars[:n]]
-    counts = sizes.multiply_adds(frame, names), sizes.parameter_bytes(shapes, ins[:n], names)
+    counts = (
+        sizes.multiply_adds(frame, names, slices.asked(frame, program.closed, names)),
+        sizes.parameter_bytes(shapes, ins[:n], names),
+    )
     return Coupled(program, frame, Groups(groups, build.unread, *counts), leaves, arguments)
 
 

@@ -96,10 +96,12 @@ class Dot(Rule):
     def states(self, site: Site, ins: Sequence[State]) -> Sequence[State]:
         (left, right), (a, b) = ins[:2], site.ins[:2]
         (lc, rc), (lb, rb) = self.numbers(site)
+        site.note = []
         for leaf in free_leaves(tuple(a[i] for i in lc)):
             pair = (left.at(leaf), right.at(leaf))
             if Hold.ZERO in pair:
                 continue
+            site.note.append(leaf)
             if Hold.VARIED in pair:
                 terms.pin([leaf], "a product sums over it, and its slices differ")
             _check_one_axis(a, lc)
@@ -125,6 +127,7 @@ class Dot(Rule):
                 continue
             a = _region(cut, left.at(at | leaves), left.dims, lc, at | leaves, leaves)
             b = _region(cut, right.at(at | leaves), right.dims, rc, at | leaves, leaves)
+            cut.ran(site, at | leaves, leaves)
             (part,) = site_bind(site, [a, b, *others])
             total = total + part * jnp.asarray(cut.count(leaves), part.dtype)
         return [total]
