@@ -107,9 +107,14 @@ def refitted(equation: str, factors: Sequence[jax.Array], w: jax.Array, sweeps: 
     # The unit stays with the first factor; the others keep their size.
     w, found = unit.divide(w), [x.astype(jnp.float32) for x in factors]
     found[0] = unit.divide(found[0])
-    for i in range(sweeps * len(found)):
-        place = i % len(found)
-        found[place] = _least_squares(inputs.split(","), output, found, place, w)
+
+    def sweep(_: Any, found: list[jax.Array]) -> list[jax.Array]:
+        for place in range(len(found)):
+            new = _least_squares(inputs.split(","), output, found, place, w)
+            found = [*found[:place], new, *found[place + 1 :]]
+        return found
+
+    found = sweep(0, found) if sweeps == 1 else jax.lax.fori_loop(0, sweeps, sweep, found)
     return [unit.multiply(found[0]), *found[1:]]
 
 

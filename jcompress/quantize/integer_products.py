@@ -234,7 +234,7 @@ def _not_integers(product: Product, w: Weight, bits: int) -> str:
         is_real = jnp.issubdtype(w.values.dtype, jnp.floating)
         return w.note or ("the weight has no codes" if is_real else f"there are no codes of {w.values.dtype}")
     if not w.has_scale_of_outputs(product):
-        return "its scales vary along the contraction"
+        return w.note or "its scales vary along the contraction"
     if w.bits is None:
         return f"its codes are {w.values.dtype}"
     if max(bits, w.bits) > 8:

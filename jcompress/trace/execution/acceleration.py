@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jcompress.trace.core.contraction import Product
 from jcompress.trace.execution.execute import Executed
+from jcompress.trace.execution.grouped import Grouped
 from jcompress.trace.execution.weights import Weight
 
 
@@ -19,8 +20,11 @@ def accelerate(fn: Callable[..., Any]) -> Executed:
 
     ``x @ w`` is ``(x @ u) @ v`` for a :class:`~jcompress.formats.LowRank` node that is thin enough to cost less,
     ``(x @ levels) * scale`` for a :class:`~jcompress.formats.Quantized` one with a scale for each output, also under
-    a mask, and the sum of both for their sum. Convolutions are taken alike. All other nodes are made dense, and
-    ``report`` says which. Activations stay as they are; :func:`jcompress.quantize.activations` multiplies integers.
+    a mask, and the sum of both for their sum. Convolutions are taken alike. Of codes in groups one block of groups at a
+    time is made dense, multiplied and added up, where the activation has few rows. An activation is contracted into a
+    :class:`~jcompress.formats.TensorNetwork` along the cheapest path, or goes through a chain of smaller convolutions.
+    All other nodes are made dense, and ``report`` says which. Activations stay as they are;
+    :func:`jcompress.quantize.activations` multiplies integers.
 
     The function is traced and run equation by equation, loops and ``remat`` staying what they are, so call it under
     ``jit``. It can be differentiated in the trainable leaves of the nodes. A function with a derivative of its own
@@ -46,7 +50,7 @@ def accelerate(fn: Callable[..., Any]) -> Executed:
       path  product      shape  how
       a     dot_general  16x2   dense: a factor
       a     dot_general  2x16   dense: a factor
-      b     dot_general  16x4   dense: Quantized with groups along the contraction is made dense
+      b     dot_general  16x4   dense: groups along the contraction, for a small weight
     """
     return Executed(fn, WeightsOnly())
 
@@ -57,6 +61,8 @@ class WeightsOnly:
 
     def multiply(self, product: Product, x: jax.Array, w: Weight, axes: tuple[int, ...]) -> tuple[jax.Array, str]:
         """The product, and how it was made."""
+        if isinstance(w, Grouped):
+            return w.by_blocks(product, x)
         if not w.has_scale_of_outputs(product):
             return product.apply(x, w.dense()), w.told("dense", product)
         both = jnp.promote_types(x.dtype, w.dtype)

@@ -17,6 +17,7 @@ from jcompress.trace.core.contraction import Dot, Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
+from jcompress.trace.execution.grouped import Grouped
 from jcompress.trace.execution.networks import Network, of_network
 from jcompress.trace.execution.weights import Multiply, Range, Shared, Tell, Weight, static
 
@@ -42,6 +43,10 @@ class Factors:
         dense = LowRank(u, self.v.dense()).materialize()
         return jnp.moveaxis(dense, -1, self.out)
 
+    def _weight(self, note: str) -> Weight:
+        """The dense array, and why it is one."""
+        return Weight(self.dense(), ranges=self.u.ranges, dtype=self.u.dtype, path=self.u.path, note=note)
+
     def laid_out(self, step: Step) -> list[Factors] | None:
         """As for :class:`Weight`; what is not transposed is made dense."""
         if not isinstance(step.flow, (Cast, Permutation)) or not all(isinstance(k, View) for k in step.outs):
@@ -61,8 +66,7 @@ class Factors:
         """As for :class:`Weight`; where the rank takes the place of the layers, it is dense."""
         n, u = len(self.u.values), self.u
         if self.out == -u.values.ndim:
-            dense = Weight(self.dense(), dtype=u.dtype, path=u.path, note="LowRank whose outputs are the layers")
-            return dense.stacked()
+            return self._weight("LowRank whose outputs are the layers").stacked()
         if self.v.values.ndim == u.values.ndim:
             return Factors(u.stacked(), self.v.stacked(), out=self.out)
         # One factor for all layers: each turn takes it as it is.
@@ -74,16 +78,14 @@ class Factors:
         u, v, out = self.u, self.v, self.out % self.u.values.ndim
         axis = product.outputs(out)
         if v.values.ndim > 2 or (axis is None and not isinstance(product, Dot)):
-            dense = dataclasses.replace(u, values=self.dense(), scale=None, zero=None, note="LowRank with layers")
-            return multiply(product, x, dense)
+            return multiply(product, x, self._weight("LowRank with layers"))
         if axis is not None:
             y = multiply(product, x, u)
             second = product.with_matrix(y, axis, 0)
             return jnp.moveaxis(multiply(second, y, v), -1, axis)
         assert isinstance(product, Dot)
         if product.contracted != (out,) or product.numbers[1][0]:
-            dense = dataclasses.replace(u, values=self.dense(), scale=None, zero=None, note="LowRank in two halves")
-            return multiply(product, x, dense)
+            return multiply(product, x, self._weight("LowRank in two halves"))
         y = multiply(product.with_matrix(x, product.summed[0], 1), x, v)
         z = multiply(product.with_matrix(y, y.ndim - 1, out), y, u)
         return z if product.side else jnp.moveaxis(z, range(y.ndim - 1), range(-(y.ndim - 1), 0))
@@ -131,11 +133,16 @@ def dense(x: Any) -> Any:
 def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Operand:
     """A leaf of the tree in the form in which it is multiplied."""
     known: dict[str, Any] = {"ranges": dict(ranges), "path": path}
-    if isinstance(leaf, Quantized) and leaf.group_size is None and not core.is_node(leaf.codes):
-        return _of_codes(leaf, known)
+    if isinstance(leaf, Quantized) and not core.is_node(leaf.codes):
+        if leaf.group_size is None:
+            return _of_codes(leaf, known)
+        if not core.is_node(leaf.zero):
+            return Grouped.of(leaf, **known)
     if isinstance(leaf, Masked) and isinstance(leaf.values, Quantized):
         inner = of_leaf(path, leaf.values, ranges)
-        if isinstance(inner, Weight) and inner.scale is not None:
+        if isinstance(inner, Grouped) and (masked := inner.masked(leaf.mask)) is not None:
+            return masked
+        if type(inner) is Weight and inner.scale is not None:
             hidden = jnp.zeros((), inner.values.dtype) if inner.zero is None else inner.zero.array
             return dataclasses.replace(inner, values=jnp.where(leaf.mask, inner.values, hidden))
     if isinstance(leaf, LowRank) and _is_thin(leaf):
@@ -177,11 +184,7 @@ def _of_arranged(path: str, leaf: Arranged, ranges: Mapping[tuple[int, ...], Ran
 
 
 def _named(leaf: Any) -> str:
-    leaf = leaf.inner if isinstance(leaf, Arranged) else leaf
-    if not isinstance(leaf, Quantized) or leaf.group_size is None:
-        return type(leaf).__name__
-    shared = "a scale for each block" if isinstance(leaf.group_size, tuple) else "groups along the contraction"
-    return f"{type(leaf).__name__} with {shared}"
+    return type(leaf.inner if isinstance(leaf, Arranged) else leaf).__name__
 
 
 def _of_codes(leaf: Quantized, known: dict[str, Any]) -> Weight:

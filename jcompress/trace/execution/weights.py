@@ -224,7 +224,7 @@ class Weight:
 def side_by_side(weights: Sequence[Any], step: Step) -> Weight | None:
     """Codes of several parameters as those of one, as where gates are multiplied in one product; or None."""
     kind = step.outs[0]
-    if not isinstance(kind, Joined) or not all(isinstance(w, Weight) and w.scale is not None for w in weights):
+    if not isinstance(kind, Joined) or not all(type(w) is Weight and w.scale is not None for w in weights):
         return None
     if len({(w.values.dtype, w.zero is None, w.dtype, w.bits is None) for w in weights}) > 1:
         return None
