@@ -24,15 +24,21 @@ def resnet(kind: str) -> Model:
 
 
 def stylegan() -> Model:
-    import flaxmodels.stylegan2 as parts
+    """The mapping network, two modulated layers and the colors; resampling does not run on a JAX without newshape=."""
+    import flax.linen as nn
+    import flaxmodels.stylegan2.generator as parts
 
-    made = parts.Generator(
-        resolution=16, z_dim=12, w_dim=18, mapping_layer_features=18, num_ws=6, num_mapping_layers=2, fmap_base=128,
-        fmap_max=16, use_noise=False,
-    )  # fmt: skip
-    z = normal(2, 12)
-    variables = made.init(KEY, z)
-    return model(lambda v, z: made.apply(v, z, train=False), variables, z)
+    class Generator(nn.Module):
+        @nn.compact
+        def __call__(self, z: jax.Array, x: jax.Array) -> jax.Array:
+            w = parts.MappingNetwork(12, 0, 18, layer_features=20, num_ws=3, num_layers=2)(z, train=False)
+            for i in range(2):
+                x = parts.SynthesisLayer(14, 3, i, res=3)(x, w, noise_mode="none")
+            return parts.ToRGBLayer(3, 2)(x, None, w)
+
+    args = (normal(2, 12), normal(2, 8, 8, 6, seed=2))
+    made = Generator()
+    return model(made.apply, made.init(KEY, *args), *args)
 
 
 def unet() -> Model:

@@ -18,6 +18,7 @@ Found = dict[str, Any]
 
 TOLERANCE = 1e-4  # of float32, relative to the largest value, through as many layers as these models have
 RANK = 3
+UNUSED = ("in no product with an activation", "not used")  # a bias, a table of positions, an average's first value
 
 
 class WrongError(AssertionError):
@@ -101,12 +102,18 @@ def read_statistics(model: Model) -> Found:
     shapes = {path: np.shape(x) for path, x in jc.paths(model.params)}
     matrices = [path for path, shape in shapes.items() if len(shape) > 1]
     return {
-        "calibrated": sum(path in stats for path in matrices),
         "matrices": len(matrices),
-        "uncalibrated": {p: stats.unread.get(p) or stats.notes.get(p, "?") for p in matrices if p not in stats},
+        **_known("calibrated", matrices, stats, {**stats.notes, **stats.unread}),
         "grams_compared": compared,
         "gram_error": worst,
     }
+
+
+def _known(name: str, matrices: list[str], found: Mapping[str, Any], why: Mapping[str, str]) -> Found:
+    """How many matrices are known, and why the others are not, unless there is nothing to know."""
+    missing = {path: why.get(path, "?") for path in matrices if path not in found}
+    told = {path: reason for path, reason in missing.items() if reason not in UNUSED}
+    return {name: sum(path in found for path in matrices), f"not_{name}": told}
 
 
 def read_layout(model: Model) -> Found:
@@ -119,8 +126,7 @@ def read_layout(model: Model) -> Found:
             found = tuple(a + ndim for a in layouts[path].contracted)
             _check(found == axes, f"{path}: the layout contracts axes {found}, the product {axes}")
     matrices = [path for path, x in jc.paths(model.params) if np.ndim(x) > 1]
-    unread = {p: layouts.unread.get(p, "?") for p in matrices if p not in layouts}
-    return {"layouts": sum(p in layouts for p in matrices), "layouts_compared": len(right), "no_layout": unread}
+    return {**_known("layouts", matrices, layouts, layouts.unread), "layouts_compared": len(right)}
 
 
 def compressed(model: Model) -> tuple[PyTree, dict[str, str]]:

@@ -14,7 +14,6 @@ HEAD = (
     "what fell short",
 )  # fmt: skip
 LEFT = (0, 1, 17)
-UNUSED = "in no product with an activation"  # a bias, a table of positions: nothing to know
 
 
 def finish(rows: Sequence[Row], path: Path) -> None:
@@ -53,14 +52,14 @@ def _cells(row: Row) -> Sequence[str]:
     return (
         f"{row['package']} {row['version']}", row["model"], f"{row['parameters']:,}", shown("groups"),
         shown("prunable"), shown("shrunk_to", ".0%"), shown("shrunk_error", ".0e"), shown("gradient_error", ".0e"),
-        _share(row, "calibrated", "uncalibrated"), shown("grams_compared"), _share(row, "layouts", "no_layout"),
+        _share(row, "calibrated"), shown("grams_compared"), _share(row, "layouts"),
         f"{shown('bytes_ratio')}x", shown("fast_rows"), shown("dense_rows"), shown("execution_error", ".0e"),
         _counted(row), _of_xla(row), short(row),
     )  # fmt: skip
 
 
-def _share(row: Row, known: str, unknown: str) -> str:
-    return f"{row[known]}/{row[known] + len(_unread(row[unknown]))}" if known in row else "-"
+def _share(row: Row, name: str) -> str:
+    return f"{row[name]}/{row[name] + len(row[f'not_{name}'])}" if name in row else "-"
 
 
 def _counted(row: Row) -> str:
@@ -73,20 +72,16 @@ def _of_xla(row: Row) -> str:
     return f"{row['flops'] / row['xla_flops']:.1%}" if row.get("xla_flops") else "-"
 
 
-def _unread(reasons: dict[str, str]) -> dict[str, str]:
-    return {path: why for path, why in reasons.items() if why != UNUSED}
-
-
 def short(row: Row) -> str:
     """What is wrong, and what was not read, in a cell."""
     told = [f"WRONG {name}: {what}" for name, what in row["wrong"].items()]
     told += [f"coupling does not read {name} ({count})" for name, count in row.get("unread_primitives", {}).items()]
     reasons: dict[str, list[str]] = {}
-    for path, why in _unread(row.get("uncalibrated", {})).items():
+    for path, why in row.get("not_calibrated", {}).items():
         reasons.setdefault(why, []).append(path)
     told += [f"no statistics of {_some(paths)}: {why}" for why, paths in reasons.items()]
-    for path, why in _unread(row.get("no_layout", {})).items():
-        if path not in row.get("uncalibrated", {}):
+    for path, why in row.get("not_layouts", {}).items():
+        if path not in row.get("not_calibrated", {}):
             told.append(f"no layout of {path}: {why}")
     expected = ("dense: Masked is made dense",)  # half of the weights at random places: no product skips them
     told += [f"{how} ({count})" for how, count in row.get("dense_why", {}).items() if how not in expected]
