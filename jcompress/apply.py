@@ -244,9 +244,10 @@ def _check_range(path: str, w: jax.Array, largest: jax.Array, node: Any, method:
 def _check_results(nodes: Mapping[str, Any], plan: Plan) -> None:
     """Raise for what is no number among what methods gave; under ``jit`` nothing can be seen."""
     known = {path: node for path, node in nodes.items() if all(map(core.is_concrete, jax.tree.leaves(node)))}
-    flags = {path: _all_finite(node) for path, node in known.items()}
-    for path, finite in jax.device_get({path: x for path, x in flags.items() if core.is_concrete(x)}).items():
-        if not finite:
+    found = {path: _extent(node) for path, node in known.items()}
+    found = jax.device_get({path: x for path, x in found.items() if core.is_concrete(x)})
+    for path, largest in found.items():
+        if not np.isfinite(largest) or (_is_far(largest, known[path]) and not _is_finite(core.dense(known[path]))):
             raise ValueError(
                 f"{path}: {plan[path]!r} gave NaN or infinite values, from a leaf whose own are finite; look at its "
                 "hyperparameters and statistics, or keep the leaf dense"
@@ -254,11 +255,22 @@ def _check_results(nodes: Mapping[str, Any], plan: Plan) -> None:
 
 
 @jax.jit
-def _all_finite(node: Any) -> jax.Array:
+def _extent(node: Any) -> jax.Array:
+    """The largest magnitude among the numbers of a node; NaN if one of them is NaN or infinite."""
     numbers = [x for x in map(jnp.asarray, jax.tree.leaves(node)) if jnp.issubdtype(x.dtype, jnp.inexact)]
     # Narrow floats have no test of their own, nor are they promoted.
     wide = [x.astype(jnp.float32) if x.dtype.itemsize < 2 else x for x in numbers]
-    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in wide]))
+    return jnp.max(jnp.array([_largest(x) for x in wide]), initial=0)
+
+
+def _is_far(largest: Any, node: Any) -> bool:
+    """Whether products of numbers so large may be none, though they are."""
+    return core.is_node(node) and largest > float(jnp.finfo(node.dtype).max) ** (1 / 8)
+
+
+def _is_finite(x: jax.Array) -> bool:
+    finite = jnp.isfinite(x).all()
+    return not core.is_concrete(finite) or bool(finite)
 
 
 def check_paths(leaves: Iterable[str], plan: Plan) -> None:
@@ -315,7 +327,8 @@ def _array(path: str, x: Any) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _largest(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x), initial=0)
+    """The largest magnitude; NaN if one of them is NaN or infinite, which a maximum over devices may pass over."""
+    return jnp.where(jnp.isfinite(x).all(), jnp.max(jnp.abs(x), initial=0), jnp.nan)
 
 
 def contexts_of(

@@ -19,6 +19,8 @@ from jcompress.numeric.alike import each, room_among
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
 
+_NOBODY = np.int32(-1)
+
 
 class ProjectState(NamedTuple):
     """State of :func:`project`.
@@ -27,7 +29,8 @@ class ProjectState(NamedTuple):
       steps: the steps taken.
       held: ``{path: node}``: what the last refit fixed, trainable leaves left out; nodes whose projection does not cost
         linear time are whole.
-      strayed: -1, or the number, in the order of their names, of the first held leaf that was found off the set.
+      strayed: -1, or the number, in the order of their names, of the first held leaf that was found off the set; a
+        number n found once, which the next step may take back, is -2 - n.
       key: the PRNG key, if any.
       inner: the state of the wrapped optimizer, if any.
 
@@ -72,9 +75,10 @@ def project(
     Inside ``optax.masked`` or ``partition`` the plan may be that of the whole tree: leaves that are not shown are left
     out, and a global threshold is that of the others; if all that it compresses is hidden, that is an error.
 
-    Something behind it in the chain, which would move pruned weights again, is found out on steps 1, 2, 4, 8, ...; the
-    state remembers it, and :func:`jcompress.nodes` says so. Optimizers that keep two copies (schedule-free, lookahead)
-    or move parameters by themselves go in front of it, and what they average is read by :func:`jcompress.nodes`.
+    Something behind it in the chain, which would move pruned weights again, is found out on steps 1, 2, 4, 8, ..., if
+    the step after finds it too; the state remembers it, and :func:`jcompress.nodes` says so. Optimizers that keep two
+    copies (schedule-free, lookahead) or move parameters by themselves go in front of it, and what they average is read
+    by :func:`jcompress.nodes`.
 
     Args:
       plan: from :func:`jcompress.plan`. Schedules are read at the number of steps taken.
@@ -120,7 +124,7 @@ def project(
         leaves, steps = rules.leaves(params), transforms.steps()
         nodes = fit(leaves, transforms.shown(plan, params), contexts_of(params, steps, key, stats, grads))
         started = None if optimizer is None else optimizer.init(params)
-        return ProjectState(steps, _fixed(nodes), jnp.full((), -1, jnp.int32), transforms.copied(key), started)
+        return ProjectState(steps, _fixed(nodes), jnp.asarray(_NOBODY), transforms.copied(key), started)
 
     def update(
         updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
@@ -194,8 +198,8 @@ def _check_strayed(strayed: jax.Array, held: PyTree) -> None:
     if core.is_concrete(strayed) and (number := int(strayed)) >= 0:
         raise ValueError(
             f"{sorted(held)[number]}: the parameters left the compressed set after a step of jc.project, so nothing "
-            "holds them there; let it be the last link, optax.chain(optimizer, jc.project(plan)), and change "
-            "parameters by it alone"
+            "holds them there; let it be the last link, optax.chain(optimizer, jc.project(plan)), behind an optimizer "
+            "that wraps others too, and change parameters by it alone"
         )
 
 
@@ -217,11 +221,25 @@ class _Step(NamedTuple):
 
     @property
     def looks(self) -> jax.Array:
-        """Whether it is looked at which parameters left the set since the last step: on steps 1, 2, 4, 8, ...
+        """Whether parameters are looked at that left the set since the last step: steps 1, 2, 4, 8, ... and the next.
 
         So a transform behind this one is found out at next to no cost, under a ramp that starts at nothing too.
         """
-        return (self.steps > 0) & (self.steps & (self.steps - 1) == 0) & (self.strayed < 0)
+        return (self.steps > 0) & (_is_power(self.steps) | self.looks_again) & (self.strayed < 0)
+
+    @property
+    def looks_again(self) -> jax.Array:
+        """Whether it is looked at a second time: what moves parameters every few steps only is no fault."""
+        return (self.steps > 2) & _is_power(self.steps - 1)
+
+    def judged(self, number: jax.Array) -> jax.Array:
+        """What is known of strayed parameters after a step that found this one, or -1.
+
+        An optimizer around, such as lookahead, sets parameters anew every few steps, the first time after two or more.
+        """
+        seen = (self.steps == 1) | (self.strayed < -1)
+        found = jnp.where(seen | (number < 0), number, -2 - number)
+        return jnp.where(self.looks, found, self.strayed)
 
     def still(self) -> _Step:
         """The same without derivatives."""
@@ -273,8 +291,13 @@ class _Step(NamedTuple):
         return fit_units(units, self.plan, new, known, prepare)
 
 
+def _is_power(steps: jax.Array) -> jax.Array:
+    """Whether a positive number is a power of two."""
+    return steps & (steps - 1) == 0
+
+
 class _Carry(NamedTuple):
-    """What goes from one refit to the next: which parameter strayed, and a zero, which puts it behind the one before.
+    """What goes from one refit to the next: which parameter was found off the set, and a zero that orders them.
 
     So the updates of the whole model need not be in memory at once: of 5 million parameters these would be so large
     that on a CPU every step would fetch its memory anew.
@@ -302,7 +325,7 @@ def _chained(step: _Step, params: PyTree, updates: PyTree) -> tuple[dict[str, ja
     change = rules.beside(params, updates)
     held: dict[str, Any] = {}
     values: dict[str, jax.Array] = {}
-    carry = _Carry.of(step.strayed, step.steps)
+    carry = _Carry.of(_NOBODY, step.steps)
     for units in step.batches():
         change |= {path: carry.behind(change[path]) for path in _paths(units)}
         if step.is_linear(_paths(units)):
@@ -314,7 +337,7 @@ def _chained(step: _Step, params: PyTree, updates: PyTree) -> tuple[dict[str, ja
             values |= more
         held |= now
         change |= _onto(now, values, step.arrays, change)
-    return change, held, carry.strayed
+    return change, held, step.judged(carry.strayed)
 
 
 def _given(new: dict[str, jax.Array], carry: _Carry) -> dict[str, jax.Array]:
@@ -362,7 +385,7 @@ def _around(
     """As :func:`_chained`, given the optimizer and its state; and the optimizer's new state."""
     held: dict[str, Any] = {}
     values: dict[str, jax.Array] = {}
-    carry = _Carry.of(step.strayed, step.steps)
+    carry = _Carry.of(_NOBODY, step.steps)
 
     @jax.jit  # traced once, for all conditionals
     def stepped(carry: _Carry) -> tuple[PyTree, PyTree]:
@@ -378,7 +401,7 @@ def _around(
     # Behind the conditionals, which read the state that the optimizer writes over: else it would be copied.
     updates, after = stepped(carry)
     change = rules.beside(params, updates)
-    return change | _onto(held, values, step.arrays, change), held, carry.strayed, after
+    return change | _onto(held, values, step.arrays, change), held, step.judged(carry.strayed), after
 
 
 def _refitted(

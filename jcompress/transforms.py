@@ -7,6 +7,7 @@ penalty), then ``every`` and ``key``, then options. What a transform does every 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -38,7 +39,7 @@ def nodes(params: PyTree, state: PyTree) -> PyTree:
     on the set, as they do after each step, keep their values: those under a mask exactly, others to rounding. Others,
     such as a moving average of the parameters, are moved to the nearest point of the set: their average has the zeros
     of the parameters. Factors of low rank, which the parameters leave between refits, are those of the last refit or,
-    if they are nearer, new ones of the same rank.
+    if they are nearer, new ones of the same rank. The two copies of ``optax.lookahead`` get what is held of one inside.
 
     Args:
       params: a pytree of arrays, those that the transform was given, or others of their shapes.
@@ -69,6 +70,14 @@ def nodes(params: PyTree, state: PyTree) -> PyTree:
       True
       >>> size = jc.save("weights.jc", small)
     """
+    if isinstance(params, optax.LookaheadParams):
+        with contextlib.suppress(_NotThereError):
+            return _nodes(params, state)
+        return type(params)(nodes(params.fast, state), nodes(params.slow, state))
+    return _nodes(params, state)
+
+
+def _nodes(params: PyTree, state: PyTree) -> PyTree:
     leaves = rules.leaves(params)
     found: dict[str, tuple[str, Any]] = {}
     states = list(holders(_unboxed(state)))
@@ -89,6 +98,10 @@ def nodes(params: PyTree, state: PyTree) -> PyTree:
     return rules.rebuild(params, {path: _copied(found[path][1] if path in found else x) for path, x in leaves.items()})
 
 
+class _NotThereError(ValueError):
+    """The parameters lack what a state holds."""
+
+
 class _Named(dict):
     """Parameters by path, for one state: a path that is missing is an error with the fix."""
 
@@ -97,7 +110,7 @@ class _Named(dict):
         self.holder = holder
 
     def __missing__(self, path: str) -> Any:
-        raise ValueError(
+        raise _NotThereError(
             f"{path}: held in a {self.holder}, but the parameters do not have it; "
             f"{rules.closest(path, self)}. Give the tree that the optimizer's init was given"
         )

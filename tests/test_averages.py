@@ -15,6 +15,8 @@ PARAMS = {
 X = jax.random.normal(jax.random.key(2), (32, 16))
 RAMP = optax.linear_schedule(0.0, 0.5, transition_steps=6)
 STEPS = 14
+SGD, HALF = optax.sgd(0.1), jc.prune.Magnitude(sparsity=0.5)
+WHOLE = jc.plan(PARAMS, [(".*/kernel", HALF)])
 PRUNE = jc.plan(PARAMS, [(".*/kernel", jc.prune.Magnitude(sparsity=RAMP))])
 
 
@@ -64,6 +66,9 @@ OPTIMIZERS = {
     "accumulated": lambda project: (optax.chain(optax.MultiSteps(optax.adam(0.01), 2), project), None),
     "accumulating": lambda project: (optax.MultiSteps(optax.chain(optax.adam(0.01), project), 2), None),
     "sam": lambda project: (optax.chain(contrib.sam(optax.adam(0.01), optax.sgd(0.05)), project), None),
+    "mechanize": lambda project: (optax.chain(contrib.mechanize(optax.adam(0.01)), project), None),
+    "finite": lambda project: (optax.chain(optax.apply_if_finite(optax.adam(0.01), 3), project), None),
+    "all-finite": lambda project: (optax.apply_if_finite(optax.chain(optax.adam(0.01), project), 3), None),
 }
 
 
@@ -97,8 +102,38 @@ def test_both_copies_of_lookahead_have_one_mask():
     assert zeros(small) == [0.5, 0.5] and loss(jc.materialize(small)) < loss(PARAMS)
 
 
+@pytest.mark.parametrize("period", [2, 4, 8])
+@pytest.mark.parametrize("steps", [8, 9, 17])
+def test_lookahead_around_the_transform(period, steps):
+    tx = optax.lookahead(optax.chain(optax.adam(0.01), jc.project(WHOLE)), period, 0.5)
+    both = optax.LookaheadParams.init_synced(PARAMS)
+
+    @jax.jit
+    def step(both, state):
+        updates, state = tx.update(jax.grad(loss)(both.fast), state, both)
+        return optax.apply_updates(both, updates), state
+
+    state = tx.init(both)
+    for _ in range(steps):
+        both, state = step(both, state)
+    (held,) = (x.held for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "held")) if hasattr(x, "held"))
+    small = jc.nodes(both, state)
+    for copy, dense in ((small.slow, both.slow), (small.fast, both.fast), (jc.nodes(both.slow, state), both.slow)):
+        assert zeros(copy) == [0.5, 0.5]
+        for name in "ab":
+            node, w = copy[name]["kernel"], dense[name]["kernel"]
+            assert bool((node.mask == held[f"{name}/kernel"].mask).all())
+            assert bool((node.materialize() == jnp.where(node.mask, w, 0)).all())
+
+
+def test_an_optimizer_that_moves_what_was_projected_is_found_out():
+    for tx in (contrib.mechanize(optax.chain(SGD, jc.project(WHOLE))), optax.chain(jc.project(WHOLE), SGD)):
+        params, state, _ = trained(tx)
+        with pytest.raises(ValueError, match=r"a/kernel: .*last link.*behind an optimizer that wraps others too"):
+            jc.nodes(params, state)
+
+
 LABELS = {"a": {"kernel": "x"}, "b": {"kernel": "y", "bias": "y"}}
-SGD, HALF = optax.sgd(0.1), jc.prune.Magnitude(sparsity=0.5)
 
 
 def partitioned(plan, branch="x"):
@@ -110,7 +145,6 @@ def masked(plan, mask):
     return optax.chain(SGD, optax.masked(jc.project(plan), mask))
 
 
-WHOLE = jc.plan(PARAMS, [(".*/kernel", HALF)])
 ONLY_A = jc.plan(PARAMS, [("a/kernel", HALF)])
 PART = jc.plan({"a": PARAMS["a"]}, [(".*/kernel", HALF)])
 SUBTREE = jc.plan(PARAMS["a"], [("kernel", HALF)])

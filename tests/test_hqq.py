@@ -149,3 +149,16 @@ def test_what_needs_whole_zero_points_refuses_them():
         GPTQ(grid=HQQ(4))(w, jc.Context(stats=jc.trace.Stats(gram=jnp.eye(32), axes=(-2,))))
     with pytest.raises(ValueError, match="norm=2"):
         HQQ(norm=2)
+
+
+@pytest.mark.parametrize("bits", [9, 12, 16])
+def test_more_than_eight_bits(bits, tmp_path):
+    w = heavy_tailed()
+    node, plain = HQQ(bits, group_size=GROUP)(w), Int(bits, group_size=GROUP, symmetric=False)(w)
+    assert node.codes.dtype == jnp.uint16 and node.zero.dtype == jnp.float32
+    error, least = (float(jnp.abs(x.materialize() - w).sum()) for x in (node, plain))
+    assert error <= least < 4 * error
+    jc.save(tmp_path / "x", {"w": node})
+    np.testing.assert_array_equal(jc.load(tmp_path / "x")["w"].materialize(), node.materialize())
+    assert jc.io.inspect(tmp_path / "x")["payload_bytes"] == -(-jc.nbits(node) // 8)
+    assert jc.nbits(node) == w.size * bits + 2 * 32 * plain.scale.size

@@ -619,3 +619,25 @@ def test_what_a_trained_grid_becomes_encodes_its_own_values_to_the_same_codes(rn
     again = node.encode(node.materialize())
     np.testing.assert_array_equal(again.codes, node.codes)
     np.testing.assert_array_equal(again.materialize(), node.materialize())
+
+
+@pytest.mark.parametrize("bits", [9, 12, 16])
+@pytest.mark.parametrize("kind", [training.LSQ, training.DSQ, training.Relaxed], ids=lambda x: x.__name__)
+def test_trained_grids_of_more_than_eight_bits(kind, bits, rng, tmp_path):
+    w = {"w": jnp.asarray(rng.normal(size=(32, 4)), jnp.float32)}
+    options = {"start": "range"} if kind is training.LSQ else {}
+    tree = jc.compress(w, jc.plan(w, [("w", kind(bits, **options))]))
+    small = jc.finalize(tree)
+    codes = jax.tree.leaves(small)[0]
+    assert codes.dtype == jnp.int16 and int(jnp.abs(codes).max()) >= 2 ** (bits - 1) - 1
+    step = 2.0 * float(jnp.abs(w["w"]).max()) / (2**bits - 2)
+    assert float(jnp.abs(jc.materialize(small)["w"] - w["w"]).max()) <= 0.51 * step
+    np.testing.assert_allclose(jc.materialize(tree)["w"], jc.materialize(small)["w"], atol=1e-6)
+    jc.save(tmp_path / "x", small)
+    np.testing.assert_array_equal(jc.materialize(jc.load(tmp_path / "x"))["w"], jc.materialize(small)["w"])
+
+
+@pytest.mark.parametrize("kind", [training.DoReFa, jc.quantize.AdditivePowersOfTwo, jc.quantize.PowersOfTwo])
+def test_tables_of_levels_name_the_grid_for_more_bits(kind):
+    with pytest.raises(ValueError, match=r"bits=12 is not an integer from 2 to [78]; codes of 12 bits are .*Int\(12\)"):
+        kind(bits=12)

@@ -592,3 +592,17 @@ def test_links_and_permissions(tmp_path):
 def test_manifest_texts_of_arrays():
     assert manifest.array_spec(W) == "float32[32,12]"
     assert manifest.placeholder("key<rbg>[2]").array.shape == (2, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"])
+def test_nodes_of_narrow_floats_are_read_into_a_dense_tree(dtype, tmp_path, rng):
+    w = {"w": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32).astype(dtype), "b": jnp.ones(3, dtype)}
+    small = jc.compress(w, jc.plan(w, [("w", jc.factorize.SVD(rank=3))]))
+    jc.save(tmp_path / "x", small)
+    for like in (w, jax.eval_shape(lambda w: w, w)):
+        again = jc.load(tmp_path / "x", like=like)
+        assert again["w"].dtype == jnp.bfloat16 and again["b"].dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(jc.materialize(again)["w"], jc.materialize(small)["w"])
+    for other in ("float16", "float32", "int8"):
+        with pytest.raises(jc.io.StorageError, match="w: found LowRank.* for bfloat16.*expected " + other):
+            jc.load(tmp_path / "x", like={"w": jnp.ones((16, 8), other), "b": w["b"]})

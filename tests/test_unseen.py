@@ -1,5 +1,6 @@
 """Too little calibration: singular Gram matrices, and inputs, experts and weights that no data reached."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -157,6 +158,16 @@ def test_the_share_that_was_never_seen_is_told_once_a_leaf(rng):
     assert [str(one.message).partition(";")[0] for one in told] == ["a: calibration never saw 0.25 of the inputs"]
 
 
+def test_one_warning_is_told_once_however_often_a_method_reads_it(rng):
+    params, x = {"w": jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)}, few(rng, 16)
+    x[:, 3] = 0
+    rough = Q.GPTQ(4, damping=1e-9)
+    for method in (jc.residual(rough, rough), jc.residual(rough, P.SparseGPT(0.5, damping=1e-9), sweeps=2)):
+        with pytest.warns(jc.CalibrationWarning) as told:
+            jc.compress(params, jc.plan(params, [("w", method)]), stats={"w": statistics(x)})
+        assert sorted(str(one.message)[:22] for one in told) == ["w: calibration never s", "w: its Gram matrix is "]
+
+
 def test_statistics_that_are_not_finite_are_named():
     params = {"layer": {"w": jnp.ones((4, 2))}}
     stats = {"layer/w": jc.trace.Stats(gram=jnp.full((4, 4), jnp.inf), square=jnp.full(4, jnp.inf), axes=(-2,))}
@@ -173,6 +184,44 @@ def test_a_method_that_gives_no_numbers_is_named():
 
     with pytest.raises(ValueError, match=r"^w: .*gave NaN or infinite values"):
         jc.compress(params, jc.plan(params, [("w", broken)]))
+
+
+ROWS = jax.sharding.PartitionSpec("rows")
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize("at", [0, 7])
+def test_also_in_one_entry_of_one_device(explicit, at):
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    rows = jax.sharding.NamedSharding(jax.make_mesh((8,), ("rows",), axis_types=(kind,)), ROWS)
+    params = {"fine": jnp.ones(3), "layer": {"w": jax.device_put(jnp.arange(32.0).reshape(8, 4) + 1, rows)}}
+
+    def broken(w, context=None):
+        first = jnp.arange(32).reshape(8, 4) == 4 * at
+        return jc.formats.Sum((jc.formats.Masked(w, w > 0), jc.formats.Masked(jnp.where(first, jnp.nan, w), w > 0)))
+
+    plan = jc.plan(params, [("layer/w", broken), ("fine", P.Magnitude(0.5))])
+    with pytest.raises(ValueError, match=r"^layer/w: .*gave NaN or infinite values, from a leaf whose own are finite"):
+        jc.compress(params, plan)
+    w = np.array(params["layer"]["w"])
+    w[at, 0] = np.nan
+    params["layer"]["w"] = jax.device_put(w, rows)
+    with pytest.raises(ValueError, match=r"^layer/w: found 1 NaN or infinite values"):
+        jc.compress(params, plan)
+
+
+def test_factors_whose_product_is_no_number_are_named():
+    params = {"w": jnp.ones((3, 3))}
+
+    def overflowing(w, context=None):
+        return jc.formats.LowRank(w[:, :1] * 1e30, w[:1] * 1e30)
+
+    def divided(w, context=None):
+        return dataclasses.replace(Q.Int(4)(w), codes=jnp.full((3, 3), 100, jnp.int8), scale=jnp.full((1, 3), 3e37))
+
+    for method in (overflowing, divided):
+        with pytest.raises(ValueError, match=r"^w: .*gave NaN or infinite values"):
+            jc.compress(params, jc.plan(params, [("w", method)]))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e25])

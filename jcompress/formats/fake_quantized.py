@@ -46,7 +46,7 @@ class FakeQuantized(Compressed):
       values: float array, or a node that stands for one.
       scale: float32 array, laid out as in :class:`Quantized`.
       softness: float32 array in the shape of the scale, within (0, 1), for ``"soft"``; or None.
-      bits: bits a code, 2 to 8.
+      bits: bits a code, 2 to 16; 8 at most for ``"tanh"``, whose levels are a table.
       surrogate: what rounding is, backward.
       axes: the axes along which a scale is shared, negative.
       group_size: rows of axis -2 that share a scale, or None.
@@ -119,7 +119,7 @@ class FakeQuantized(Compressed):
         values = core.dense(self.values)
         levels, scale = self._levels(values.astype(jnp.float32), core.dense(self.scale))
         n, table = 2**self.bits - 1, None
-        codes = levels.astype(jnp.int8)
+        codes = levels.astype(jnp.int8 if self.bits <= 8 else jnp.int16)
         if self.surrogate == "tanh":
             table = tuple(float(level) for level in range(-n, n + 1, 2))
             codes = ((levels + n) / 2).astype(jnp.uint8)

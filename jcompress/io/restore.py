@@ -39,7 +39,7 @@ def check_paths(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def _checked(path: str, found: Any, wanted: Any, dense: Callable[[Any], str]) -> Any:
     if not (core.is_node(found) or core.is_node(wanted)):
         return _placed(path, found, wanted)
-    if not core.is_node(wanted) and dense(found) == kind(wanted):
+    if not core.is_node(wanted) and dense(found) in (kind(wanted), _fitted(wanted)):
         return found
     structure: Any = jax.tree.structure(wanted)
     if jax.tree.structure(found) != structure:
@@ -49,6 +49,12 @@ def _checked(path: str, found: Any, wanted: Any, dense: Callable[[Any], str]) ->
         for (name, x), y in zip(inner_leaves(found), jax.tree.leaves(wanted), strict=True)
     ]
     return jax.tree.unflatten(structure, leaves)
+
+
+def _fitted(x: Any) -> str:
+    """What the node of an array stands for: floats of 8 and 4 bits are fitted as bfloat16."""
+    abstract = hasattr(x, "dtype") and hasattr(x, "shape")
+    return kind(jax.eval_shape(core.widened, jax.ShapeDtypeStruct(x.shape, x.dtype))) if abstract else kind(x)
 
 
 _HINT = "give the structure that was saved, or arrays of the shapes and dtypes that its nodes stand for"

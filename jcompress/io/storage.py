@@ -199,8 +199,9 @@ def load(
     Args:
       path: the file.
       like: a tree whose structure to give, with arrays, ``jax.ShapeDtypeStruct`` or nodes as leaves. Where it has an
-        array, the file may have a node that stands for one of that shape and dtype. Nothing is ever cast. A leaf
-        that is sharded over devices says where its array goes.
+        array, the file may have a node that stands for one of that shape and dtype, or, where that is of floats of 8
+        or 4 bits, of bfloat16, as which they are fitted. Nothing is ever cast. A leaf that is sharded over devices says
+        where its array goes.
       formats: classes of your own by name, beside those of :mod:`jcompress.formats`.
       max_bytes: how many bytes of memory the arrays of the tree may take; by default 64 MiB and 256 times the size
         of the file.

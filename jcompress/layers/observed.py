@@ -38,7 +38,7 @@ def _check(path: str, method: Any, context: Context) -> None:
     if unseen.size and (unseen == 0).any():
         _warn_unseen(path, unseen == 0)
     if "gram" in found and found["gram"].size:
-        for damping in _dampings(method):
+        for damping in dict.fromkeys(_dampings(method)):
             _warn_raised(path, context.stats.gram, found["gram"], damping)
 
 

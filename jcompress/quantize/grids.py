@@ -192,9 +192,9 @@ def validate_bits(method: Any, least: int = 1, most: int = 8) -> None:
     """Raise unless ``method.bits`` is an integer in range."""
     bits = method.bits
     if not isinstance(bits, (int, np.integer)) or isinstance(bits, bool) or not least <= bits <= most:
-        raise ValueError(
-            f"{type(method).__name__}: bits={bits!r} is not an integer from {least} to {most}; it sets the stored width"
-        )
+        more = most < 16 and isinstance(bits, int) and most < bits <= 16
+        advice = f"codes of {bits} bits are jcompress.quantize.Int({bits})" if more else "it sets the stored width"
+        raise ValueError(f"{type(method).__name__}: bits={bits!r} is not an integer from {least} to {most}; {advice}")
 
 
 def check(method: Any, path: str, shape: tuple[int, ...], dtype: Any = None) -> None:

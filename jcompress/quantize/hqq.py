@@ -29,10 +29,11 @@ class HQQ(Method):
     ``Int(symmetric=False)`` if that is better, so the error in this norm is never larger than there.
 
     The article measures errors in units of the weights; here the unit is the step, so that ``HQQ(c w) = c HQQ(w)``.
-    Zero points are held, as 16-bit floats, and 0.0 is no longer exact. Scales train.
+    Zero points are held, as floats of 16 bits, or of 32 for codes of more than 8, and 0.0 is no longer exact. Scales
+    train.
 
     Attributes:
-      bits: bits a code, 1 to 8.
+      bits: bits a code, 1 to 16.
       group_size: rows of the contraction axis (-2) that share a scale; None for no groups.
       axis: without groups, the axis that has a scale for each index; None for one scale for the whole array.
       norm: the exponent, above 0 and at most 1.
@@ -42,7 +43,7 @@ class HQQ(Method):
       pad: whether a last group may be smaller than the others.
 
     Raises:
-      ValueError: for bits outside 1 to 8, a norm out of range, or a group size that does not divide.
+      ValueError: for bits outside 1 to 16, a norm out of range, or a group size that does not divide.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -63,7 +64,7 @@ class HQQ(Method):
     pad: bool = False
 
     def __post_init__(self) -> None:
-        grids.validate_bits(self)
+        grids.validate_bits(self, most=16)
         grids.validate_group(self)
         if core.is_concrete(self.norm) and not 0 < self.norm <= 1:
             raise ValueError(f"HQQ: norm={self.norm} is not above 0 and at most 1")
@@ -74,21 +75,23 @@ class HQQ(Method):
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""
-        grid = grids.Grid(int(self.bits), np.dtype("uint8"), 2.0**self.bits - 1, affine=True)
+        dtype = np.dtype("uint8" if self.bits <= 8 else "uint16")
+        grid = grids.Grid(int(self.bits), dtype, 2.0**self.bits - 1, affine=True)
         problem, unit = grids.pose(self, w, context, grid).normal()
         ends = problem.full()
         assert ends.low is not None
         scale, whole = grid.over(ends)
         zero = _zero(problem, scale, whole, -ends.low / scale, self.norm, self.beta, self.kappa, self.steps)
         node = problem.scaled(scale, zero, w.dtype)
-        return dataclasses.replace(node, scale=unit.multiply(scale), zero=Frozen.of(zero.astype(jnp.float16)))
+        return dataclasses.replace(node, scale=unit.multiply(scale), zero=Frozen.of(zero.astype(_stored(grid))))
 
 
 @partial(jax.jit, static_argnames="steps")
 def _zero(
     problem: Problem, scale: jax.Array, whole: Any, start: Any, norm: Any, beta: Any, kappa: Any, steps: int
 ) -> jax.Array:
-    """The best zero points on the way from ``start``, or ``whole``; all of them 16-bit floats."""
+    """The best zero points on the way from ``start``, or ``whole``; all of them floats as they are stored."""
+    stored = jnp.finfo(_stored(problem.grid))
     x, shown = problem.x / problem.spread(scale), 1.0 if problem.where is None else problem.where
 
     def errors(zero: jax.Array) -> jax.Array:
@@ -107,9 +110,14 @@ def _zero(
         return arrived(zero - problem.pool(error - kept) / problem.count(), *best)
 
     def arrived(zero: jax.Array, best: jax.Array, least: jax.Array) -> tuple:
-        zero = jax.lax.reduce_precision(zero, exponent_bits=5, mantissa_bits=10)
+        zero = jax.lax.reduce_precision(zero, exponent_bits=stored.nexp, mantissa_bits=stored.nmant)
         error = errors(zero)
         found = total(error)
         return zero, error, jnp.where(found < least, zero, best), jnp.minimum(found, least)
 
     return jax.lax.fori_loop(0, steps, turn, arrived(start, whole, total(errors(whole))))[2]
+
+
+def _stored(grid: grids.Grid) -> Any:
+    """The dtype of zero points: 16 bits resolve a fraction of a step where codes have no more than 8."""
+    return jnp.float16 if grid.bits <= 8 else jnp.float32

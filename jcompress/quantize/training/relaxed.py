@@ -30,7 +30,7 @@ class Relaxed(Method):
     they are moved themselves at each refit, as in proximal gradient descent. The scales follow the weights.
 
     Attributes:
-      bits: bits a code, 2 to 8.
+      bits: bits a code, 2 to 16.
       slack: a number, or an optax schedule that falls from 1 to 0 before training ends.
       shape: ``"affine"`` or ``"linear"``.
       group_size: as in :class:`jcompress.quantize.Int`.
@@ -61,7 +61,7 @@ class Relaxed(Method):
             raise ValueError(f"Relaxed: slack={self.slack} is outside [0, 1]; 1 is the identity, 0 hard rounding")
         if self.shape not in ("affine", "linear"):
             raise ValueError(f"Relaxed: shape={self.shape!r} is unknown; use 'affine' or 'linear'")
-        grids.validate_bits(self, least=2)
+        grids.validate_bits(self, least=2, most=16)
         grids.validate_group(self)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Sum:

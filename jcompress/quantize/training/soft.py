@@ -25,13 +25,13 @@ class DSQ(Method):
     at 0.2, and steps are learned (arXiv:1908.05033).
 
     Attributes:
-      bits: bits a code, 2 to 8.
+      bits: bits a code, 2 to 16.
       group_size: rows of the contraction axis (-2) that share a step; None for no groups.
       axis: without groups, the axis that has a step for each index; None for one step for the whole array.
       pad: whether a last group may be smaller than the others.
 
     Raises:
-      ValueError: for bits outside 2 to 8, or a group size that does not divide.
+      ValueError: for bits outside 2 to 16, or a group size that does not divide.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -47,7 +47,7 @@ class DSQ(Method):
     check = grids.check
 
     def __post_init__(self) -> None:
-        grids.validate_bits(self, least=2)
+        grids.validate_bits(self, least=2, most=16)
         grids.validate_group(self)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> FakeQuantized:

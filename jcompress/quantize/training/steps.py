@@ -24,7 +24,7 @@ class LSQ(Method):
     its integers. Weight decay should not reach the steps.
 
     Attributes:
-      bits: bits a code, 2 to 8.
+      bits: bits a code, 2 to 16.
       group_size: rows of the contraction axis (-2) that share a step; None for no groups.
       axis: without groups, the axis that has a step for each index; None for one step for the whole array, as in the
         paper.
@@ -34,7 +34,7 @@ class LSQ(Method):
       pad: whether a last group may be smaller than the others.
 
     Raises:
-      ValueError: for bits outside 2 to 8, or a group size that does not divide.
+      ValueError: for bits outside 2 to 16, or a group size that does not divide.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -53,7 +53,7 @@ class LSQ(Method):
     def __post_init__(self) -> None:
         if self.start not in ("magnitude", "deviation", "range"):
             raise ValueError(f"LSQ: start={self.start!r} is unknown; use 'magnitude', 'deviation' or 'range'")
-        grids.validate_bits(self, least=2)
+        grids.validate_bits(self, least=2, most=16)
         grids.validate_group(self)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
