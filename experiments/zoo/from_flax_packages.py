@@ -46,9 +46,8 @@ def unet() -> Model:
     from diffusers import FlaxUNet2DConditionModel
 
     made = FlaxUNet2DConditionModel(
-        sample_size=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(32, 64), layers_per_block=1,
-        attention_head_dim=2, cross_attention_dim=12,
+        sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(32,), layers_per_block=1, attention_head_dim=2, cross_attention_dim=12,
     )  # fmt: skip
     params = made.init_weights(KEY)
 
@@ -62,15 +61,15 @@ def autoencoder() -> Model:
     from diffusers import FlaxAutoencoderKL
 
     made = FlaxAutoencoderKL(
-        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, latent_channels=4,
+        block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        sample_size=8, latent_channels=4,
     )  # fmt: skip
     params = made.init_weights(KEY)
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         return made.apply({"params": params}, x, deterministic=True).sample
 
-    return model(fn, params, normal(2, 3, 16, 16))
+    return model(fn, params, normal(2, 3, 8, 8))
 
 
 ENTRIES = [
