@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, leading, unfolded
-from jcompress.formats.network import TensorNetwork, contract, solve
+from jcompress.formats.network import TensorNetwork, contract
 from jcompress.numeric import scaling
+from jcompress.numeric.damping import cholesky
 
 _MODES = "abcdefghij"
 _HIGH = jax.lax.Precision.HIGHEST
@@ -121,7 +122,7 @@ def _fitted(w: jax.Array, factors: list[jax.Array], sweeps: int, tolerance: floa
             terms = ",".join(modes[j] + "z" for j in others)
             right = contract(f"{modes},{terms}->z{modes[place]}", w, *(factors[j] for j in others))
             held = gram + ridge * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram))
-            factors[place] = solve(held, right).T
+            factors[place] = jax.scipy.linalg.cho_solve((cholesky(held)[0], True), right).T
         last = factors[-1]
         fit = 2 * jnp.sum(last.T * right) - jnp.sum(last * jnp.matmul(last, gram, precision=_HIGH))
         return i + 1, tuple(_balanced(factors)), 1 - fit / norm, error
