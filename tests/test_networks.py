@@ -377,3 +377,23 @@ def test_networks_of_stacked_layers_run_inside_scan():
     layout = jc.Layout(batch=0, inputs=1, outputs=2)
     (how,) = run_beside(fn, F.Monarch(blocks=4), w / 4, x, layout)
     assert "of the dense products" in how
+
+
+@pytest.mark.parametrize("method", [F.CP(rank=4), F.Tucker(ranks=(3, 3)), F.TensorTrain(rank=4)], ids=repr)
+def test_sweeps_over_all_that_a_window_sees_move_the_outputs_less(method):
+    x = jnp.cumsum(jnp.cumsum(array(6, 12, 12, 5), 1), 2) @ array(5, 5)  # neighbours are alike
+    params = {"w": array(3, 3, 5, 7)}
+
+    def fn(p, x):
+        return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    plan = jc.plan(params, [("w", F.Whitened(method))])
+    stats = jc.calibrate(fn, params, [x], plan=plan)
+    errors = []
+    for sweeps in (0, 1, 4):
+        plan = jc.plan(params, [("w", F.Whitened(method, sweeps=sweeps))])
+        tree = jc.compress(params, plan, stats=stats)
+        moved = fn(jc.materialize(tree), x) - fn(params, x)
+        errors.append(float(jnp.linalg.norm(moved) / jnp.linalg.norm(fn(params, x))))
+        assert jc.nbits(tree) == jc.nbits(jc.compress(params, jc.plan(params, [("w", method)])))
+    assert errors[1] < 0.9 * errors[0] and errors[2] <= 1.001 * errors[1]

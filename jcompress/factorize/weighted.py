@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import string
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +16,7 @@ from jcompress.factorize.subspaces import check_rank
 from jcompress.factorize.svd import chosen_rank
 from jcompress.formats import LowRank, TensorNetwork
 from jcompress.formats.lowrank import truncated_svd
+from jcompress.formats.network import contract, mode_sizes, refitted
 from jcompress.layers import matrices
 from jcompress.numeric import scaling
 
@@ -49,6 +52,7 @@ class WhitenedSVD(Method):
     damping: float = 1e-4
 
     reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    roots: ClassVar[str] = "eigenvectors"
 
     def __post_init__(self) -> None:
         check_rank("WhitenedSVD", self.rank)
@@ -84,13 +88,16 @@ class Whitened(Method):
     """Any factorization, fitted to the weights in the units of what they meet: errors count as they move the outputs.
 
     The inputs are multiplied by a root of their Gram matrix, the method is fitted, and its inverse goes into the factor
-    that has the inputs, so the node keeps its form and size. Of a convolution the Gram matrix of the channels is taken,
-    over all places of the window. For :class:`SVD` of a dense layer this is :class:`WhitenedSVD`. Needs the statistic
-    ``gram``. For low rank by Wang et al. 2024, arXiv:2403.07378.
+    that has the inputs, so the node keeps its form and size. For :class:`SVD` of a dense layer this is
+    :class:`WhitenedSVD`. Of a convolution the Gram matrix of the channels is taken first, over all places of the
+    window, and then the factors of a ``TensorNetwork`` are refitted in the Gram matrix of all that the window sees:
+    what the outputs move is least squares with one fixed factor more. Needs the statistic ``gram``. For low rank by
+    Wang et al. 2024, arXiv:2403.07378.
 
     Attributes:
       method: one that gives ``TensorNetwork`` or ``LowRank`` and has the inputs as one mode of one factor.
       damping: added to the Gram matrix, as a fraction of its mean diagonal.
+      sweeps: of alternating least squares over all that a window sees.
 
     Raises:
       ValueError: if the node has no factor with the whole inputs, or statistics are missing or of another shape.
@@ -110,9 +117,11 @@ class Whitened(Method):
     """
 
     method: Method
-    damping: float = 1e-2
+    damping: float = 1e-3
+    sweeps: int = 5
 
     reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    roots: ClassVar[str] = "eigenvectors"
     wraps: ClassVar[tuple[str, ...]] = ("method",)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Any:
@@ -122,7 +131,29 @@ class Whitened(Method):
         turned = jnp.matmul(root, w.astype(jnp.float32), precision=_HIGH)
         inner = dataclasses.replace(context, stats=None, grad=None)
         node = core.fit(self.method, [turned.astype(w.dtype)], [inner])[0]
+        if w.ndim > 2 and self.sweeps and isinstance(node, TensorNetwork) and not any(map(core.is_node, node.factors)):
+            node = _swept(node, turned, inverse, gram[0], self.damping, self.sweeps)
         return _unturned(node, inverse, context.path, w.ndim)
+
+
+@partial(jax.jit, static_argnames=("damping", "sweeps"))
+def _swept(
+    node: TensorNetwork, w: jax.Array, inverse: jax.Array, gram: jax.Array, damping: float, sweeps: int
+) -> TensorNetwork:
+    """The factors refitted so that the outputs of a convolution move least, in the inputs' turned coordinates."""
+    root, _ = _roots(gram, damping)
+    root = jnp.matmul(root.reshape(*root.shape[:1], -1, len(inverse)), inverse, precision=_HIGH)
+    terms, output = node.equation.split("->")
+    sizes = mode_sizes(node.equation, node.factors)
+    inputs, outputs = output[: sum(node.merged[:-1])], output[sum(node.merged[:-1]) :]
+    row = next(x for x in string.ascii_letters if x not in node.equation)
+    root = root.reshape(len(gram), *(sizes[m] for m in inputs))
+    w = contract(f"{row}{inputs},{output}->{row}{outputs}", root, w.reshape([sizes[m] for m in output]))
+    equation = f"{terms},{row}{inputs}->{row}{outputs}"
+    factors = refitted(equation, [*node.factors, root], w, sweeps, held=1)[:-1]
+    return dataclasses.replace(
+        node, factors=tuple(x.astype(old.dtype) for x, old in zip(factors, node.factors, strict=True))
+    )
 
 
 def _of_channels(gram: jax.Array, channels: int) -> jax.Array:

@@ -16,6 +16,8 @@ from jcompress.core import Compressed
 from jcompress.numeric import scaling
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MOST, _STEPS = 512, 16
+"""The largest system of normal equations that is solved at once, and the steps towards the solution of a larger one."""
 
 
 @jax.tree_util.register_dataclass
@@ -93,14 +95,20 @@ def mode_sizes(equation: str, factors: Sequence[Any]) -> dict[str, int]:
     }
 
 
-def refitted(equation: str, factors: Sequence[jax.Array], w: jax.Array, sweeps: int = 1) -> list[jax.Array]:
+def refitted(
+    equation: str, factors: Sequence[jax.Array], w: jax.Array, sweeps: int = 1, *, held: int = 0
+) -> list[jax.Array]:
     """Factors after sweeps of alternating least squares, float32.
+
+    Each factor in turn is the solution of its normal equations; where those are many, some steps of conjugate gradients
+    from the factor as it was, which no more than lessen its error.
 
     Args:
       equation: of the network.
       factors: to start from.
       w: what to approximate, an axis for each mode of the output.
       sweeps: how often each factor is refitted.
+      held: how many factors at the end stay as they are.
     """
     unit = scaling.unit([w])
     inputs, output = equation.split("->")
@@ -109,7 +117,7 @@ def refitted(equation: str, factors: Sequence[jax.Array], w: jax.Array, sweeps: 
     found[0] = unit.divide(found[0])
 
     def sweep(_: Any, found: list[jax.Array]) -> list[jax.Array]:
-        for place in range(len(found)):
+        for place in range(len(found) - held):
             new = _least_squares(inputs.split(","), output, found, place, w)
             found = [*found[:place], new, *found[place + 1 :]]
         return found
@@ -127,18 +135,35 @@ def _least_squares(terms: list[str], output: str, factors: list[jax.Array], plac
     free = "".join(m for m in own if m in output and m not in elsewhere)
     batch = "".join(m for m in own if m in output and m in elsewhere)
     # A second copy of the others, whose inner modes have names of their own.
+    right = contract(f"{','.join([output, *others])}->{batch}{bond}{free}", w, *rest)
+    lead = right.shape[: right.ndim - len(bond) - len(free)]
+    k, n = (math.prod(right.shape[len(lead) : len(lead) + len(bond)]), -1)
+    if k > _MOST:
+        return _descended(terms, output, factors, place, w)
     inner = [m for m in sorted(elsewhere) if m not in output]
     names = dict(zip(inner, (m for m in _LETTERS if m not in "".join(terms)), strict=False))
     copies = ["".join(names.get(m, m) for m in t) for t in others]
     twin = "".join(names[m] for m in bond)
     gram = contract(f"{','.join([*others, *copies])}->{batch}{bond}{twin}", *rest, *rest)
-    right = contract(f"{','.join([output, *others])}->{batch}{bond}{free}", w, *rest)
-    lead = right.shape[: right.ndim - len(bond) - len(free)]
-    k, n = (math.prod(right.shape[len(lead) : len(lead) + len(bond)]), -1)
     solved = solve(gram.reshape(*lead, k, k), right.reshape(*lead, k, n if right.size else 0)).reshape(right.shape)
     front = right.ndim - len(batch + bond + free)
     places = [front + (batch + bond + free).index(m) for m in own]
     return solved.transpose(*range(front), *places)
+
+
+def _descended(terms: list[str], output: str, factors: list[jax.Array], place: int, w: jax.Array) -> jax.Array:
+    """The factor at ``place`` after steps of conjugate gradients on its normal equations."""
+    rest = [x for i, x in enumerate(factors) if i != place]
+    others = [t for i, t in enumerate(terms) if i != place]
+
+    def onto(x: jax.Array) -> jax.Array:
+        return contract(f"{','.join([terms[place], *others])}->{output}", x, *rest)
+
+    def back(y: jax.Array) -> jax.Array:
+        return contract(f"{','.join([output, *others])}->{terms[place]}", y, *rest)
+
+    old = factors[place]
+    return old + jax.scipy.sparse.linalg.cg(lambda x: back(onto(x)), back(w - onto(old)), maxiter=_STEPS)[0]
 
 
 def solve(gram: jax.Array, right: jax.Array) -> jax.Array:

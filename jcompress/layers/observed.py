@@ -68,7 +68,8 @@ def _warn_unseen(path: str, unseen: np.ndarray) -> None:
 
 def _dampings(method: Any) -> list[float]:
     """What the method and those that it is made of add to the diagonal, as far as it is known."""
-    own: Any = getattr(method, "damping", None)
+    # Roots of eigenvectors take any Gram matrix as damped as was asked.
+    own: Any = None if getattr(method, "roots", "cholesky") == "eigenvectors" else getattr(method, "damping", None)
     known = own is not None and core.is_concrete(own) and np.ndim(own) == 0
     inner = [damping for part in core.wrapped(method) for damping in _dampings(part)]
     return [float(own), *inner] if known else inner
