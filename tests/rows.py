@@ -181,6 +181,8 @@ METHODS = [
     Row("fisher-svd", F.FisherSVD(rank=3), **FACTORS),
     Row("nmf", F.NMF(rank=3, sweeps=5), **FACTORS, adjusts=True),
     Row("tucker", F.Tucker(ranks=(4, 3)), **FACTORS),
+    Row("tucker-energy", F.Tucker(energy=0.8), jit=False, **FACTORS),
+    Row("svd-evbmf", SVD(rank="evbmf"), jit=False, **FACTORS),
     Row("tucker-convolution", F.Tucker(ranks=(2, 2, 3, 5), axes=None, sweeps=1), (3, 3, 4, 8), **FACTORS),
     Row("block-term", F.BlockTerm(terms=2, ranks=(2, 3)), (3, 3, 4, 8), **FACTORS),
     Row("cp", F.CP(rank=3, sweeps=5), **FACTORS),

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.benchmarks import gptq, mask_update, quantize, timing, train_step, vmap_levels
+from experiments.benchmarks import factorize, gptq, mask_update, quantize, timing, train_step, vmap_levels
 from experiments.claims import lenet
 
 COMMON = ["--pairs", "2", "--out"]
@@ -40,6 +40,14 @@ def test_gptq_writes_its_rows_and_gives_the_codes_of_the_loop(tmp_path):
     found = rows(path)
     assert len(found) == 3
     assert all(r["extra"]["codes_agree"] in (None, 1.0) for r in found)
+
+
+@pytest.mark.parametrize("only", ["CP, 3 small", "4-bit"])
+def test_factorize_writes_its_rows(tmp_path, only):
+    path = tmp_path / "factorize.json"
+    small = ["--size", "64", "--channels", "8", "--rank", "3", "--modes", "2", "4", "--sweeps", "2", "--only", only]
+    factorize.main([*small, *COMMON, str(path)])
+    assert {r["left"] for r in rows(path)} <= {"CP", "accelerate"}
 
 
 def test_vmap_levels_writes_its_rows(tmp_path):

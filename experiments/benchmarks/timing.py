@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ class Case:
       target: ``">= x"`` or ``"<= x"`` for the ratio.
       calls: of each side for one time.
       part: of the pairs, where a side is slow.
+      clock: what tells the time; ``time.process_time`` counts what a loaded machine takes for others out.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Case:
     target: str = ""
     calls: tuple[int, int] = (1, 1)
     part: float = 1.0
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,8 @@ def _measured(
     for case in cases:
         sides = case.make() if args.only.lower() in case.name.lower() else None
         if sides is not None:
-            times = paired(*sides[:2], max(round(args.pairs * case.part), min(args.pairs, 2)), case.calls)
+            pairs = max(round(args.pairs * case.part), min(args.pairs, 2))
+            times = paired(*sides[:2], pairs, case.calls, case.clock)
             extra = sides[2] if len(sides) > 2 else {}
             rows.append(row(case.name, (case.left, times[0]), (case.right, times[1]), case.target, **extra))
             print(table(rows[-1:]).splitlines()[1], flush=True)
@@ -150,13 +154,27 @@ def parse(
     return args
 
 
-def seconds(side: Side) -> float:
-    start = time.perf_counter()
+def one_thread(module: str, argv: Sequence[str]) -> None:
+    """Start the module anew with one thread for BLAS and for XLA, unless that is how it runs."""
+    wanted = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    wanted["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, "-m", module, *argv], {**os.environ, **wanted})
+
+
+def seconds(side: Side, clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     jax.block_until_ready(side())
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def paired(left: Side, right: Side, pairs: int, calls: tuple[int, int] = (1, 1)) -> tuple[np.ndarray, np.ndarray]:
+def paired(
+    left: Side,
+    right: Side,
+    pairs: int,
+    calls: tuple[int, int] = (1, 1),
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[np.ndarray, np.ndarray]:
     """Times of ``left`` and ``right`` taken in turns, each the mean of ``calls`` calls, after two calls to warm up.
 
     The side that goes first changes from pair to pair.
@@ -167,7 +185,7 @@ def paired(left: Side, right: Side, pairs: int, calls: tuple[int, int] = (1, 1))
     times = np.zeros((2, pairs))
     for pair in range(pairs):
         for i in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[i, pair] = np.mean([seconds(sides[i]) for _ in range(calls[i])])
+            times[i, pair] = np.mean([seconds(sides[i], clock) for _ in range(calls[i])])
     return times[0], times[1]
 
 

@@ -3,6 +3,7 @@
 from jcompress.factorize.cp import CP
 from jcompress.factorize.nonnegative import NMF
 from jcompress.factorize.products import Kronecker, Monarch
+from jcompress.factorize.ranks import evbmf
 from jcompress.factorize.separable import Separable
 from jcompress.factorize.spectrum import Spectrum
 from jcompress.factorize.svd import SVD
@@ -28,4 +29,5 @@ __all__ = [
     "Whitened",
     "WhitenedSVD",
     "additions",
+    "evbmf",
 ]

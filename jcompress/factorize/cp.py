@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, leading, unfolded
-from jcompress.formats.network import TensorNetwork, contract
+from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, sketched, unfolded
+from jcompress.formats.network import TensorNetwork
 from jcompress.numeric import scaling
 from jcompress.numeric.damping import cholesky
 
@@ -27,7 +27,8 @@ class CP(Method):
     Of a convolution kernel the window is one mode by default, so it becomes a 1x1, a depthwise and a 1x1 convolution;
     apart, as in Lebedev et al. 2015, arXiv:1412.6553, a 1x1, two one-dimensional depthwise and a 1x1 convolution. A
     best tensor of a given rank need not exist: terms may grow against one another without end. So the columns of all
-    factors share the size of each term, and a small ridge holds it.
+    factors share the size of each term, and a small ridge holds it. A sweep is two products with the array, whatever
+    the number of modes (Phan et al. 2013).
 
     Attributes:
       rank: the number of terms, or the share of the numbers that is kept, in (0, 1).
@@ -100,7 +101,7 @@ def _start(w: jax.Array, rank: int) -> list[jax.Array]:
     """The leading singular vectors of each unfolding, and columns that are always the same where there are no more."""
     found = []
     for i, n in enumerate(w.shape):
-        u = leading(unfolded(w, [i]), min(rank, n))
+        u = sketched(unfolded(w, [i]), min(rank, n))
         more = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (n, rank - min(rank, n)))
         found.append(jnp.concatenate([u, more / math.sqrt(n)], axis=1))
     return found
@@ -108,23 +109,29 @@ def _start(w: jax.Array, rank: int) -> list[jax.Array]:
 
 def _fitted(w: jax.Array, factors: list[jax.Array], sweeps: int, tolerance: float, ridge: float) -> list[jax.Array]:
     """Factors that no sweep changes much, each term's size shared by all of its vectors."""
-    modes = _MODES[: w.ndim]
     norm = jnp.maximum(jnp.sum(jnp.square(w)), jnp.finfo(jnp.float32).tiny)
+    flat, last = w.reshape(-1, w.shape[-1]), w.ndim - 1
+
+    def refitted(factors: list[jax.Array], place: int, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gram = jnp.ones((), jnp.float32)
+        for j in range(w.ndim):
+            if j != place:
+                gram = gram * jnp.matmul(factors[j].T, factors[j], precision=_HIGH)
+        held = gram + ridge * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram))
+        return jax.scipy.linalg.cho_solve((cholesky(held)[0], True), right).T, gram
 
     def sweep(state: tuple) -> tuple:
         i, factors, error, _ = state
         factors = list(factors)
-        for place in range(w.ndim):
-            others = [j for j in range(w.ndim) if j != place]
-            gram = jnp.ones((), jnp.float32)
-            for j in others:
-                gram = gram * jnp.matmul(factors[j].T, factors[j], precision=_HIGH)
-            terms = ",".join(modes[j] + "z" for j in others)
-            right = contract(f"{modes},{terms}->z{modes[place]}", w, *(factors[j] for j in others))
-            held = gram + ridge * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram))
-            factors[place] = jax.scipy.linalg.cho_solve((cholesky(held)[0], True), right).T
-        last = factors[-1]
-        fit = 2 * jnp.sum(last.T * right) - jnp.sum(last * jnp.matmul(last, gram, precision=_HIGH))
+        # One product with the array serves all modes but the last, and a second one that.
+        part = jnp.matmul(flat, factors[-1], precision=_HIGH).reshape(*w.shape[:-1], -1)
+        for place in range(last):
+            right = _summed(part, factors, place)
+            factors[place], gram = refitted(factors, place, right)
+        right = jnp.matmul(_columns(factors[:-1]).T, flat, precision=_HIGH)
+        factors[last], gram = refitted(factors, last, right)
+        found = factors[last]
+        fit = 2 * jnp.sum(found.T * right) - jnp.sum(found * jnp.matmul(found, gram, precision=_HIGH))
         return i + 1, tuple(_balanced(factors)), 1 - fit / norm, error
 
     def going(state: tuple) -> jax.Array:
@@ -133,6 +140,22 @@ def _fitted(w: jax.Array, factors: list[jax.Array], sweeps: int, tolerance: floa
 
     start = (jnp.int32(0), tuple(_balanced(factors)), jnp.float32(1), jnp.float32(jnp.inf))
     return list(jax.lax.while_loop(going, sweep, start)[1])
+
+
+def _summed(part: jax.Array, factors: list[jax.Array], place: int) -> jax.Array:
+    """An array (modes..., terms) times the columns of all factors but one, summed over their modes: (terms, mode)."""
+    axes = [j for j in range(part.ndim - 1) if j != place]
+    for j in axes:
+        part = part * jnp.expand_dims(factors[j], [d for d in range(part.ndim - 1) if d != j])
+    return part.sum(axes).T
+
+
+def _columns(factors: list[jax.Array]) -> jax.Array:
+    """The column-wise Kronecker product, (all modes, terms)."""
+    found = factors[0]
+    for x in factors[1:]:
+        found = (found[:, None] * x[None]).reshape(-1, x.shape[-1])
+    return found
 
 
 def _balanced(factors: list[jax.Array]) -> list[jax.Array]:

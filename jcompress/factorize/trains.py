@@ -6,13 +6,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcompress import core
 from jcompress.core import Context, Method
+from jcompress.factorize.ranks import Choice, check_concrete
 from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, leading
 from jcompress.formats.network import TensorNetwork, refitted
 from jcompress.numeric import scaling
@@ -33,14 +35,17 @@ class TensorTrain(Method):
     window of a convolution is a core of its own. Without, the modes are the axes of the array, taken in ``order``.
 
     Attributes:
-      rank: the largest rank, or the share of the numbers that is kept, in (0, 1). None with a ``tolerance``.
+      rank: the largest rank, or the share of the numbers that is kept, in (0, 1); or ``"evbmf"``, for each bond that of
+        most evidence in noise (:func:`jcompress.factorize.evbmf`).
       shape: the modes of the inputs and of the outputs, such as ``((4, 8, 8), (8, 8, 4))``; or None.
       order: without ``shape``, the axes in the order of the train, such as ``(-2, 0, 1, -1)``, which makes a chain of
         1x1, d x 1, 1 x d and 1x1 convolutions (Gabor & Zdunek 2022). By default as they are.
-      tolerance: instead of a rank, the relative error that must not be exceeded; outside ``jit`` only.
+      tolerance: instead of a rank, the relative error that must not be exceeded, in (0, 1).
+      energy: instead of a rank, the part of the squared norm to keep, in (0, 1]. Ranks that depend on the values are
+        found outside ``jit`` only. Of stacked layers, what the worst one needs.
 
     Raises:
-      ValueError: for modes that do not multiply to the axes, or a rank and a tolerance, or neither.
+      ValueError: for modes that do not multiply to the axes; not one of a rank, a tolerance and an energy.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -50,23 +55,21 @@ class TensorTrain(Method):
       ([(4, 2, 4), (4, 6, 4)], (24, 8))
     """
 
-    rank: int | float | None = None
+    rank: int | float | Literal["evbmf"] | None = None
     shape: Shape | None = None
     order: tuple[int, ...] | None = None
     tolerance: float | None = None
+    energy: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.tolerance is None):
-            raise ValueError("TensorTrain needs a rank or a tolerance, one of the two")
-        if self.rank is not None:
-            check_rank("TensorTrain", self.rank)
+        Choice.of("TensorTrain", self.rank, self.energy, self.tolerance)
         if self.shape is not None and self.order is not None:
             raise ValueError("TensorTrain: found a shape and an order of axes; a TT-matrix pairs its modes by itself")
 
     @property
     def whole(self) -> bool:  # type: ignore[override]  # of the instance here
         """Whether stacked layers come as one array: where ranks depend on the values, all get the same ones."""
-        return self.tolerance is not None
+        return Choice.of("TensorTrain", self.rank, self.energy, self.tolerance) is not None
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the modes do not fit the array."""
@@ -75,17 +78,12 @@ class TensorTrain(Method):
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
         """The node for one array."""
         modes = _modes("TensorTrain", context.path, w.shape[context.batch :], self.shape, self.order)
-        if self.tolerance is None:
+        choice = Choice.of("TensorTrain", self.rank, self.energy, self.tolerance)
+        if choice is None:
             return _train(w, modes, modes.ranks(self.rank))
-        if not core.is_concrete(w):
-            raise ValueError(
-                f"{context.path}: TensorTrain(tolerance={self.tolerance}) chooses its ranks by the values, so it works "
-                "outside jit only; give a rank"
-            )
+        check_concrete("TensorTrain", context.path, w)
         layers = w.reshape(-1, *w.shape[context.batch :])
-        ranks = [
-            max(column) for column in zip(*(_ranks_for(modes.split(x), self.tolerance) for x in layers), strict=True)
-        ]
+        ranks = [max(column) for column in zip(*(_ranks_for(modes.split(x), choice) for x in layers), strict=True)]
         train = partial(_train, modes=modes, ranks=ranks)
         for _ in range(context.batch):
             train = jax.vmap(train)
@@ -241,20 +239,20 @@ def _decomposed(w: jax.Array, ranks: tuple[int, ...]) -> list[jax.Array]:
         rest = rest.reshape(before * n, -1)
         u = leading(rest, rank)
         found.append(u.reshape(before, n, rank))
-        rest, before = jnp.matmul(u.T, rest, precision=_HIGH), rank
+        # Of all directions no product is needed: then the core is the identity.
+        rest, before = jnp.matmul(u.T, rest, precision=_HIGH) if rank < before * n else rest, rank
     found.append(rest.reshape(before, w.shape[-1]))
     return [found[0].reshape(w.shape[0], -1) if len(found) > 1 else found[0].reshape(w.shape), *found[1:]]
 
 
-def _ranks_for(w: jax.Array, tolerance: float) -> list[int]:
-    """The least ranks with an error of at most ``tolerance``, shared out evenly over the steps."""
+def _ranks_for(w: jax.Array, choice: Choice) -> list[int]:
+    """Ranks of one layer; what may be left out is shared out evenly over the steps."""
     rest, before, found = scaling.unit([w]).divide(w), 1, []
-    limit = tolerance * float(jnp.linalg.norm(rest)) / math.sqrt(max(w.ndim - 1, 1))
+    norm = float(jnp.sum(jnp.square(rest)))
     for n in w.shape[:-1]:
         rest = rest.reshape(before * n, -1)
         _, s, v = jnp.linalg.svd(rest, full_matrices=False)
-        tails = jnp.sqrt(jnp.cumsum(jnp.square(s)[::-1])[::-1])
-        rank = max(1, int((tails > limit).sum()))
+        rank = choice.rank(np.asarray(s), rest.shape, steps=w.ndim - 1, norm=norm)
         found.append(rank)
         rest, before = s[:rank, None] * v[:rank], rank
     return found

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_filled, check_rank, is_share, leading, unfolded
+from jcompress.factorize.ranks import Choice, check_concrete, singular_values
+from jcompress.factorize.subspaces import check_filled, improved, is_share, leading, unfolded
 from jcompress.formats.network import TensorNetwork, contract, refitted
 from jcompress.numeric import scaling
 
@@ -22,19 +23,23 @@ _OUTER, _INNER = "abcdefghij", "qrstuvwxyz"
 class Tucker(Method):
     """A core times an orthonormal matrix along each of some modes: ``G x_1 U_1 x_2 U_2 ...``.
 
-    Higher-order SVD, the leading left singular vectors of each unfolding, and rounds of orthogonal iteration on it
-    (De Lathauwer et al. 2000). The error of the start is at most ``sqrt(modes)`` times the best, and no round makes it
-    larger. Over the inputs and outputs of a convolution this is Tucker-2: a 1x1, a small and a 1x1 convolution (Kim et
-    al. 2016, arXiv:1511.06530).
+    Higher-order SVD, the leading left singular vectors of one unfolding after the other (Vannieuwenhoven et al. 2012),
+    and rounds of orthogonal iteration on it (De Lathauwer et al. 2000). The error of the start is at most
+    ``sqrt(modes)`` times the best, and no round makes it larger. Over the inputs and outputs of a convolution this is
+    Tucker-2: a 1x1, a small and a 1x1 convolution (Kim et al. 2016, arXiv:1511.06530).
 
     Attributes:
       ranks: one for each of ``axes``, one number for all, or the share of the numbers that is kept, in (0, 1): then the
-        ranks are in proportion to the modes.
+        ranks are in proportion to the modes. ``"evbmf"`` for that of most evidence in noise, of each unfolding
+        (:func:`jcompress.factorize.evbmf`).
       axes: the modes with a matrix, negative: inputs and outputs. None for all.
       sweeps: rounds of orthogonal iteration.
+      energy: instead of ranks, the part of the squared norm to keep, in (0, 1].
+      tolerance: instead of ranks, the relative error that must not be exceeded, in (0, 1). Ranks that depend on the
+        values are found outside ``jit`` only. Of stacked layers, what the worst one needs.
 
     Raises:
-      ValueError: for ranks above the modes, or as many as there are no axes.
+      ValueError: for ranks above the modes, or as many as there are no axes; not one of ranks, energy and tolerance.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -44,13 +49,14 @@ class Tucker(Method):
       [(3, 3, 4, 3), (8, 4), (6, 3)]
     """
 
-    ranks: tuple[int, ...] | int | float
+    ranks: tuple[int, ...] | int | float | Literal["evbmf"] | None = None
     axes: tuple[int, ...] | None = (-2, -1)
     sweeps: int = 3
+    energy: float | None = None
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        for rank in self.ranks if isinstance(self.ranks, tuple) else (self.ranks,):
-            check_rank("Tucker", rank)
+        Choice.of("Tucker", self.ranks, self.energy, self.tolerance)
         if isinstance(self.ranks, tuple) and (
             any(map(is_share, self.ranks)) or len(self.ranks) != len(self.axes or self.ranks)
         ):
@@ -58,11 +64,36 @@ class Tucker(Method):
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the ranks do not fit the modes."""
-        chosen_ranks("Tucker", path, self.ranks, self.axes, shape)
+        chosen_ranks("Tucker", path, 1 if self.whole else self.ranks, self.axes, shape)
 
-    @core.compiled
+    @property
+    def whole(self) -> bool:  # type: ignore[override]  # of the instance here
+        """Whether stacked layers come as one array: where ranks depend on the values, all get the same ones."""
+        return Choice.of("Tucker", self.ranks, self.energy, self.tolerance) is not None
+
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
         """The node for one array."""
+        if not self.whole:
+            return self._fitted(w, context)
+        check_concrete("Tucker", context.path, w)
+        self.check(context.path, w.shape[context.batch :], w.dtype)
+        layers = w.reshape(-1, *w.shape[context.batch :])
+        ranks = tuple(max(column) for column in zip(*map(self._ranks_for, layers), strict=True))
+        fit: Any = Tucker(ranks, self.axes, self.sweeps)._fitted
+        for _ in range(context.batch):
+            fit = jax.vmap(fit)
+        return fit(w)
+
+    def _ranks_for(self, w: jax.Array) -> list[int]:
+        """Of one layer, by the singular values of its unfoldings: their tails add up to no less than the error."""
+        choice = Choice.of("Tucker", self.ranks, self.energy, self.tolerance)
+        axes = range(w.ndim) if self.axes is None else [a % w.ndim for a in self.axes]
+        matrices = [unfolded(w, [axis]) for axis in axes]
+        assert choice is not None
+        return [choice.rank(singular_values(m), m.shape, steps=len(matrices)) for m in matrices]
+
+    @core.compiled
+    def _fitted(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
         axes, ranks = chosen_ranks("Tucker", context.path, self.ranks, self.axes, w.shape)
         unit = scaling.unit([w])
         small, matrices = decompose(unit.divide(w), axes, ranks, self.sweeps)
@@ -130,12 +161,18 @@ def decompose(
     w: jax.Array, axes: tuple[int, ...], ranks: tuple[int, ...], sweeps: int
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The core of a float32 array, and an orthonormal matrix (mode, rank) for each axis."""
-    found = [leading(unfolded(w, [axis]), rank) for axis, rank in zip(axes, ranks, strict=True)]
+    found: list[jax.Array] = []
+    rest = w
+    for axis, rank in zip(axes, ranks, strict=True):
+        found.append(leading(unfolded(rest, [axis]), rank))
+        rest = _projected(rest, [(axis, found[-1])])
     for _ in range(sweeps if len(axes) > 1 else 0):
         for i, axis in enumerate(axes):
-            rest = [(a, u) for j, (a, u) in enumerate(zip(axes, found, strict=True)) if j != i]
-            found[i] = leading(unfolded(_projected(w, rest), [axis]), ranks[i])
-    return _projected(w, list(zip(axes, found, strict=True))), found
+            others = [(a, u) for j, (a, u) in enumerate(zip(axes, found, strict=True)) if j != i]
+            partly = _projected(w, others)
+            found[i] = improved(unfolded(partly, [axis]), found[i])
+            rest = _projected(partly, [(axis, found[i])])
+    return rest, found
 
 
 def _projected(w: jax.Array, matrices: list[tuple[int, jax.Array]]) -> jax.Array:
@@ -174,7 +211,8 @@ class BlockTerm(Method):
     sweeps: int = 10
 
     def __post_init__(self) -> None:
-        Tucker(self.ranks, self.axes)
+        if Tucker(self.ranks, self.axes).whole:
+            raise ValueError(f"BlockTerm: ranks={self.ranks!r} depends on the values; give numbers or a share")
         if self.terms < 1:
             raise ValueError(f"BlockTerm: terms={self.terms} must be at least 1")
 
