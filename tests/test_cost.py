@@ -369,3 +369,27 @@ def test_what_is_not_counted_is_named():
 
     notes = jc.trace.cost(fn, {"a": jnp.ones((4, 4))}, jnp.ones((4, 2))).notes
     assert any("'lu': its products are not counted" in note for note in notes)
+
+
+def test_what_nothing_needs_costs_nothing_and_ties_nothing():
+    """As a compiler drops it: a value that is made and left, at the top, in a call and in a loop."""
+
+    def fn(params, x):
+        def turn(h, _):
+            _left = h @ params["b"] @ params["b"]
+            return jnp.tanh(h @ params["b"]), None
+
+        _left = jax.random.normal(jax.random.key(0), (64, 64)) @ params["e"]
+        h, _ = jax.lax.scan(turn, jax.jit(lambda x: (x @ params["c"], x @ params["a"])[0])(x), None, length=1)
+        return h @ params["d"]
+
+    params = {name: jnp.ones((64, 64)) for name in "abce"} | {"d": jnp.ones((64, 3))}
+    x = jnp.ones((8, 64))
+    found = jc.trace.cost(fn, params, x)
+    assert found.total.multiply_adds == 8 * 64 * (64 + 64 + 3)
+    counted = jax.jit(fn).lower(params, x).cost_analysis()["flops"]
+    assert found.flops == pytest.approx(counted, abs=4)  # XLA counts the turns of the loop too
+    assert jc.calibrate(fn, params, [(x,)]).notes["e"] == "not used"
+    groups = jc.trace.coupling(fn, params, x)
+    assert groups.multiply_adds({}) == found.total.multiply_adds
+    assert "nothing reads it" in groups["e[0]"].reason

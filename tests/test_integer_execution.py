@@ -229,6 +229,14 @@ def test_what_stays_float_says_so(name, rng):
         close(fn(node, x), (q * s).astype(np.float32) @ np.asarray(node.materialize()))
 
 
+@pytest.mark.parametrize("fn, name", [(lambda p, x: x @ (0.5 * p), "mul"), (lambda p, x: x @ jnp.tanh(p), "tanh")])
+def test_what_the_function_changes_first_says_so(fn, name):
+    node, x = Int(bits=8)(jnp.ones((8, 4))), jnp.ones((3, 8))
+    fast = jc.accelerate(fn)
+    close(fast(node, x), fn(node.materialize(), x))
+    assert [row.how for row in fast.report(node, x).rows] == [f"dense: changed by {name!r} before the product"]
+
+
 def test_sparse_and_affine_codes_are_multiplied_too(rng):
     w, x = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32), jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
     for method in (jc.chain(jc.prune.Magnitude(sparsity=0.5), Int(bits=8)), Int(bits=4, symmetric=False), Int(bits=1)):

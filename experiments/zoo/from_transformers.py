@@ -32,7 +32,7 @@ def _make(name: str, config: str, options: dict, inputs: Callable[[], tuple], **
     made = getattr(transformers, name)(getattr(transformers, config)(**options), seed=0, **more)
 
     def fn(params: Any, *args: jax.Array) -> Any:
-        return made(*args, params=params, train=False)[0]
+        return made(*args, params=params)[0]
 
     return model(fn, made.params, *inputs())
 

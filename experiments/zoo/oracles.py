@@ -25,7 +25,11 @@ def multiply_adds(fn: Callable[..., Any], params: PyTree, *args: Any) -> float |
 
 
 def _multiply_adds(jaxpr: Any) -> int:
-    return sum(map(_of_equation, jaxpr.eqns))
+    total, needed = 0, set(map(id, jaxpr.outvars))
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or needed & set(map(id, eqn.outvars)):  # what nothing needs is never run
+            total, needed = total + _of_equation(eqn), needed | set(map(id, eqn.invars))
+    return total
 
 
 def _of_equation(eqn: Any) -> int:

@@ -133,7 +133,7 @@ class Reading:
         def read(v: Any) -> Kind:
             return None if isinstance(v, jax_core.Literal) else env[v]
 
-        for eqn in jaxpr.eqns:
+        for eqn in walk.equations(jaxpr):
             row, ins = primitives.row(eqn), list(map(read, eqn.invars))
             bodies = row.flow.bodies(eqn, ins, self)
             outs = row.flow.results(eqn, ins, bodies)

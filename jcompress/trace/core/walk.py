@@ -52,6 +52,17 @@ def program(fn: Callable[..., Any], params: PyTree, *args: Any) -> Program:
     return Program(closed, tuple(path for path, _ in leaves), in_tree, out_tree)
 
 
+def equations(jaxpr: jax_core.Jaxpr) -> list[jax_core.JaxprEqn]:
+    """Those that an output or an effect needs, in order; a compiler runs no others."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jax_core.Literal)}
+    found = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            needed.update(v for v in eqn.invars if not isinstance(v, jax_core.Literal))
+            found.append(eqn)
+    return found[::-1]
+
+
 def aval(x: Any) -> Any:
     """The shape and dtype of a variable or a literal."""
     return x.aval

@@ -103,7 +103,7 @@ class _Building:
         for v, c in zip(jaxpr.constvars, closed.consts, strict=True):
             self.known[v] = Known(terms.fresh(np.shape(c)), c)
             self.frame.constants.append(self.known[v])
-        for eqn in jaxpr.eqns:
+        for eqn in walk.equations(jaxpr):
             self.equation(eqn)
         self.frame.results = [self.used(x) for x in jaxpr.outvars]
         self.frame.outs = [self.dims_of(x) for x in self.frame.results]

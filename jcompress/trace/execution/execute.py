@@ -18,7 +18,7 @@ from jcompress.trace.core.flow import Body, Step
 from jcompress.trace.core.kinds import Contraction, Linear, weight_side
 from jcompress.trace.core.layouts import SideBySide
 from jcompress.trace.core.loops import Scan, While
-from jcompress.trace.core.views import Joined, Kind, View, parameters
+from jcompress.trace.core.views import Derived, Joined, Kind, View, parameters
 from jcompress.trace.execution.operands import dense, is_operand, of_leaf
 from jcompress.trace.execution.weights import Policy, Range, Weight, side_by_side
 
@@ -176,7 +176,7 @@ class _Run:
 
     def _multiplied(self, step: Step, product: Product, x: Any, w: Any, kind: Kind) -> jax.Array:
         path = _path(kind)
-        operand = w if is_operand(w) else Weight(w, dtype=w.dtype, path=path)
+        operand = w if is_operand(w) else Weight(w, dtype=w.dtype, path=path, note=_changed(kind))
         axes = _axes(product, kind)
 
         def multiply(product: Product, x: jax.Array, w: Weight) -> jax.Array:
@@ -213,6 +213,13 @@ class _Run:
         if isinstance(holds, While):
             return [*before, *middle, *map(dense, last)]
         return [*before, *map(dense, middle), *(x.stacked() if is_operand(x) else x for x in last)]
+
+
+def _changed(kind: Kind) -> str:
+    """What the function does to a parameter before a product, or nothing."""
+    if isinstance(kind, Derived):
+        return f"changed by {kind.reasons[-1][1]!r} before the product" if kind.reasons else ""
+    return f"changed by {kind.changed!r} before the product" if isinstance(kind, View) and kind.changed else ""
 
 
 def _path(kind: Kind) -> str:

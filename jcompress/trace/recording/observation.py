@@ -103,7 +103,7 @@ def _collected(uses: Mapping[Use, tape.Moments], found: tape.Found, program: wal
         for path, groups in by_path.items()
         if groups
     }
-    used = {v for eqn in program.closed.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
+    used = {v for eqn in walk.equations(program.closed.jaxpr) for v in eqn.invars if not hasattr(v, "val")}
     used |= {v for v in program.closed.jaxpr.outvars if not hasattr(v, "val")}
     notes = dict(found.notes)
     for path, var in zip(program.paths, program.closed.jaxpr.invars, strict=False):
