@@ -121,16 +121,21 @@ class Executed:
         shapes = [jax.eval_shape(core.dense, x) if core.is_node(x) else walk.shapes(x) for _, x in leaves]
         program = walk.program(self.fn, jax.tree.unflatten(treedef, shapes), *args)
         values: list[Any] = [of_leaf(path, x, self.ranges.get(path, {})) for path, x in leaves]
-        run = _Run(self.policy)
+        run = _Run(self.policy, frozenset(path for path, x in leaves if core.is_node(x)))
         outs = run.arrays(flow.of_program(program), [*values, *jax.tree.leaves(args)])
         return jax.tree.unflatten(program.out_tree, outs), Products(tuple(run.rows.values()), tuple(run.notes))
 
 
 class _Run:
-    """One execution. Values are arrays or operands; each has its kind beside it."""
+    """One execution. Values are arrays or operands; each has its kind beside it.
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    Args:
+      policy: how a product is made.
+      nodes: the paths of the parameters that are nodes.
+    """
+
+    def __init__(self, policy: Policy, nodes: frozenset[str]) -> None:
+        self.policy, self.nodes = policy, nodes
         self.rows: dict[Any, ProductRow] = {}
         self.notes: dict[str, None] = {}
 
@@ -176,7 +181,8 @@ class _Run:
 
     def _multiplied(self, step: Step, product: Product, x: Any, w: Any, kind: Kind) -> jax.Array:
         path = _path(kind)
-        operand = w if is_operand(w) else Weight(w, dtype=w.dtype, path=path, note=_changed(kind))
+        note = _changed(kind) or ("taken apart before the product" if path in self.nodes else "")
+        operand = w if is_operand(w) else Weight(w, dtype=w.dtype, path=path, note=note)
         axes = _axes(product, kind)
 
         def multiply(product: Product, x: jax.Array, w: Weight) -> jax.Array:
