@@ -155,3 +155,77 @@ def test_layouts_of_complex_kernels():
         plain = {"w": jc.Layout(batch=0, inputs=1, outputs=2)}
         wanted = jc.compress({"w": turned}, jc.plan({"w": turned}, [("w", method)], layout=plain))
         np.testing.assert_allclose(jc.materialize(found)["w"].swapaxes(1, 2), jc.materialize(wanted)["w"], atol=1e-5)
+
+
+NAMES = ("gram", "count", "sum", "absmax", "norm", "zeros", "histogram", "outputs")
+
+
+def real(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize(
+    ("w", "x"),
+    [(array((6, 4)), array((20, 6), 1)), (array((6, 4)), real((20, 6), 1)), (real((6, 4)), array((20, 6), 1))],
+)
+def test_statistics_of_complex_layers(w, x, cast):
+    """``|x dw|**2`` is ``tr(dw^H gram dw)`` for all changes of the parameter's own kind."""
+
+    def fn(p, x):
+        return x @ p["w"].astype(x.dtype) if cast and jnp.iscomplexobj(x) else x @ p["w"]
+
+    found = jc.calibrate(fn, {"w": w}, [x[:7], x[7:]], statistics=NAMES)["w"]
+    gram = np.asarray(x).conj().T @ np.asarray(x)
+    np.testing.assert_allclose(found.gram, gram if jnp.iscomplexobj(w) else gram.real, atol=1e-4)
+    assert jnp.iscomplexobj(found.gram) <= jnp.iscomplexobj(w)
+    dw = (array if jnp.iscomplexobj(w) else real)((6, 4), 2)
+    moved = np.linalg.norm(np.asarray(x) @ np.asarray(dw)) ** 2
+    np.testing.assert_allclose(jnp.einsum("io,ij,jo->", dw.conj(), found.gram, dw).real, moved, rtol=1e-4)
+    np.testing.assert_allclose(found.norm, np.linalg.norm(x, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found.absmax, np.abs(x).max(0), rtol=1e-5)
+    np.testing.assert_allclose(found.sum, np.asarray(x).sum(0), atol=1e-5)
+    np.testing.assert_allclose(found.outputs.square, (np.abs(x @ w) ** 2).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(found.outputs.sum, np.asarray(x @ w).sum(0), atol=1e-4)
+    assert int(found.count) == 20 and int(found.histogram.sum()) == 120
+    weighed = jc.calibrate(fn, {"w": w}, [x], statistics=NAMES, where=jnp.arange(20) < 7)["w"]
+    np.testing.assert_allclose(weighed.gram, jc.calibrate(fn, {"w": w}, [x[:7]])["w"].gram, atol=1e-4)
+
+
+def operator(p, x):
+    h = jnp.fft.fft(x @ p["lift"], axis=1)
+    return jnp.fft.ifft(jnp.einsum("bmi,mio->bmo", h, p["w"]), axis=1).real @ p["out"]
+
+
+def test_a_fourier_operator_is_calibrated_and_rounded_by_what_it_meets():
+    p, x = {"lift": real((2, 6)), "w": array((8, 6, 7)), "out": real((7, 1), 1)}, real((3, 8, 2), 2)
+
+    def error(method, known=True):
+        plan = jc.plan(p, [("w", method)], layout=jc.trace.layout(operator, p, x))
+        stats = jc.calibrate(operator, p, [x], plan=plan) if known else None
+        return jnp.linalg.norm(operator(jc.materialize(jc.compress(p, plan, stats=stats)), x) - operator(p, x))
+
+    assert jc.calibrate(operator, p, [x])["w"].gram.shape == (8, 6, 6)
+    assert error(jc.cartesian(jc.quantize.GPTQ(3))) < 0.8 * error(jc.cartesian(Int(3)), known=False)
+    assert error(jc.cartesian(jc.prune.SparseGPT(0.5))) < 0.8 * error(jc.cartesian(M(0.5)), known=False)
+
+
+def test_what_is_not_linear_in_a_complex_parameter_is_named():
+    for changed, name in ((jnp.conj, "conj"), (jnp.real, "real")):
+        plan = jc.plan({"w": array((3, 2))}, [("w", jc.cartesian(jc.quantize.GPTQ()))])
+        with pytest.raises(ValueError, match=rf"^w: .*needs 'gram'.*passes through '{name}'"):
+            jc.calibrate(lambda p, x, f=changed: x @ f(p["w"]), {"w": array((3, 2))}, [real((4, 3))], plan)
+
+
+def test_gradients_of_complex_parameters_have_squared_magnitudes():
+    p, x = {"w": array((3, 2))}, array((5, 3), 1)
+
+    def loss(p, x):
+        return jnp.square(jnp.abs(x @ p["w"])).sum()
+
+    found = jc.calibrate(lambda p, x: x @ p["w"], p, [x], loss=loss, statistics=("grad", "grad_square"))["w"]
+    grad = jax.grad(loss)(p, x)["w"]
+    np.testing.assert_allclose(found.grad, grad, rtol=1e-5)
+    np.testing.assert_allclose(found.grad_square, np.abs(grad) ** 2, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"^w: 'hessian_diagonal' is that of real parameters, found complex64"):
+        jc.calibrate(lambda p, x: x @ p["w"], p, [x], loss=loss, statistics=("hessian_diagonal",), key=KEY)

@@ -190,9 +190,11 @@ class Cast(Moved):
         return list(views)
 
     def _kept(self, view: View, eqn: jax_core.JaxprEqn) -> View | None:
-        # To floats of 16 bits or more, as from a float8 checkpoint; to anything narrower is a compression of its own.
+        # To floats of 16 bits or more, as from a float8 checkpoint, or to complex numbers; to anything narrower is a
+        # compression of its own.
         before, after = (walk.aval(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
-        return view if before.kind in "fV" and after.kind in "fV" and after.itemsize > 1 else None
+        widens = after.kind == "c" or (before.kind in "fV" and after.kind in "fV")
+        return view if before.kind in "fVc" and widens and after.itemsize > 1 else None
 
 
 class Permutation(Moved):

@@ -38,16 +38,29 @@ def gather(
 
     sums: Sums = {"terms": {"grad": jnp.ones(()), "grad_square": jnp.ones(()), "hessian_diagonal": jnp.ones(())}}
     if part := chosen("grad") | ({} if per_example else chosen("grad_square")):
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(of)(part, *batch))
+        grads = jax.tree.map(_wide, jax.grad(of)(part, *batch))
         sums["grad"] = {path: grads[path] for path in chosen("grad")}
         if not per_example:
-            sums["grad_square"] = {path: jnp.square(grads[path]) for path in chosen("grad_square")}
+            sums["grad_square"] = {path: _squared(grads[path]) for path in chosen("grad_square")}
     if per_example and (part := chosen("grad_square")):
         sums["grad_square"] = _example_squares(of, part, batch)
         sums["terms"]["grad_square"] = jnp.float32(jax.tree.leaves(batch)[0].shape[0])
     if part := chosen("hessian_diagonal"):
+        if found := [path for path, x in part.items() if jnp.iscomplexobj(x)]:
+            raise ValueError(
+                f"{found[0]}: 'hessian_diagonal' is that of real parameters, found {part[found[0]].dtype}; leave it "
+                "out, or calibrate by 'grad_square'"
+            )
         sums["hessian_diagonal"] = _hutchinson(of, part, batch, probes, key)
     return sums
+
+
+def _wide(g: jax.Array) -> jax.Array:
+    return g.astype(jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32)
+
+
+def _squared(g: jax.Array) -> jax.Array:
+    return jnp.square(jnp.abs(g)) if jnp.iscomplexobj(g) else jnp.square(g)
 
 
 def _example_squares(of: Callable[..., Any], part: dict[str, jax.Array], batch: tuple) -> dict[str, jax.Array]:
@@ -55,7 +68,7 @@ def _example_squares(of: Callable[..., Any], part: dict[str, jax.Array], batch: 
 
     def add(total: dict[str, jax.Array], example: tuple) -> tuple[dict[str, jax.Array], None]:
         grads = jax.grad(of)(part, *jax.tree.map(lambda x: x[None], example))
-        return {path: total[path] + jnp.square(g.astype(jnp.float32)) for path, g in grads.items()}, None
+        return {path: total[path] + _squared(_wide(g)) for path, g in grads.items()}, None
 
     zeros = {path: jnp.zeros(x.shape, jnp.float32) for path, x in part.items()}
     return jax.lax.scan(add, zeros, batch)[0]

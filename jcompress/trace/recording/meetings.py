@@ -281,16 +281,16 @@ def moments(
     if "gram" in names:
         dims = ((positions, positions), (batch, batch))
         gram = lax.dot_general(
-            _times(wide, counts),
+            jnp.conj(_times(wide, counts)),
             wide,
             dims,
             precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
+            preferred_element_type=wide.dtype,
         )
         found["gram"] = gram.reshape(*head, k, k)
     each = {
         "sum": lambda: _times(wide, counts).sum(positions),
-        "square": lambda: _times(jnp.square(wide), counts).sum(positions),
+        "square": lambda: _times(_squared(wide), counts).sum(positions),
         "absmax": lambda: jnp.abs(wide).max(positions, initial=0),
         "zeros": lambda: _sum_of(x == 0, counts, positions),
     }
@@ -303,9 +303,13 @@ def moments(
 
 
 def _counted(x: Any, counts: Any) -> Any:
-    """An activation in float32, 0 where it does not count, whatever stands there."""
-    wide = x.astype(jnp.float32)
+    """An activation in float32 or complex64, 0 where it does not count, whatever stands there."""
+    wide = x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
     return wide if counts is None else jnp.where(counts > 0, wide, 0)
+
+
+def _squared(x: Any) -> Any:
+    return jnp.real(x) ** 2 + jnp.imag(x) ** 2 if jnp.iscomplexobj(x) else jnp.square(x)
 
 
 def _times(x: Any, counts: Any) -> Any:
@@ -336,7 +340,7 @@ def of_outputs(y: Any, labels: Sequence[Label], lead: Atoms, weight: Any = None)
     wide, shape = _counted(y, counts), (*(a.size for a in lead), n)
     return {
         "output_sum": _times(wide, counts).sum(positions).reshape(shape),
-        "output_square": _times(jnp.square(wide), counts).sum(positions).reshape(shape),
+        "output_square": _times(_squared(wide), counts).sum(positions).reshape(shape),
         "output_absmax": jnp.abs(wide).max(positions, initial=0).reshape(shape),
     }
 

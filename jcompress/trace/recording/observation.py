@@ -103,6 +103,9 @@ def _collected(uses: Mapping[Use, tape.Moments], found: tape.Found, program: wal
         for path, groups in by_path.items()
         if groups
     }
+    for path, var in zip(program.paths, program.closed.jaxpr.invars, strict=False):
+        if path in stats and not jnp.issubdtype(walk.aval(var).dtype, jnp.complexfloating):
+            stats[path] = _of_real(stats[path])
     used = {v for eqn in walk.equations(program.closed.jaxpr) for v in eqn.invars if not hasattr(v, "val")}
     used |= {v for v in program.closed.jaxpr.outvars if not hasattr(v, "val")}
     notes = dict(found.notes)
@@ -112,6 +115,12 @@ def _collected(uses: Mapping[Use, tape.Moments], found: tape.Found, program: wal
         elif path not in stats and path not in found.unread and path not in found.met:
             notes[path] = "in no product with an activation"
     return Calibration(stats, found.unread, notes, found.levels)
+
+
+def _of_real(stats: Stats) -> Stats:
+    """The statistics of a real parameter, whose changes move outputs by the real part of a Gram matrix."""
+    gram = None if stats.gram is None else jnp.real(stats.gram)
+    return dataclasses.replace(stats, gram=gram, others=tuple(map(_of_real, stats.others)))
 
 
 def _kind_of(use: Use, moments: tape.Moments) -> Any:

@@ -57,7 +57,9 @@ class Stats:
     order of the parameter's axes. What was not gathered is None.
 
     Attributes:
-      gram: float32 (..., k, k), the sum of ``x x^T``, computed in float32 at the highest precision.
+      gram: float32 (..., k, k), the sum of ``x x^T``, computed in float32 at the highest precision. Of complex
+        activations the sum of ``conj(x) x^T``: complex64 for a complex parameter, its real part for a real one, whose
+        changes are real. Squares, ``absmax`` and histograms are of magnitudes then, and sums are complex64.
       count: uint32 (...), the number of positions. Padding of a convolution counts as zeros.
       sum: float32 (..., k).
       square: float32 (..., k), the sum of squares; ``norm`` is its root, or that of the diagonal of ``gram``.
@@ -103,7 +105,7 @@ class Stats:
     def norm(self) -> Any:
         """Float32 (..., k): the Euclidean norm of each feature over all positions."""
         if self.square is None and self.gram is not None:
-            return jnp.sqrt(jnp.diagonal(self.gram, axis1=-2, axis2=-1))
+            return jnp.sqrt(jnp.diagonal(self.gram, axis1=-2, axis2=-1).real)
         return None if self.square is None else jnp.sqrt(self.square)
 
     def __repr__(self) -> str:

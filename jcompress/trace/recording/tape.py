@@ -197,8 +197,8 @@ class Tape:
         names = self.found.wanted.get(path, frozenset())
         self.found.meets(view, other)
         try:
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise UnreadError(f"it meets an activation of dtype {x.dtype}, expected floating point")
+            if not jnp.issubdtype(x.dtype, jnp.inexact):
+                raise UnreadError(f"it meets an activation of dtype {x.dtype}, expected floating point or complex")
             met = flow.meeting(step.eqn, view, side)
             use, part = meetings.use_of(met)
             self.found.reads(met, met.contracted)
