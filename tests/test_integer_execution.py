@@ -182,6 +182,46 @@ def test_factors_are_multiplied_one_after_the_other(method, rng):
     assert [row.shape for row in fast.report(node, x).rows][-2:] == [(12, 2), (2, 10)]
 
 
+HEADS = {
+    "inputs, heads, size": ("btd,dhk->bthk", (32, 4, 8), (2, 5, 32)),
+    "heads, inputs, size": ("btd,hdk->bthk", (4, 32, 8), (2, 5, 32)),
+    "heads, size, outputs": ("bthk,hkd->btd", (4, 8, 32), (2, 5, 4, 8)),
+    "first": ("dhk,btd->hkbt", (32, 4, 8), (2, 5, 32)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        jc.factorize.SVD(rank=3),
+        jc.chain(jc.factorize.SVD(rank=3), jc.quantize.Int(8)),
+        jc.residual(jc.quantize.Int(4), jc.factorize.SVD(rank=2)),
+    ],
+    ids=repr,
+)
+def test_factors_of_kernels_that_are_split_into_heads(name, method, rng):
+    equation, shape, of = HEADS[name]
+    order = equation.partition("->")[0].split(",")
+    params, x = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}, jnp.asarray(rng.normal(size=of), jnp.float32)
+
+    def fn(params, x):
+        pair = (x, params["w"]) if order[0].startswith("b") else (params["w"], x)
+        return jnp.einsum(equation, *pair)
+
+    plan = jc.plan(params, [("w", method)], layout=jc.trace.layout(fn, params, x))
+    tree, fast = jc.compress(params, plan), jc.accelerate(fn)
+    np.testing.assert_allclose(fast(tree, x), fn(jc.materialize(tree), x), rtol=2e-4, atol=2e-4)
+    told = str(fast.report(tree, x))
+    assert "made dense" not in told and ("factors" in told or told.count("dot_general") > 1)
+    grads = jax.grad(lambda t: jnp.square(fast(jc.merge(t, jc.split(tree)[1]), x)).sum())(jc.split(tree)[0])
+    wanted = jax.grad(lambda t: jnp.square(fn(jc.materialize(jc.merge(t, jc.split(tree)[1])), x)).sum())(
+        jc.split(tree)[0]
+    )
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2)
+
+
 def test_tied_factors_and_convolutions_of_factors(rng):
     w, x = jnp.asarray(rng.normal(size=(12, 10)), jnp.float32), jnp.asarray(rng.normal(size=(3, 12)), jnp.float32)
 

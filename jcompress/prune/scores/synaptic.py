@@ -190,7 +190,8 @@ def synflow(
     rounds)`` of all, with one threshold for all leaves. One ``fori_loop``, compiled once. The flow is a product over
     layers and soon leaves the range of floats. Where every path takes each leaf as often, as in plain networks without
     biases, the leaves are scaled by powers of two, layer by layer, at any depth; that changes no score's rank. Else
-    inputs and cotangents are, which serves flows from about ``2**-240`` to ``2**240``.
+    inputs and cotangents are, which serves flows from about ``2**-240`` to ``2**240``; outside ``jit`` those beyond are
+    computed in float64, up to ``2**1000`` or so.
 
     Args:
       fn: called as ``fn(params, *args)``. Linear layers, ReLU and residual connections; leave out normalization, or
@@ -231,13 +232,21 @@ def synflow(
         raise ValueError(f"synflow: match={match!r} finds no float leaf among {list(magnitudes)[:3]}")
     masks, finite = _rounds(flow, weights, _counts(sum(w.size for w in weights.values()), sparsity, rounds))
     if core.is_concrete(finite) and not bool(finite):
+        if not jax.config.jax_enable_x64 and all(map(core.is_concrete, jax.tree.leaves((params, args, sparsity)))):
+            with jax.enable_x64(True):
+                wide = jax.tree.map(_doubled, (params, args))
+                return synflow(fn, wide[0], sparsity, *wide[1], rounds=rounds, match=match)
         raise ValueError(
             "synflow: the sum of outputs for inputs of ones is not finite at any scale. Either something divides or "
             "saturates, such as softmax and normalization: leave it out of fn. Or paths take unlike numbers of "
             "layers (residual connections, biases), so that no layer can be scaled by itself, and the flow leaves the "
-            "range of float32: give parameters in float64, under jax.enable_x64"
+            "range of float64: scale the layers down"
         )
     return masks
+
+
+def _doubled(x: Any) -> Any:
+    return jnp.asarray(x, jnp.float64) if core.is_trainable(x) else x
 
 
 def _counts(size: int, sparsity: Any, rounds: int) -> jax.Array:

@@ -22,6 +22,8 @@ from jcompress.trace.core.views import View
 from jcompress.trace.execution.weights import Multiply, Tell, Weight, static
 
 _SPARE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_PAIR = "ir,ro->io"
+"""Of two factors."""
 WORTH = 0.7
 """A contraction is made with the factors where that takes this part of the dense products, or less: between many small
 products more is moved."""
@@ -97,7 +99,7 @@ class Network:
         return y
 
     def _note(self) -> str:
-        return "TensorNetwork is made dense"
+        return f"{'LowRank' if self.equation == _PAIR else 'TensorNetwork'} is made dense"
 
     def _groups(self) -> list[str]:
         """The modes of each axis of (window..., inputs, outputs)."""
@@ -174,3 +176,11 @@ def of_network(path: str, leaf: Any) -> Network | None:
     if n != len(layout.window) + 2:
         return None
     return Network(factors, equation=inner.equation, merged=inner.merged, layout=layout, sizes=tuple(sizes), path=path)
+
+
+def of_factors(path: str, leaf: Arranged) -> Network | None:
+    """The operand of two factors whose outputs are several axes, as of heads that a kernel splits them into."""
+    if leaf.layout.window:
+        return None
+    factors = core.dense(leaf.inner.u), core.dense(leaf.inner.v)
+    return Network(factors, equation=_PAIR, merged=(1, 1), layout=leaf.layout, sizes=leaf.sizes, path=path)

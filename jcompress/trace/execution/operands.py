@@ -18,7 +18,7 @@ from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
 from jcompress.trace.execution.grouped import Grouped
-from jcompress.trace.execution.networks import Network, of_network
+from jcompress.trace.execution.networks import Network, of_factors, of_network
 from jcompress.trace.execution.weights import Multiply, Range, Shared, Tell, Weight, static
 
 
@@ -168,11 +168,13 @@ def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Op
     return Weight(x, dtype=x.dtype, note=note, **known)
 
 
-def _of_arranged(path: str, leaf: Arranged, ranges: Mapping[tuple[int, ...], Range]) -> Factors | None:
-    """Two factors whose first one is laid out like the leaf, its outputs the rank; None for several output axes."""
+def _of_arranged(path: str, leaf: Arranged, ranges: Mapping[tuple[int, ...], Range]) -> Factors | Network | None:
+    """Two factors, the first one laid out like the leaf, its outputs the rank; a network for several output axes."""
     layout, inner = leaf.layout, leaf.inner
-    if len(layout.outputs) > 1 or layout.groups > 1 or layout.batch:
+    if layout.groups > 1 or layout.batch:
         return None
+    if len(layout.outputs) > 1:
+        return of_factors(path, leaf)
     (out,), sizes = layout.outputs, list(leaf.sizes)
     sizes[out] = inner.u.shape[-1]
     u = restored(inner.u, layout, tuple(sizes)) if core.is_node(inner.u) else layout.restore(inner.u, sizes)
