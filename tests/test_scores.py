@@ -534,12 +534,30 @@ def test_synflow_of_residual_blocks_wants_wider_floats(rng):
         return jax.lax.scan(lambda x, w: (x + jax.nn.relu(x @ w), None), x, params["w"])[0]
 
     w = normal(rng, 40, 8, 8) * 60
-    with pytest.raises(ValueError, match="give parameters in float64"):
-        jc.prune.synflow(residual, {"w": w}, 0.5, jnp.ones((1, 8)), rounds=2)
+    found = jc.prune.synflow(residual, {"w": w}, 0.5, jnp.ones((1, 8)), rounds=2)
     with jax.enable_x64():
         wide = jnp.asarray(np.asarray(w), jnp.float64)
         masks = jc.prune.synflow(residual, {"w": wide}, 0.5, jnp.ones((1, 8)), rounds=2)
     assert int(masks["w"].sum()) == w.size // 2
+    np.testing.assert_array_equal(found["w"], masks["w"])
+
+
+def test_synflow_of_deep_networks_with_biases_is_that_of_layers_scaled_alike(rng):
+    """A power of two on each layer, and all before it on its bias, scales all paths alike."""
+
+    def deep(params, x):
+        return jax.lax.scan(lambda x, p: (jax.nn.relu(x @ p["w"] + p["b"]), None), x, params)[0]
+
+    params = {"w": normal(rng, 24, 8, 8) * 2000, "b": normal(rng, 24, 8)}
+    powers = 2.0 ** (-13 * np.arange(1, 25))
+    near = {"w": params["w"] * 2.0**-13, "b": jnp.asarray(np.asarray(params["b"], np.float64) * powers[:, None])}
+    near["b"] = near["b"].astype(jnp.float32)
+    found, wanted = (jc.prune.synflow(deep, p, 0.8, jnp.ones((1, 8)), rounds=5, match="w")["w"] for p in (params, near))
+    np.testing.assert_array_equal(found, wanted)
+    assert int(found.sum()) == round(0.2 * found.size) and int(found.sum((1, 2)).min()) > 0
+    far, one = (jc.prune.synflow_scores(deep, p, jnp.ones((1, 8)))["w"] for p in (params, near))
+    assert bool(jnp.isfinite(far).all())
+    np.testing.assert_allclose(far / far.max(), one / one.max(), rtol=1e-4, atol=1e-7)
 
 
 def test_synflow_refuses_what_it_cannot_do(rng):

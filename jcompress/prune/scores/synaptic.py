@@ -69,7 +69,7 @@ def _flow(fn: Callable[..., Any], params: PyTree, args: tuple) -> tuple[Callable
 
 
 def _power(exponent: jax.Array) -> jax.Array:
-    return jnp.ldexp(jnp.float32(1), exponent)
+    return jnp.ldexp(jnp.ones((), jnp.result_type(float)), exponent)
 
 
 def _alike(weights: Scores, total: jax.Array) -> Scores:
@@ -134,21 +134,21 @@ def _settled(flow: Callable[..., jax.Array], weights: Scores, homogeneous: jax.A
         turn, scale, value = state
         step = jnp.where(value == _UNKNOWN, 0, jnp.where(value == 0, 20, -20))
         scale = scale._replace(inputs=scale.inputs + step)
-        return turn + 1, scale, flow(weights, scale).astype(jnp.float32)
+        return turn + 1, scale, flow(weights, scale)
 
-    start = (jnp.int32(0), _Scale(jnp.int32(0), jnp.int32(0)), jnp.float32(_UNKNOWN))
+    none = _Scale(jnp.int32(0), jnp.int32(0))
+    start = (jnp.int32(0), none, jnp.full((), _UNKNOWN, jax.eval_shape(flow, weights, none).dtype))
     _, scale, value = lax.while_loop(outside, move, start)
     return _balanced(scale, value)
 
 
 def _balanced(scale: _Scale, value: jax.Array) -> _Scale:
-    """Scales that bring the flow to about one, half on either side, if it has gone far from there."""
+    """Scales that bring the flow back to where it is not far, by the cotangent: inputs weigh less than biases else."""
     exponent = jnp.round(jnp.log2(jnp.where(value > 0, value, 1))).astype(jnp.int32)
-    total = scale.inputs + scale.outputs - exponent
-    inputs = jnp.clip(total // 2, -120, 120)
-    far = (jnp.abs(exponent) > _FAR) & jnp.isfinite(value)
-    outputs = jnp.clip(total - inputs, -120, 120)
-    return _Scale(jnp.where(far, inputs, scale.inputs), jnp.where(far, outputs, scale.outputs))
+    beyond = exponent - jnp.clip(exponent, -_FAR, _FAR)
+    most = 120 if value.dtype.itemsize <= 4 else 960
+    outputs = jnp.clip(scale.outputs - beyond, -most, most)
+    return scale._replace(outputs=jnp.where(jnp.isfinite(value), outputs, scale.outputs))
 
 
 def synflow_scores(fn: Callable[..., Any], params: PyTree, *args: Any) -> Scores:
@@ -176,6 +176,10 @@ def synflow_scores(fn: Callable[..., Any], params: PyTree, *args: Any) -> Scores
     flow, magnitudes = _flow(fn, params, args)
     found, value = _in_range(flow, magnitudes), flow(magnitudes, _Scale(jnp.int32(0), jnp.int32(0)))
     near = (value < _WRITTEN) & (value > 1 / _WRITTEN)
+    if _is_too_narrow(found.homogeneous | (found.scale.inputs == 0)):
+        with jax.enable_x64(True):
+            wide, inputs = jax.tree.map(_doubled, (params, args))
+            return synflow_scores(fn, wide, *inputs)
     weights, scale = _laid(found._replace(homogeneous=found.homogeneous & ~near), magnitudes)
     grads = jax.grad(flow)(weights, scale)
     return {path: (w * grads[path]).astype(jnp.float32) for path, w in weights.items()}
@@ -190,8 +194,9 @@ def synflow(
     rounds)`` of all, with one threshold for all leaves. One ``fori_loop``, compiled once. The flow is a product over
     layers and soon leaves the range of floats. Where every path takes each leaf as often, as in plain networks without
     biases, the leaves are scaled by powers of two, layer by layer, at any depth; that changes no score's rank. Else
-    inputs and cotangents are, which serves flows from about ``2**-240`` to ``2**240``; outside ``jit`` those beyond are
-    computed in float64, up to ``2**1000`` or so.
+    cotangents are, and outside ``jit`` a flow that float32 does not hold is computed in float64, which serves up to
+    about ``2**1000``. Under ``jit`` inputs are scaled then, which is as good without biases, and serves up to about
+    ``2**240``; with them, paths from the inputs count for less.
 
     Args:
       fn: called as ``fn(params, *args)``. Linear layers, ReLU and residual connections; leave out normalization, or
@@ -230,12 +235,13 @@ def synflow(
     }
     if not weights:
         raise ValueError(f"synflow: match={match!r} finds no float leaf among {list(magnitudes)[:3]}")
-    masks, finite = _rounds(flow, weights, _counts(sum(w.size for w in weights.values()), sparsity, rounds))
+    counts = _counts(sum(w.size for w in weights.values()), sparsity, rounds)
+    masks, finite, exact = _rounds(flow, weights, counts)
+    if _is_too_narrow(exact):
+        with jax.enable_x64(True):
+            wide, inputs = jax.tree.map(_doubled, (params, args))
+            return synflow(fn, wide, sparsity, *inputs, rounds=rounds, match=match)
     if core.is_concrete(finite) and not bool(finite):
-        if not jax.config.jax_enable_x64 and all(map(core.is_concrete, jax.tree.leaves((params, args, sparsity)))):
-            with jax.enable_x64(True):
-                wide = jax.tree.map(_doubled, (params, args))
-                return synflow(fn, wide[0], sparsity, *wide[1], rounds=rounds, match=match)
         raise ValueError(
             "synflow: the sum of outputs for inputs of ones is not finite at any scale. Either something divides or "
             "saturates, such as softmax and normalization: leave it out of fn. Or paths take unlike numbers of "
@@ -243,6 +249,11 @@ def synflow(
             "range of float64: scale the layers down"
         )
     return masks
+
+
+def _is_too_narrow(exact: jax.Array) -> bool:
+    """Whether float32 does not hold the flow with its inputs as they are."""
+    return core.is_concrete(exact) and not bool(exact) and not jax.config.jax_enable_x64
 
 
 def _doubled(x: Any) -> Any:
@@ -257,7 +268,9 @@ def _counts(size: int, sparsity: Any, rounds: int) -> jax.Array:
     return jnp.maximum(counts, selection.kept(size, sparsity)).at[-1].set(selection.kept(size, sparsity))
 
 
-def _rounds(flow: Callable[..., jax.Array], weights: Scores, counts: jax.Array) -> tuple[Scores, jax.Array]:
+def _rounds(flow: Callable[..., jax.Array], weights: Scores, counts: jax.Array) -> tuple[Scores, jax.Array, jax.Array]:
+    """Masks, whether the flow was finite, and whether it was so with the inputs as they are, or scores scale alike."""
+
     def prune(k: jax.Array, state: tuple) -> tuple:
         masks, found, finite = state
         left, scale = _laid(found, {path: jnp.where(masks[path], w, 0) for path, w in weights.items()})
@@ -270,8 +283,8 @@ def _rounds(flow: Callable[..., jax.Array], weights: Scores, counts: jax.Array) 
 
     everything = {path: jnp.ones(w.shape, jnp.bool_) for path, w in weights.items()}
     start = (everything, _in_range(flow, weights), jnp.array(True))
-    masks, _, finite = lax.fori_loop(0, len(counts), prune, start)
-    return masks, finite
+    masks, found, finite = lax.fori_loop(0, len(counts), prune, start)
+    return masks, finite, finite & (found.homogeneous | (found.scale.inputs == 0))
 
 
 def _narrow(scores: jax.Array, value: jax.Array) -> jax.Array:
