@@ -177,7 +177,7 @@ def synflow_scores(fn: Callable[..., Any], params: PyTree, *args: Any) -> Scores
     found, value = _in_range(flow, magnitudes), flow(magnitudes, _Scale(jnp.int32(0), jnp.int32(0)))
     near = (value < _WRITTEN) & (value > 1 / _WRITTEN)
     if _is_too_narrow(found.homogeneous | (found.scale.inputs == 0)):
-        with jax.enable_x64(True):
+        with _doubles():
             wide, inputs = jax.tree.map(_doubled, (params, args))
             return synflow_scores(fn, wide, *inputs)
     weights, scale = _laid(found._replace(homogeneous=found.homogeneous & ~near), magnitudes)
@@ -238,7 +238,7 @@ def synflow(
     counts = _counts(sum(w.size for w in weights.values()), sparsity, rounds)
     masks, finite, exact = _rounds(flow, weights, counts)
     if _is_too_narrow(exact):
-        with jax.enable_x64(True):
+        with _doubles():
             wide, inputs = jax.tree.map(_doubled, (params, args))
             return synflow(fn, wide, sparsity, *inputs, rounds=rounds, match=match)
     if core.is_concrete(finite) and not bool(finite):
@@ -254,6 +254,15 @@ def synflow(
 def _is_too_narrow(exact: jax.Array) -> bool:
     """Whether float32 does not hold the flow with its inputs as they are."""
     return core.is_concrete(exact) and not bool(exact) and not jax.config.jax_enable_x64
+
+
+def _doubles() -> Any:
+    """A context in which there are floats of 64 bits."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # its only name before jax 0.8
+
+    return enable_x64(True)
 
 
 def _doubled(x: Any) -> Any:
