@@ -21,7 +21,7 @@ LAYERS = {
     "projection": {"apply", "core", "numeric", "rules", "transforms"},
     "combine": {"core", "formats", "numeric"},
     "layers": {"core", "formats", "numeric", "rules"},
-    "distill": {"core"},
+    "distill": {"core", "rules"},
     "io": {"core", "formats", "numeric", "rules", "version"},
     "measure": {"core", "formats", "numeric", "rules"},
     "trace": {"apply", "core", "formats", "layers", "numeric", "rules"},

@@ -251,7 +251,7 @@ def test_layer_errors_are_those_of_numpy_and_leave_the_teacher_alone(rng):
     slopes = jax.grad(jc.distill.layer_errors, argnums=(0, 1))(student, teacher)
     np.testing.assert_allclose(slopes[0]["a"], (student["a"] - teacher["a"]) / 6, rtol=1e-5)
     assert not any(x.any() for x in jax.tree.leaves(slopes[1]))
-    with pytest.raises(ValueError, match="layer_errors: found layers of shapes"):
+    with pytest.raises(ValueError, match="layer_errors: 0: found shape"):
         jc.distill.layer_errors([jnp.ones(3)], [jnp.ones(4)])
 
 
