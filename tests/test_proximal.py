@@ -18,6 +18,7 @@ PENALTIES = {
     "rows": penalties.GroupLasso(0.9),
     "columns, weighted": penalties.GroupLasso(0.4, axes=(-2,), weighted=True),
     "all": penalties.GroupLasso(1.1, axes=(-2, -1)),
+    "nuclear": penalties.NuclearNorm(0.4),
     "growl": penalties.GrOWL(0.3, 0.25),
     "growl, columns": penalties.GrOWL(0.3, 0.25, axis=-1),
 }
@@ -47,7 +48,7 @@ def test_the_operator_gives_the_minimum(name, rng):
     one = jnp.asarray(scales * np.eye(12).reshape(12, 4, 3)[rng.integers(0, 12, 6000)], jnp.float32)
     others = jnp.concatenate([near, found + one, found - one, x + 0 * near[:1], 0 * near[:1]])
     assert float(objective(found)) <= float(jax.vmap(objective)(others).min()) + 1e-6
-    assert bool((found == 0).any()) or name == "all"
+    assert bool((found == 0).any()) or name in ("all", "nuclear")
 
 
 def test_soft_thresholding_is_the_minimum_on_a_grid():
@@ -201,3 +202,34 @@ def test_what_cannot_be_done_is_refused_by_name():
     tx = penalties.accelerated(penalties.L1(1.0), 0.1)
     with pytest.raises(ValueError, match="accelerated needs the parameters"):
         tx.update(params, tx.init(params))
+
+
+def test_the_nuclear_norm_thresholds_singular_values():
+    """The minimum over matrices is known: the same singular vectors, their values moved by the limit."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 3, 2, 7)), jnp.float32)
+    u, s, v = np.linalg.svd(np.asarray(x, np.float64).reshape(18, 7), full_matrices=False)
+    found = penalties.NuclearNorm(2.0).prox(x, 1.5)
+    np.testing.assert_allclose(found.reshape(18, 7), (u * np.maximum(s - 3.0, 0)) @ v, atol=1e-5)
+    np.testing.assert_allclose(penalties.NuclearNorm(2.0)(x), 2 * s.sum(), rtol=1e-5)
+    stacked = jnp.stack([x.reshape(18, 7), 2 * x.reshape(18, 7)])
+    apart = penalties.NuclearNorm(2.0, ndim=2).prox(stacked, 1.5)
+    np.testing.assert_allclose(apart[0], found.reshape(18, 7), atol=1e-5)
+
+
+def test_proximal_steps_of_the_nuclear_norm_find_a_planted_rank():
+    rng = np.random.default_rng(1)
+    target = jnp.asarray(rng.normal(size=(20, 3)) @ rng.normal(size=(3, 15)), jnp.float32)
+    noisy = target + 0.05 * jnp.asarray(rng.normal(size=target.shape), jnp.float32)
+    params = {"w": jnp.zeros_like(target)}
+    tx = optax.chain(optax.sgd(0.5), penalties.proximal(penalties.NuclearNorm(1.0), 0.5))
+    state = tx.init(params)
+    for _ in range(30):
+        updates, state = tx.update({"w": params["w"] - noisy}, state, params)
+        params = optax.apply_updates(params, updates)
+    s = np.linalg.svd(params["w"], compute_uv=False)
+    assert s[2] > 1 and s[3] < 1e-4
+    # The minimum in closed form.
+    np.testing.assert_allclose(params["w"], penalties.NuclearNorm(1.0).prox(noisy, 1.0), atol=1e-3)
+    with pytest.raises(ValueError, match="w: found shape"):
+        tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}), {"w": jnp.ones(3)})

@@ -1,9 +1,11 @@
 """Matrix and tensor factorizations."""
 
+from jcompress.factorize.adapters import adapter
 from jcompress.factorize.cp import CP
+from jcompress.factorize.initial import spectral_init
 from jcompress.factorize.nonnegative import NMF
 from jcompress.factorize.products import Kronecker, Monarch
-from jcompress.factorize.ranks import evbmf
+from jcompress.factorize.rank_choice import evbmf
 from jcompress.factorize.separable import Separable
 from jcompress.factorize.spectrum import Spectrum
 from jcompress.factorize.svd import SVD
@@ -28,6 +30,8 @@ __all__ = [
     "Tucker",
     "Whitened",
     "WhitenedSVD",
+    "adapter",
     "additions",
     "evbmf",
+    "spectral_init",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.ranks import Choice, check_concrete, singular_values
+from jcompress.factorize.rank_choice import Choice, check_concrete, singular_values
 from jcompress.factorize.subspaces import check_filled, is_share, largest
 from jcompress.formats import LowRank
 from jcompress.formats.lowrank import truncated_svd

@@ -14,7 +14,7 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.ranks import Choice, check_concrete
+from jcompress.factorize.rank_choice import Choice, check_concrete
 from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, leading
 from jcompress.formats.network import TensorNetwork, refitted
 from jcompress.numeric import scaling

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.ranks import Choice, check_concrete, singular_values
+from jcompress.factorize.rank_choice import Choice, check_concrete, singular_values
 from jcompress.factorize.subspaces import check_filled, improved, is_share, leading, unfolded
 from jcompress.formats.network import TensorNetwork, contract, refitted
 from jcompress.numeric import scaling

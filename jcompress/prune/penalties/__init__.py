@@ -7,6 +7,7 @@ A penalty has a value, ``penalty(x)``, and a proximal operator, ``penalty.prox(x
 from jcompress.prune.penalties.curvature import hessian_square_norm
 from jcompress.prune.penalties.descent import AcceleratedState, accelerated, proximal
 from jcompress.prune.penalties.norms import L1, ElasticNet, GroupLasso, GrOWL, Penalty
+from jcompress.prune.penalties.nuclear import NuclearNorm
 from jcompress.prune.penalties.tails import NoiseState, add_stable_noise, stable
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "GrOWL",
     "GroupLasso",
     "NoiseState",
+    "NuclearNorm",
     "Penalty",
     "accelerated",
     "add_stable_noise",

@@ -146,8 +146,8 @@ class Grouped(Weight):
 
     def _group(self, axis: int) -> int:
         """How many positions along an axis share a scale, at least."""
-        sizes = self.form.group_size
-        sizes = sizes if isinstance(sizes, tuple) else (sizes or 1,)
+        size = self.form.group_size
+        sizes = size if isinstance(size, tuple) else (size or 1,)
         return dict(zip(self._axes(), sizes, strict=True)).get(axis - self.values.ndim, 1)
 
     def _rows(self, axis: int, start: Any, count: int) -> Quantized:
