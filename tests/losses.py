@@ -68,6 +68,11 @@ def _confidence(s, t):
 ROWS = {
     "soft_targets": Row(lambda s, t: distill.soft_targets(s, t, temperature=3.0), *LOGITS),
     "logit_matching": Row(distill.logit_matching, *LOGITS),
+    "probability_errors": Row(distill.probability_errors, *LOGITS),
+    "mean_soft_targets": Row(lambda s, t: distill.mean_soft_targets([s, s], t), *LOGITS),
+    "weighted_teachers": Row(lambda s, t: distill.weighted_teachers(s, t[None], jnp.zeros(1)), *LOGITS),
+    "kdgan": Row(lambda s, t: distill.kdgan(s, t, normal(14, 6, 5)), *LOGITS, equal=False, ordered=True),
+    "generator_errors": Row(distill.generator_errors, *SPACE),
     "ensemble_targets": Row(
         lambda s, t: distill.ensemble_targets(s, jnp.stack([t, t]), jnp.array([1.0, 3.0])), *LOGITS
     ),

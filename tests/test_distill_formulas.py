@@ -122,6 +122,13 @@ FORMULAS = {
     "confidence_weighted": lambda s, t: (
         softmax(t).max(-1) @ -np.log(softmax(s))[range(6), np.asarray(losses.LABELS)] / softmax(t).max(-1).sum()
     ),
+    "probability_errors": lambda s, t: ((softmax(s) - softmax(t)) ** 2).mean(),
+    "mean_soft_targets": lambda s, t: kl(softmax(t), softmax(s)).mean(),
+    "weighted_teachers": lambda s, t: kl(softmax(t), softmax(s)).mean(),
+    "kdgan": lambda s, t: (
+        0.5 * (softmax(s) * -np.log1p(np.exp(f64(normal(14, 6, 5))))).sum(-1).mean() + kl(softmax(t), softmax(s)).mean()
+    ),
+    "generator_errors": lambda s, t: ((s - t) ** 2).sum() / len(s),
     "layer_errors": lambda s, t: ((s - t) ** 2).mean(),
     "cosine_errors": lambda s, t: (1 - (unit(s) * unit(t)).sum(-1)).mean(),
     "patient": lambda s, t: ((unit(s) - unit(t)) ** 2).sum(-1).mean(),

@@ -64,6 +64,32 @@ def logit_matching(student: jax.Array, teacher: jax.Array, where: jax.Array | No
     return averaged(jnp.sum(jnp.square(counted(student - teacher, where)), -1) / 2, where)
 
 
+def probability_errors(student: jax.Array, teacher: jax.Array, where: jax.Array | None = None) -> jax.Array:
+    """Mean squared distance of distributions, the consistency of mean teachers (Tarvainen & Valpola 2017, 1703.01780).
+
+    ``mean (softmax(s) - softmax(t))**2`` over positions and classes. The teacher is an average of the student:
+    :func:`mean_teacher`.
+
+    Args:
+      student: logits (..., classes).
+      teacher: logits (..., classes).
+      where: booleans or weights of the positions, by leading axes; all count by default.
+
+    Returns:
+      A float32 scalar, 0 where the two agree.
+
+    Raises:
+      ValueError: for shapes that differ.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> float(jc.distill.probability_errors(jnp.array([[99.0, 0.0]]), jnp.array([[0.0, 99.0]])))
+      1.0
+    """
+    ((student, teacher),) = pairs("probability_errors", jnp.asarray(student), jnp.asarray(teacher))
+    return averaged(jnp.square(jax.nn.softmax(counted(student, where)) - jax.nn.softmax(teacher)), where)
+
+
 def ensemble_targets(
     student: jax.Array,
     teachers: jax.Array,
