@@ -101,8 +101,8 @@ def test_a_memory_draws_others_only_and_moves_what_it_is_told():
 
 
 def test_a_student_learns_the_teachers_embeddings_from_the_memory():
-    teacher = normal(0, 32, 16)
-    student = normal(1, 32, 16)
+    teacher = normal(0, 32, 64)
+    student = normal(1, 32, 64)
 
     @jax.jit
     def step(student, bank, key):
@@ -115,7 +115,7 @@ def test_a_student_learns_the_teachers_embeddings_from_the_memory():
         student -= 4 * jax.grad(loss)(student)
         return student, distill.remember(bank, indices, teacher[indices])
 
-    bank = distill.memory_bank(32, 16, key=jax.random.key(3))
+    bank = distill.memory_bank(32, 64, key=jax.random.key(3))
     for key in jax.random.split(jax.random.key(2), 200):
         student, bank = step(student, bank, key)
     cosines = student @ teacher.T / jnp.linalg.norm(teacher, axis=-1)
