@@ -195,6 +195,7 @@ METHODS = [
     Row("monarch", F.Monarch(blocks=4), **FACTORS),
     Row("separable", F.Separable(rank=5), (3, 3, 4, 8), **FACTORS),
     Row("ternary-svd", F.TernarySVD(tolerance=0.2), jit=False, **FACTORS, adjusts=True),
+    Row("lcc", F.LCC(stages=1, block=1), jit=False, **FACTORS, adjusts=True),
     Row("tucker-int8", jc.chain(F.Tucker(ranks=(4, 3)), Int(bits=8)), **FACTORS),
     Row("residual-swept", jc.residual(SVD(rank=2), M(sparsity=0.9), sweeps=3), **FACTORS),
     Row("spectrum", jc.factorize.Spectrum(), exact=False),

@@ -215,7 +215,10 @@ def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
     label = f"CP, {n} x {n} x 9"
     yield Decomposed(label, "CP", "tensorly", lambda: cp([(3, 3, n, n)], args.rank, args.sweeps), ">= 7")
     conv = functools.partial(one_convolution, channels=c, places=16, batch=8)
-    yield Case("CP's chain at 50%", "factors", "dense", lambda: conv(F.CP(rank=0.5, sweeps=3)), ">= 1.8")
+    for width, places in ((c, 16), (2 * c, 8)):
+        label, method = f"CP's chain at 50%, {width} channels", F.CP(rank=0.5, sweeps=3)
+        make = functools.partial(one_convolution, method, width, places, 8)
+        yield Case(label, "factors", "dense", make, ">= 1.8")
     yield Case("Tucker-2's chain at 30%", "factors", "dense", lambda: conv(F.Tucker(ranks=0.3)), ">= 1.9")
     product = functools.partial(one_product, width=2 * n, rows=256)
     yield Case("two factors at 25%", "factors", "dense", lambda: product(F.SVD(rank=0.25)), ">= 2.2")

@@ -3,6 +3,7 @@
 from jcompress.factorize.adapters import adapter
 from jcompress.factorize.cp import CP
 from jcompress.factorize.initial import spectral_init
+from jcompress.factorize.lcc import LCC
 from jcompress.factorize.nonnegative import NMF
 from jcompress.factorize.products import Kronecker, Monarch
 from jcompress.factorize.rank_choice import evbmf
@@ -16,6 +17,7 @@ from jcompress.factorize.weighted import FisherSVD, Whitened, WhitenedSVD
 
 __all__ = [
     "CP",
+    "LCC",
     "NMF",
     "SVD",
     "BlockTerm",

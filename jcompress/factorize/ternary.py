@@ -12,7 +12,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.factorize.subspaces import check_filled
-from jcompress.formats import Quantized
+from jcompress.formats import Quantized, ShiftAdd
 from jcompress.formats.network import TensorNetwork
 
 
@@ -107,19 +107,25 @@ def ternarized(vector: np.ndarray, cosine: float) -> np.ndarray:
     return kept
 
 
-def additions(node: TensorNetwork) -> tuple[int, int]:
-    """Additions and multiplications for one input of a node that :class:`TernarySVD` gave.
+def additions(node: TensorNetwork | ShiftAdd) -> tuple[int, int]:
+    """Additions and multiplications for one input of a node that :class:`TernarySVD` or :class:`LCC` gave.
 
     Args:
       node: the node.
 
     Returns:
-      Additions, one for each nonzero of both factors, and multiplications, one for each term.
+      Additions and multiplications. Of ternary vectors one for each nonzero, and one for each term. Of shifts one fewer
+      than there are nonzeros in a row and one fewer than there are blocks for each output, and its scale.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> jc.factorize.additions(jc.factorize.TernarySVD()(jnp.array([[2.0, -2.0], [2.0, -2.0]])))
       (4, 1)
     """
+    if isinstance(node, ShiftAdd):
+        rows = [np.count_nonzero(np.asarray(x), axis=-1) for x in (node.first, node.codes)]
+        blocks, outputs = node.first.shape[-3:-1]
+        inside = sum(int(np.maximum(count - 1, 0).sum()) for count in rows)
+        return inside + (blocks - 1) * outputs, outputs
     left, s, right = node.factors
     return sum(int(np.count_nonzero(np.asarray(x.codes))) for x in (left, right)), int(np.size(s))

@@ -20,6 +20,7 @@ from jcompress.formats.quantized import Quantized
 from jcompress.formats.rescaled import Rescaled
 from jcompress.formats.rotated import Rotated
 from jcompress.formats.scored import Scored
+from jcompress.formats.shift_add import ShiftAdd
 from jcompress.formats.soft_threshold import SoftThreshold
 from jcompress.formats.spectral_form import Spectral
 from jcompress.formats.squeezed import Squeezed
@@ -46,6 +47,7 @@ __all__ = [
     "Rescaled",
     "Rotated",
     "Scored",
+    "ShiftAdd",
     "SoftThreshold",
     "Spectral",
     "Squeezed",
