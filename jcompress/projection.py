@@ -19,7 +19,7 @@ from jcompress.numeric.alike import each, room_among
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
 
-_NOBODY = np.int32(-1)
+_NOBODY: Any = np.int32(-1)
 
 
 class ProjectState(NamedTuple):

@@ -251,6 +251,47 @@ def test_positions_that_cannot_be_followed_are_named(model, path, shape):
         jc.calibrate(model, p, [x], plan, where=jnp.ones(2, bool))
 
 
+def shifted(p, x):
+    return jnp.zeros((x.shape[0], 9, D)).at[:, 2 : 2 + x.shape[1]].set(x) @ p["a"]
+
+
+def cached(p, x):
+    return lax.dynamic_update_slice(jnp.ones((x.shape[0], 9, D)), x, (0, 1, 0)) @ p["a"]
+
+
+def summed(p, x):
+    return jnp.zeros((x.shape[0], 2, D)).at[:, jnp.array([0, 1, 1, 0, 1, 0])].add(x) @ p["a"]
+
+
+def by_row(p, x):
+    order = jnp.argsort(x[..., 0], axis=1)
+    return jax.vmap(lambda x, order: jnp.zeros_like(x).at[order].set(x))(x, order) @ p["a"]
+
+
+@pytest.mark.parametrize("model", [shifted, cached, summed, by_row])
+def test_examples_are_followed_where_their_positions_are_written_elsewhere(model):
+    p, x = {"a": normal(0, D, 4)}, normal(1, 3, 6, D)
+    found = jc.trace.observe(model, p, x, statistics=NAMES, where=jnp.array([True, False, True]))[1]
+    want = jc.trace.observe(model, p, x[::2], statistics=NAMES)[1]
+    for a, b in zip(jax.tree.leaves(found["a"]), jax.tree.leaves(want["a"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    unread = jc.trace.observe(model, p, x, where=jnp.ones((3, 6), bool))[1].unread
+    assert "positions along axis 1 cannot be matched with axis 1 of where" in unread["a"]
+
+
+def test_positions_inside_a_mesh_are_named():
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("rows")
+
+    def spread(p, x):
+        return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(whole, rows), out_specs=rows)(p["a"], x)
+
+    p, x = {"a": normal(0, D, 4)}, normal(1, 8, 3, D)
+    plan = jc.plan(p, [("a", jc.quantize.GPTQ(bits=4))])
+    with pytest.raises(ValueError, match=r"^a: .*gram.*positions along axis . cannot be matched with axis . of where"):
+        jc.calibrate(spread, p, [x], plan, where=jnp.arange(8) < 5)
+
+
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"where: found shape \(3, 2\), expected that of the leading axes"):
         jc.calibrate(mlp, MODELS[mlp], [normal(0, 2, 3, D)], where=jnp.ones((3, 2), bool))

@@ -3,7 +3,7 @@
 Networks trained with some projection of their weights turn out robust to others: noise that is added, noise that
 multiplies, and powers of magnitudes, of which signs are one end. To measure that, distort trained parameters leaf by
 leaf; to train with a distortion, ``jc.straight_through(w, power(w, 0.5))``. The stochastic projection that the paper
-proposes in the end is not here.
+proposes in the end, for training, is not here: its abstract does not say what it is.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _choice(axis: str) -> Row:
 
 
 def _scatters(names: str, by: lookups.By) -> dict[str, Row]:
-    return _all(names, Row(lookups.Scatter(by), Flow(), ops.updates))
+    return _all(names, Row(lookups.Scatter(by), Flow(places.of_scatter), ops.updates))
 
 
 def _product(rule: Rule, of: type[Dot] | type[Convolution], meeting: meetings.Meet) -> Row:
@@ -207,8 +207,8 @@ ROWS: dict[str, Row] = {
     # At places that are computed
     "gather": Row(lookups.Gather(), Lookup(counts=True), ops.NONE),
     "dynamic_slice": Row(lookups.DynamicSlice(), Lookup(), ops.NONE),
-    "dynamic_update_slice": Row(lookups.DynamicUpdateSlice(), Flow(), ops.NONE),
-    "scatter": Row(lookups.Scatter("one"), Flow(), ops.NONE),
+    "dynamic_update_slice": Row(lookups.DynamicUpdateSlice(), Flow(places.of_update), ops.NONE),
+    "scatter": Row(lookups.Scatter("one"), Flow(places.of_scatter), ops.NONE),
     **_scatters("scatter-add scatter_add scatter-sub scatter_sub", "sum"),
     **_scatters("scatter-mul scatter_mul", "product"),
     **_scatters("scatter-max scatter_max scatter-min scatter_min", "extremum"),

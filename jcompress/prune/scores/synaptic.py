@@ -253,16 +253,13 @@ def synflow(
 
 def _is_too_narrow(exact: jax.Array) -> bool:
     """Whether float32 does not hold the flow with its inputs as they are."""
-    return core.is_concrete(exact) and not bool(exact) and not jax.config.jax_enable_x64
+    return core.is_concrete(exact) and not bool(exact) and jnp.result_type(float) != jnp.float64
 
 
 def _doubles() -> Any:
     """A context in which there are floats of 64 bits."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # its only name before jax 0.8
-
-    return enable_x64(True)
+    found: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # where it is before jax 0.8
+    return found.enable_x64(True)
 
 
 def _doubled(x: Any) -> Any:

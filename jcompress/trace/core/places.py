@@ -245,6 +245,40 @@ def of_gather(eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Places]:
     return [around([operand, indices], dims)]
 
 
+def of_update(eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Places]:
+    """Of a value a part of which is written over: axes that are written whole keep their positions."""
+    n = len(_shape(eqn.outvars[0]))
+    return _written(eqn, views[0], views[1], {d: d for d in range(n)}, _shape(eqn.invars[1]))
+
+
+def of_scatter(eqn: jax_core.JaxprEqn, views: Sequence[Places]) -> list[Places]:
+    """Of a value that is written to or added to at places that are computed."""
+    numbers, shape = eqn.params["dimension_numbers"], _shape(eqn.invars[2])
+    taken, alike = numbers.inserted_window_dims, numbers.operand_batching_dims
+    whole = [d for d in range(len(_shape(eqn.invars[0]))) if d not in (*taken, *alike)]
+    rows = [d for d in range(len(shape)) if d not in numbers.update_window_dims]
+    at = dict(zip(whole, numbers.update_window_dims, strict=True))
+    at |= dict(zip(alike, (rows[i] for i in numbers.scatter_indices_batching_dims), strict=True))
+    return _written(eqn, views[0], views[2], at, shape)
+
+
+def _written(
+    eqn: jax_core.JaxprEqn, view: Places, update: Places, at: dict[int, int], sizes: Sequence[int]
+) -> list[Places]:
+    """By the axis of the update that each axis stands for; what is written as a part of one is at other positions."""
+    (out,) = eqn.outvars
+    if view is None or update is None:
+        return any_how(eqn, [view, update])
+    dims, free = [], all(map(is_free, update.dims))
+    for d, n in enumerate(_shape(out)):
+        if d in at and sizes[at[d]] == n:
+            dims.append(_both(n, [view.dims[d], update.dims[at[d]]]))
+        else:
+            still = is_free(view.dims[d]) and (is_free(update.dims[at[d]]) if d in at else free)
+            dims.append(view.dims[d] if still else lost(n))
+    return [around(_of_one_mask([view, update]), dims)]
+
+
 def peeled(view: Places, loop: int) -> Places:
     """Of one slice along the leading axis, as the body of a loop sees it."""
     if view is None:
