@@ -50,10 +50,10 @@ def pruned_ternary(w: jax.Array, sparsity: Any, axes: tuple[int, ...] | None = N
 
     ``a = <w, t> / <t, t>``, the projection of least squared error. Backward, for a gradient g of the dense array and
     the direction ``u = w / |w|``, ``(g - <g, u> u) |a t| / |w|``: normalization is differentiated, pruning and signs
-    are passed straight through, so that weights do not grow along themselves, which would change no sign. Values are those of
-    pruning ternary quantization (Liu et al. 2021, arXiv:2107.10998). The estimator is ours, made of what its abstract
-    names, normalization, pruning and weight decay, of which the last is left to the optimizer; the paper's own may
-    differ. Stored, these weights are
+    are passed straight through, so that weights do not grow along themselves, which would change no sign. Values are
+    those of pruning ternary quantization (Liu et al. 2021, arXiv:2107.10998). The estimator is ours, made of what its
+    abstract names, normalization, pruning and weight decay, of which the last is left to the optimizer; the paper's own
+    may differ. Stored, these weights are
     ``jc.chain(jc.prune.Magnitude(sparsity), jc.quantize.Int(bits=1))``.
 
     Args:
