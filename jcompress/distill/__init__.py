@@ -10,7 +10,7 @@ from jcompress.distill.attention import attention_divergence, attention_transfer
 from jcompress.distill.bilevel import after_steps, dataset_distillation, weighted_teachers
 from jcompress.distill.bundles import distilbert, followed, layer_map, tinybert
 from jcompress.distill.distributions import neuron_selectivity, variational_information
-from jcompress.distill.features import (
+from jcompress.distill.hidden import (
     Regressor,
     activation_boundaries,
     cosine_errors,

@@ -9,7 +9,7 @@ import jax
 
 from jcompress.core import PyTree
 from jcompress.distill.arrays import applied, summed
-from jcompress.distill.features import Maps, cosine_errors, layer_errors
+from jcompress.distill.hidden import Maps, cosine_errors, layer_errors
 from jcompress.distill.logits import soft_targets
 
 T = TypeVar("T")

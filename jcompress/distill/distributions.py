@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jcompress.core import PyTree
 from jcompress.distill.arrays import applied, pairs, rows, summed, unit, wide
-from jcompress.distill.features import Maps
+from jcompress.distill.hidden import Maps
 
 
 def variational_information(

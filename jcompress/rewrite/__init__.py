@@ -11,6 +11,7 @@ from jcompress.rewrite.clusters import p_pruning
 from jcompress.rewrite.depth import fuse_layers, remove_layers
 from jcompress.rewrite.equalization import equalize
 from jcompress.rewrite.folding import fold_norms, fold_rotations, fold_scales
+from jcompress.rewrite.growing import identity_layer, take_layers, widen
 from jcompress.rewrite.merging import merge_convolutions, merge_dense
 from jcompress.rewrite.neurons import merge_neurons
 from jcompress.rewrite.reconstruction import fold_constants, liar, reconstruct
@@ -26,6 +27,7 @@ __all__ = [
     "fold_rotations",
     "fold_scales",
     "fuse_layers",
+    "identity_layer",
     "liar",
     "merge_convolutions",
     "merge_dense",
@@ -35,4 +37,6 @@ __all__ = [
     "reestimate",
     "remove_layers",
     "smooth",
+    "take_layers",
+    "widen",
 ]

@@ -16,6 +16,7 @@ from jcompress.trace.execution.execute import Executed, ProductRow, Products
 from jcompress.trace.execution.weights import Policy, Range, Weight
 from jcompress.trace.recording.calibration import calibrate as calibrate
 from jcompress.trace.recording.observation import observe
+from jcompress.trace.recording.products import features
 from jcompress.trace.recording.roles import Layouts, layout
 from jcompress.trace.recording.statistics import Calibration, Outputs, Stats
 
@@ -39,6 +40,7 @@ __all__ = [
     "Weight",
     "cost",
     "coupling",
+    "features",
     "layout",
     "mask",
     "node_products",
