@@ -3,10 +3,11 @@
 Example:
   python -m experiments.factorize --data_dir=<folder with CIFAR-10 and resnet56_cifar10.npz>
 
-Each family keeps the same share of every convolution; ``chosen`` gives each its own rank, under one budget of numbers
-and by the error of outputs, as ``jc.budget.mixed`` does. ``random`` has random factors, refitted by one sweep: the
-control. Errors are on the first ``--test`` test images, with batch statistics as they were and estimated anew on
-augmented training images. Statistics for whitening are of other training images. Nothing is chosen on test images.
+Each family keeps the same share of every convolution; ``chosen`` gives each the family and the rank of its own, under
+one budget of numbers, by the error of outputs in units of the loss: the divergence from the dense network's outputs on
+training images (``jc.budget.by_loss``). ``random`` has random factors, refitted by one sweep: the control. Errors are
+on the first ``--test`` test images, with batch statistics as they were and estimated anew on augmented training images.
+Statistics for whitening are of other training images. Nothing is chosen on test images.
 
 It writes ``--workdir``/factorize_<model>.json and prints the table.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -43,6 +45,7 @@ FAMILIES = {
     "whitened cp": lambda share: F.Whitened(F.CP(rank=share)),
 }
 LADDER = (0.08, 0.12, 0.17, 0.23, 0.3, 0.38, 0.47, 0.57, 0.7, 0.85)
+OPTIONS = ("whitened cp",)
 
 
 class Bench:
@@ -57,6 +60,12 @@ class Bench:
         plan = self.plan(F.Whitened(F.CP(rank=1)))
         self.stats = jc.calibrate(self._fn, self.params, batches, plan=plan)
         self._logits = jax.jit(resnet.logits)
+        self.seen = batches[0]
+        self.wanted = jax.nn.log_softmax(self._logits(self.params, self.seen, self.statistics))
+
+    def divergence(self, params: Any) -> Any:
+        """From the dense network's outputs on training images, in nats an image."""
+        return (jnp.exp(self.wanted) * (self.wanted - jax.nn.log_softmax(self._fn(params, self.seen)))).sum(-1).mean()
 
     def _fn(self, params: Any, x: Any) -> Any:
         return resnet.logits(params, x, self.statistics)
@@ -105,23 +114,39 @@ def randomized(tree: Any, params: Any, seed: int) -> Any:
     return {**tree, **nodes}
 
 
+class Chosen:
+    """Families and ranks for all layers under one budget."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.plans = {f"{name} {x:g}": bench.plan(FAMILIES[name](x)) for name in OPTIONS for x in LADDER}
+        self.plans["dense"] = bench.plan(None)
+        moved = jc.budget.output_error(bench.stats, relative=True)
+        typical = jc.compress(bench.params, bench.plan(FAMILIES[OPTIONS[0]](0.3)), stats=bench.stats)
+        measure = jc.budget.by_loss(moved, bench.divergence, bench.params, typical)
+        self.options = jc.budget.options(
+            bench.params, self.plans, measure=measure, cost=bench.numbers, stats=bench.stats
+        )
+        whole = bench.numbers(bench.params)
+        self.kernels = sum(whole[p] for p in bench.layout)
+        self.others = sum(whole.values()) - self.kernels
+
+    def plan(self, share: float) -> jc.Plan:
+        """The plan that keeps at most this share of the kernels' numbers."""
+        budget = math.floor(share * self.kernels) + self.others
+        return jc.budget.allocate(self.plans, self.options.errors, self.options.costs, budget)
+
+
 def run(bench: Bench, shares: Sequence[float]) -> list[dict[str, Any]]:
     """The rows of all families at all shares."""
     rows = [{"family": "dense", "share": 1.0, "numbers": 1.0, "error": bench.error(bench.params, bench.statistics)}]
-    plans = {f"{share:g}": bench.plan(F.Whitened(F.CP(rank=share))) for share in LADDER}
-    plans["dense"] = bench.plan(None)
-    options = jc.budget.options(bench.params, plans, measure="relative", cost=bench.numbers, stats=bench.stats)
-    whole = bench.numbers(bench.params)
-    kernels = sum(whole[p] for p in bench.params if p in bench.layout)
+    chosen = Chosen(bench)
     for share in tqdm(shares, desc="shares"):
         for name, make in FAMILIES.items():
             tree = jc.compress(bench.params, bench.plan(make(share)), stats=bench.stats)
             rows.append(bench.row(name, share, tree))
             if name == "cp":
                 rows.append(bench.row("random", share, randomized(tree, bench.params, 0)))
-        budget = math.floor(share * kernels) + sum(whole.values()) - kernels
-        plan = jc.budget.allocate(plans, options.errors, options.costs, budget)
-        rows.append(bench.row("chosen", share, jc.compress(bench.params, plan, stats=bench.stats)))
+        rows.append(bench.row("chosen", share, jc.compress(bench.params, chosen.plan(share), stats=bench.stats)))
     return rows
 
 

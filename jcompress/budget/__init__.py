@@ -3,6 +3,7 @@
 from jcompress.budget.allocation import Options, allocate, bit_operations, bits, mixed, options
 from jcompress.budget.costs import parameter_count
 from jcompress.budget.errors import (
+    by_loss,
     curvature_error,
     loss_change,
     measure_of,
@@ -20,6 +21,7 @@ __all__ = [
     "allocate",
     "bit_operations",
     "bits",
+    "by_loss",
     "by_sensitivity",
     "curvature_error",
     "erdos_renyi",

@@ -123,6 +123,54 @@ def loss_change(loss: Callable[..., Any], params: PyTree, *batch: Any) -> Measur
     return measure
 
 
+def by_loss(measure: Measure, loss: Callable[..., Any], params: PyTree, tree: PyTree, *batch: Any) -> Measure:
+    """A measure in units of a loss: one forward pass a leaf says what a unit of it costs there.
+
+    Each compressed leaf of ``tree`` is put into ``params`` alone; what it adds to the loss, over what the measure says
+    of it, is the price of the leaf: near a minimum both grow with the square of the change. So a cheap measure, such as
+    ``output_error(stats, relative=True)``, ranks many options of leaves that matter unlike.
+
+    Args:
+      measure: of one leaf.
+      loss: ``loss(params, *batch)``, a scalar that the dense parameters make least, such as the divergence from their
+        own outputs.
+      params: the dense parameters.
+      tree: the same with some leaves compressed, about as far as they will be.
+      *batch: data.
+
+    Returns:
+      ``measure(path, w, value)``, for :func:`options` and :func:`mixed`, of leaves that ``tree`` has compressed.
+
+    Raises:
+      ValueError: when it is asked for a leaf that ``tree`` keeps dense.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+      >>> def loss(p):
+      ...     return 3 * (p["a"] ** 2).sum() + (p["b"] ** 2).sum()
+      >>> tree = {"a": jc.formats.Masked(jnp.ones(2), jnp.ones(2, bool)), "b": jnp.zeros(2)}
+      >>> measure = jc.budget.by_loss(jc.budget.weight_error, loss, params, tree)
+      >>> float(measure("a", params["a"], jnp.array([2.0, 0.0])))
+      12.0
+    """
+    dense, change = rules.leaves(params), loss_change(loss, params, *batch)
+    tiny, prices = float(jnp.finfo(jnp.float32).tiny), {}
+    for path, node in rules.paths(tree):
+        if core.is_node(node):
+            value = core.dense(node)
+            prices[path] = jnp.maximum(change(path, dense[path], value), 0) / jnp.maximum(
+                measure(path, dense[path], value), tiny
+            )
+
+    def priced(path: str, w: jax.Array, value: jax.Array) -> jax.Array:
+        if path not in prices:
+            raise ValueError(f"{path}: tree keeps it dense, so its price is not known; compress it there")
+        return prices[path] * measure(path, w, value)
+
+    return priced
+
+
 def measure_of(name: str, stats: Mapping[str, Any] | None) -> Measure:
     """A measure by name.
 
