@@ -119,3 +119,38 @@ def test_the_sketch_of_a_decomposition_moves_thin_matrices_and_the_exact_one_all
     assert max(moved[True]) <= 128 * (4 + 8) and len(moved[True]) <= 20
     assert sum(size >= w.size for size in moved[False]) == 1
     assert len(moved[False]) == sum(axis is not None for axis in spec)
+
+
+F = jc.factorize
+KERNEL, MATRIX = (3, 3, 64, 32), (128, 64)
+# Of an array of the shape, sharded along each of its axes: whether all of it is gathered.
+MOVED = {
+    "tucker": (F.Tucker(ranks=(4, 4), sweeps=1), KERNEL, {2: True, 3: False}),
+    "tucker of a matrix": (F.Tucker(ranks=(4, 4), sweeps=1), MATRIX, {0: False, 1: True}),
+    "cp": (F.CP(rank=4, sweeps=2), KERNEL, {2: False, 3: True}),
+    "cp of a matrix": (F.CP(rank=4, sweeps=2), MATRIX, {0: False, 1: False}),
+    "block terms": (F.BlockTerm(terms=1, ranks=(4, 4), sweeps=1), KERNEL, {2: True, 3: False}),
+    "train": (F.TensorTrain(rank=4), KERNEL, {2: False, 3: False}),
+    "train of modes": (F.TensorTrain(rank=4, shape=((8, 16), (8, 8))), MATRIX, {0: True}),
+    "ring": (F.TensorRing(rank=2, sweeps=1), KERNEL, {2: False, 3: False}),
+    "parts": (F.NMF(rank=4, sweeps=2), MATRIX, {0: False, 1: False}),
+    "blocks": (F.Monarch(blocks=8), MATRIX, {0: False, 1: True}),
+}
+
+
+@pytest.mark.parametrize(("name", "axis"), [(name, axis) for name, row in MOVED.items() for axis in row[2]])
+def test_tensor_networks_move_small_matrices_and_the_array_once_at_most(name, axis):
+    method, shape, gathered = MOVED[name]
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
+    spec = P(*("model" if i == axis else None for i in range(len(shape))))
+    w = jax.device_put(np.random.default_rng(0).normal(size=shape).astype(np.float32), NamedSharding(mesh, spec))
+    program = jax.jit(lambda w: jc.compress({"w": w}, jc.plan({"w": w}, [("w", method)]))["w"]).lower(w).compile()
+    sizes = [size for _, size in collectives(program.as_text())]
+    assert sum(size >= w.size for size in sizes) == gathered[axis]
+    # Others are Gram matrices, thin products, and what the first cores of a chain leave.
+    assert max((size for size in sizes if size < w.size), default=0) <= w.size / 2
+    dense = jax.jit(lambda node: node.materialize())
+    node = program(w)
+    assert dense(node).sharding.is_equivalent_to(w.sharding, w.ndim)
+    moved = [size for _, size in collectives(dense.lower(node).compile().as_text())]
+    assert max(moved, default=0) <= max(x.size for x in jax.tree.leaves(node))

@@ -68,6 +68,12 @@ class Compressed:
         """The array, or shapes of it in other orders of axes, that fields are sharded like on explicit mesh axes."""
         return w
 
+    def made_of(self) -> list[Any]:
+        """What the dense array is sharded like on explicit mesh axes: its fields, and nodes as what they stand for."""
+        fields = [getattr(self, f.name) for f in dataclasses.fields(self)]  # type: ignore[arg-type]  # as below
+        leaves = [x for x in jax.tree.leaves(fields, is_leaf=is_node) if is_node(x) or isinstance(x, jax.Array)]
+        return [typed_like(x._dense, x.made_of()) if is_node(x) else x for x in leaves]
+
     def finalize(self) -> Compressed:
         """The form that is stored: what exists only for training is resolved."""
         return self
@@ -138,10 +144,7 @@ def _target(node: Any, w: jax.Array, where: Any = None) -> Any:
 
 
 def _made_of(node: Any, **_: Any) -> list[Any]:
-    """What an array is sharded like: the fields of its node, each node among them as the array that it stands for."""
-    fields = [getattr(node, f.name) for f in dataclasses.fields(node)]
-    leaves = [x for x in jax.tree.leaves(fields, is_leaf=is_node) if is_node(x) or isinstance(x, jax.Array)]
-    return [typed_like(x._dense, _made_of(x)) if is_node(x) else x for x in leaves]
+    return node.made_of()
 
 
 def _short(x: Any) -> str:

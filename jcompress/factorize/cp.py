@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Context, Method
-from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, sketched, unfolded
+from jcompress.factorize.subspaces import across, check_filled, check_rank, is_share, largest, sketched
 from jcompress.formats.network import TensorNetwork
 from jcompress.numeric import scaling
 from jcompress.numeric.damping import cholesky
@@ -29,6 +29,9 @@ class CP(Method):
     best tensor of a given rank need not exist: terms may grow against one another without end. So the columns of all
     factors share the size of each term, and a small ridge holds it. A sweep is two products with the array, whatever
     the number of modes (Phan et al. 2013).
+
+    Of a sharded array thin products cross devices, in each sweep those of all factors. Sharded along another mode than
+    the first whose unfolding is too narrow for a sketch, it is gathered once, for the start of that mode.
 
     Attributes:
       rank: the number of terms, or the share of the numbers that is kept, in (0, 1).
@@ -98,10 +101,13 @@ class CP(Method):
 
 
 def _start(w: jax.Array, rank: int) -> list[jax.Array]:
-    """The leading singular vectors of each unfolding, and columns that are always the same where there are no more."""
-    found = []
-    for i, n in enumerate(w.shape):
-        u = sketched(unfolded(w, [i]), min(rank, n))
+    """The leading singular vectors of each unfolding, and columns that are always the same where there are no more.
+
+    Of the first factor nothing but the lengths of its columns is read before it is refitted.
+    """
+    found = [jnp.zeros((w.shape[0], rank)).at[0].set(1)]
+    for i, n in list(enumerate(w.shape))[1:]:
+        u = sketched(jnp.moveaxis(w, i, 0), min(rank, n))
         more = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (n, rank - min(rank, n)))
         found.append(jnp.concatenate([u, more / math.sqrt(n)], axis=1))
     return found
@@ -110,7 +116,7 @@ def _start(w: jax.Array, rank: int) -> list[jax.Array]:
 def _fitted(w: jax.Array, factors: list[jax.Array], sweeps: int, tolerance: float, ridge: float) -> list[jax.Array]:
     """Factors that no sweep changes much, each term's size shared by all of its vectors."""
     norm = jnp.maximum(jnp.sum(jnp.square(w)), jnp.finfo(jnp.float32).tiny)
-    flat, last = w.reshape(-1, w.shape[-1]), w.ndim - 1
+    last = w.ndim - 1
 
     def refitted(factors: list[jax.Array], place: int, right: jax.Array) -> tuple[jax.Array, jax.Array]:
         gram = jnp.ones((), jnp.float32)
@@ -124,11 +130,11 @@ def _fitted(w: jax.Array, factors: list[jax.Array], sweeps: int, tolerance: floa
         i, factors, error, _ = state
         factors = list(factors)
         # One product with the array serves all modes but the last, and a second one that.
-        part = jnp.matmul(flat, factors[-1], precision=_HIGH).reshape(*w.shape[:-1], -1)
+        part = jnp.tensordot(w, factors[-1], 1, precision=_HIGH)
         for place in range(last):
             right = _summed(part, factors, place)
             factors[place], gram = refitted(factors, place, right)
-        right = jnp.matmul(_columns(factors[:-1]).T, flat, precision=_HIGH)
+        right = across(_columns(factors[:-1]), w, range(last))
         factors[last], gram = refitted(factors, last, right)
         found = factors[last]
         fit = 2 * jnp.sum(found.T * right) - jnp.sum(found * jnp.matmul(found, gram, precision=_HIGH))
@@ -151,10 +157,10 @@ def _summed(part: jax.Array, factors: list[jax.Array], place: int) -> jax.Array:
 
 
 def _columns(factors: list[jax.Array]) -> jax.Array:
-    """The column-wise Kronecker product, (all modes, terms)."""
+    """The column-wise Kronecker product, (modes..., terms)."""
     found = factors[0]
     for x in factors[1:]:
-        found = (found[:, None] * x[None]).reshape(-1, x.shape[-1])
+        found = found[..., None, :] * x
     return found
 
 

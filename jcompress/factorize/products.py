@@ -22,7 +22,7 @@ class Kronecker(Method):
     """The nearest sum of Kronecker products ``sum_t A_t (x) B_t`` (Van Loan & Pitsianis 1993).
 
     The blocks of the matrix, each a row, are a matrix whose best approximation of low rank it is. The window of a
-    convolution goes to ``B``.
+    convolution goes to ``B``. Gathers a sharded matrix, once.
 
     Attributes:
       shape: of ``A``: how many of the (inputs, outputs) are its; those of ``B`` are what is left.
@@ -88,7 +88,8 @@ class Monarch(Method):
 
     The inputs fall into ``blocks`` groups, the outputs of the first product into as many, and each pair of them is a
     matrix of rank one: the projection is closed, by as many decompositions. A butterfly of two stages; the numbers kept
-    are ``blocks * (inputs + outputs)``. The window of a convolution goes with the inputs.
+    are ``blocks * (inputs + outputs)``. The window of a convolution goes with the inputs. A matrix that is sharded by
+    inputs stays where it is if the blocks are as many as the devices, or a multiple; else it is gathered, once.
 
     Attributes:
       blocks: of either matrix; it divides inputs and outputs.

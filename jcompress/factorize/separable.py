@@ -21,6 +21,7 @@ class Separable(Method):
 
     The kernel as a matrix of (height, input) by (width, output) has its best approximation of a rank by a singular
     value decomposition (Jaderberg et al. 2014, arXiv:1405.3866, scheme 2; closed by Tai et al. 2016, arXiv:1511.06067).
+    Gathers a sharded kernel, once.
 
     Attributes:
       rank: the channels between, or the share of the numbers that is kept, in (0, 1).

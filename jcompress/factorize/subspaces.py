@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,57 +14,80 @@ _ROUGH = 1e-2
 _FEW = 64
 
 
-def leading(matrix: jax.Array, rank: int) -> jax.Array:
-    """Orthonormal columns (m, rank) that span the leading left singular vectors of a float32 (m, n).
+def leading(w: jax.Array, rank: int, rows: int = 1) -> jax.Array:
+    """Orthonormal columns (m, rank) that span the leading left singular vectors of a matrix (m, n).
 
     From the eigenvectors of the smaller Gram matrix, which squares what rounding makes of small singular values, and
     products with the matrix, which take that back: a subspace that holds the matrix is found to rounding.
+
+    Args:
+      w: float32, the matrix with its rows and its columns apart in axes of their own. To merge them would gather an
+        array that is sharded along any but the first; so it is moved where a Gram matrix along a sharded axis asks for
+        it, and nowhere else.
+      rank: how many columns.
+      rows: how many axes, from the first, are those of its rows.
     """
-    m, n = matrix.shape
-    if not matrix.size or rank >= m:
-        return jnp.eye(m, rank, dtype=matrix.dtype)
+    m, n = _sides(w, rows)
+    if not w.size or rank >= m:
+        return jnp.eye(m, rank, dtype=w.dtype)
     if m <= n:
-        values, found = _eigenvectors(jnp.matmul(matrix, matrix.T, precision=_HIGH), rank)
+        values, found = _eigenvectors(across(w, w, range(rows, w.ndim)).reshape(m, m), rank)
         # The rounding of the Gram matrix counts where little beside it is left out.
         is_rough = values[rank:].sum() < _ROUGH * values.sum()
-        return jax.lax.cond(is_rough, lambda u: moved(matrix, u), lambda u: u, found)
-    _, right = _eigenvectors(jnp.matmul(matrix.T, matrix, precision=_HIGH), min(rank, n))
-    found = jnp.matmul(matrix, right, precision=_HIGH)
+        return jax.lax.cond(is_rough, lambda u: moved(w, u, rows), lambda u: u, found)
+    _, right = _eigenvectors(across(w, w, range(rows)).reshape(n, n), min(rank, n))
+    found = _times(w, right.T, rows)
     if rank > n:  # more columns than the matrix has directions: any others
-        found = jnp.concatenate([found, jnp.eye(m, rank - n, dtype=matrix.dtype)], axis=1)
-    return _orthonormal(found, jnp.eye(m, rank, dtype=matrix.dtype))
+        found = jnp.concatenate([found, jnp.eye(m, rank - n, dtype=w.dtype)], axis=1)
+    return _orthonormal(found, jnp.eye(m, rank, dtype=w.dtype))
 
 
-def sketched(matrix: jax.Array, rank: int, rounds: int = 2) -> jax.Array:
+def sketched(w: jax.Array, rank: int, rounds: int = 2) -> jax.Array:
     """About :func:`leading`, singular vectors in their order, from a sketch that is always the same."""
-    m, n = matrix.shape
+    m, n = _sides(w, 1)
     width = rank + 8
     if 4 * width > min(m, n):
-        return leading(matrix, rank)
-    start = jax.random.normal(jax.random.key(0), (n, width), matrix.dtype)
-    u = jnp.linalg.qr(jnp.matmul(matrix, start, precision=_HIGH))[0]
+        return leading(w, rank)
+    start = jax.random.normal(jax.random.key(0), (n, width), w.dtype)
+    u = jnp.linalg.qr(_times(w, start.T, 1))[0]
     for _ in range(rounds):
-        u = moved(matrix, u)
-    back = jnp.matmul(u.T, matrix, precision=_HIGH)
-    turned = _eigenvectors(jnp.matmul(back, back.T, precision=_HIGH), rank)[1]
+        u = moved(w, u)
+    back = across(u, w, range(1))
+    turned = _eigenvectors(across(back, back, range(1, w.ndim)), rank)[1]
     return jnp.matmul(u, turned, precision=_HIGH)
 
 
-def moved(matrix: jax.Array, u: jax.Array) -> jax.Array:
+def moved(w: jax.Array, u: jax.Array, rows: int = 1) -> jax.Array:
     """A step of orthogonal iteration from orthonormal columns: none that hold less of the matrix's squared norm."""
     # Products of a thin matrix from the left: on a CPU three times as fast as the transposed ones.
-    back = jnp.matmul(u.T, matrix, precision=_HIGH)
-    return _orthonormal(jnp.matmul(matrix, back.T, precision=_HIGH), u)
+    back = across(u.reshape(*w.shape[:rows], -1), w, range(rows))
+    return _orthonormal(_times(w, back, rows), u)
 
 
-def improved(matrix: jax.Array, u: jax.Array) -> jax.Array:
+def improved(w: jax.Array, u: jax.Array) -> jax.Array:
     """:func:`leading` from orthonormal columns near it; of many rows by a few steps, none of which loses anything."""
-    if len(matrix) <= _FEW:
-        return leading(matrix, u.shape[1])
-    gram = jnp.matmul(matrix, matrix.T, precision=_HIGH)
+    if len(w) <= _FEW:
+        return leading(w, u.shape[1])
+    gram = across(w, w, range(1, w.ndim))
     for _ in range(3):
         u = _orthonormal(jnp.matmul(gram, u, precision=_HIGH), u)
-    return moved(matrix, u)
+    return moved(w, u)
+
+
+def across(a: jax.Array, b: jax.Array, axes: Iterable[int]) -> jax.Array:
+    """The contraction of two arrays over the same axes of both."""
+    return jnp.tensordot(a, b, axes=(tuple(axes),) * 2, precision=_HIGH)
+
+
+def _times(w: jax.Array, right: jax.Array, rows: int) -> jax.Array:
+    """The matrix of an array times the transpose of a thin one (rank, columns): (m, rank)."""
+    thin = right.reshape(-1, *w.shape[rows:])
+    axes = tuple(range(rows, w.ndim)), tuple(range(1, thin.ndim))
+    return jnp.tensordot(w, thin, axes=axes, precision=_HIGH).reshape(-1, len(thin))
+
+
+def _sides(w: jax.Array, rows: int) -> tuple[int, int]:
+    return math.prod(w.shape[:rows]), math.prod(w.shape[rows:])
 
 
 def _orthonormal(columns: jax.Array, start: jax.Array) -> jax.Array:

@@ -23,7 +23,8 @@ class TernarySVD(Method):
     Greedy: the leading singular vectors of what is left are made ternary, by the fewest entries whose cosine with them
     reaches ``cosine``, and then all ``s`` are fitted anew. It trades multiplications, one a rank and input, for
     additions, one for each nonzero of ``U`` and ``V``, and **not for bytes**: at 2 bits an entry the factors are often
-    larger than 8-bit weights. The rank depends on the values, so it works outside ``jit`` only, on the host.
+    larger than 8-bit weights. The rank depends on the values, so it works outside ``jit`` only, on the host, where a
+    sharded matrix is gathered.
 
     Attributes:
       tolerance: it stops when the largest singular value left is less than this part of the first.

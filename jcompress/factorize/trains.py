@@ -15,7 +15,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.factorize.rank_choice import Choice, check_concrete
-from jcompress.factorize.subspaces import check_filled, check_rank, is_share, largest, leading
+from jcompress.factorize.subspaces import across, check_filled, check_rank, is_share, largest, leading
 from jcompress.formats.network import TensorNetwork, refitted
 from jcompress.numeric import scaling
 
@@ -33,6 +33,10 @@ class TensorTrain(Method):
     at most ``sqrt(d - 1)`` times the best. With ``shape``, a dense layer becomes a TT-matrix: the inputs and the
     outputs are split into as many modes, and each core has one of either (Novikov et al. 2015, arXiv:1509.06569); the
     window of a convolution is a core of its own. Without, the modes are the axes of the array, taken in ``order``.
+
+    Of a sharded array each core moves the Gram matrix of the smaller side, the modes until it or those after it, and
+    thin products. Where the sharded mode is on that side, what the cores before have left of the array is gathered;
+    ranks by values gather all of it.
 
     Attributes:
       rank: the largest rank, or the share of the numbers that is kept, in (0, 1); or ``"evbmf"``, for each bond that of
@@ -83,7 +87,7 @@ class TensorTrain(Method):
             return _train(w, modes, modes.ranks(self.rank))
         check_concrete("TensorTrain", context.path, w)
         layers = w.reshape(-1, *w.shape[context.batch :])
-        ranks = [max(column) for column in zip(*(_ranks_for(modes.split(x), choice) for x in layers), strict=True)]
+        ranks = [max(column) for column in zip(*(_ranks_for(x, modes, choice) for x in layers), strict=True)]
         train = partial(_train, modes=modes, ranks=ranks)
         for _ in range(context.batch):
             train = jax.vmap(train)
@@ -95,7 +99,7 @@ class TensorRing(Method):
     """``w(i_1, ..., i_d) = tr(G_1[i_1] ... G_d[i_d])``, a train closed to a ring (Zhao et al. 2016, arXiv:1606.05535).
 
     Started from a decomposition whose first rank is shared out to both ends, then sweeps of alternating least squares.
-    The modes may be turned in a circle.
+    The modes may be turned in a circle. A sharded array is gathered where :class:`TensorTrain` gathers it.
 
     Attributes:
       rank: of all bonds, or the share of the numbers that is kept, in (0, 1).
@@ -135,8 +139,8 @@ class TensorRing(Method):
         if is_share(rank):
             rank = largest(lambda r: r * r * sum(sizes), max(sizes), rank * math.prod(sizes))
         unit = scaling.unit([w])
-        whole = modes.split(unit.divide(w))
-        factors = refitted(modes.whole_equation(ring=True), _ring_start(whole, int(rank)), whole, self.sweeps)
+        whole = unit.divide(w).reshape(modes.shape)
+        factors = refitted(modes.equation(ring=True), _ring_start(whole, modes, int(rank)), whole, self.sweeps)
         return modes.node((unit.multiply(factors[0]), *factors[1:]), w.dtype, ring=True)
 
 
@@ -160,9 +164,8 @@ class Modes:
         return [math.prod(self.shape[i] for i in held) for held in self.cores]
 
     def split(self, w: jax.Array) -> jax.Array:
-        """The array with an axis for each core."""
-        flat = [i for held in self.cores for i in held]
-        return w.reshape(self.shape).transpose(flat).reshape(self.sizes)
+        """The array with its modes in the order of the cores."""
+        return w.reshape(self.shape).transpose([i for held in self.cores for i in held])
 
     def equation(self, ring: bool) -> str:
         """The contraction of the cores."""
@@ -173,18 +176,9 @@ class Modes:
         terms = [a + modes + b for a, modes, b in zip(left, held, right, strict=True)]
         return f"{','.join(terms)}->{_MODES[: len(self.shape)]}"
 
-    def whole_equation(self, ring: bool) -> str:
-        """The same where each core holds one mode."""
-        return Modes(tuple(self.sizes), tuple((i,) for i in range(len(self.cores))), ()).equation(ring)
-
     def node(self, factors: Sequence[jax.Array], dtype: Any, ring: bool) -> TensorNetwork:
-        """The node of cores with one axis for all their modes."""
-        found = []
-        for place, (x, held) in enumerate(zip(factors, self.cores, strict=True)):
-            left = 0 if not ring and place == 0 else 1
-            own = [self.shape[i] for i in held]
-            found.append(x.reshape(*x.shape[:left], *own, *x.shape[left + 1 :]).astype(dtype))
-        return TensorNetwork(tuple(found), self.equation(ring), self.merged)
+        """The node of cores."""
+        return TensorNetwork(tuple(x.astype(dtype) for x in factors), self.equation(ring), self.merged)
 
     def ranks(self, rank: Any) -> list[int]:
         """The rank of each bond, none larger than either side of it needs."""
@@ -227,51 +221,47 @@ def _modes(name: str, path: str, shape: tuple[int, ...], given: Shape | None, or
 
 
 def _train(w: jax.Array, modes: Modes, ranks: list[int]) -> TensorNetwork:
+    """The cores, all but the last orthonormal; the first without its rank of 1 in front."""
     unit = scaling.unit([w])
-    factors = _decomposed(modes.split(unit.divide(w)), tuple(ranks))
-    return modes.node((*factors[:-1], unit.multiply(factors[-1])), w.dtype, ring=False)
-
-
-def _decomposed(w: jax.Array, ranks: tuple[int, ...]) -> list[jax.Array]:
-    """The cores of a float32 array, all but the last orthonormal; the first without its rank of 1 in front."""
-    found, rest, before = [], w.reshape(1, -1), 1
-    for n, rank in zip(w.shape, ranks, strict=False):
-        rest = rest.reshape(before * n, -1)
-        u = leading(rest, rank)
-        found.append(u.reshape(before, n, rank))
+    found, rest, rows = [], modes.split(unit.divide(w)), 0
+    for held, rank in zip(modes.cores, ranks, strict=False):
+        rows += len(held)
+        sides = rest.shape[:rows]
+        found.append(leading(rest, rank, rows).reshape(*sides, rank))
         # Of all directions no product is needed: then the core is the identity.
-        rest, before = jnp.matmul(u.T, rest, precision=_HIGH) if rank < before * n else rest, rank
-    found.append(rest.reshape(before, w.shape[-1]))
-    return [found[0].reshape(w.shape[0], -1) if len(found) > 1 else found[0].reshape(w.shape), *found[1:]]
+        is_all = rank >= math.prod(sides)
+        rest = rest.reshape(rank, *rest.shape[rows:]) if is_all else across(found[-1], rest, range(rows))
+        rows = 1
+    return modes.node((*found, unit.multiply(rest)), w.dtype, ring=False)
 
 
-def _ranks_for(w: jax.Array, choice: Choice) -> list[int]:
+def _ranks_for(w: jax.Array, modes: Modes, choice: Choice) -> list[int]:
     """Ranks of one layer; what may be left out is shared out evenly over the steps."""
-    rest, before, found = scaling.unit([w]).divide(w), 1, []
+    rest, before, found = modes.split(scaling.unit([w]).divide(w)), 1, []
     norm = float(jnp.sum(jnp.square(rest)))
-    for n in w.shape[:-1]:
+    for n in modes.sizes[:-1]:
         rest = rest.reshape(before * n, -1)
         _, s, v = jnp.linalg.svd(rest, full_matrices=False)
-        rank = choice.rank(np.asarray(s), rest.shape, steps=w.ndim - 1, norm=norm)
+        rank = choice.rank(np.asarray(s), (rest.shape[0], rest.shape[1]), steps=len(modes.cores) - 1, norm=norm)
         found.append(rank)
         rest, before = s[:rank, None] * v[:rank], rank
     return found
 
 
-def _ring_start(w: jax.Array, rank: int) -> list[jax.Array]:
-    """Cores (rank, mode, rank): the first bond's directions are shared out to both ends, the rest is a train."""
-    first = w.reshape(w.shape[0], -1)
-    u = _padded(leading(first, min(rank * rank, first.shape[0])), rank * rank)
-    found = [jnp.moveaxis(u.reshape(-1, rank, rank), 0, 1)]
-    rest = jnp.matmul(u.T, first, precision=_HIGH).reshape(rank, rank, *w.shape[1:])
-    rest = jnp.moveaxis(rest, 0, -1)  # the end of the ring comes last
-    before = rank
-    for n in w.shape[1:-1]:
-        rest = rest.reshape(before * n, -1)
-        u = _padded(leading(rest, min(rank, *rest.shape)), rank)
-        found.append(u.reshape(before, n, rank))
-        rest, before = jnp.matmul(u.T, rest, precision=_HIGH), rank
-    return [*found, rest.reshape(before, w.shape[-1], rank)]
+def _ring_start(w: jax.Array, modes: Modes, rank: int) -> list[jax.Array]:
+    """Cores (rank, modes, rank): the first bond's directions are shared out to both ends, the rest is a train."""
+    rest, rows = modes.split(w), len(modes.cores[0])
+    most = min(rank * rank, modes.sizes[0])
+    u = _padded(leading(rest, most, rows), rank * rank).reshape(*rest.shape[:rows], rank, rank)
+    found = [jnp.moveaxis(u, -2, 0)]
+    rest = jnp.moveaxis(across(u, rest, range(rows)), 0, -1)  # the end of the ring comes last
+    for held in modes.cores[1:-1]:
+        rows = 1 + len(held)
+        sides = math.prod(rest.shape[:rows]), math.prod(rest.shape[rows:])
+        u = _padded(leading(rest, min(rank, *sides), rows), rank).reshape(*rest.shape[:rows], rank)
+        found.append(u)
+        rest = across(u, rest, range(rows))
+    return [*found, rest]
 
 
 def _padded(u: jax.Array, columns: int) -> jax.Array:

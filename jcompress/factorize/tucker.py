@@ -28,6 +28,10 @@ class Tucker(Method):
     ``sqrt(modes)`` times the best, and no round makes it larger. Over the inputs and outputs of a convolution this is
     Tucker-2: a 1x1, a small and a 1x1 convolution (Kim et al. 2016, arXiv:1511.06530).
 
+    Of a sharded array Gram matrices (mode, mode) and thin products cross devices. The start takes the Gram matrix of
+    the first of ``axes``, or of all others where they are fewer numbers; sharded on that side, the array is gathered,
+    once. Ranks that depend on the values gather it, too.
+
     Attributes:
       ranks: one for each of ``axes``, one number for all, or the share of the numbers that is kept, in (0, 1): then the
         ranks are in proportion to the modes. ``"evbmf"`` for that of most evidence in noise, of each unfolding
@@ -164,13 +168,13 @@ def decompose(
     found: list[jax.Array] = []
     rest = w
     for axis, rank in zip(axes, ranks, strict=True):
-        found.append(leading(unfolded(rest, [axis]), rank))
+        found.append(leading(jnp.moveaxis(rest, axis, 0), rank))
         rest = _projected(rest, [(axis, found[-1])])
     for _ in range(sweeps if len(axes) > 1 else 0):
         for i, axis in enumerate(axes):
             others = [(a, u) for j, (a, u) in enumerate(zip(axes, found, strict=True)) if j != i]
             partly = _projected(w, others)
-            found[i] = improved(unfolded(partly, [axis]), found[i])
+            found[i] = improved(jnp.moveaxis(partly, axis, 0), found[i])
             rest = _projected(partly, [(axis, found[i])])
     return rest, found
 
@@ -187,7 +191,7 @@ class BlockTerm(Method):
     """A sum of Tucker decompositions of one size (De Lathauwer 2008; for layers Ye et al. 2018, arXiv:1712.05134).
 
     Each term starts from what those before it leave, and then all are refitted together. One term is Tucker; with cores
-    of one number it is CP.
+    of one number it is CP. A sharded array is gathered where :class:`Tucker` gathers it, once a term.
 
     Attributes:
       terms: how many.

@@ -30,7 +30,7 @@ class WhitenedSVD(Method):
     With ``gram = R R^T``, the best approximation of ``R^T W``, times ``R^-T``: closed, and never worse in the outputs
     than :class:`SVD` of the same rank (Chen et al. 2021, DRONE; Wang et al. 2024, arXiv:2403.07378). ``R`` comes from
     eigenvectors, so Gram matrices that are singular do no harm: what was never met, and is therefore free, is fitted as
-    much as ``damping`` weighs it. Needs the statistic ``gram``.
+    much as ``damping`` weighs it. Needs the statistic ``gram``. Gathers a sharded matrix, once.
 
     Attributes:
       rank: the rank, or the share of the numbers that is kept, in (0, 1).
@@ -92,7 +92,7 @@ class Whitened(Method):
     :class:`WhitenedSVD`. Of a convolution the Gram matrix of the channels is taken first, over all places of the
     window, and then the factors of a ``TensorNetwork`` are refitted in the Gram matrix of all that the window sees:
     what the outputs move is least squares with one fixed factor more. Needs the statistic ``gram``. For low rank by
-    Wang et al. 2024, arXiv:2403.07378.
+    Wang et al. 2024, arXiv:2403.07378. A sharded array is gathered where the method does it.
 
     Attributes:
       method: one that gives ``TensorNetwork`` or ``LowRank`` and has the inputs as one mode of one factor.
@@ -198,7 +198,7 @@ class FisherSVD(Method):
     """The low rank that moves the loss least, if the weights of an input count alike (Hsu 2022, arXiv:2207.00112).
 
     Each row is weighed by the root of the sum of its squared gradients, and the weights divided out again. Needs the
-    statistic ``grad_square``, from ``jc.calibrate(loss, params, batches, plan=plan)``.
+    statistic ``grad_square``, from ``jc.calibrate(loss, params, batches, plan=plan)``. Gathers a sharded matrix, once.
 
     Attributes:
       rank: the rank, or the share of the numbers that is kept, in (0, 1).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.numeric import scaling
+from jcompress.numeric import meshes, scaling
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MOST, _STEPS = 512, 16
@@ -32,6 +32,9 @@ class TensorNetwork(Compressed):
 
     ``project`` refits one factor after the other to the array, in least squares with the others as they are: one sweep
     of alternating least squares, which never takes the array farther away, and does not find the best factors at once.
+
+    On explicit mesh axes factors are sharded along the modes of the axes that the array is sharded along: of an axis of
+    several modes, along the first that the devices divide. If they divide none, factors and array stay whole.
 
     Attributes:
       factors: float arrays, or nodes that stand for them; trainable.
@@ -70,6 +73,50 @@ class TensorNetwork(Compressed):
                 for old, new in zip(self.factors, fitted, strict=True)
             ),
         )
+
+    def made_of(self) -> list[Any]:
+        known = super().made_of()
+        mesh = next((meshes.mesh_of(x) for x in known if meshes.is_explicit(x)), None)
+        if mesh is None:
+            return known
+        names: dict[str, Any] = {}
+        for modes, x in zip(self._terms(), known, strict=True):
+            own = meshes.spec_of(x)
+            lead = own[: len(own) - len(modes)]
+            names |= {mode: name for mode, name in zip(modes, own[len(lead) :], strict=True) if name is not None}
+        groups, sizes = self._groups(), mode_sizes(self.equation, known)
+        spec = [next((names[mode] for mode in group if mode in names), None) for group in groups]
+        shape = [*known[0].shape[: len(lead)], *(math.prod(sizes[mode] for mode in group) for group in groups)]
+        return [meshes.spread(shape, known[0].dtype, [*lead, *spec], mesh)]
+
+    def placed(self, known: Sequence[Any], place: Callable[[Any, Any], Any]) -> TensorNetwork:
+        """The node whose factors are sharded along the modes of the axes that the array is sharded along."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self)  # the same in and out of the mesh
+        w = next((x for x in known if tuple(x.shape) == shapes.shape), None)
+        if w is None:
+            return dataclasses.replace(self, factors=tuple(place(x, known) for x in self.factors))
+        mesh, spec, groups = meshes.mesh_of(w), meshes.spec_of(w), self._groups()
+        sizes, lead = mode_sizes(self.equation, shapes.factors), spec[: len(spec) - len(groups)]
+        # An axis that is a product of modes is in parts along the first of them; another one serves where it must.
+        names = {
+            next((mode for mode in group if meshes.divides(own, sizes[mode], mesh)), ""): own
+            for own, group in zip(spec[len(lead) :], groups, strict=True)
+            if own is not None
+        }
+        likes = [
+            meshes.spread(x.shape, x.dtype, [*lead, *map(names.get, modes)], mesh)
+            for modes, x in zip(self._terms(), shapes.factors, strict=True)
+        ]
+        return dataclasses.replace(self, factors=tuple(map(place, self.factors, likes)))
+
+    def _terms(self) -> list[str]:
+        """The modes of each factor."""
+        return self.equation.split("->")[0].split(",")
+
+    def _groups(self) -> list[str]:
+        """The modes of each axis of the array."""
+        ends = [0, *itertools.accumulate(self.merged)]
+        return [self.equation.split("->")[1][a:b] for a, b in itertools.pairwise(ends)]
 
     def _modes(self, w: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
         """An array of the dense shape with an axis for each mode."""

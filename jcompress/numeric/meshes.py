@@ -29,7 +29,8 @@ def on_any_mesh(call: _Call, like: Callable[..., Any] | None = None) -> _Call:
 
     A result has the sharding of the first argument of its shape; without one, each of its axes that of an axis of the
     same length in the same place, counted from the last, or of the only one of that length. One that is at least half
-    as large as an argument is sharded along any axis that divides, rather than not at all.
+    as large as an argument is sharded along any axis that divides, rather than not at all. A node with a method
+    ``placed`` says itself what its fields are sharded like.
 
     Args:
       call: a function of pytrees, and of methods whose hyperparameters may be arrays. Arrays that it closes over lie on
@@ -109,6 +110,17 @@ def typed_like(x: Any, like: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     sharding = NamedSharding(mesh_of(known[0]), PartitionSpec(*_spec_like(tuple(x.shape), known)))
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def spread(shape: Sequence[int], dtype: Any, spec: Sequence[Any], mesh: Any) -> jax.ShapeDtypeStruct:
+    """A shape with the mesh axes of each of its axes, where their number divides it."""
+    sharding = NamedSharding(mesh, _fitted(spec, tuple(shape), mesh))
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
+
+def divides(names: Any, length: int, mesh: Any) -> bool:
+    """Whether an axis of some length can be sharded over mesh axes."""
+    return length % _parts(names, mesh) == 0
 
 
 def is_freed(sharding: Any) -> bool:
@@ -206,6 +218,8 @@ def _typed(tree: Any, like: Any, mesh: Any, devices: Any) -> Any:
     known = [x for x in jax.tree.leaves(like) if mesh_of(x) is not None]
 
     def typed(x: Any) -> Any:
+        if hasattr(x, "placed"):
+            return x.placed(known, lambda part, like: _typed(part, like, mesh, devices))
         if not isinstance(x, jax.Array):
             return x
         if not isinstance(x, jax.core.Tracer) and devices is None:
@@ -213,4 +227,4 @@ def _typed(tree: Any, like: Any, mesh: Any, devices: Any) -> Any:
         spec = _spec_like(x.shape, known) if known else ()
         return _RESHARD(x, NamedSharding(devices or mesh, PartitionSpec(*spec)))
 
-    return jax.tree.map(typed, tree)
+    return jax.tree.map(typed, tree, is_leaf=lambda x: hasattr(x, "placed"))

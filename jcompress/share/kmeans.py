@@ -33,7 +33,8 @@ class KMeans(Method):
       scope: ``"leaf"``, a codebook for each leaf, or ``"global"``, one fitted to all leaves of the rule. Each node
         then keeps a copy, which is stored, and trains, with its leaf.
       iterations: the most rounds of Lloyd's algorithm; it stops when no value moves.
-      exact: whether to find the optimum. That runs on the host and needs the values, so it works outside ``jit`` only.
+      exact: whether to find the optimum. That runs on the host and needs the values, so it works outside ``jit`` only,
+        and gathers a sharded leaf.
 
     Raises:
       ValueError: for fewer than 1 or more than 65,536 clusters, or ``exact`` under ``jit``.
