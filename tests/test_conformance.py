@@ -335,9 +335,14 @@ def test_the_input_may_be_donated(row):
 
 
 def sharded(row):
-    """The row's shape with an axis that eight devices divide, for each of its axes."""
+    """The row's shape with an axis that eight devices divide, for each of its axes; as it is, if it must be."""
     for axis in range(len(row.shape)):
-        yield axis, tuple(64 if i == axis else n for i, n in enumerate(row.shape))
+        longer = tuple(64 if i == axis else n for i, n in enumerate(row.shape))
+        try:
+            core.check(row.method, row.name, longer, jnp.float32)
+        except ValueError:
+            longer = row.shape
+        yield axis, longer
 
 
 @pytest.mark.parametrize(
@@ -357,9 +362,12 @@ def test_sharding_is_kept_and_no_parameters_are_moved(row, axis, shape, axis_typ
     w = array(row, shape=shape)
     placed = jax.device_put(w, sharding)
     with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
-        node = fitted(row, placed)
+        program = compiled(row).lower(placed).compile() if row.jit else compiled(row)
+        node = program(placed)
         dense = jax.jit(lambda n: n.materialize())(node)
-    assert_same(jax.device_get(node), jax.device_get(compress(row.method, w)), row.exact and not row.sums, 1e-4)
+    # Where singular values are close together, rounding turns what is kept of them.
+    tolerance = 1e-4 if row.stationary else 1e-3
+    assert_same(jax.device_get(node), alone(row, shape), row.exact and not row.sums, tolerance)
     along = axis in range(len(shape))[:-1] if row.gathers == "inputs" else row.gathers
     if axis_type == AxisType.Explicit or not along:  # else the compiler chooses
         assert dense.sharding.is_equivalent_to(sharding, w.ndim)
@@ -368,8 +376,19 @@ def test_sharding_is_kept_and_no_parameters_are_moved(row, axis, shape, axis_typ
     if along:
         return
     smaller = [x.size for x in jax.tree.leaves(node) if x.size < w.size]
-    for name, size in collectives(compiled(row).lower(placed).compile().as_text()):
+    for name, size in collectives(program.as_text()):
         assert size <= max(8 * 8, 2 * w.size // 8, *smaller), f"{name} moves {size} elements"
+
+
+@cache
+def alone(row, shape):
+    """What one device gives."""
+    return jax.device_get(fitted(row, array(row, shape=shape)))
+
+
+@pytest.mark.parametrize("row", [r for r in METHODS if r.gathers], ids=lambda row: row.name)
+def test_what_moves_parameters_between_devices_says_so(row):
+    assert any(re.search("[Gg]ather|between devices", cls.__doc__) for cls in classes_in(row.method))
 
 
 def collectives(hlo):

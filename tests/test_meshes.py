@@ -127,31 +127,35 @@ def test_hyperparameters_may_be_arrays_of_the_mesh(alone):
     assert int((found == 0).sum()) == 96
 
 
+def trained(tx, params, x):
+    """Three steps of adamw under ``jit`` and the state of the optimizer."""
+
+    @jax.jit
+    def step(params, state, x):
+        grads = jax.grad(lambda p: (mlp(p, x) ** 2).mean())(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
+    for _ in range(3):
+        params, state = step(params, state, x)
+    return params, state
+
+
 METHODS = [M(sparsity=0.5, scope="global"), Q.NF4(group_size=4), jc.share.KMeans(4), jc.factorize.SVD(rank=4),
            Q.Rotation(Q.Int(4)), jc.chain(M(sparsity=0.5), Q.Int(4))]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_sparse_training_on_an_explicit_mesh(method, alone, x, tmp_path):
-    def trained(params, x, tx):
-        @jax.jit
-        def step(params, state):
-            grads = jax.grad(lambda p: (mlp(p, x) ** 2).sum())(params)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        state = tx.init(params)
-        for _ in range(3):
-            params, state = step(params, state)
-        return params, jc.nodes(params, state)
-
     plan = jc.plan(alone, [("up|down", method), (".*", None)])
     tx = optax.chain(optax.adamw(1e-2), jc.project(plan, every=2))
-    expected, _ = trained(alone, x, tx)
+    expected, _ = trained(tx, alone, x)
     mesh = make_mesh()
     params = spread(mesh, alone)
     with jax.set_mesh(mesh):
-        found, nodes = trained(params, put(mesh, x, "data", None), tx)
+        found, state = trained(tx, params, put(mesh, x, "data", None))
+        nodes = jc.nodes(found, state)
         jc.save(tmp_path / "nodes", nodes)
         dense = jc.materialize(nodes)
     assert_close(found, expected)
@@ -190,6 +194,58 @@ def test_calibrated_methods_on_an_explicit_mesh(method, alone, x):
     assert_close(dense, jc.materialize(expected))
     assert_spread(dense, params)
     assert_close(outputs, mlp(jc.materialize(expected), x))
+
+
+@pytest.mark.parametrize("rule", [jc.prune.dynamic.SET(), jc.prune.dynamic.RigL(stop=100)], ids=repr)
+def test_masks_that_move_on_an_explicit_mesh(rule, alone, x, tmp_path):
+    plan = jc.plan(alone, [("up|down", M(sparsity=0.75)), (".*", None)])
+    tx = jc.prune.dynamic.sparse(optax.adamw(1e-2), rule, plan, every=2, key=jax.random.key(0))
+    mesh = make_mesh()
+    params = spread(mesh, alone)
+    with jax.set_mesh(mesh):
+        found, state = trained(tx, params, put(mesh, x, "data", None))
+        nodes = jc.nodes(found, state)
+    expected, _ = trained(tx, alone, x)
+    assert_close(found, expected)
+    assert_spread(found, params)
+    assert_spread({name: nodes[name].mask for name in ("up", "down")}, params)
+    jc.save(tmp_path / "nodes", nodes)
+    assert_close(jc.materialize(jc.load(tmp_path / "nodes")), expected)
+
+
+def whole_loop(params, x, path):
+    """From parameters to a file, as a user writes it: plan, prune while training, simulate, calibrate, round, store."""
+    plan = jc.plan(params, [("up|down", M(sparsity=0.5)), (".*", None)], layout=jc.trace.layout(mlp, params, x))
+    tx = optax.chain(optax.adamw(1e-2), jc.project(plan, every=2))
+    params, state = trained(tx, params, x)
+    sparse = jc.nodes(params, state)
+    grid = jc.plan(params, [("up|down", Q.Int(bits=8)), (".*", None)])
+    slopes = jax.jit(jax.grad(lambda p: (mlp(jc.simulate(p, grid), x) ** 2).mean()))(params)
+    rounding = jc.chain(jc.prune.Nonzero(), Q.Int(bits=4))
+    steps = {"up": jc.prune.SparseGPT(sparsity=0.5, quantizer=Q.Int(bits=4)), "down": Q.GPTQ(bits=4), "bias": rounding}
+    last = jc.plan(params, list(steps.items()))
+    small = jc.compress(params, last, stats=jc.calibrate(mlp, params, [x], plan=last))
+    train, held = jc.split(small)
+    tuned = jax.jit(jax.grad(lambda t: (mlp(jc.materialize(jc.merge(t, held)), x) ** 2).mean()))(train)
+    jc.save(path, small)
+    table = jc.report(params, small)
+    dense = {"trained": params, "nodes": jc.materialize(sparse), "slopes": slopes, "small": jc.materialize(small)}
+    others = {"small": small, "loaded": jc.load(path), "tuned": tuned, "outputs": jc.accelerate(mlp)(small, x)}
+    return dense, others, table
+
+
+def test_a_users_whole_loop_on_an_explicit_mesh(alone, x, tmp_path):
+    mesh = make_mesh()
+    params = spread(mesh, alone)
+    with jax.set_mesh(mesh):
+        dense, others, table = whole_loop(params, put(mesh, x, "data", None), tmp_path / "on a mesh")
+    expected, others_alone, table_alone = whole_loop(alone, x, tmp_path / "alone")
+    for name, tree in dense.items():
+        assert_close(tree, expected[name])
+        assert_spread(tree, params)
+    assert_close(others, others_alone)
+    assert str(table) == str(table_alone)
+    assert (tmp_path / "on a mesh").stat().st_size == (tmp_path / "alone").stat().st_size
 
 
 @jax.custom_vjp
