@@ -2,60 +2,121 @@
 
   PYTHONPATH=.:tests python docs/tables.py [layouts] [primitives] [meshes]
 
-Each table stands between two comments of its name; those not asked for stay as they are. ``layouts`` tries every row
-of the conformance list on every layout, and takes some minutes.
+Each table stands between two comments of its name; those not asked for stay as they are. ``layouts`` and ``meshes`` try
+one row of the conformance list for each method, which takes some minutes the first time: what is compiled is kept.
 """
 
 from __future__ import annotations
 
-import os
+import inspect
 import re
+import string
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 PAGE = Path(__file__).parent / "tables.md"
+RIGHT, WRONG, NOT_TAKEN = "✓", "**✗**", "·"
 
 
 def layouts() -> str:
     """Methods x layouts: whether compressing a leaf laid out anew gives what compressing it gave, laid out anew."""
+    jax = _as_in_tests()
     from test_layouts import CASES, ROWS, check_case, takes
 
-    lines = []
-    for row in ROWS:
-        cells = []
-        for case in CASES:
-            if not takes(row, case):
-                cells.append("")
-                continue
-            try:
-                check_case(row, case)
-                cells.append("yes")
-            except AssertionError:
-                cells.append("**no**")
-        lines.append([row.name, *cells])
-    return table(["method", *(case.name for case in CASES)], lines)
+    jax.config.update("jax_disable_most_optimizations", True)
+    letters, reasons = string.ascii_uppercase, list[str]()
+
+    def cell(row: Any, case: Any) -> str:
+        if not takes(row, case):
+            why = _refusal(row, case)
+            if why not in reasons:
+                reasons.append(why)
+            return f"{NOT_TAKEN} {_raised(reasons.index(why) + 1)}"
+        return RIGHT if _passes(check_case, row, case) else WRONG
+
+    # A layout names stacked layers, so that they need no method.
+    groups = _methods(row for row in ROWS if "stacked" not in row.name)
+    chosen = {name: max(rows, key=lambda row: sum(takes(row, x) for x in CASES)) for name, rows in groups}
+    lines = [[f"`{name}`", *(cell(row, case) for case in CASES)] for name, row in chosen.items()]
+    named = [f"{letter}: {case.name}" for letter, case in zip(letters, CASES, strict=False)]
+    told = [f"{_raised(i)} {why}" for i, why in enumerate(reasons, 1)]
+    return "\n\n".join(
+        ["; ".join(named) + ".", table(["method", *letters[: len(CASES)]], lines), "; ".join(told) + "."]
+    )
+
+
+def _refusal(row: Any, case: Any) -> str:
+    """Why a method does not take a layout, without the numbers of the example."""
+    import jax.numpy as jnp
+
+    import jcompress as jc
+
+    try:
+        jc.core.check(row.method, "w", case.seen[case.batch :], jnp.float32)
+    except ValueError as error:
+        return re.split(", found|;", str(error).removeprefix("w: "))[0]
+    return "no such array"
 
 
 def meshes() -> str:
     """Methods x axis types of a mesh: whether a leaf sharded along any axis gives what it gives on one device."""
+    _as_in_tests()
     from jax.sharding import AxisType
     from rows import METHODS
     from test_conformance import sharded, test_sharding_is_kept_and_no_parameters_are_moved
 
-    def tried(row: Any, axis_type: Any) -> str:
-        for axis, shape in sharded(row):
-            try:
-                test_sharding_is_kept_and_no_parameters_are_moved(row, axis, shape, axis_type)
-            except Exception as error:
-                told = (str(error) or type(error).__name__).strip().splitlines()[0]
-                return f"**no**, along axis {axis}: {told[:60]}"
-        return {False: "yes", True: "yes, gathered"}.get(row.gathers, f"yes, gathered where {row.gathers} are sharded")
+    def cell(row: Any, axis_type: Any) -> str:
+        wrong = [
+            axis
+            for axis, shape in sharded(row)
+            if not _passes(test_sharding_is_kept_and_no_parameters_are_moved, row, axis, shape, axis_type)
+        ]
+        return f"{WRONG} along axis {', '.join(map(str, wrong))}" if wrong else RIGHT
 
-    lines = [[row.name, tried(row, AxisType.Auto), tried(row, AxisType.Explicit)] for row in METHODS]
-    return table(["method", "automatic axes", "explicit axes"], lines)
+    moves = {False: "", True: "yes", "inputs": "where inputs are sharded"}
+    lines = [
+        [f"`{name}`", cell(rows[0], AxisType.Auto), cell(rows[0], AxisType.Explicit), moves[rows[0].gathers]]
+        for name, rows in _methods(METHODS)
+    ]
+    return table(["method", "automatic axes", "explicit axes", "the array moves"], lines)
+
+
+def _as_in_tests() -> Any:
+    """JAX with eight simulated devices and the tests' compilation cache."""
+    sys.path.insert(0, str(PAGE.parents[1] / "tests"))  # its conftest.py, and not the one above
+    import conftest
+
+    return conftest.jax
+
+
+def _methods(rows: Iterable[Any]) -> list[tuple[str, list[Any]]]:
+    """The public names of methods, each with its rows, in the order of the list."""
+    import jcompress as jc
+
+    rooms = {"prune": jc.prune, "prune.dynamic": jc.prune.dynamic, "quantize": jc.quantize, "factorize": jc.factorize}
+    rooms |= {"quantize.training": jc.quantize.training, "share": jc.share}
+    public = {getattr(room, name): f"{place}.{name}" for place, room in rooms.items() for name in room.__all__}
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        kind = type(row.method)
+        name = public.get(kind, kind.__name__.lower() if inspect.getmodule(kind) is jc.combine else kind.__name__)
+        found.setdefault(name, []).append(row)
+    return list(found.items())
+
+
+def _passes(check: Callable[..., None], *args: Any) -> bool:
+    try:
+        check(*args)
+    except Exception as error:
+        sys.stderr.write(f"{args}: {error}"[:500] + "\n")
+        return False
+    return True
+
+
+def _raised(number: int) -> str:
+    return f"<sup>{number}</sup>"
 
 
 def primitives() -> str:
