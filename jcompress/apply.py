@@ -266,7 +266,8 @@ def _extent(node: Any) -> jax.Array:
 def _is_far(largest: Any, node: Any) -> bool:
     """Whether products of numbers so large may be none, though they are."""
     floats = {x.dtype for x in jax.tree.leaves(node) if core.is_trainable(x)}
-    return core.is_node(node) and largest > min((float(jnp.finfo(d).max) for d in floats), default=1.0) ** (1 / 8)
+    most = min((float(jnp.finfo(dtype).max) for dtype in floats), default=1.0)
+    return core.is_node(node) and float(largest) > most ** (1 / 8)
 
 
 def _is_finite(x: jax.Array) -> bool:

@@ -210,6 +210,13 @@ def test_also_in_one_entry_of_one_device(explicit, at):
         jc.compress(params, plan)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("method", [Q.Float("float16"), Q.Float("bfloat16"), P.Magnitude(0.5)], ids=repr)
+def test_results_of_any_float_are_looked_at_without_a_warning(method, dtype):
+    params = {"w": jnp.arange(12.0).reshape(4, 3).astype(dtype)}
+    assert jc.compress(params, jc.plan(params, [("w", method)]))["w"].dtype == jnp.dtype(dtype)
+
+
 def test_factors_whose_product_is_no_number_are_named():
     params = {"w": jnp.ones((3, 3))}
 
