@@ -34,7 +34,7 @@ def pairs(name: str, student: PyTree, teacher: PyTree, same: Same = "shape") -> 
       ValueError: for trees of other structure, or shapes that do not fit.
     """
     ours, theirs = rules.paths(student), rules.paths(teacher)
-    if jax.tree.structure(student) != jax.tree.structure(teacher):
+    if not same_structure(student, teacher):
         told = [", ".join(path for path, _ in found) or "one array" for found in (ours, theirs)]
         raise ValueError(f"{name}: found features {told[0]}, the teacher's are {told[1]}; give pairs, say by layer_map")
     for (path, s), (_, t) in zip(ours, theirs, strict=True):
@@ -44,6 +44,12 @@ def pairs(name: str, student: PyTree, teacher: PyTree, same: Same = "shape") -> 
                 f"expected {EXPECTED[same]}"
             )
     return [(wide(s), fixed(t)) for (_, s), (_, t) in zip(ours, theirs, strict=True)]
+
+
+def same_structure(a: PyTree, b: PyTree) -> bool:
+    """Whether two trees differ in their leaves only."""
+    structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
+    return bool(structures[0] == structures[1])
 
 
 def _seen(x: Any, same: Same) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.core import PyTree
-from jcompress.distill.arrays import applied, averaged, counted, pairs, positive, rows, summed, unit
+from jcompress.distill.arrays import applied, averaged, counted, pairs, positive, rows, same_structure, summed, unit
 
 Maps = Callable[[jax.Array], jax.Array] | PyTree
 
@@ -151,7 +151,7 @@ def regressors(student: PyTree, teacher: PyTree, *, key: jax.Array) -> PyTree:
       >>> maps.kernel.shape, maps(jnp.ones((4, 8, 8, 3))).shape
       ((3, 3, 3, 5), (4, 6, 6, 5))
     """
-    if jax.tree.structure(student) != jax.tree.structure(teacher):
+    if not same_structure(student, teacher):
         raise ValueError("regressors: the features of student and teacher are trees of other structure; give pairs")
     leaves, tree = jax.tree.flatten(student)
     keys = jax.random.split(key, max(1, len(leaves)))

@@ -81,7 +81,8 @@ def moment_errors(features: PyTree, moments: PyTree) -> jax.Array:
       0.0
     """
     is_moments = lambda x: isinstance(x, Moments)  # noqa: E731
-    found, stored = (jax.tree.flatten(x, is_leaf=is_moments) for x in (moments_of(features), moments))
+    both: list[Any] = [jax.tree.flatten(x, is_leaf=is_moments) for x in (moments_of(features), moments)]
+    found, stored = both
     shapes = [[jnp.shape(m.mean) for m in leaves] for leaves, _ in (found, stored) if all(map(is_moments, leaves))]
     if found[1] != stored[1] or len(shapes) != 2 or shapes[0] != shapes[1]:
         raise ValueError(f"moment_errors: found features {found[1]} with {shapes[:1]} channels, moments {stored[1]}")

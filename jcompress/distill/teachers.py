@@ -19,17 +19,17 @@ class MeanTeacherState(NamedTuple):
     """The state of :func:`mean_teacher`.
 
     Attributes:
-      count: int32, the steps done.
+      step: int32, how many are done.
       weight: float32, the sum of the weights of an average without a correction.
       average: like the parameters, in float32 at least.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
-      >>> int(jc.distill.mean_teacher(0.9).init({"w": jnp.ones(2)}).count)
+      >>> int(jc.distill.mean_teacher(0.9).init({"w": jnp.ones(2)}).step)
       0
     """
 
-    count: jax.Array
+    step: jax.Array
     weight: jax.Array
     average: PyTree
 
@@ -68,7 +68,7 @@ def mean_teacher(decay: float | optax.Schedule = 0.999) -> optax.GradientTransfo
     def update(updates: PyTree, state: MeanTeacherState, params: PyTree = None, **_: Any) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("mean_teacher: found no parameters; call update(updates, state, params)")
-        a = jnp.asarray(decay(state.count) if callable(decay) else decay, jnp.float32)
+        a = jnp.asarray(decay(state.step) if callable(decay) else decay, jnp.float32)
         weight = a * state.weight + (1 - a)
         rate = jnp.where(weight > 0, (1 - a) / jnp.where(weight > 0, weight, 1), 0)
         after = jax.tree.map(_held, optax.apply_updates(params, updates))
@@ -77,7 +77,7 @@ def mean_teacher(decay: float | optax.Schedule = 0.999) -> optax.GradientTransfo
             return average + rate * (x - average) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
         average = jax.tree.map(moved, state.average, after)
-        return updates, MeanTeacherState(optax.safe_increment(state.count), weight, average)
+        return updates, MeanTeacherState(optax.safe_increment(state.step), weight, average)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -118,16 +118,16 @@ class LangevinState(NamedTuple):
     """The state of :func:`langevin`.
 
     Attributes:
-      count: int32, the steps done.
+      step: int32, how many are done.
       key: of the noise.
 
     Example:
       >>> import jax, jcompress as jc
-      >>> int(jc.distill.langevin(0.1, key=jax.random.key(0)).init(None).count)
+      >>> int(jc.distill.langevin(0.1, key=jax.random.key(0)).init(None).step)
       0
     """
 
-    count: jax.Array
+    step: jax.Array
     key: jax.Array
 
 
@@ -159,16 +159,16 @@ def langevin(rate: float | optax.Schedule, *, key: jax.Array) -> optax.GradientT
 
     def update(updates: PyTree, state: LangevinState, params: PyTree = None, **_: Any) -> tuple[PyTree, LangevinState]:
         del params
-        e = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
+        e = jnp.asarray(rate(state.step) if callable(rate) else rate, jnp.float32)
         leaves, tree = jax.tree.flatten(updates)
-        keys = jax.random.split(jax.random.fold_in(state.key, state.count), max(1, len(leaves)))
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), max(1, len(leaves)))
 
-        def step(g: jax.Array, k: jax.Array) -> jax.Array:
+        def moved(g: jax.Array, k: jax.Array) -> jax.Array:
             noise = jax.random.normal(k, g.shape)
             return (jnp.sqrt(e) * noise - e / 2 * g).astype(g.dtype)
 
-        moved = jax.tree.unflatten(tree, [step(g, k) for g, k in zip(leaves, keys, strict=False)])
-        return moved, LangevinState(optax.safe_increment(state.count), state.key)
+        steps = jax.tree.unflatten(tree, [moved(g, k) for g, k in zip(leaves, keys, strict=False)])
+        return steps, LangevinState(optax.safe_increment(state.step), state.key)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
