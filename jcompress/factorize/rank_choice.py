@@ -53,7 +53,7 @@ class Choice:
         # Of all the squared norm what is more than the rounding of float32.
         return cls(tolerance**2 if tolerance is not None else 1 - (energy or 1) * (1 - 1e-6))
 
-    def rank(self, values: np.ndarray, shape: tuple[int, int], steps: int = 1, norm: float | None = None) -> int:
+    def rank(self, values: np.ndarray, shape: tuple[int, ...], steps: int = 1, norm: float | None = None) -> int:
         """The rank of a matrix.
 
         Args:
@@ -82,7 +82,7 @@ def check_concrete(name: str, path: str, w: jax.Array) -> None:
         raise ValueError(f"{path}: {name} chooses its rank by the values, so it works outside jit only; give a rank")
 
 
-def evbmf(values: Any, shape: tuple[int, int]) -> int:
+def evbmf(values: Any, shape: tuple[int, ...]) -> int:
     """The rank of most evidence for a matrix in noise of unknown size, at least 1.
 
     The global solution of empirical variational Bayes matrix factorization is closed: it keeps the singular values

@@ -77,7 +77,8 @@ class SVD(Method):
         """Raise if the array is no matrix or the rank exceeds its smaller side."""
         if len(shape) < 2:
             raise ValueError(f"{path}: SVD needs a matrix, found shape {shape}; keep it dense")
-        chosen_rank("SVD", path, 1 if self._choice else self.rank, shape)
+        rank: Any = 1 if self._choice else self.rank
+        chosen_rank("SVD", path, rank, shape)
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> LowRank:
         """The node for one array."""
