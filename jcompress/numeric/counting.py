@@ -14,14 +14,17 @@ from jcompress.numeric.meshes import is_explicit
 
 
 class Count(NamedTuple):
-    """A non-negative integer below 2**47 as ``high * 2**16 + low``: int32 wraps past 2**31 parameters."""
+    """A non-negative integer: below 2**47 as ``high * 2**16 + low``, or ``low`` alone where all are below 2**31.
 
-    high: jax.Array
+    Int32 wraps past 2**31 parameters; but programs of one number compile faster. Two counts are of one form.
+    """
+
+    high: jax.Array | None
     low: jax.Array
 
     @classmethod
     def of(cls, value: int | jax.Array) -> Count:
-        """The count of an integer, or of a uint32 scalar."""
+        """The count of an integer, or of a uint32 scalar, as two numbers."""
         if isinstance(value, int):
             return cls(jnp.uint32(value >> 16), jnp.uint32(value & 0xFFFF))
         value = value.astype(jnp.uint32)
@@ -29,34 +32,54 @@ class Count(NamedTuple):
 
     @classmethod
     def total(cls, counts: Sequence[jax.Array]) -> Count:
-        """The sum of many uint32 counts."""
+        """The sum of many uint32 counts, as two numbers."""
         low = sum(((c & 0xFFFF) for c in counts), jnp.uint32(0))
         high = sum(((c >> 16) for c in counts), jnp.uint32(0))
         return cls(high + (low >> 16), low & 0xFFFF)
 
+    def within(self, most: int) -> Count:
+        """The same in the form for counts up to ``most``."""
+        if self.high is None or most >= 1 << 31:
+            return self
+        return Count(None, (self.high << 16) | self.low)
+
+    def like(self, *counts: int | jax.Array) -> Count:
+        """The sum of integers, or of uint32 scalars, in the form of this one."""
+        if self.high is None:
+            return Count(None, sum((jnp.asarray(c, jnp.uint32) for c in counts), jnp.uint32(0)))
+        return Count.of(counts[0]) if len(counts) == 1 else Count.total([jnp.asarray(c, jnp.uint32) for c in counts])
+
     def reaches(self, other: Count) -> jax.Array:
         """``self >= other``."""
+        if self.high is None or other.high is None:
+            return self.low >= other.low
         return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
 
     def equals(self, other: Count) -> jax.Array:
         """``self == other``."""
-        return (self.high == other.high) & (self.low == other.low)
+        same = self.low == other.low
+        return same if self.high is None or other.high is None else same & (self.high == other.high)
 
     def minus(self, other: Count) -> jax.Array:
         """The difference as float32, which is all that interpolation needs."""
-        high = self.high.astype(jnp.float32) - other.high.astype(jnp.float32)
-        return high * 65536.0 + (self.low.astype(jnp.float32) - other.low.astype(jnp.float32))
+        low = (self.low.astype(jnp.int32) - other.low.astype(jnp.int32)).astype(jnp.float32)
+        if self.high is None or other.high is None:
+            return low
+        return (self.high.astype(jnp.float32) - other.high.astype(jnp.float32)) * 65536.0 + low
 
     def left_after(self, other: Count) -> Count:
         """``max(self - other, 0)``, exactly."""
+        if self.high is None or other.high is None:
+            return pick(self.reaches(other), Count(None, self.low - other.low), self.like(0))
         borrow = (self.low < other.low).astype(jnp.uint32)
         left = Count(self.high - other.high - borrow, (self.low - other.low) & 0xFFFF)
-        return pick(self.reaches(other), left, Count.of(0))
+        return pick(self.reaches(other), left, self.like(0))
 
 
 def pick(condition: jax.Array, a: Count, b: Count) -> Count:
     """``a`` where the condition holds, else ``b``."""
-    return Count(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
+    high = None if a.high is None or b.high is None else jnp.where(condition, a.high, b.high)
+    return Count(high, jnp.where(condition, a.low, b.low))
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:

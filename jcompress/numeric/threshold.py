@@ -30,112 +30,153 @@ from jcompress.numeric.counting import (
 )
 from jcompress.numeric.meshes import is_explicit
 
-_PROBES, _FEW, _STALLED, _LANES = 5, 2_000, 0.7, 16
+_PROBES, _FEW, _MARGIN, _STALLED, _LANES = 5, 2_000, 0.25, 0.7, 16
+_FAR, _CLOSE = (-1.0, 0.0, 0.0, 0.0, 1.0), (0.0, -1.0, 0.0, 1.0, 0.0)
+
+
+def _top(dtype: Any) -> np.ndarray:
+    """The largest unsigned integer, which is no rank and no place."""
+    return ~np.zeros((), dtype)
 
 
 class _Search(NamedTuple):
     """``low`` reaches the wanted count, ``high`` does not; the answer is the last integer that does.
 
-    All are scalars. ``margin`` is how far off the wanted place the outer probes lie, in brackets; where it is large the
-    probes divide the bracket evenly. ``probes`` are those of the next read.
+    All are scalars but ``probes``, those of the next read. ``margin`` is how far off the wanted place the outer probes
+    lie, in brackets; where it is large the probes divide the bracket evenly. First ranks are searched. If none has just
+    the wanted count, ``level``, the largest integer until then, is the last that reaches it, and what is searched and
+    counted from there on are the places of the ties at this level.
     """
 
+    probes: Any
     low: jax.Array
     low_count: Count
     high: jax.Array
     high_count: Count
     margin: jax.Array
     reads: jax.Array
-    probes: tuple[jax.Array, ...] = ()
+    level: jax.Array
 
-    def probing(self, offsets: Sequence[jax.Array]) -> _Search:
+    @classmethod
+    def of(cls, low: jax.Array, low_count: Count, high: jax.Array, high_count: Count, reads: int = 0) -> _Search:
+        """A bracket of ranks, before there are probes."""
+        margin, level = jnp.float32(_MARGIN), jnp.full_like(low, _top(low.dtype))
+        return cls(None, low, low_count, high, high_count, margin, jnp.uint32(reads), level)
+
+    @property
+    def tied(self) -> jax.Array:
+        """Whether places are searched."""
+        return self.level != _top(self.level.dtype)
+
+    def exact(self, wanted: Count) -> jax.Array:
+        return self.low_count.equals(wanted)
+
+    def narrowed(self, counts: Sequence[Count], wanted: Count) -> _Search:
+        """The bracket that the counts of the probes leave."""
+        low, low_count, high, high_count = self.low, self.low_count, self.high, self.high_count
+        found = [(count.reaches(wanted), probe, count) for probe, count in zip(self.probes, counts, strict=True)]
+        for reached, probe, count in found:
+            low, low_count = jnp.where(reached, probe, low), pick(reached, count, low_count)
+        for reached, probe, count in found[::-1]:
+            high, high_count = jnp.where(reached, high, probe), pick(reached, high_count, count)
+        within = found[0][0] & ~found[-1][0]
+        shrunk = (high - low) <= (self.high - self.low) // 4
+        margin = jnp.where(within, jnp.maximum(0.4 * self.margin, 0.02), jnp.minimum(1.5 * self.margin, 0.5))
+        margin = jnp.where(within | shrunk, margin, _STALLED)
+        return _Search(None, low, low_count, high, high_count, margin, self.reads + 1, self.level)
+
+    def turned(self, wanted: Count, places: int) -> _Search:
+        """On to the ties, of all ``places``, where no other rank is left and this one has too many."""
+        turns = (self.high - self.low <= 1) & ~self.exact(wanted) & ~self.tied
+        return self._replace(
+            low=jnp.where(turns, 0, self.low),
+            high=jnp.where(turns, places + 1, self.high),
+            margin=jnp.where(turns, _MARGIN, self.margin),
+            level=jnp.where(turns, self.low, self.level),
+        )
+
+    def probing(self, offsets: jax.Array) -> _Search:
         """With probes at rising offsets from ``low``: strictly increasing inside the bracket where there is room."""
         unsigned, room = self.low.dtype, self.high - self.low - 1
-        limit, middle = float(jnp.iinfo(unsigned).max) * 0.999, len(offsets) // 2
-        probes = []
-        for i, offset in enumerate(offsets):
-            step = jnp.clip(jnp.floor(offset), 0.0, limit).astype(unsigned)
-            # One more from probe to probe, about the middle one, which stays where it is.
-            step = jnp.maximum(step + i, i + 1 + middle) - middle
-            # Where later probes find no room they fall on the last integer, and count it again.
-            probes.append(self.low + jnp.minimum(step, room + 1 - jnp.minimum(len(offsets) - i, room)))
-        return self._replace(probes=tuple(probes))
+        limit, middle = float(jnp.iinfo(unsigned).max) * 0.999, _PROBES // 2
+        i = np.minimum(np.arange(offsets.size), _PROBES - 1).astype(unsigned)
+        step = jnp.clip(jnp.floor(offsets), 0.0, limit).astype(unsigned)
+        # One more from probe to probe, about the middle one, which stays where it is.
+        step = jnp.maximum(step + i, i + 1 + middle) - middle
+        # Where later probes find no room they fall on the last integer, and count it again.
+        return self._replace(probes=self.low + jnp.minimum(step, room + 1 - jnp.minimum(_PROBES - i, room)))
+
+    def ended(self, wanted: Count) -> tuple[jax.Array, jax.Array]:
+        """The level, and the place of the last that is wanted at this level."""
+        cut = jnp.where(self.exact(wanted), self.low, self.high)
+        return jnp.where(self.tied, self.level, self.low), jnp.where(self.tied, cut, 0)
 
     def packed(self) -> jax.Array:
-        """One vector of integers, the last of them 0."""
-        margin = lax.bitcast_convert_type(self.margin, jnp.uint32)
-        packed = jnp.zeros(_LANES, self.low.dtype)
-        for i, x in enumerate(jax.tree.leaves(self._replace(margin=margin))):
-            packed = jnp.where(np.arange(_LANES) == i, x.astype(packed.dtype), packed)
+        """One vector of integers: the probes, the rest, and last of all 0."""
+        margin, lane = lax.bitcast_convert_type(self.margin, jnp.uint32), np.arange(_LANES)
+        packed = jnp.resize(self.probes, _LANES) * (lane < _PROBES)
+        for i, x in enumerate(jax.tree.leaves(self._replace(probes=None, margin=margin))):
+            packed = jnp.where(lane == _PROBES + i, x.astype(packed.dtype), packed)
         return packed
 
     def unpacked(self, packed: jax.Array) -> _Search:
-        """The search in a vector, of the same dtypes as this one."""
-        structure: Any = jax.tree.structure(self)
-        found: _Search = jax.tree.unflatten(structure, list(packed[: structure.num_leaves]))
+        """The search in a vector, of the same dtypes as this one; the probes as scalars."""
+        bare = self._replace(probes=None)
+        structure: Any = jax.tree.structure(bare)
+        found: _Search = jax.tree.unflatten(structure, list(packed[_PROBES : _PROBES + structure.num_leaves]))
         margin = lax.bitcast_convert_type(found.margin.astype(jnp.uint32), jnp.float32)
-        counts = [Count(*(x.astype(jnp.uint32) for x in count)) for count in (found.low_count, found.high_count)]
-        return found._replace(margin=margin, low_count=counts[0], high_count=counts[1])
+        found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, bare)
+        return found._replace(probes=list(packed[:_PROBES]), margin=margin)
 
 
-def _interpolated(s: _Search, wanted: Count, curve: Callable[[Count], jax.Array] | None = None) -> list[jax.Array]:
+def _interpolated(
+    s: _Search, wanted: Count, curve: Callable[[Count], jax.Array] | None = None, length: int = _PROBES
+) -> jax.Array:
     """Five offsets: two close about the place where the count should be met, two farther out, and the place itself.
 
     The place is where ``curve`` of the count, taken as straight between the ends of the bracket, meets the wanted one;
-    among few values the counts themselves.
+    among few values, and among ties, the counts themselves. They are the first of a vector of some ``length``.
     """
     inside = jnp.maximum(s.low_count.minus(s.high_count), 1.0)
     centre = part = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
     if curve is not None:
         low, place, high = curve(s.low_count), curve(wanted), curve(s.high_count)
         curved = jnp.clip((low - place) / jnp.maximum(low - high, 1e-9), 0.0, 1.0)
-        centre = jnp.where(inside > _FEW, curved, part)
+        centre = jnp.where((inside > _FEW) & ~s.tied, curved, part)
     noise = jnp.sqrt(part * (1 - part) / inside) + 0.5 / inside
     wide = jnp.maximum(s.margin, 2 * noise)
     even = (inside <= _PROBES + 1) | (s.margin > 0.3)
-    offsets, width = [], (s.high - s.low).astype(jnp.float32)
-    sides: tuple[Any, ...] = (-wide, -noise, 0.0, noise, wide)
-    for i, side in enumerate(sides):
-        near = jnp.clip(centre + side, 0.0, 1.0)
-        offsets.append(jnp.where(even, (i + 1) / (_PROBES + 1), near) * width)
-    return offsets
-
-
-def _narrow(s: _Search, counts: list[Count], wanted: Count) -> _Search:
-    low, low_count, high, high_count = s.low, s.low_count, s.high, s.high_count
-    for probe, count in zip(s.probes, counts, strict=True):
-        reaches = count.reaches(wanted)
-        low, low_count = jnp.where(reaches, probe, low), pick(reaches, count, low_count)
-    for probe, count in zip(s.probes[::-1], counts[::-1], strict=True):
-        reaches = count.reaches(wanted)
-        high, high_count = jnp.where(reaches, high, probe), pick(reaches, high_count, count)
-    within = (low >= s.probes[0]) & (high <= s.probes[-1])
-    shrunk = (high - low) <= (s.high - s.low) // 4
-    margin = jnp.where(within, jnp.maximum(0.4 * s.margin, 0.02), jnp.minimum(1.5 * s.margin, 0.5))
-    margin = jnp.where(within | shrunk, margin, _STALLED)
-    return _Search(low, low_count, high, high_count, margin, s.reads + 1)
+    far, close, evenly = (np.resize(np.float32(x), length) for x in (_FAR, _CLOSE, np.arange(1, 6) / (_PROBES + 1)))
+    near = jnp.clip(centre + far * wide + close * noise, 0.0, 1.0)
+    return jnp.where(even, evenly, near) * (s.high - s.low).astype(jnp.float32)
 
 
 def _search(
-    count: Callable[[Sequence[jax.Array]], list[Count]],
+    values: Sequence[_Values],
     start: _Search,
     wanted: Count,
     curve: Callable[[Count], jax.Array] | None = None,
+    places: int | None = None,
 ) -> _Search:
-    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count."""
+    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count.
+
+    With ``places``, so many of them, ties are searched as well.
+    """
 
     def is_open(packed: jax.Array) -> jax.Array:
         s = start.unpacked(packed)
-        return (s.high - s.low > 1) & ~s.low_count.equals(wanted)
+        room = s.high - s.low > 1
+        return ~s.exact(wanted) & (room if places is None else room | ~s.tied)
 
     def narrow(packed: jax.Array) -> jax.Array:
         # Every lane computes all of the turn, with numbers of its own by adding a zero that the compiler does not know:
         # so it makes one program of it. Of scalars it would make a dozen, and each takes as long to compile.
         s, nil = start.unpacked(packed), jnp.minimum(packed, packed[-1])
-        counts = count(s.probes)
+        counts = _reached(values, s, places is not None)
         s, counts, goal = jax.tree.map(lambda x: x + nil.astype(x.dtype), (s, counts, wanted))
-        s = _narrow(s, counts, goal)
-        return s.probing(_interpolated(s, goal, curve)).packed()
+        s = s.narrowed(counts, goal)
+        s = s if places is None else s.turned(goal, places)
+        return s.probing(_interpolated(s, goal, curve, _LANES)).packed()
 
     return start.unpacked(lax.while_loop(is_open, narrow, start.packed()))
 
@@ -170,16 +211,21 @@ class _Values(NamedTuple):
         return _falling_rank(inner, lax.optimization_barrier((first, *later_than))[0])
 
 
-def _count_reaching(values: Sequence[_Values], probes: Sequence[jax.Array]) -> list[Count]:
-    """How many ranks reach each probe. The barrier keeps XLA from hoisting the ranks into a copy."""
+def _reached(values: Sequence[_Values], s: _Search, ties: bool) -> list[Count]:
+    """How many ranks reach each probe, or ranks above the level and places of ties at it.
+
+    The barrier keeps XLA from hoisting the ranks into a copy.
+    """
     counts = []
     for x in values:
-        number = len(x.arrays)
-        held = lax.optimization_barrier((*x.arrays, *probes))
-        bits = x.rank(*held[:number])
-        flags = [(bits >= probe).astype(jnp.uint32) for probe in held[number:]]
+        bits, known = x.bits(*s.probes), s.probes
+        if ties:
+            level, tied, *known = lax.optimization_barrier((s.level, s.tied, *s.probes))
+            places = jnp.where(bits > level, _top(bits.dtype), x.places(level).astype(bits.dtype))
+            bits = jnp.where(tied, jnp.where(bits < level, 0, places), bits)
+        flags = [(bits >= probe).astype(jnp.uint32) for probe in known]
         counts.append(reduce_together(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
-    return [Count.total(column) for column in zip(*counts, strict=True)]
+    return [s.low_count.like(*column) for column in zip(*counts, strict=True)]
 
 
 def _common_float(scores: Sequence[jax.Array]) -> list[jax.Array]:
@@ -255,20 +301,14 @@ def _drawn(shape: tuple[int, ...], rare: int) -> jax.Array:
     return (_falling_rank(shape, jnp.uint32(0)) * jnp.uint32(0x9E3779B1)) >> (32 - rare) == 0
 
 
-def _total(values: Sequence[_Values]) -> Count:
-    """How many there are to choose from."""
-    return Count.total([jnp.uint32(x.size) if x.among is None else count_true(x.among) for x in values])
-
-
 def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, largest: jax.Array) -> _Search:
     """From the smallest to the largest of those to choose from, or all that rank 0 where those are too few."""
-    total = _total(values)
-    enough = total.reaches(wanted) & total.reaches(Count.of(1))
-    none, everything = Count.of(0), Count.of(sum(x.size for x in values))
-    return _Search(
+    total = wanted.like(*(np.uint32(x.size) if x.among is None else count_true(x.among) for x in values))
+    none, everything = wanted.like(0), wanted.like(sum(x.size for x in values))
+    enough = total.reaches(wanted) & ~total.equals(none)
+    return _Search.of(
         low=jnp.where(enough, smallest, 0), low_count=pick(enough, total, everything),
-        high=jnp.where(enough, largest, 0) + 1, high_count=pick(enough, none, total),
-        margin=jnp.float32(0.25), reads=jnp.uint32(1),
+        high=jnp.where(enough, largest, 0) + 1, high_count=pick(enough, none, total), reads=1,
     )  # fmt: skip
 
 
@@ -284,29 +324,26 @@ def kth_largest(
     The first probes lie where the threshold would be if the ordered bits were normally distributed: the bits
     are close to a logarithm, and the logarithm of a weight's magnitude nearly is.
     """
-    return _ranked(scores, wanted, among, by)[1]
-
-
-def _ranked(
-    scores: Sequence[jax.Array],
-    wanted: Count,
-    among: Sequence[jax.Array] | None,
-    by: Callable[[jax.Array], jax.Array] | None,
-) -> tuple[list[_Values], _Search]:
     bits, dtype = _ordering(by), jnp.result_type(*(x.dtype for x in scores))
-    values = _floats(scores, among, bits)
-    start, centre, deviation = _start(values, wanted, bits(jnp.ones((), dtype)), dtype)
+    wanted = wanted.within(sum(x.size for x in scores))
+    return _ranked(_floats(scores, among, bits), wanted, bits(jnp.ones((), dtype)), dtype)
+
+
+def _ranked(values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any, places: int | None = None) -> _Search:
+    """The search among the ordered bits of floats of a dtype, ``one`` those of 1.0."""
+    start, centre, deviation = _start(values, wanted, one, dtype)
     total = start.low_count
 
     def normal(count: Count) -> jax.Array:
         """Deviations from the mean that so many of a normal distribution reach, the more the fewer; negated."""
-        n, none = jnp.maximum(total.minus(Count.of(0)), 1.0), 0.5
-        reach, rest = (jnp.maximum(x, none) / n for x in (count.minus(Count.of(0)), total.minus(count)))
+        nothing = wanted.like(0)
+        n, none = jnp.maximum(total.minus(nothing), 1.0), 0.5
+        reach, rest = (jnp.maximum(x, none) / n for x in (count.minus(nothing), total.minus(count)))
         return jnp.where(reach < rest, -1.0, 1.0) * _deviations(jnp.minimum(reach, rest))
 
     z = -normal(wanted)
-    start = start.probing([centre + (z + side) * deviation for side in (-1, -0.25, 0, 0.25, 1)])
-    return values, _search(lambda probes: _count_reaching(values, probes), start, wanted, normal)
+    start = start.probing(centre + (z + np.float32([-1, -0.25, 0, 0.25, 1])) * deviation)
+    return _search(values, start, wanted, normal, places)
 
 
 def _deviations(part: jax.Array) -> jax.Array:
@@ -394,31 +431,32 @@ def _keep(
 ) -> list[jax.Array]:
     """Compiled once for each set of shapes, also where it is called outside ``jit``."""
     shapes, scores = [x.shape for x in scores], _common_float(scores)
+    bits, dtype = _ordering(by), scores[0].dtype
     packed = [batch.pack(scores) for batch in layout]
-    values, found = _ranked(packed, wanted, None if among is None else [batch.pack(among) for batch in layout], by)
+    values = _floats(packed, None if among is None else [batch.pack(among) for batch in layout], bits)
     sizes = [math.prod(shape) for shape in shapes]
     if sum(sizes) >= _LAST:
-        return _in_turn(values, found, wanted)
+        return _in_turn(values, _ranked(values, wanted, bits(jnp.ones((), dtype)), dtype), wanted)
+    wanted = wanted.within(sum(sizes))
     places = np.cumsum([0, *sizes[::-1]])[:0:-1].tolist()
     inner = [() if batch.joined else shapes[batch.members[0]] for batch in layout]
     values = [
         x._replace(first=batch.falling(places, shapes), inner=shape)
         for x, batch, shape in zip(values, layout, inner, strict=True)
     ]
-    ties, left = found.low_count.left_after(found.high_count), wanted.left_after(found.high_count)
-    cut = _cut(values, found.low, ties, left)
+    found = _ranked(values, wanted, bits(jnp.ones((), dtype)), dtype, sum(sizes))
+    level, cut = found.ended(wanted)
     firsts: list[Any] = [x.first for x in values]
     if len(layout) < len(scores):
-        values, firsts = _floats(scores, among, _ordering(by)), apart(places, found.reads == 0)
+        values, firsts = _floats(scores, among, bits), apart(places, found.reads == 0)
     return [
-        _reaching(x._replace(first=first, inner=x.shape), found.low, cut)
-        for x, first in zip(values, firsts, strict=True)
+        _reaching(x._replace(first=first, inner=x.shape), level, cut) for x, first in zip(values, firsts, strict=True)
     ]
 
 
 @jax.jit
 def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
-    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    (first, second), wanted = jax.random.bits(key, (2,), jnp.uint32), wanted.within(among.size)
 
     def rank(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
         like = jax.typeof(mask).sharding if is_explicit(mask) else None
@@ -429,9 +467,8 @@ def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
     start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_LAST))
     start = start._replace(margin=jnp.float32(0.0))
     start = start.probing(_interpolated(start, wanted))
-    found = _search(lambda probes: _count_reaching(values, probes), start, wanted)
-    ties, left = found.low_count.left_after(found.high_count), wanted.left_after(found.high_count)
-    return _reaching(values[0], found.low, _cut(values, found.low, ties, left))
+    found = _search(values, start, wanted, places=among.size)
+    return _reaching(values[0], *found.ended(wanted))
 
 
 _LAST = (1 << 32) - 2
@@ -446,12 +483,18 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 def _in_turn(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
     """Masks of more values than can be numbered: one array after another keeps its ties, as long as any are wanted."""
-    left = wanted.left_after(found.high_count)
+    level, left = found.low, wanted.left_after(found.high_count)
     masks = []
     for x in values:
-        ties = Count.of(count_true(x.bits(found.low) == found.low))
+        above, reached = (count_true(op(x.bits(level), level)) for op in (operator.gt, operator.ge))
+        ties = Count.of(reached - above)
         taken = pick(left.reaches(ties), ties, left)
-        masks.append(_reaching(x, found.low, _cut([x], found.low, ties, taken)))
+        goal = Count.total([above, (taken.high << 16) + taken.low])
+        low, high = jnp.zeros_like(level), jnp.full_like(level, x.size + 1)
+        start = _Search.of(low, Count.of(reached), high, Count.of(above))
+        start = start._replace(level=level)
+        own = _search([x], start.probing(_interpolated(start, goal)), goal, places=x.size)
+        masks.append(_reaching(x, *own.ended(goal)))
         left = left.left_after(taken)
     return masks
 
@@ -460,23 +503,6 @@ def _reaching(x: _Values, level: jax.Array, cut: jax.Array) -> jax.Array:
     # One pass, from the arrays: shared with a comparison above, the ranks would be written out.
     bits = x.bits(level, cut)
     return (bits > level) | ((bits == level) & (x.places(level, cut) >= cut))
-
-
-def _cut(values: Sequence[_Values], level: jax.Array, ties: Count, wanted: Count) -> jax.Array:
-    """The place down to which the first ``wanted`` of the values at ``level`` lie, of which there are ``ties``."""
-
-    def reaching(probes: Sequence[jax.Array]) -> list[Count]:
-        counts = []
-        for x in values:
-            flags, places = x.bits(level, *probes) == level, x.places(level, *probes)
-            reached = [(flags & (places >= probe)).astype(jnp.uint32) for probe in probes]
-            counts.append(reduce_together(reached, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
-        return [Count.total(column) for column in zip(*counts, strict=True)]
-
-    last = jnp.uint32(sum(x.size for x in values) + 1)
-    start = _Search(jnp.uint32(0), ties, last, Count.of(0), jnp.float32(0.25), jnp.uint32(0))
-    cut = _search(reaching, start.probing(_interpolated(start, wanted)), wanted)
-    return jnp.where(cut.low_count.equals(wanted), cut.low, cut.high)
 
 
 def _falling_rank(shape: tuple[int, ...], first: jax.Array, sharding: Any = None) -> jax.Array:
