@@ -40,11 +40,9 @@ def layouts() -> str:
     groups = _methods(row for row in ROWS if "stacked" not in row.name)
     chosen = {name: max(rows, key=lambda row: sum(takes(row, x) for x in CASES)) for name, rows in groups}
     lines = [[f"`{name}`", *(cell(row, case) for case in CASES)] for name, row in chosen.items()]
-    named = [f"{letter}: {case.name}" for letter, case in zip(letters, CASES, strict=False)]
-    told = [f"{_raised(i)} {why}" for i, why in enumerate(reasons, 1)]
-    return "\n\n".join(
-        ["; ".join(named) + ".", table(["method", *letters[: len(CASES)]], lines), "; ".join(told) + "."]
-    )
+    named = ", ".join(f"{letter} `{case.name}`" for letter, case in zip(letters, CASES, strict=False))
+    told = [f"{_raised(i)} {why}." for i, why in enumerate(reasons, 1)]
+    return "\n\n".join([f"{named}.", table(["method", *letters[: len(CASES)]], lines), *told])
 
 
 def _refusal(row: Any, case: Any) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
 from jcompress.core import Context, Method
+from jcompress.factorize.rank_choice import check_on_host
 from jcompress.factorize.subspaces import check_filled
 from jcompress.formats import ShiftAdd
 
@@ -59,11 +59,17 @@ class LCC(Method):
             raise ValueError(f"{path}: LCC needs a matrix, found shape {shape}; keep it dense")
         check_filled("LCC", path, shape)
 
+    whole: ClassVar[bool] = True
+
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> ShiftAdd:
-        """The node for one array."""
-        self.check(context.path, w.shape, w.dtype)
-        if not core.is_concrete(w):
-            raise ValueError(f"{context.path}: LCC chooses its wiring by the values, so it works outside jit only")
+        """The node for one array; stacked layers have a wiring each."""
+        layers, shape = w.shape[: context.batch], w.shape[context.batch :]
+        self.check(context.path, shape, w.dtype)
+        check_on_host("LCC", context.path, "wiring", w)
+        nodes = [self._wired(x) for x in w.reshape(-1, *shape)]
+        return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*layers, *parts[0].shape), *nodes)
+
+    def _wired(self, w: jax.Array) -> ShiftAdd:
         matrix = np.asarray(w, np.float64).reshape(-1, w.shape[-1])
         size = np.abs(matrix).max(0)
         # Powers of two and 1 to 2 times them: all outputs use the same range of codes.

@@ -82,6 +82,15 @@ def check_concrete(name: str, path: str, w: jax.Array) -> None:
         raise ValueError(f"{path}: {name} chooses its rank by the values, so it works outside jit only; give a rank")
 
 
+def check_on_host(name: str, path: str, what: str, w: jax.Array) -> None:
+    """Raise under ``jit`` and ``vmap`` for a method that computes on the host."""
+    if not core.is_concrete(w):
+        raise ValueError(
+            f"{path}: {name} chooses its {what} by the values, so it works outside jit only; layers are stacked by a "
+            "layout, jc.plan(..., layout=), and not by jc.stacked"
+        )
+
+
 def evbmf(values: Any, shape: tuple[int, ...]) -> int:
     """The rank of most evidence for a matrix in noise of unknown size, at least 1.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core
 from jcompress.core import Context, Method
+from jcompress.factorize.rank_choice import check_on_host
 from jcompress.factorize.subspaces import check_filled
 from jcompress.formats import Quantized, ShiftAdd
 from jcompress.formats.network import TensorNetwork
@@ -55,24 +56,39 @@ class TernarySVD(Method):
             raise ValueError(f"{path}: TernarySVD needs a matrix, found shape {shape}; keep it dense")
         check_filled("TernarySVD", path, shape)
 
+    whole: ClassVar[bool] = True
+
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
-        """The node for one array."""
-        self.check(context.path, w.shape, w.dtype)
-        if not core.is_concrete(w):
-            raise ValueError(f"{context.path}: TernarySVD chooses its rank by the values, so it works outside jit only")
-        matrix = np.asarray(w, np.float64).reshape(-1, w.shape[-1])
-        most = 4 * min(matrix.shape) if self.rank is None else self.rank
-        left, s, right = _greedy(matrix, self.tolerance, self.cosine, max(most, 1))
-        window = "uvwxyz"[: w.ndim - 2]
-        factors = (_codes(left.reshape(*w.shape[:-1], -1), w.dtype), jnp.asarray(s, w.dtype), _codes(right, w.dtype))
-        return TensorNetwork(factors, f"{window}ir,r,rj->{window}ij", (1,) * w.ndim)
+        """The node for one array; stacked layers have as many terms as one of them needs, the others some of size 0."""
+        layers, shape = w.shape[: context.batch], w.shape[context.batch :]
+        self.check(context.path, shape, w.dtype)
+        check_on_host("TernarySVD", context.path, "rank", w)
+        matrices = np.asarray(w, np.float64).reshape(math.prod(layers), -1, shape[-1])
+        most = 4 * min(matrices.shape[1:]) if self.rank is None else self.rank
+        found = [_greedy(matrix, self.tolerance, self.cosine, max(most, 1)) for matrix in matrices]
+        rank = max((s.size for _, s, _ in found), default=1)
+        left, s, right = (
+            np.stack([_filled(parts[i], axis, rank) for parts in found]) for i, axis in enumerate((1, 0, 0))
+        )
+        window = "uvwxyz"[: len(shape) - 2]
+        factors = (
+            _codes(left.reshape(*layers, *shape[:-1], rank), len(layers), w.dtype),
+            jnp.asarray(s.reshape(*layers, rank), w.dtype),
+            _codes(right.reshape(*layers, rank, shape[-1]), len(layers), w.dtype),
+        )
+        return TensorNetwork(factors, f"{window}ir,r,rj->{window}ij", (1,) * len(shape))
 
 
-def _codes(x: np.ndarray, dtype: Any) -> Quantized:
-    """Entries of -1, 0 and 1 in two bits each; the scale of one is held."""
-    codes = jnp.asarray(x, jnp.int8)
-    one = jnp.ones((1,) * codes.ndim, jnp.float8_e8m0fnu)
-    return Quantized(codes, one, bits=2, axes=tuple(range(-codes.ndim, 0)), dtype=np.dtype(dtype))
+def _filled(x: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """With terms of size 0 beside those that there are."""
+    return np.pad(x, [(0, rank - n if i == axis else 0) for i, n in enumerate(x.shape)])
+
+
+def _codes(x: np.ndarray, layers: int, dtype: Any) -> Quantized:
+    """Entries of -1, 0 and 1 in two bits each; the scale of one, for each layer, is held."""
+    codes, axes = jnp.asarray(x, jnp.int8), tuple(range(layers - x.ndim, 0))
+    one = jnp.ones((*x.shape[:layers], *[1] * len(axes)), jnp.float8_e8m0fnu)
+    return Quantized(codes, one, bits=2, axes=axes, dtype=np.dtype(dtype))
 
 
 def _greedy(w: np.ndarray, tolerance: float, cosine: float, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
