@@ -141,7 +141,9 @@ def test_a_slice_inside_scan_is_the_node_of_its_layer(row):
     ws = jnp.stack([array(row, seed=seed) for seed in range(3)])
     node = jax.jit(partial(compress, jc.stacked(row.method)))(ws)
     _, inside = jax.lax.scan(lambda carry, layer: (carry, layer.materialize()), 0, node)
-    np.testing.assert_array_equal(np.asarray(inside), np.asarray(node.materialize()))
+    np.testing.assert_allclose(
+        np.asarray(inside), np.asarray(node.materialize()), rtol=0, atol=0 if row.exact else 1e-5
+    )
     if not getattr(row.method, "needs", ()):
         alone = jnp.stack([jc.materialize(fitted(row, w)) for w in ws])
         np.testing.assert_allclose(np.asarray(inside), np.asarray(alone), atol=0 if row.exact else 1e-5)
@@ -369,7 +371,9 @@ def test_sharding_is_kept_and_no_parameters_are_moved(row, axis, shape, axis_typ
     tolerance = 1e-4 if row.stationary else 1e-3
     assert_same(jax.device_get(node), alone(row, shape), row.exact and not row.sums, tolerance)
     along = axis in range(len(shape))[:-1] if row.gathers == "inputs" else row.gathers
-    if axis_type == AxisType.Explicit or not along:  # else the compiler chooses
+    # Of few shared values no axis says how the array was sharded; then, or where parameters move, the compiler chooses.
+    told = any(x.ndim >= min(len(shape), 2) and shape[axis] in x.shape for x in jax.tree.leaves(node))
+    if told and (axis_type == AxisType.Explicit or not along):
         assert dense.sharding.is_equivalent_to(sharding, w.ndim)
     if axis_type == AxisType.Explicit:
         assert all(x.sharding.is_equivalent_to(sharding, w.ndim) for x in jax.tree.leaves(node) if x.shape == shape)

@@ -8,8 +8,10 @@ from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
 from jcompress.formats.complexes import Cartesian
 from jcompress.formats.fake_quantized import FakeQuantized
+from jcompress.formats.fast_product import FastProduct
 from jcompress.formats.frozen import Frozen
 from jcompress.formats.gated import Gated
+from jcompress.formats.gathered import Gathered
 from jcompress.formats.gaussian import Gaussian
 from jcompress.formats.horseshoe import Horseshoe
 from jcompress.formats.jeffreys import Jeffreys
@@ -36,8 +38,10 @@ __all__ = [
     "Cast",
     "Codebook",
     "FakeQuantized",
+    "FastProduct",
     "Frozen",
     "Gated",
+    "Gathered",
     "Gaussian",
     "Horseshoe",
     "Jeffreys",

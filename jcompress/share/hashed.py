@@ -1,0 +1,120 @@
+"""Values shared by a hash of the index."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jcompress import core
+from jcompress.core import Context, Method
+from jcompress.formats import Gathered
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashed(Method):
+    """Entries that a hash of their index sends to one bucket share a value (Chen et al. 2015, arXiv:1504.04788).
+
+    ``w[i, j] = sign(i, j) * values[bucket(i, j)]`` with both functions of ``(seed, i, j)`` alone, the same on every
+    platform, and so not stored. A value is fitted by the signed mean of its entries, the optimum of least squares;
+    ``jc.split`` trains the values. Which weights share is chance: a hash keeps about the share ``ratio`` of the squared
+    norm of trained weights, so train it, or train it from the start.
+
+    Attributes:
+      ratio: how many values there are for each entry, in (0, 1].
+      seed: of the hash, from 0 to 2**32 - 1.
+
+    Raises:
+      ValueError: for a ratio or a seed outside these.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> node = jc.share.Hashed(ratio=0.125)(jnp.ones((64, 32)))
+      >>> node.shape, node.nbits()
+      ((64, 32), 8192)
+    """
+
+    ratio: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_hash("Hashed", self.ratio, self.seed)
+
+    @core.compiled
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Gathered:
+        """The node for one array."""
+        slots = max(round(self.ratio * w.size), 1)
+        return Gathered(None, w.shape, "hash", (slots,), self.seed).project(w, context.where)
+
+
+@dataclasses.dataclass(frozen=True)
+class HashedFrequencies(Method):
+    """A hash of a convolution's window in frequencies, FreshNets (Chen et al. 2015, arXiv:1506.04449).
+
+    Smooth filters lose less so. Coefficients of the cosine transform of one band, those whose frequencies have one sum,
+    share values among themselves, and low bands have more: their number is that of the coefficients divided by
+    ``(1 + band) ** decay``, in proportion.
+
+    Attributes:
+      ratio: how many values there are for each entry, in (0, 1]; a band has one at least.
+      seed: of the hash, from 0 to 2**32 - 1.
+      decay: how fast the share of a band falls; 0 gives all bands the same one.
+
+    Raises:
+      ValueError: for hyperparameters outside these, or an array without a window.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> node = jc.share.HashedFrequencies(ratio=0.25)(jnp.ones((3, 3, 16, 8)))
+      >>> node.slots, node.nbits()
+      ((78, 78, 78, 39, 16), 9248)
+    """
+
+    ratio: float = 0.125
+    seed: int = 0
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_hash("HashedFrequencies", self.ratio, self.seed)
+        if not 0 <= self.decay < math.inf:
+            raise ValueError(f"HashedFrequencies: decay={self.decay} must be a number from 0 on")
+
+    def check(self, path: str, shape: tuple[int, ...], dtype: object) -> None:
+        """Raise for an array without a window."""
+        if len(shape) < 3:
+            raise ValueError(
+                f"{path}: HashedFrequencies found shape {shape}, expected a convolution kernel, (window..., in, out); "
+                "use Hashed for a matrix"
+            )
+
+    @core.compiled
+    def __call__(self, w: jax.Array, context: Context = Context(), /) -> Gathered:
+        """The node for one array."""
+        self.check(context.path, w.shape, w.dtype)
+        node = Gathered(None, w.shape, "frequency", self._slots(w.shape), self.seed)
+        return node.project(w, context.where)
+
+    def _slots(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The values of each band: in proportion to its weight, and no more than it has coefficients."""
+        window = np.indices(shape[:-2]).sum(0).ravel()
+        entries = np.bincount(window) * math.prod(shape[-2:])
+        weight = entries / (1 + np.arange(len(entries))) ** self.decay
+        wanted, slots, free = self.ratio * entries.sum(), np.zeros(len(entries)), np.ones(len(entries), bool)
+        for _ in entries:  # what a full band cannot take goes to the others
+            rest = max(wanted - entries[~free].sum(), 0)
+            slots = np.where(free, rest * weight / max(weight[free].sum(), 1e-30), entries)
+            full = free & (slots >= entries)
+            if not full.any():
+                break
+            free &= ~full
+        return tuple(int(n) for n in np.maximum(np.minimum(np.round(slots), entries), 1))
+
+
+def check_hash(name: str, ratio: float, seed: int) -> None:
+    """Raise for a ratio or a seed that is none."""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"{name}: ratio={ratio} must be in (0, 1]: how many values there are for each entry")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"{name}: seed={seed!r} must be an integer from 0 to {2**32 - 1}")
