@@ -238,3 +238,28 @@ def plan(method, shape=(24, 16)):
 def test_mistakes_are_told(make, told):
     with pytest.raises(ValueError, match=told):
         make()
+
+
+LARGE = [S.Circulant(), S.Circulant(seed=1), S.Toeplitz(1, sweeps=0), S.Fastfood(sweeps=0), S.ACDC(sweeps=0)]
+
+
+@pytest.mark.parametrize("method", LARGE, ids=repr)
+def test_fast_transforms_under_accelerate_give_the_dense_product(method):
+    params, x = {"w": matrix((1024, 1000))}, matrix((2, 3, 1024), seed=1)
+    for layout, fn in (
+        (jc.Layout(), lambda p, x: (x @ p["w"], x[..., :1000] @ p["w"].T, jnp.einsum("io,bci->obc", p["w"], x))),
+        (jc.Layout(inputs=1, outputs=0), lambda p, x: (x[..., :1000] @ p["w"].T, x @ p["w"])),
+    ):
+        small = jc.compress(params, jc.plan(params, [("w", method)], layout={"w": layout}))
+        fast = jc.accelerate(fn)
+        assert all("fast transforms" in row.how for row in fast.report(small, x).rows)
+        for y, dense in zip(fast(small, x), fn(jc.materialize(small), x), strict=True):
+            np.testing.assert_allclose(y, dense, atol=2e-4 * float(jnp.abs(dense).max()))
+
+
+def test_small_and_hashed_ones_are_made_dense():
+    params, fn = {"w": matrix()}, lambda p, x: x @ p["w"]
+    for method in (S.Circulant(), S.Hashed()):
+        small = jc.compress(params, jc.plan(params, [("w", method)]))
+        (row,) = jc.accelerate(fn).report(small, matrix((3, 24))).rows
+        assert row.how == "dense: Gathered is made dense"

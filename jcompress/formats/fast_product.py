@@ -120,7 +120,8 @@ class FastProduct(Compressed):
         if vectors[0].ndim > 2:
             return jax.vmap(self._dense_of)(list(vectors))
         eye = jnp.eye(math.prod(self.sizes[:-1]), dtype=vectors[0].dtype)
-        return self._through(eye, vectors).reshape(self.sizes)
+        # Row by row: where several are sharded, XLA may lay them out as its transforms on a CPU do not take them.
+        return jax.lax.map(lambda row: self._through(row, vectors), eye).reshape(self.sizes)
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x @ w`` for ``x`` (..., window and inputs): one step after the other."""

@@ -23,6 +23,7 @@ def accelerate(fn: Callable[..., Any]) -> Executed:
     a mask, and the sum of both for their sum. Convolutions are taken alike. Of codes in groups one block of groups at a
     time is made dense, multiplied and added up, where the activation has few rows. An activation is contracted into a
     :class:`~jcompress.formats.TensorNetwork` along the cheapest path, or goes through a chain of smaller convolutions.
+    Circulant matrices and a :class:`~jcompress.formats.FastProduct` multiply by fast transforms where they are large.
     All other nodes are made dense, and ``report`` says which. Activations stay as they are;
     :func:`jcompress.quantize.activations` multiplies integers.
 

@@ -17,6 +17,7 @@ from jcompress.trace.core.contraction import Dot, Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
+from jcompress.trace.execution.fast import Fast, of_fast
 from jcompress.trace.execution.grouped import Grouped
 from jcompress.trace.execution.networks import Network, of_factors, of_network
 from jcompress.trace.execution.weights import Multiply, Range, Shared, Tell, Weight, static
@@ -117,12 +118,12 @@ class Terms:
         return sum(rest, first)
 
 
-Operand = Weight | Factors | Terms | Network
+Operand = Weight | Factors | Terms | Network | Fast
 
 
 def is_operand(x: Any) -> bool:
     """Whether a value is a weight in a form of its own."""
-    return isinstance(x, (Weight, Factors, Terms, Network))
+    return isinstance(x, (Weight, Factors, Terms, Network, Fast))
 
 
 def dense(x: Any) -> Any:
@@ -150,12 +151,12 @@ def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Op
         if isinstance(u, Weight) and isinstance(v, Weight):
             u, v = (dataclasses.replace(w, note=w.note or "a factor") for w in (u, v))
             return Factors(u, v)
-    if (network := of_network(path, leaf)) is not None:
-        return network
+    if (found := of_network(path, leaf) or of_fast(path, leaf)) is not None:
+        return found
     if isinstance(leaf, Arranged) and isinstance(leaf.inner, LowRank) and _is_thin(leaf.inner):
-        found = _of_arranged(path, leaf, ranges)
-        if found is not None:
-            return found
+        factors = _of_arranged(path, leaf, ranges)
+        if factors is not None:
+            return factors
     if isinstance(leaf, Arranged) and isinstance(leaf.inner, Sum):
         leaf = Sum(tuple(dataclasses.replace(leaf, inner=term).finalize() for term in leaf.inner.terms))
     if isinstance(leaf, Sum):
