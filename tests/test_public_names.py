@@ -18,7 +18,16 @@ TWO_READINGS = {"hessian", "random", "taylor"}
 # What stands before the parameters: the program they are arguments of, or the plan made from them.
 BEFORE_PARAMS = {"fn", "loss", "train", "plan", "keep"}
 # These numbers are written to the file, and give the same matrix back in another process.
-STORED_SEEDS = {"quantize.Rotation"}
+STORED_SEEDS = {
+    "quantize.Rotation",
+    "formats.FastProduct",
+    "formats.Gathered",
+    "share.ACDC",
+    "share.Circulant",
+    "share.Fastfood",
+    "share.Hashed",
+    "share.HashedFrequencies",
+}
 
 
 def test_every_object_has_one_path():

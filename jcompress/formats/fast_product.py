@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -16,7 +16,7 @@ from jcompress.numeric import fast_products, hashing, scaling
 
 _STEPS = 8
 """Of conjugate gradients towards the best vector with the others as they are."""
-_WITH_VECTOR = {
+_WITH_VECTOR: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "diagonal": jnp.multiply,
     "circulant": fast_products.circulant,
     "skew": fast_products.skew_circulant,

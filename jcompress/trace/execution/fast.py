@@ -62,8 +62,7 @@ class Fast:
         if None in places:
             return None
         named: dict[str, Any] = {
-            name: tuple(places[a + n] - n for a in getattr(self.layout, name))  # type: ignore[operator]
-            for name in ("inputs", "outputs")
+            name: tuple(places[a + n] - n for a in getattr(self.layout, name)) for name in ("inputs", "outputs")
         }
         sizes = tuple(self.sizes[places.index(i)] for i in range(n))
         return [dataclasses.replace(self, layout=Layout(**named), sizes=sizes)]
