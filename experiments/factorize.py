@@ -122,7 +122,7 @@ class Chosen:
         self.plans["dense"] = bench.plan(None)
         moved = jc.budget.output_error(bench.stats, relative=True)
         typical = jc.compress(bench.params, bench.plan(FAMILIES[OPTIONS[0]](0.3)), stats=bench.stats)
-        measure = jc.budget.by_loss(moved, bench.divergence, bench.params, typical)
+        measure = jc.budget.by_loss(bench.divergence, bench.params, typical, measure=moved)
         self.options = jc.budget.options(
             bench.params, self.plans, measure=measure, cost=bench.numbers, stats=bench.stats
         )

@@ -33,6 +33,9 @@ METHODS = {
     "scored": jc.prune.dynamic.EdgePopup(sparsity=0.5),
     "soft": jc.prune.dynamic.STR(),
     "network": jc.factorize.Monarch(blocks=4),
+    "hashed": jc.share.Hashed(ratio=0.5),
+    "fast_product": jc.share.ACDC(),
+    "shift_add": jc.factorize.LCC(),
     "arranged": jc.factorize.SVD(rank=2),
 }
 

@@ -178,5 +178,7 @@ TRANSFORMS = [
         lambda params: jc.quantize.training.loss_scaled(projected(M(RAMP))(params), start=8.0, patience=2),
         inject=(lambda x: jc.quantize.training.loss_scaled(optax.sgd(0.1), start=8.0, factor=x), 2.0),
     ),
+    Row("mean_teacher", "distill.mean_teacher", behind(lambda: jc.distill.mean_teacher(0.9)), ()),
+    Row("langevin", "distill.langevin", behind(lambda: jc.distill.langevin(1e-3, key=KEY)), (), free=True),
     Row("clip_values", "quantize.training.clip_values", behind(jc.quantize.training.clip_values), (), binarized),
 ]  # fmt: skip

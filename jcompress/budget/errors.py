@@ -123,7 +123,7 @@ def loss_change(loss: Callable[..., Any], params: PyTree, *batch: Any) -> Measur
     return measure
 
 
-def by_loss(measure: Measure, loss: Callable[..., Any], params: PyTree, tree: PyTree, *batch: Any) -> Measure:
+def by_loss(loss: Callable[..., Any], params: PyTree, tree: PyTree, *batch: Any, measure: Measure) -> Measure:
     """A measure in units of a loss: one forward pass a leaf says what a unit of it costs there.
 
     Each compressed leaf of ``tree`` is put into ``params`` alone; what it adds to the loss, over what the measure says
@@ -131,12 +131,12 @@ def by_loss(measure: Measure, loss: Callable[..., Any], params: PyTree, tree: Py
     ``output_error(stats, relative=True)``, ranks many options of leaves that matter unlike.
 
     Args:
-      measure: of one leaf.
       loss: ``loss(params, *batch)``, a scalar that the dense parameters make least, such as the divergence from their
         own outputs.
       params: the dense parameters.
       tree: the same with some leaves compressed, about as far as they will be.
       *batch: data.
+      measure: of one leaf.
 
     Returns:
       ``measure(path, w, value)``, for :func:`options` and :func:`mixed`, of leaves that ``tree`` has compressed.
@@ -150,7 +150,7 @@ def by_loss(measure: Measure, loss: Callable[..., Any], params: PyTree, tree: Py
       >>> def loss(p):
       ...     return 3 * (p["a"] ** 2).sum() + (p["b"] ** 2).sum()
       >>> tree = {"a": jc.formats.Masked(jnp.ones(2), jnp.ones(2, bool)), "b": jnp.zeros(2)}
-      >>> measure = jc.budget.by_loss(jc.budget.weight_error, loss, params, tree)
+      >>> measure = jc.budget.by_loss(loss, params, tree, measure=jc.budget.weight_error)
       >>> float(measure("a", params["a"], jnp.array([2.0, 0.0])))
       12.0
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -32,6 +32,10 @@ class MeanTeacherState(NamedTuple):
     step: jax.Array
     weight: jax.Array
     average: PyTree
+
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """Nothing: no parameter is held compressed."""
+        return {}
 
 
 def mean_teacher(decay: float | optax.Schedule = 0.999) -> optax.GradientTransformationExtraArgs:
@@ -63,11 +67,13 @@ def mean_teacher(decay: float | optax.Schedule = 0.999) -> optax.GradientTransfo
     """
 
     def init(params: PyTree) -> MeanTeacherState:
-        return MeanTeacherState(jnp.zeros((), jnp.int32), jnp.zeros(()), jax.tree.map(_held, params))
+        return MeanTeacherState(
+            jnp.zeros((), jnp.int32), jnp.zeros(()), jax.tree.map(jnp.copy, jax.tree.map(_held, params))
+        )
 
     def update(updates: PyTree, state: MeanTeacherState, params: PyTree = None, **_: Any) -> tuple[PyTree, Any]:
         if params is None:
-            raise ValueError("mean_teacher: found no parameters; call update(updates, state, params)")
+            raise ValueError("mean_teacher needs the parameters: call tx.update(grads, state, params)")
         a = jnp.asarray(decay(state.step) if callable(decay) else decay, jnp.float32)
         weight = a * state.weight + (1 - a)
         rate = jnp.where(weight > 0, (1 - a) / jnp.where(weight > 0, weight, 1), 0)
@@ -130,6 +136,10 @@ class LangevinState(NamedTuple):
     step: jax.Array
     key: jax.Array
 
+    def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
+        """Nothing: no parameter is held compressed."""
+        return {}
+
 
 def langevin(rate: float | optax.Schedule, *, key: jax.Array) -> optax.GradientTransformationExtraArgs:
     """Samples of a posterior by stochastic gradient Langevin dynamics (Welling & Teh, ICML 2011).
@@ -155,7 +165,7 @@ def langevin(rate: float | optax.Schedule, *, key: jax.Array) -> optax.GradientT
 
     def init(params: PyTree) -> LangevinState:
         del params
-        return LangevinState(jnp.zeros((), jnp.int32), key)
+        return LangevinState(jnp.zeros((), jnp.int32), jnp.copy(key))  # a step may be given its state
 
     def update(updates: PyTree, state: LangevinState, params: PyTree = None, **_: Any) -> tuple[PyTree, LangevinState]:
         del params

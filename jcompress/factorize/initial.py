@@ -45,7 +45,7 @@ def spectral_init(
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
       >>> node = jc.factorize.spectral_init(jax.random.key(0), (256, 128), rank=0.25)
-      >>> node.u.shape, node.v.shape, round(float(node.materialize().std() * 256**0.5), 2)
+      >>> node.u.shape, node.v.shape, round(float(node.materialize().std() * 256**0.5), 1)
       ((256, 21), (21, 128), 1.0)
     """
     method = rank if isinstance(rank, Method) else SVD(rank=rank)
