@@ -114,7 +114,7 @@ class _Search(NamedTuple):
     def packed(self) -> jax.Array:
         """One vector of integers: the probes, the rest, and last of all 0."""
         margin, lane = lax.bitcast_convert_type(self.margin, jnp.uint32), np.arange(_LANES)
-        packed = jnp.resize(self.probes, _LANES) * (lane < _PROBES)
+        packed = jnp.resize(self.probes, (_LANES,)) * (lane < _PROBES)
         for i, x in enumerate(jax.tree.leaves(self._replace(probes=None, margin=margin))):
             packed = jnp.where(lane == _PROBES + i, x.astype(packed.dtype), packed)
         return packed
@@ -146,7 +146,7 @@ def _interpolated(
     noise = jnp.sqrt(part * (1 - part) / inside) + 0.5 / inside
     wide = jnp.maximum(s.margin, 2 * noise)
     even = (inside <= _PROBES + 1) | (s.margin > 0.3)
-    far, close, evenly = (np.resize(np.float32(x), length) for x in (_FAR, _CLOSE, np.arange(1, 6) / (_PROBES + 1)))
+    far, close, evenly = (np.resize(np.asarray(x, np.float32), length) for x in (_FAR, _CLOSE, np.arange(1, 6) / (_PROBES + 1)))
     near = jnp.clip(centre + far * wide + close * noise, 0.0, 1.0)
     return jnp.where(even, evenly, near) * (s.high - s.low).astype(jnp.float32)
 
@@ -303,7 +303,7 @@ def _drawn(shape: tuple[int, ...], rare: int) -> jax.Array:
 
 def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, largest: jax.Array) -> _Search:
     """From the smallest to the largest of those to choose from, or all that rank 0 where those are too few."""
-    total = wanted.like(*(np.uint32(x.size) if x.among is None else count_true(x.among) for x in values))
+    total = wanted.like(*(jnp.uint32(x.size) if x.among is None else count_true(x.among) for x in values))
     none, everything = wanted.like(0), wanted.like(sum(x.size for x in values))
     enough = total.reaches(wanted) & ~total.equals(none)
     return _Search.of(
@@ -342,7 +342,7 @@ def _ranked(values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any
         return jnp.where(reach < rest, -1.0, 1.0) * _deviations(jnp.minimum(reach, rest))
 
     z = -normal(wanted)
-    start = start.probing(centre + (z + np.float32([-1, -0.25, 0, 0.25, 1])) * deviation)
+    start = start.probing(centre + (z + np.array([-1, -0.25, 0, 0.25, 1], np.float32)) * deviation)
     return _search(values, start, wanted, normal, places)
 
 
@@ -489,7 +489,7 @@ def _in_turn(values: Sequence[_Values], found: _Search, wanted: Count) -> list[j
         above, reached = (count_true(op(x.bits(level), level)) for op in (operator.gt, operator.ge))
         ties = Count.of(reached - above)
         taken = pick(left.reaches(ties), ties, left)
-        goal = Count.total([above, (taken.high << 16) + taken.low])
+        goal = Count.total([above, (jnp.asarray(taken.high) << 16) + taken.low])
         low, high = jnp.zeros_like(level), jnp.full_like(level, x.size + 1)
         start = _Search.of(low, Count.of(reached), high, Count.of(above))
         start = start._replace(level=level)
