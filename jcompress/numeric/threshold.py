@@ -146,7 +146,8 @@ def _interpolated(
     noise = jnp.sqrt(part * (1 - part) / inside) + 0.5 / inside
     wide = jnp.maximum(s.margin, 2 * noise)
     even = (inside <= _PROBES + 1) | (s.margin > 0.3)
-    far, close, evenly = (np.resize(np.asarray(x, np.float32), length) for x in (_FAR, _CLOSE, np.arange(1, 6) / (_PROBES + 1)))
+    shapes = (_FAR, _CLOSE, np.arange(1, 6) / (_PROBES + 1))
+    far, close, evenly = (np.resize(np.asarray(x, np.float32), length) for x in shapes)
     near = jnp.clip(centre + far * wide + close * noise, 0.0, 1.0)
     return jnp.where(even, evenly, near) * (s.high - s.low).astype(jnp.float32)
 
