@@ -1,6 +1,7 @@
 """Methods are right on every layout: compressing a leaf laid out anew gives what compressing it gave, laid out anew."""
 
 import dataclasses
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,12 @@ class Case:
     def batch(self):
         return self.layout.lead(len(self.shape))
 
+    @property
+    def plain(self):
+        """The layout of the leaf as methods see it."""
+        lead, window, ndim = self.batch, len(self.layout.window), len(self.seen)
+        return Layout(batch=range(lead), window=range(lead, lead + window), inputs=ndim - 2, outputs=ndim - 1)
+
 
 CASES = [
     Case("(in, out)", (16, 8), Layout()),
@@ -50,15 +57,6 @@ CASES = [
 ]
 
 
-def laid_out(case, w):
-    """What methods see, of the leaf, with a plain layout of the same batch axes."""
-    lead, window = case.batch, len(case.layout.window)
-    ndim = len(case.seen)
-    plain = Layout(batch=range(lead), window=range(lead, lead + window), inputs=ndim - 2, outputs=ndim - 1)
-    assert plain.plain
-    return case.layout.arrange(w), plain
-
-
 def takes(row, case):
     """Whether the method takes a leaf of this shape."""
     try:
@@ -74,24 +72,36 @@ def compressed(row, w, layout, stats):
     return jc.compress({"w": w}, plan, step=3, key=jax.random.key(7), stats=stats and {"w": stats}, grads=grads)["w"]
 
 
-def known(case, seen):
-    """Statistics of a leaf as methods see it, and the same of the leaf."""
-    axes = tuple(range(-2 - len(case.layout.window), -1))
-    k = int(np.prod([seen[a] for a in axes]))
-    x = RNG.normal(size=(*seen[: case.batch], 64, k)).astype("f4")
-    of_leaf = {name: RNG.uniform(0.5, 2, seen).astype("f4") for name in ("grad_square", "hessian_diagonal")}
+@cache
+def known(shape, layout):
+    """An array of a plain layout, and its statistics."""
+    axes, lead = tuple(range(-2 - len(layout.window), -1)), layout.lead(len(shape))
+    x = RNG.normal(size=(*shape[:lead], 64, int(np.prod([shape[a] for a in axes])))).astype("f4")
+    of_leaf = {name: RNG.uniform(0.5, 2, shape).astype("f4") for name in ("grad_square", "hessian_diagonal")}
     stats = jc.trace.Stats(
         gram=jnp.asarray(np.swapaxes(x, -1, -2) @ x), square=jnp.asarray((x**2).sum(-2)), axes=axes,
         **{name: jnp.asarray(value) for name, value in of_leaf.items()},
     )  # fmt: skip
-    kept = (*case.layout.window, *case.layout.inputs)
-    order = relaying._order(kept, case.shape)
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32), stats
+
+
+@cache
+def wanted(row, shape, layout):
+    """What a method gives for an array of a plain layout, what that stands for, and its projection of the array."""
+    seen, stats = known(shape, layout)
+    node = compressed(row, seen, layout, stats)
+    return node.nbits(), node.materialize(), node.project(seen).materialize()
+
+
+def relaid(stats, case):
+    """The statistics of the leaf, from those of the leaf as methods see it."""
+    order = relaying._order((*case.layout.window, *case.layout.inputs), case.shape)
     back = slice(None) if order is None else np.argsort(order)
-    raw = dataclasses.replace(
+    of_leaf = {n: case.layout.restore(getattr(stats, n), case.shape) for n in ("grad_square", "hessian_diagonal")}
+    return dataclasses.replace(
         stats, gram=stats.gram[..., back, :][..., back], square=stats.square[..., back], axes=case.layout.contracted,
-        **{name: case.layout.restore(jnp.asarray(value), case.shape) for name, value in of_leaf.items()},
+        **of_leaf,
     )  # fmt: skip
-    return stats, raw
 
 
 ROWS = [row for row in METHODS if row.name not in ("magnitude-vector", "int5-vector")]
@@ -107,17 +117,16 @@ def test_compressing_what_is_laid_out_anew(row, case):
 
 def check_case(row, case):
     """Raise unless compressing and laying out commute; ``docs/tables.py`` shows what this gives."""
-    w = jnp.asarray(RNG.normal(size=case.shape), jnp.float32)
-    seen, plain = laid_out(case, w)
-    stats, raw = known(case, seen.shape)
-    wanted = compressed(row, seen, plain, stats)
-    found = compressed(row, w, case.layout, raw)
+    seen, stats = known(case.seen, case.plain)
+    w = case.layout.restore(seen, case.shape)
+    found = compressed(row, w, case.layout, relaid(stats, case))
     dense = found.materialize()
     assert dense.shape == w.shape and dense.dtype == w.dtype
-    np.testing.assert_allclose(case.layout.arrange(dense), wanted.materialize(), rtol=2e-5, atol=2e-6)
-    assert abs(found.nbits() - wanted.nbits()) <= 0.1 * wanted.nbits()
-    nearer = found.project(w).materialize()
-    np.testing.assert_allclose(case.layout.arrange(nearer), wanted.project(seen).materialize(), rtol=2e-4, atol=2e-5)
+    nbits, expected, nearer = wanted(row, case.seen, case.plain)
+    np.testing.assert_allclose(case.layout.arrange(dense), expected, rtol=2e-5, atol=2e-6)
+    assert abs(found.nbits() - nbits) <= 0.1 * nbits
+    projected = case.layout.arrange(found.project(w).materialize())
+    np.testing.assert_allclose(projected, nearer, rtol=2e-4, atol=2e-5)
 
 
 W = jnp.asarray(RNG.normal(size=(64, 16)) * np.logspace(-2, 1, 16), jnp.float32)
