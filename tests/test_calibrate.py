@@ -49,7 +49,7 @@ def run(fn, params, *args, **options):
     """Statistics of one call; the outputs must be those of the function, but for how XLA fuses."""
     outs, stats = jax.jit(functools.partial(observe, fn, **options))(params, *args)
     for a, b in zip(jax.tree.leaves(outs), jax.tree.leaves(jax.jit(fn)(params, *args)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), rtol=2e-6, atol=2e-6)
     return stats
 
 
@@ -581,6 +581,8 @@ class TestCalibrate:
 
     @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
     def test_sharded_equals_unsharded(self, axis_type):
+        if axis_type == AxisType.Explicit and not hasattr(jax.sharding, "use_abstract_mesh"):
+            pytest.skip("explicit axes are no default in this jax")
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
         params = {"a": normal(0, 8, 16), "b": normal(1, 16, 4)}
         x = normal(2, 16, 8)
@@ -879,6 +881,8 @@ def test_a_product_that_is_linear_in_a_parameter_is_one_of_it(name):
 def test_weight_norm_is_told_to_be_folded():
     from flax import nnx
 
+    if not hasattr(nnx, "WeightNorm"):
+        pytest.skip("no weight normalization in this flax")
     layer = nnx.WeightNorm(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     plan = jc.plan(params, [(".*kernel", jc.quantize.GPTQ(bits=4)), (".*", None)])

@@ -388,7 +388,7 @@ def rows_read(eqn: jax_core.JaxprEqn, met: Meeting, indices: Any, weight: Any = 
     """How often each row of an embedding is read, or what the positions weigh that read it."""
     view, (atom,) = met.view, met.inputs
     rows = indices[..., _column(eqn)].reshape(-1)
-    if "CLIP" in str(eqn.params["mode"]).upper():
+    if "FILL" not in str(eqn.params["mode"]).upper():  # XLA keeps starts inside, also where they are said to be
         rows = jnp.clip(rows, 0, atom.size - 1)
     rows = jnp.where(rows < 0, atom.size, rows)  # below the first row there is none, as there is none behind the last
     each = jnp.uint32(1)
