@@ -12,10 +12,9 @@ from jcompress.core import (
     finalize,
     materialize,
     merge,
-    nbits,
     split,
 )
-from jcompress.io import load, save
+from jcompress.io import load, nbits, save
 from jcompress.measure import report
 from jcompress.numeric.surrogates import straight_through
 from jcompress.projection import ProjectState, project

@@ -383,25 +383,7 @@ def _parts(x: Any, name: str, where: Any, width: int | None, coded: bool, expect
 
 
 def nbits(tree: PyTree) -> int:
-    """The exact number of bits that ``tree`` takes when it is saved: nodes as they say, arrays by their dtype.
-
-    Works on shapes too, ``jc.nbits(jax.eval_shape(lambda p: jc.compress(p, plan), shapes))``: exact for N:M patterns
-    and wherever sizes do not depend on values. Another mask counts as entries kept at random, as many as its method
-    keeps; where that is unknown, as for learned masks or a step that is traced, as one that keeps all, which no mask
-    exceeds.
-
-    Args:
-      tree: any pytree of nodes, arrays and shapes.
-
-    Returns:
-      The number of bits, an ``int``.
-
-    Example:
-      >>> import jax.numpy as jnp, jcompress as jc
-      >>> w = {"w": jnp.ones((64, 32))}
-      >>> jc.nbits(w), jc.nbits(jc.compress(w, jc.plan(w, [("w", jc.quantize.Int(bits=4))])))
-      (65536, 9216)
-    """
+    """The exact number of bits of a tree of nodes, arrays and shapes, as :func:`jcompress.nbits` says."""
     return sum(leaf_nbits(x) for x in jax.tree.leaves(tree, is_leaf=is_node))
 
 

@@ -3,6 +3,7 @@
 from jcompress.io.checkpoint import Checkpoints
 from jcompress.io.export import register_export
 from jcompress.io.manifest import StorageError
+from jcompress.io.sizes import nbits as nbits
 from jcompress.io.storage import inspect
 from jcompress.io.storage import load as load
 from jcompress.io.storage import save as save

@@ -17,6 +17,7 @@ from jcompress.io import decoding, encoding, manifest, plans
 from jcompress.io.encoding import inner_leaves, unique_paths
 from jcompress.io.manifest import StorageError, join
 from jcompress.io.restore import check_paths, kind
+from jcompress.io.streams import Store
 from jcompress.version import __version__
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _describe(tree: PyTree, leaves: Mapping[str, Any]) -> dict[str, Any]:
         "jax": jax.__version__,
         "leaves": {name: kind(x) for name, x in leaves.items()},
         "keys": {name: str(jax.random.key_impl(x)) for name, x in keys.items()},
-        "scalars": {name: encoding.encode(x, name, []) for name, x in leaves.items() if not _is_array(x)},
+        "scalars": {name: encoding.encode(x, name, Store()) for name, x in leaves.items() if not _is_array(x)},
         "nodes": {path: encoding.node_spec(x, path, {}) for path, x in unique_paths(tree) if core.is_node(x)},
     }
 

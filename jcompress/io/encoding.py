@@ -14,12 +14,13 @@ import numpy as np
 from jcompress import core, formats, rules
 from jcompress.core import Compressed, Part
 from jcompress.io.manifest import DEPTH, StorageError, array_spec, check_nest, is_key, is_number, join, too_deep
+from jcompress.io.streams import Store
 
 _MOST_DIGITS = 4000  # of an integer; Python reads no text of more than 4300
 
 
-def encode(x: Any, path: str, stored: list[Part], depth: int = 0) -> Any:
-    """The JSON value that describes ``x``; the arrays that go with it are appended to ``stored``.
+def encode(x: Any, path: str, store: Store, depth: int = 0) -> Any:
+    """The JSON value that describes ``x``; the arrays that go with it are added to ``store``.
 
     Raises:
       StorageError: for a leaf that is no array, node or Python scalar, or a tree of too many levels.
@@ -27,18 +28,16 @@ def encode(x: Any, path: str, stored: list[Part], depth: int = 0) -> Any:
     if depth > DEPTH:
         raise too_deep(depth + _levels(x))
     if core.is_node(x):
-        return _encode_node(x, path, stored)
+        return _encode_node(x, path, store)
     if isinstance(x, dict):
-        return _encode_dict(x, path, stored, depth)
+        return _encode_dict(x, path, store, depth)
     if isinstance(x, (list, tuple)):
-        return _encode_sequence(x, path, stored, depth)
+        return _encode_sequence(x, path, store, depth)
     if not isinstance(x, np.generic) and (x is None or isinstance(x, (bool, int, float, complex, str))):
         return _encode_scalar(x, path)
     if not jax.tree_util.treedef_is_leaf(jax.tree.structure(x)):
-        return _encode_custom(x, path, stored, depth)
-    part = array_part(x, path)
-    stored.append(part)
-    return array_spec(x, part)
+        return _encode_custom(x, path, store, depth)
+    return array_spec(x, store.add(array_part(x, path)))
 
 
 def _levels(x: Any) -> int:
@@ -93,37 +92,37 @@ def _encode_scalar(x: Any, path: str) -> Any:
     return {"$float": repr(x)} if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def _encode_dict(x: dict, path: str, stored: list[Part], depth: int) -> dict[str, Any]:
+def _encode_dict(x: dict, path: str, store: Store, depth: int) -> dict[str, Any]:
     items = []
     for key, y in x.items():
         if type(key) not in (str, int):
             raise StorageError(f"{path}: found the key {key!r}, expected text or an integer; rename it")
-        items.append((key, encode(y, join(path, key), stored, depth + 1)))
+        items.append((key, encode(y, join(path, key), store, depth + 1)))
     if all(isinstance(key, str) and not key.startswith("$") for key in x):
         return dict(items)
     return {"$dict": [list(item) for item in items]}
 
 
-def _encode_sequence(x: Any, path: str, stored: list[Part], depth: int) -> Any:
+def _encode_sequence(x: Any, path: str, store: Store, depth: int) -> Any:
     names = getattr(x, "_fields", range(len(x)))
     items = []
     for name, y in zip(names, x, strict=True):
-        items.append(encode(y, join(path, name), stored, depth + 1))
+        items.append(encode(y, join(path, name), store, depth + 1))
     if hasattr(x, "_fields"):
         return {"$namedtuple": [type(x).__name__, dict(zip(names, items, strict=True))]}
     return items if isinstance(x, list) else {"$tuple": items}
 
 
-def _encode_custom(x: Any, path: str, stored: list[Part], depth: int) -> Any:
+def _encode_custom(x: Any, path: str, store: Store, depth: int) -> Any:
     """Any other pytree as a dictionary of its children, integer keys as integers; a box as what lies in it."""
     children = [(_key(key), y) for key, y in rules.children(x) if y is not None]
     if rules.is_box(x) and len(children) == 1:
-        return encode(children[0][1], path, stored, depth)
+        return encode(children[0][1], path, store, depth)
     names = [str(key) for key, _ in children]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise StorageError(f"{join(path, twice)}: two leaves of this {type(x).__name__} have one path; rename one")
-    return _encode_dict(dict(children), path, stored, depth)
+    return _encode_dict(dict(children), path, store, depth)
 
 
 def _key(key: Any) -> str | int:
@@ -150,14 +149,13 @@ def in_order(node: Compressed, *, coded: bool = True) -> list[Part]:
     return sorted(core.parts(node, coded=coded), key=lambda part: part.where is not None)
 
 
-def _encode_node(node: Compressed, path: str, stored: list[Part]) -> dict[str, Any]:
+def _encode_node(node: Compressed, path: str, store: Store) -> dict[str, Any]:
     for name, x in inner_leaves(node):
         if not isinstance(x, (jax.Array, np.ndarray, np.generic)) or not core.is_concrete(x):
             raise StorageError(f"{join(path, name)}: found {type(x).__name__}, expected an array with values")
         check_array(x, join(path, name))
-    parts = in_order(node)
-    stored += [dataclasses.replace(part, name=join(path, part.name)) for part in parts]
-    return node_spec(node, path, {part.name: part for part in parts})
+    named = {part.name: dataclasses.replace(part, name=join(path, part.name)) for part in in_order(node)}
+    return node_spec(node, path, {name: store.add(part) for name, part in named.items()})
 
 
 def inner_leaves(node: Any) -> list[tuple[str, Any]]:

@@ -12,19 +12,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import jax
-import numpy as np
 
-from jcompress.core import Part, PyTree
+from jcompress.core import PyTree
 from jcompress.io import files
 from jcompress.io.decoding import Decoder, decode
 from jcompress.io.encoding import encode
 from jcompress.io.manifest import Formats, StorageError, placeholder, too_deep
 from jcompress.io.restore import fill
-from jcompress.numeric import packing
+from jcompress.io.streams import CodedReader, MissingCoderError, PlainReader, Store, needing_coder
 from jcompress.version import __version__
 
 FORMAT_VERSION = 1
@@ -40,6 +39,7 @@ def save(
     *,
     plan: Mapping[str, Any] | None = None,
     metadata: Any = None,
+    coded: bool = False,
 ) -> int:
     """Write a tree to one file of ``ceil(jc.nbits(tree) / 8)`` bytes and a readable manifest.
 
@@ -47,19 +47,26 @@ def save(
     the old one or the new one, whatever happens, and what a save that was killed left beside it is removed by the
     next. Arrays on several devices are gathered, one at a time: beside the tree, memory holds copies of one leaf.
 
+    With ``coded=True`` everything is entropy-coded besides, without loss: codes, indices, masks and gaps, and the
+    exponents of floats. Each array is coded by the model that gives the fewest bytes, its tables of frequencies
+    counted, and the file takes ``jc.nbits(tree, coded=True) / 8`` bytes and the manifest. Writing and reading it
+    needs the extra ``jcompress[coded]``.
+
     Args:
       path: the file. An existing one is replaced, and its permissions are kept.
       tree: nodes, arrays of any dtype and byte order, PRNG keys and Python scalars in dictionaries, lists, tuples,
         named tuples or any other pytree, of at most 256 levels.
       plan: the plan that the tree was compressed by, kept as text.
       metadata: anything that JSON can hold. Tuples come back as lists.
+      coded: whether to entropy-code the arrays.
 
     Returns:
       The number of bytes written.
 
     Raises:
       StorageError: for a leaf that cannot be stored, the message names its path; for a directory or a device where a
-        file should be; for a disk that is full, as an ``OSError`` too. The old file stays as it was then.
+        file should be; for a disk that is full, as an ``OSError`` too; without the package that codes, as an
+        ``ImportError`` too. The old file stays as it was then.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jcompress as jc
@@ -72,29 +79,26 @@ def save(
       >>> bool((again["kernel"].materialize() == 1).all()), size - jc.nbits(small) // 8 < 400
       (True, True)
     """
-    stored: list[Part] = []
+    store = Store(coded=coded)
     try:
-        described = encode(tree, "", stored)
-        text = _dumps({**_about(plan, metadata), "tree": described})
+        with needing_coder(path):
+            described = encode(tree, "", store)
+        text = _dumps({**_about(plan, metadata), **({"coded": True} if coded else {}), "tree": described})
     except RecursionError:
         raise too_deep() from None
-    payload_bytes = -(-sum(part.nbits for part in stored) // 8)
 
     def write(file: BinaryIO) -> int:
-        start = file.write(_header(text, payload_bytes, _checksum(b"")) + text)
+        start = file.write(_header(text, store.nbytes, _checksum(b"")) + text)
         digest = hashlib.blake2b(digest_size=8)
 
         def sink(piece: bytes) -> None:
             digest.update(piece)
             file.write(piece)
 
-        writer = packing.BitWriter(sink)
-        for part in stored:
-            writer.write(*_integers(part))
-        writer.close()
+        store.write(sink)
         file.seek(0)
-        file.write(_header(text, payload_bytes, digest.hexdigest()))
-        return start + payload_bytes
+        file.write(_header(text, store.nbytes, digest.hexdigest()))
+        return start + store.nbytes
 
     return files.replace(path, write)
 
@@ -135,48 +139,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _checksum(data: bytes | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def _integers(part: Part) -> tuple[np.ndarray, int]:
-    """The values of one part as they are written, and how many bits each takes."""
-    x = part.array
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        raise StorageError(
-            f"{part.name}: some shards lie on other processes; gather it with "
-            "jax.experimental.multihost_utils.process_allgather(tree, tiled=True), or use jcompress.io.Checkpoints"
-        )
-    if (
-        isinstance(x, jax.Array) and x.is_fully_addressable
-    ):  # another array of the same buffers, that the copy on the host goes with it
-        x = jax.device_put(x, x.sharding)
-    values = np.asarray(x)
-    if part.code is not None:
-        return packing.encode_mask(values, part.code), part.width
-    if part.where is not None:
-        values = values[part.where]
-    if values.dtype.kind == "c" and values.dtype.itemsize == 16:
-        return np.ascontiguousarray(values, np.complex128).view(np.float64), part.width // 2
-    _check_fits(part, values)
-    return values, part.width
-
-
-def _on_host(x: jax.Array) -> bool:
-    """Whether NumPy sees the array where it is."""
-    devices: Any = x.sharding.device_set
-    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
-
-
-def _check_fits(part: Part, values: np.ndarray) -> None:
-    dtype = values.dtype
-    if not np.issubdtype(dtype, np.integer) or part.width >= 8 * dtype.itemsize or not values.size:
-        return
-    half = 1 << part.width >> 1
-    low, high = (-half, max(half - 1, 0)) if np.issubdtype(dtype, np.signedinteger) else (0, (1 << part.width) - 1)
-    if int(values.min()) < low or int(values.max()) > high:
-        raise StorageError(
-            f"{part.name}: found values from {values.min()} to {values.max()}, expected {low} to {high}, which fit in "
-            f"{part.width} bits; fit the node anew, or give it more bits"
-        )
 
 
 def load(
@@ -237,8 +199,8 @@ def inspect(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> di
       max_bytes: how long the manifest may be in bytes; by default as long as the file.
 
     Returns:
-      The manifest: ``tree``, ``jcompress``, ``jax``, ``metadata`` and ``plan`` where given, and ``format_version``
-      and ``payload_bytes``.
+      The manifest: ``tree``, ``jcompress``, ``jax``, ``coded``, ``metadata`` and ``plan`` where given, and
+      ``format_version`` and ``payload_bytes``.
 
     Raises:
       StorageError: as for :func:`load`.
@@ -278,6 +240,8 @@ def _naming(path: Any) -> Iterator[None]:
         raise StorageError(f"{path}: {too_deep()}") from None
     except OSError:
         raise
+    except ImportError as error:
+        raise MissingCoderError(f"{path}: {error}") from None
     except Exception as error:
         told = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         raise StorageError(f"{path}: the manifest disagrees with the payload ({told})") from error
@@ -319,6 +283,8 @@ def _parsed(text: bytes) -> dict[str, Any]:
     plan = about.get("plan", {})
     lists = isinstance(plan, dict) and all(isinstance(paths, list) for paths in plan.values())
     texts = lists and all(isinstance(path, str) for paths in plan.values() for path in paths)
+    if not isinstance(about.get("coded", False), bool):
+        raise StorageError("the manifest has no truth value for 'coded'; restore the file from a copy")
     if not texts or not all(isinstance(about.get(name), str) for name in ("jcompress", "jax")):
         raise StorageError("the manifest has no texts for 'jcompress', 'jax' or 'plan'; restore the file from a copy")
     return about
@@ -331,7 +297,8 @@ def _no_constant(name: str) -> None:
 def _decoded(file: BinaryIO, found: _Manifest, decoder: Decoder) -> PyTree:
     spec = found.about["tree"]
     decode(spec, decoder.weigh)
-    if decoder.nbits > 8 * found.payload_bytes:
+    coded = found.about.get("coded", False)
+    if decoder.nbits > 8 * found.payload_bytes and not coded:
         raise StorageError(
             f"the manifest disagrees with the payload: it describes at least {decoder.nbits} bits "
             f"of {8 * found.payload_bytes}"
@@ -339,23 +306,10 @@ def _decoded(file: BinaryIO, found: _Manifest, decoder: Decoder) -> PyTree:
     payload = file.read(found.payload_bytes)
     if len(payload) != found.payload_bytes or _checksum(payload) != found.checksum:
         raise StorageError("the payload is damaged; restore the file from a copy")
-    reader = packing.BitReader(payload)
-    tree = decode(spec, lambda leaf: decoder.read(leaf, _reading(reader)))
+    reader = CodedReader(payload) if coded else PlainReader(payload)
+    tree = decode(spec, lambda leaf: decoder.read(leaf, reader.read))
     if -(-reader.nbits // 8) != len(payload):
         raise StorageError(
             f"the manifest disagrees with the payload: it describes {reader.nbits} bits of {8 * len(payload)}"
         )
     return tree
-
-
-def _reading(reader: packing.BitReader) -> Callable[[Part], np.ndarray]:
-    def read(part: Part) -> np.ndarray:
-        if part.code is not None:
-            count, width = packing.mask_count(part.code)
-            return reader.read(count, width, np.dtype(np.uint32))
-        count = part.array.size if part.where is None else int(part.where.sum())
-        if part.array.dtype == np.complex128:
-            return reader.read(2 * count, part.width // 2, np.dtype(np.float64)).view(np.complex128)
-        return reader.read(count, part.width, part.array.dtype)
-
-    return read

@@ -17,7 +17,7 @@ _CHUNK = 1 << 15
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
 
-def _unsigned(values: np.ndarray) -> np.ndarray:
+def unsigned(values: np.ndarray) -> np.ndarray:
     """The bit patterns of an array of numbers, of any byte order, as unsigned integers."""
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
@@ -52,11 +52,15 @@ class BitWriter:
             raise ValueError(f"found width {width}, expected 0 to {8 * flat.dtype.itemsize} bits for {flat.dtype}")
         self.nbits += flat.size * width
         for start in range(0, flat.size, _CHUNK):
-            self._append(_unsigned(flat[start : start + _CHUNK]), width)
+            self._append(unsigned(flat[start : start + _CHUNK]), width)
 
     def _append(self, chunk: np.ndarray, width: int) -> None:
         if self._rest.size == 0 and width == 8 * chunk.dtype.itemsize:
             self._sink(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False).tobytes())
+            return
+        if self._rest.size == 0 and width % 8 == 0:
+            little = np.ascontiguousarray(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False))
+            self._sink(little.view(np.uint8).reshape(chunk.size, -1)[:, : width // 8].tobytes())
             return
         bits = np.concatenate([self._rest, _to_bits(chunk, width)])
         whole = bits.size // 8 * 8
@@ -111,6 +115,10 @@ class BitReader:
         self._at += count * width
         if skip == 0 and width == 8 * unsigned.itemsize:
             return window.view(unsigned.newbyteorder("<"))
+        if skip == 0 and width % 8 == 0:
+            whole = np.zeros((count, unsigned.itemsize), np.uint8)
+            whole[:, : width // 8] = window.reshape(count, -1)
+            return whole.reshape(-1).view(unsigned.newbyteorder("<"))
         bits = np.unpackbits(window, bitorder="little")[skip : skip + count * width].reshape(count, width)
         wide = np.zeros((count, 8 * unsigned.itemsize), np.uint8)
         wide[:, :width] = bits
@@ -145,6 +153,13 @@ def mask_code(mask: np.ndarray) -> MaskCode:
     codes += _gap_codes(core)
     codes += _choice_codes(core)
     return min(codes, key=lambda code: code.nbits)
+
+
+def mask_alphabets(mask: np.ndarray) -> list[MaskCode]:
+    """The codes for ``mask`` that an entropy coder may do well with: gaps are as wide as makes them few."""
+    core = _drop_constant_axes(mask)
+    gaps = min(_gap_codes(core), key=lambda code: (code.nbits // code.width, code.width))
+    return [MaskCode("bits", core.shape, core.size), gaps, *_choice_codes(core)]
 
 
 def _drop_constant_axes(mask: np.ndarray) -> np.ndarray:
