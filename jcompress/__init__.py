@@ -15,6 +15,7 @@ from jcompress.core import (
     split,
 )
 from jcompress.io import load, nbits, save
+from jcompress.lagrangian import LCState, lc
 from jcompress.measure import report
 from jcompress.numeric.surrogates import straight_through
 from jcompress.projection import ProjectState, project
@@ -28,6 +29,7 @@ __all__ = [
     "CalibrationWarning",
     "Compressed",
     "Context",
+    "LCState",
     "Layout",
     "Method",
     "Plan",
@@ -45,6 +47,7 @@ __all__ = [
     "finalize",
     "formats",
     "io",
+    "lc",
     "load",
     "materialize",
     "measure",

@@ -54,7 +54,7 @@ class ProjectState(NamedTuple):
           ValueError: if the parameters were found off the set during training.
         """
         _check_strayed(self.strayed, self.held)
-        return {path: _nearest(node, params[path]) for path, node in self.held.items()}
+        return {path: nearest(node, params[path]) for path, node in self.held.items()}
 
 
 def project(
@@ -120,11 +120,11 @@ def project(
     optimizer = None if inner is None else optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> ProjectState:
-        grads = jax.tree.map(jnp.zeros_like, params) if _needs(plan, "grad") else None
+        grads = jax.tree.map(jnp.zeros_like, params) if needs(plan, "grad") else None
         leaves, steps = rules.leaves(params), transforms.steps()
         nodes = fit(leaves, transforms.shown(plan, params), contexts_of(params, steps, key, stats, grads))
         started = None if optimizer is None else optimizer.init(params)
-        return ProjectState(steps, _fixed(nodes), jnp.asarray(_NOBODY), transforms.copied(key), started)
+        return ProjectState(steps, fixed(nodes), jnp.asarray(_NOBODY), transforms.copied(key), started)
 
     def update(
         updates: PyTree, state: ProjectState, params: PyTree | None = None, *, grads: PyTree = None, **extra: Any
@@ -146,26 +146,28 @@ def project(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _needs(plan: Plan, name: str) -> bool:
+def needs(plan: Plan, name: str) -> bool:
+    """Whether a method of the plan needs this of its context."""
     return any(need.split(".")[0] == name for need in core.needs(*plan.values()))
 
 
-def _is_linear(node: Any) -> bool:
+def is_linear(node: Any) -> bool:
+    """Whether the projection of a node, nested ones too, costs linear time."""
     if not core.is_node(node):
         return True
     fields = [getattr(node, f.name) for f in dataclasses.fields(node)]
-    return node.linear and all(_is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
+    return node.linear and all(is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
 
 
-def _fixed(nodes: dict[str, Any]) -> dict[str, Any]:
+def fixed(nodes: dict[str, Any]) -> dict[str, Any]:
     """What is held of nodes between refits."""
-    return {path: core.split(node)[1] if _is_linear(node) else node for path, node in nodes.items()}
+    return {path: core.split(node)[1] if is_linear(node) else node for path, node in nodes.items()}
 
 
-def _nearest(node: Any, w: jax.Array) -> Any:
+def nearest(node: Any, w: jax.Array) -> Any:
     """The point of the set that is nearest to an array: the projection, or the node of the last refit as it is."""
     found = node.project(w)
-    if _is_linear(node):
+    if is_linear(node):
         return found
     # What is held inside factors fits these factors alone: others, as good, may differ from them by a rotation.
     nearer = _distance(node, w) <= _distance(found, w)
@@ -186,12 +188,12 @@ def _single(x: jax.Array) -> jax.Array:
 
 def _is_off(node: Any, w: jax.Array, fresh: jax.Array) -> jax.Array:
     """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit."""
-    found = node.project(w) if _is_linear(node) else node
+    found = node.project(w) if is_linear(node) else node
     coarsest = max(float(jnp.finfo(x.dtype).eps) for x in (w, *jax.tree.leaves(found)) if core.is_trainable(x))
     limit = max(1e-4, 4 * coarsest) ** 2 * _squares(_single(w))
     far = _distance(found, w) > limit
     # Between refits a projection that is not linear lets the parameters leave the set.
-    return far if _is_linear(node) else far & fresh
+    return far if is_linear(node) else far & fresh
 
 
 def _check_strayed(strayed: jax.Array, held: PyTree) -> None:
@@ -269,7 +271,7 @@ class _Step(NamedTuple):
 
     def is_linear(self, unit: list[str]) -> bool:
         """Whether the projections of all leaves of a unit cost linear time."""
-        return all(_is_linear(self.held[path]) for path in unit)
+        return all(is_linear(self.held[path]) for path in unit)
 
     def found_off(self, strayed: jax.Array, paths: list[str]) -> jax.Array:
         """The least number of a leaf that is off the set, of those that are found now and the one found before."""
@@ -285,7 +287,7 @@ class _Step(NamedTuple):
 
         def prepare(w: tuple[jax.Array, ...], context: Context) -> tuple[jax.Array, Context]:
             array, last = optax.apply_updates(*w) if len(w) > 1 else w[0], context.previous
-            return array, dataclasses.replace(context, previous=last.project(array) if _is_linear(last) else None)
+            return array, dataclasses.replace(context, previous=last.project(array) if is_linear(last) else None)
 
         known = {path: dataclasses.replace(self.contexts[path], previous=self.held[path]) for path in _paths(units)}
         return fit_units(units, self.plan, new, known, prepare)
@@ -362,7 +364,7 @@ def _looped(
         strayed = jax.lax.cond(still.looks, lambda: now.found_off(carry.strayed, paths), lambda: carry.strayed)
 
         def fitted() -> dict[str, Any]:
-            return _fixed(now.anew(units, {path: (still.arrays[path], moved[path]) for path in paths}))
+            return fixed(now.anew(units, {path: (still.arrays[path], moved[path]) for path in paths}))
 
         held = jax.lax.cond(still.refits, fitted, lambda: held)
         # Held back, or XLA would take the updates from before the loop, and compute them again after it.
@@ -410,11 +412,11 @@ def _refitted(
     """What units of leaves hold after a step, and the values of those whose projection is not linear."""
     paths = _paths(units)
     held = {path: step.held[path] for path in paths}
-    rest = [path for path in paths if not _is_linear(held[path])]
+    rest = [path for path in paths if not is_linear(held[path])]
 
     def fitted(carry: _Carry) -> tuple[dict, dict]:
         nodes = step.anew(units, {path: (x,) for path, x in moved(carry).items()})
-        return _fixed(nodes), {path: nodes[path].materialize() for path in rest}
+        return fixed(nodes), {path: nodes[path].materialize() for path in rest}
 
     def kept(carry: _Carry) -> tuple[dict, dict]:
         new = moved(carry) if rest else {}

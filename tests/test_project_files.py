@@ -19,6 +19,7 @@ LAYERS = {
     "apply": {"core", "formats", "layers", "numeric", "rules"},
     "transforms": {"core", "formats", "rules"},
     "projection": {"apply", "core", "numeric", "rules", "transforms"},
+    "lagrangian": {"apply", "core", "projection", "rules", "transforms"},
     "combine": {"core", "formats", "numeric"},
     "layers": {"core", "formats", "numeric", "rules"},
     "distill": {"core", "rules"},

@@ -74,6 +74,13 @@ def projected(method: Any, every: int = 2, wrapped: bool = False) -> Callable[[A
     return make
 
 
+def learned(method: Any, mu: Any, every: int = 2, **options: Any) -> Callable[[Any], Any]:
+    """``lc`` of all kernels behind Adam; of a large mu, so that parameters lie next to the set."""
+    return lambda params: optax.chain(
+        optax.adam(0.1), jc.lc(jc.plan(params, [(".*kernel", method)]), every, mu=mu, **options)
+    )
+
+
 def sparse(rule: Any, start: Any = jc.prune.Magnitude(sparsity=0.5)) -> Callable[[Any], Any]:
     """Sparse training of all kernels."""
     return lambda params: dynamic.sparse(optax.adam(0.1), rule, jc.plan(params, [(".*kernel", start)]), 2, key=KEY)
@@ -109,6 +116,9 @@ TRANSFORMS = [
     Row("project, codebook", "project", projected(jc.share.KMeans(4)), exact=False),
     Row("project, a nest", "project", projected(jc.chain(M(0.5), jc.quantize.Int(4))), exact=False),
     Row("project, low rank", "project", projected(jc.chain(jc.factorize.SVD(2), jc.quantize.Int(8)), 4), exact=False),
+    Row("lc, a ramp", "lc", learned(M(RAMP), 1e6), every=2, exact=False),
+    Row("lc, int8", "lc", learned(jc.quantize.Int(8), lambda step: 1e6 + step, multipliers=False), exact=False),
+    Row("lc, low rank", "lc", learned(jc.factorize.SVD(2), 1e6, every=1), exact=False),
     Row("sparse, SET", "prune.dynamic.sparse", sparse(dynamic.SET(0.3)), every=2),
     Row("sparse, RigL", "prune.dynamic.sparse", sparse(dynamic.RigL(stop=100)), every=2),
     Row("sparse, momentum", "prune.dynamic.sparse", sparse(dynamic.SparseMomentum(0.3)), every=2),
