@@ -1,5 +1,9 @@
 """Compression of neural networks as pure transformations on parameter pytrees."""
 
+import importlib
+import types
+import typing
+
 from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, rewrite, share, trace
 from jcompress.apply import compress, simulate
 from jcompress.combine import cartesian, chain, residual, stacked
@@ -24,6 +28,9 @@ from jcompress.sequential import compress_sequentially
 from jcompress.trace import accelerate, calibrate, shrink
 from jcompress.transforms import nodes
 from jcompress.version import __version__
+
+if typing.TYPE_CHECKING:
+    from jcompress import nn
 
 __all__ = [
     "CalibrationWarning",
@@ -53,6 +60,7 @@ __all__ = [
     "measure",
     "merge",
     "nbits",
+    "nn",
     "nodes",
     "paths",
     "plan",
@@ -71,3 +79,10 @@ __all__ = [
     "straight_through",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """``nn`` offers Flax modules: it, and Flax with it, is imported when it is first asked for."""
+    if name == "nn":
+        return importlib.import_module("jcompress.nn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

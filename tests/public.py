@@ -13,7 +13,7 @@ import jax
 import jcompress as jc
 
 # Rooms whose methods come from the literature: their docstrings name the paper.
-LITERATURE = ("distill", "factorize", "prune", "quantize", "share")
+LITERATURE = ("distill", "factorize", "nn", "prune", "quantize", "share")
 # Plain ways, and protocols.
 OF_NO_PAPER = (
     "prune.dynamic.Rule",

@@ -23,6 +23,7 @@ LAYERS = {
     "combine": {"core", "formats", "numeric"},
     "layers": {"core", "formats", "numeric", "rules"},
     "distill": {"core", "rules"},
+    "nn": {"core", "rules"},
     "io": {"core", "formats", "numeric", "rules", "version"},
     "measure": {"core", "formats", "numeric", "rules"},
     "trace": {"apply", "core", "formats", "layers", "numeric", "rules"},

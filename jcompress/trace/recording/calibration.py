@@ -173,7 +173,7 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
 
 def _check_found(found: Calibration, names: Mapping[str, tuple[str, ...]], plan: Plan | None) -> None:
     if names and not len(found) and plan is None:
-        told = {**found.notes, **found.unread}
+        told = {**found.unread, **found.notes}
         first = next(iter(told.items()), ("params", "there are none"))
         raise ValueError(
             f"calibrate: no parameter gives statistics; {first[0]}: {first[1]}; expected fn(params, *batch) to "
