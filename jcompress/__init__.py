@@ -6,6 +6,7 @@ import typing
 
 from jcompress import budget, distill, factorize, formats, io, measure, prune, quantize, rewrite, share, trace
 from jcompress.apply import compress, simulate
+from jcompress.budget import search
 from jcompress.combine import cartesian, chain, residual, stacked
 from jcompress.core import (
     CalibrationWarning,
@@ -71,6 +72,7 @@ __all__ = [
     "residual",
     "rewrite",
     "save",
+    "search",
     "share",
     "shrink",
     "simulate",

@@ -33,7 +33,7 @@ LAYERS = {
     "share": {"core", "formats", "layers", "numeric"},
     "sequential": {"apply", "core", "formats", "rules", "trace"},
     "rewrite": {"core", "formats", "layers", "measure", "numeric", "prune", "quantize", "rules", "trace"},
-    "budget": {"apply", "core", "formats", "layers", "numeric", "prune", "rules", "trace"},
+    "budget": {"apply", "core", "formats", "io", "layers", "numeric", "prune", "rules", "trace"},
 }
 
 

@@ -13,11 +13,15 @@ from jcompress.budget.errors import (
 )
 from jcompress.budget.greedy import Adapted, Round, netadapt
 from jcompress.budget.levels import by_sensitivity, erdos_renyi, erk, global_, lamp, scan, uniform
+from jcompress.budget.searching import Evaluation, SearchResult
+from jcompress.budget.searching import search as search
 
 __all__ = [
     "Adapted",
+    "Evaluation",
     "Options",
     "Round",
+    "SearchResult",
     "allocate",
     "bit_operations",
     "bits",

@@ -134,7 +134,7 @@ def options(
       >>> found.costs["w"], found.errors["w"]["int2"] > found.errors["w"]["int8"]
       ({'int2': 72, 'int8': 96}, True)
     """
-    _check(params, plans)
+    check_options(params, plans)
     measured = measures.measure_of(measure, stats) if isinstance(measure, str) else measure
     leaves = rules.leaves(params)
     found = Options({path: {} for path in leaves}, {path: {} for path in leaves})
@@ -147,7 +147,8 @@ def options(
     return found
 
 
-def _check(params: PyTree, plans: Mapping[str, Plan]) -> None:
+def check_options(params: PyTree, plans: Mapping[str, Plan]) -> None:
+    """Raise for plans of other parameters, or that decide for several leaves at once."""
     paths = set(rules.leaves(params))
     if not plans:
         raise ValueError("options: found no plan, expected {name: plan}")
