@@ -18,6 +18,7 @@ from jcompress.core import (
     materialize,
     merge,
     split,
+    untie,
 )
 from jcompress.io import load, nbits, save
 from jcompress.lagrangian import LCState, lc
@@ -26,6 +27,7 @@ from jcompress.numeric.surrogates import straight_through
 from jcompress.projection import ProjectState, project
 from jcompress.rules import Plan, paths, plan
 from jcompress.sequential import compress_sequentially
+from jcompress.share.tying import tie
 from jcompress.trace import accelerate, calibrate, shrink
 from jcompress.transforms import nodes
 from jcompress.version import __version__
@@ -79,7 +81,9 @@ __all__ = [
     "split",
     "stacked",
     "straight_through",
+    "tie",
     "trace",
+    "untie",
 ]
 
 

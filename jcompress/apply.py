@@ -135,7 +135,7 @@ def fit_units(
         if len(unit) > 1:
             known = {path: prepare(arrays[path], contexts[path]) for path in unit}
             nodes |= fit_unit(unit, plan, {p: x[0] for p, x in known.items()}, {p: x[1] for p, x in known.items()})
-    return nodes
+    return {path: node for unit in units for path, node in core.settled({p: nodes[p] for p in unit}).items()}
 
 
 def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: Mapping[str, Context]) -> dict[str, Any]:
@@ -244,10 +244,10 @@ def _check_range(path: str, w: jax.Array, largest: jax.Array, node: Any, method:
 def _check_results(nodes: Mapping[str, Any], plan: Plan) -> None:
     """Raise for what is no number among what methods gave; under ``jit`` nothing can be seen."""
     known = {path: node for path, node in nodes.items() if all(map(core.is_concrete, jax.tree.leaves(node)))}
-    found = {path: _extent(node) for path, node in known.items()}
+    found, whole = {path: _extent(node) for path, node in known.items()}, core.untie(known)
     found = jax.device_get({path: x for path, x in found.items() if core.is_concrete(x)})
     for path, largest in found.items():
-        if not np.isfinite(largest) or (_is_far(largest, known[path]) and not _is_finite(core.dense(known[path]))):
+        if not np.isfinite(largest) or (_is_far(largest, known[path]) and not _is_finite(core.dense(whole[path]))):
             raise ValueError(
                 f"{path}: {plan[path]!r} gave NaN or infinite values, from a leaf whose own are finite; look at its "
                 "hyperparameters and statistics, or keep the leaf dense"
@@ -307,6 +307,8 @@ def _lies_in(part: set[str], whole: set[str]) -> bool:
 
 def _array(path: str, x: Any) -> tuple[jax.Array, jax.Array]:
     """A leaf as an array of JAX, all of it finite as far as can be seen, and its largest magnitude."""
+    if isinstance(x, core.Reference):
+        raise ValueError(f"{path}: stands for {x.owner}, whose array it has none of; compress {x.owner} in its place")
     if core.is_node(x):
         raise ValueError(
             f"{path}: found a {type(x).__name__} node where an array was expected; materialize it first, or compose "
@@ -388,4 +390,5 @@ def simulate(
     still = {path: jax.lax.stop_gradient(x) if plan.get(path) is not None else x for path, x in leaves.items()}
     nodes = fit(still, plan, contexts_of(params, step, key, stats))
     values = core.materialize(nodes, key=key)
-    return rules.rebuild(params, {path: straight_through(leaves[path], value) for path, value in values.items()})
+    seen = {path: straight_through(leaves[path], value) for path, value in values.items()}
+    return core.untie(rules.rebuild(params, seen))

@@ -40,7 +40,8 @@ class Chain(Method):
         leaves = [pair for row in found for pair in row]
         if not leaves:
             return nodes
-        fitted = iter(core.fit(self.then, [x for x, _ in leaves], [c for _, c in leaves]))
+        inner = core.fit(self.then, [x for x, _ in leaves], [c for _, c in leaves])
+        fitted = iter([core.tagged(node, "then") for node in inner])
         return [_with_trainable(node, fitted) for node in nodes]
 
     def __repr__(self) -> str:
@@ -134,7 +135,7 @@ class Residual(Method):
         rest, terms = arrays, []
         for i, method in enumerate(self.methods):
             keyed = [c if c.key is None else dataclasses.replace(c, key=jax.random.fold_in(c.key, i)) for c in contexts]
-            nodes = core.fit(method, rest, keyed)
+            nodes = [core.tagged(node, i) for node in core.fit(method, rest, keyed)]
             rest = [w - core.dense(node) for w, node in zip(rest, nodes, strict=True)]
             terms.append(nodes)
         for sweep in range(1, self.sweeps):
@@ -155,7 +156,7 @@ def _nearer(
     rest = [w - sum(column) for w, column in zip(arrays, zip(*others, strict=True), strict=True)]
     number = sweep * len(terms) + i
     keyed = [c if c.key is None else dataclasses.replace(c, key=jax.random.fold_in(c.key, number)) for c in contexts]
-    found = core.fit(method, rest, keyed)
+    found = [core.tagged(node, i) for node in core.fit(method, rest, keyed)]
     return [_better(w, old, new) for w, old, new in zip(rest, terms[i], found, strict=True)]
 
 

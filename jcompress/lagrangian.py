@@ -41,7 +41,7 @@ class LCState(NamedTuple):
 
     def nodes(self, params: Mapping[str, jax.Array], /) -> dict[str, Any]:
         """What is held, its trainable leaves fitted to the parameters: the point of the set that they are led to."""
-        return {path: nearest(node, params[path]) for path, node in self.held.items()}
+        return nearest(self.held, params)
 
 
 def lc(
@@ -143,10 +143,11 @@ def _c_step(
         path: arrays[path] - (inverse * state.multipliers.get(path, 0)).astype(arrays[path].dtype)
         for path in state.held
     }
-    followed = {path: node.project(free[path]) if is_linear(node) else node for path, node in state.held.items()}
+    linear = core.projected({path: node for path, node in state.held.items() if is_linear(node)}, free)
+    followed = {path: linear.get(path, node) for path, node in state.held.items()}
 
     def dense(nodes: dict[str, Any]) -> dict[str, jax.Array]:
-        return {path: core.dense(node).astype(arrays[path].dtype) for path, node in nodes.items()}
+        return {path: x.astype(arrays[path].dtype) for path, x in core.materialize(nodes).items()}
 
     def anew() -> tuple[dict[str, Any], dict[str, jax.Array]]:
         known = {path: dataclasses.replace(contexts[path], previous=followed.get(path)) for path in arrays}

@@ -54,7 +54,7 @@ class ProjectState(NamedTuple):
           ValueError: if the parameters were found off the set during training.
         """
         _check_strayed(self.strayed, self.held)
-        return {path: nearest(node, params[path]) for path, node in self.held.items()}
+        return nearest(self.held, params)
 
 
 def project(
@@ -159,16 +159,28 @@ def is_linear(node: Any) -> bool:
     return node.linear and all(is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
 
 
+def _linked(nodes: dict[str, Any]) -> dict[str, Any]:
+    """Nodes that have parts in common."""
+    owners = [x.owner for node in nodes.values() for x in core.references(node)]
+    return {p: x for p, x in nodes.items() if core.references(x) or any(owner.startswith(f"{p}/") for owner in owners)}
+
+
 def fixed(nodes: dict[str, Any]) -> dict[str, Any]:
     """What is held of nodes between refits."""
     return {path: core.split(node)[1] if is_linear(node) else node for path, node in nodes.items()}
 
 
-def nearest(node: Any, w: jax.Array) -> Any:
-    """The point of the set that is nearest to an array: the projection, or the node of the last refit as it is."""
+def nearest(nodes: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The points of the sets that are nearest to arrays: the projections, or a node of the last refit as it is."""
+    found = core.projected({path: node for path, node in nodes.items() if is_linear(node)}, arrays)
+    return {path: found[path] if path in found else _nearer(node, arrays[path]) for path, node in nodes.items()}
+
+
+def _nearer(node: Any, w: jax.Array) -> Any:
+    """The nearer of two points of a set to which there is no cheap way: a projection, and the node as it is."""
+    if core.references(node):
+        return node  # what others own is theirs to change
     found = node.project(w)
-    if is_linear(node):
-        return found
     # What is held inside factors fits these factors alone: others, as good, may differ from them by a rotation.
     nearer = _distance(node, w) <= _distance(found, w)
     return jax.tree.map(lambda old, new: jnp.where(nearer, old, new), node, found)
@@ -186,9 +198,13 @@ def _single(x: jax.Array) -> jax.Array:
     return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
 
 
-def _is_off(node: Any, w: jax.Array, fresh: jax.Array) -> jax.Array:
-    """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit."""
-    found = node.project(w) if is_linear(node) else node
+def _is_off(node: Any, w: jax.Array, fresh: jax.Array, found: Any = None) -> jax.Array:
+    """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit.
+
+    ``found`` is the nearest point, where it is known.
+    """
+    if found is None:
+        found = node.project(w) if is_linear(node) else node
     coarsest = max(float(jnp.finfo(x.dtype).eps) for x in (w, *jax.tree.leaves(found)) if core.is_trainable(x))
     limit = max(1e-4, 4 * coarsest) ** 2 * _squares(_single(w))
     far = _distance(found, w) > limit
@@ -276,8 +292,14 @@ class _Step(NamedTuple):
     def found_off(self, strayed: jax.Array, paths: list[str]) -> jax.Array:
         """The least number of a leaf that is off the set, of those that are found now and the one found before."""
         fresh, names = transforms.is_due(self.steps - 1, self.every), sorted(self.held)
-        items: list[Any] = [(self.held[path], self.arrays[path]) for path in paths]
-        off = each(lambda i, item: _is_off(item[0], item[1], fresh), items, list(map(self.plan.kind, paths)), long=1)
+        linked = _linked({path: self.held[path] for path in paths})
+        linear = {path: node for path, node in linked.items() if is_linear(node)}
+        points = core.untie(linked | core.projected(linear, self.arrays))
+        alone = [path for path in paths if path not in linked]
+        items: list[Any] = [(self.held[path], self.arrays[path]) for path in alone]
+        off = each(lambda i, item: _is_off(item[0], item[1], fresh), items, list(map(self.plan.kind, alone)), long=1)
+        off += [_is_off(node, self.arrays[path], fresh, points[path]) for path, node in linked.items()]
+        paths = [*alone, *linked]
         # As unsigned integers, of which -1 is the largest.
         numbers = jnp.where(jnp.stack(off), np.array([names.index(path) for path in paths], np.uint32), ~np.uint32(0))
         return jnp.minimum(strayed.astype(jnp.uint32), numbers.min()).astype(jnp.int32)
@@ -287,7 +309,8 @@ class _Step(NamedTuple):
 
         def prepare(w: tuple[jax.Array, ...], context: Context) -> tuple[jax.Array, Context]:
             array, last = optax.apply_updates(*w) if len(w) > 1 else w[0], context.previous
-            return array, dataclasses.replace(context, previous=last.project(array) if is_linear(last) else None)
+            is_whole = is_linear(last) and not core.references(last)
+            return array, dataclasses.replace(context, previous=last.project(array) if is_whole else None)
 
         known = {path: dataclasses.replace(self.contexts[path], previous=self.held[path]) for path in _paths(units)}
         return fit_units(units, self.plan, new, known, prepare)
@@ -416,7 +439,8 @@ def _refitted(
 
     def fitted(carry: _Carry) -> tuple[dict, dict]:
         nodes = step.anew(units, {path: (x,) for path, x in moved(carry).items()})
-        return fixed(nodes), {path: nodes[path].materialize() for path in rest}
+        dense = core.materialize(nodes) if rest else {}
+        return fixed(nodes), {path: dense[path] for path in rest}
 
     def kept(carry: _Carry) -> tuple[dict, dict]:
         new = moved(carry) if rest else {}
@@ -435,9 +459,7 @@ def _refitted(
 
 def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, change: dict) -> dict[str, jax.Array]:
     """The updates that lead onto the set."""
-    found = {}
-    for path in held:
-        new = optax.apply_updates(params[path], change[path])
-        value = values[path] if path in values else held[path].project(new).materialize()
-        found[path] = transforms.towards(value, new, params[path], change[path])
-    return found
+    new = {path: optax.apply_updates(params[path], change[path]) for path in held}
+    points = core.projected({path: node for path, node in held.items() if path not in values}, new)
+    found = core.materialize(points) | values
+    return {path: transforms.towards(found[path], new[path], params[path], change[path]) for path in held}

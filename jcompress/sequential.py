@@ -71,7 +71,7 @@ def compress_sequentially(
             only = plan.replace({p: None for p in plan if p not in part})
             stats = calibrate(fn, rules.rebuild(params, dense), batches, only, key=key, **options)
         nodes |= apply.compress({p: dense[p] for p in paths}, part, step, key, stats)
-        dense |= {p: nodes[p].materialize() for p in paths}
+        dense |= core.materialize({p: nodes[p] for p in paths})
     return apply.rebuilt(params, nodes)
 
 

@@ -30,7 +30,7 @@ LAYERS = {
     "prune": {"apply", "core", "formats", "layers", "numeric", "projection", "rules", "transforms"},
     "quantize": {"apply", "core", "formats", "layers", "numeric", "rules", "trace", "transforms"},
     "factorize": {"core", "formats", "layers", "numeric"},
-    "share": {"core", "formats", "layers", "numeric"},
+    "share": {"core", "formats", "layers", "numeric", "rules"},
     "sequential": {"apply", "core", "formats", "rules", "trace"},
     "rewrite": {"core", "formats", "layers", "measure", "numeric", "prune", "quantize", "rules", "trace"},
     "budget": {"apply", "core", "formats", "io", "layers", "numeric", "prune", "rules", "trace"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -63,6 +63,17 @@ class Compressed:
         Old trainable leaves are never read, so they may be ``None``.
         """
         raise NotImplementedError
+
+    @classmethod
+    def project_together(
+        cls, nodes: Sequence[Any], ws: Sequence[jax.Array], wheres: Sequence[jax.Array | None]
+    ) -> list[Any]:
+        """:meth:`project` of nodes of this format, parts of which one of them owns for all; by default each alone."""
+        return [node.project(w, where) for node, w, where in zip(nodes, ws, wheres, strict=True)]
+
+    def shown(self, name: str, where: Any) -> Any:
+        """Which entries of a field are stored where a mask around the node shows ``where``; None for all."""
+        return where if name in self.elementwise else None
 
     def seen(self, w: jax.Array) -> Any:
         """The array, or shapes of it in other orders of axes, that fields are sharded like on explicit mesh axes."""
@@ -170,29 +181,6 @@ def is_node(x: Any) -> bool:
 def dense(x: Any, *, key: jax.Array | None = None) -> Any:
     """The array that ``x`` stands for, where ``x`` is a node or already an array."""
     return x.materialize(key=key) if is_node(x) else x
-
-
-def materialize(tree: PyTree, key: jax.Array | None = None) -> PyTree:
-    """Replace every node by the dense array it stands for, nested nodes innermost first.
-
-    Args:
-      tree: any pytree; leaves that are not nodes are returned as they are.
-      key: for nodes that sample. Each node gets a key of its own; without one, a node gives its mean or
-        test-time value.
-
-    Returns:
-      The tree with dense arrays in place of nodes.
-
-    Example:
-      >>> import jax.numpy as jnp, jcompress as jc
-      >>> w = jnp.array([[1.0, -3.0], [0.5, 2.0]])
-      >>> plan = jc.plan({"w": w}, [("w", jc.prune.Magnitude(sparsity=0.5))])
-      >>> jc.materialize(jc.compress({"w": w}, plan))["w"].tolist()
-      [[0.0, -3.0], [0.0, 2.0]]
-    """
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
-    keys = [None] * len(leaves) if key is None else [jax.random.fold_in(key, i) for i in range(len(leaves))]
-    return jax.tree.unflatten(treedef, [dense(x, key=k) for x, k in zip(leaves, keys, strict=True)])
 
 
 def finalize(tree: PyTree) -> PyTree:
@@ -344,7 +332,7 @@ def parts(node: Compressed, where: np.ndarray | None = None, prefix: str = "", *
         x, name = getattr(node, field.name), prefix + field.name
         if field.metadata.get("static") or x is None:
             continue
-        inner = where if field.name in node.elementwise else None
+        inner = node.shown(field.name, where)
         if field.name in support:
             inner = _both(node, support[field.name], inner)
         for suffix, y in _entries(x):

@@ -1,5 +1,6 @@
 """Formats: the nodes that stand for arrays. A format knows its bytes and its algebra, never how it was chosen."""
 
+from jcompress.core import Reference
 from jcompress.formats.annealed import Annealed
 from jcompress.formats.arranged import Arranged
 from jcompress.formats.binarized import Binarized
@@ -48,6 +49,7 @@ __all__ = [
     "LowRank",
     "Masked",
     "Quantized",
+    "Reference",
     "Rescaled",
     "Rotated",
     "Scored",

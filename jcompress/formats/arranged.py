@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -45,6 +46,19 @@ class Arranged(Compressed):
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Arranged:
         where = None if where is None else self.layout.arrange(jnp.broadcast_to(where, w.shape))
         return dataclasses.replace(self, inner=self.inner.project(self.layout.arrange(w), where))
+
+    @classmethod
+    def project_together(
+        cls, nodes: Sequence[Any], ws: Sequence[jax.Array], wheres: Sequence[jax.Array | None]
+    ) -> list[Any]:
+        inner = [node.inner for node in nodes]
+        laid = [node.layout.arrange(w) for node, w in zip(nodes, ws, strict=True)]
+        shown = [
+            None if where is None else node.layout.arrange(jnp.broadcast_to(where, w.shape))
+            for node, w, where in zip(nodes, ws, wheres, strict=True)
+        ]
+        found = type(inner[0]).project_together(inner, laid, shown)
+        return [dataclasses.replace(node, inner=x) for node, x in zip(nodes, found, strict=True)]
 
     def seen(self, w: jax.Array) -> Any:
         return [typed_like(jax.eval_shape(self.layout.arrange, w), w), w]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -48,6 +49,17 @@ class Masked(Compressed):
             inner = self.mask if where is None else self.mask & where
             return dataclasses.replace(self, values=self.values.project(w, inner))
         return dataclasses.replace(self, values=w)
+
+    @classmethod
+    def project_together(
+        cls, nodes: Sequence[Any], ws: Sequence[jax.Array], wheres: Sequence[jax.Array | None]
+    ) -> list[Any]:
+        inner = [node.values for node in nodes]
+        if not all(map(core.is_node, inner)):
+            return super().project_together(nodes, ws, wheres)
+        shown = [node.mask if where is None else node.mask & where for node, where in zip(nodes, wheres, strict=True)]
+        found = type(inner[0]).project_together(inner, ws, shown)
+        return [dataclasses.replace(node, values=x) for node, x in zip(nodes, found, strict=True)]
 
     def relaid(self, relaying: Relaying, /) -> Masked | None:
         """Laid out like the leaf, but for N:M patterns, whose code counts groups along axis -2."""

@@ -63,6 +63,20 @@ class Sum(Compressed):
             w = w - fitted[id(term)].materialize()
         return Sum(tuple(fitted[id(term)] for term in self.terms))
 
+    @classmethod
+    def project_together(
+        cls, nodes: Sequence[Any], ws: Sequence[jax.Array], wheres: Sequence[jax.Array | None]
+    ) -> list[Any]:
+        """Each term in turn, in all nodes at once, is fitted to what the others leave."""
+        fitted: dict[int, list[Any]] = {}
+        for _ in range(4):
+            for i in range(len(nodes[0].terms)):
+                others = [column for j, column in fitted.items() if j != i]
+                rest = [w - sum(column[n].materialize() for column in others) for n, w in enumerate(ws)]
+                own = [node.terms[i] for node in nodes]
+                fitted[i] = type(own[0]).project_together(own, rest, wheres)
+        return [Sum(terms) for terms in zip(*(fitted[i] for i in range(len(fitted))), strict=True)]
+
 
 def _is_free(term: Any) -> bool:
     return isinstance(term, Masked) and not core.is_node(term.values)

@@ -22,8 +22,17 @@ def fill(like: PyTree, tree: PyTree) -> PyTree:
     wanted, found = dict(unique_paths(like)), dict(unique_paths(tree))
     check_paths(found, wanted)
     dense = _dense_kinds()
-    leaves = [_checked(path, found[path], x, dense) for path, x in wanted.items()]
+    whole = dict(unique_paths(_untied(tree)))
+    leaves = [_checked(path, found[path], x, dense, whole[path]) for path, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=core.is_node), leaves)
+
+
+def _untied(tree: PyTree) -> PyTree:
+    """The tree with what its references stand for."""
+    try:
+        return core.untie(tree)
+    except ValueError as error:
+        raise StorageError(str(error)) from None
 
 
 def check_paths(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -36,10 +45,12 @@ def check_paths(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         )
 
 
-def _checked(path: str, found: Any, wanted: Any, dense: Callable[[Any], str]) -> Any:
+def _checked(path: str, found: Any, wanted: Any, dense: Callable[[Any], str], whole: Any) -> Any:
     if not (core.is_node(found) or core.is_node(wanted)):
         return _placed(path, found, wanted)
-    if not core.is_node(wanted) and dense(found) in (kind(wanted), _fitted(wanted)):
+    is_whole = isinstance(found, core.Reference) and not core.is_node(whole)
+    stands_for = kind if is_whole else dense
+    if not core.is_node(wanted) and stands_for(whole) in (kind(wanted), _fitted(wanted)):
         return found
     structure: Any = jax.tree.structure(wanted)
     if jax.tree.structure(found) != structure:

@@ -295,11 +295,12 @@ def mask(params: PyTree, groups: Mapping[str, Group], keep: Mapping[str, Any]) -
     for name, kept in keep.items():
         for (path, axis), index in groups[name].maps.items():
             cuts.setdefault(path, []).append((axis, xp.where(index >= 0, xp.asarray(kept)[index], True)))
-    leaves = []
-    for path, x in rules.paths(params):
-        stays = functools.reduce(xp.logical_and, [_along(c, axis, jnp.ndim(x)) for axis, c in cuts.get(path, ())], True)
-        leaves.append(x if stays is True else jnp.where(stays, x, jnp.zeros_like(x)))
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    leaves = rules.leaves(params)
+    for path in cuts.keys() & leaves.keys():
+        x = leaves[path]
+        stays = functools.reduce(xp.logical_and, [_along(c, axis, jnp.ndim(x)) for axis, c in cuts[path]])
+        leaves[path] = jnp.where(stays, x, jnp.zeros_like(x))
+    return rules.rebuild(params, leaves)
 
 
 def _along(x: Any, axis: int, ndim: int) -> Any:

@@ -90,17 +90,26 @@ class Measured(NamedTuple):
     counted: bool
 
 
-def measure(w: Any, leaf: Any) -> Measured:
-    """Compare one dense array with the node or array that stands for it."""
+def measure(w: Any, leaf: Any, before: Any = None, after: Any = None) -> Measured:
+    """Compare one dense array with the node or array that stands for it.
+
+    Args:
+      w: the array.
+      leaf: what stands for it.
+      before: what the tree holds of ``w``, if that is less: a reference.
+      after: the same for ``leaf``.
+    """
+    bits = _bits(leaf if after is None else after)
+    dense_bits = core.leaf_nbits(w if before is None else before)
     if is_abstract(w) or is_abstract(leaf):
-        return _measured_from_shapes(w, leaf)
+        return _measured_from_shapes(w, leaf, bits, dense_bits)
     norms = jax.device_get(_norms(w, leaf))
     unit, counted = float(norms.unit) ** 2, jnp.issubdtype(w.dtype, jnp.inexact)
     return Measured(
         size=math.prod(w.shape),
         nonzeros=int(norms.nonzeros),
-        bits=_bits(leaf),
-        dense_bits=core.leaf_nbits(w),
+        bits=bits,
+        dense_bits=dense_bits,
         square=unit * float(norms.square),
         error=unit * float(norms.error),
         counted=bool(counted),
@@ -112,15 +121,15 @@ def is_abstract(x: Any) -> bool:
     return any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x))
 
 
-def _measured_from_shapes(w: Any, leaf: Any) -> Measured:
+def _measured_from_shapes(w: Any, leaf: Any, bits: Mapping[str, int], dense_bits: int) -> Measured:
     """The same of shapes: sizes as ``jc.nbits`` expects them, and no error."""
     size = math.prod(w.shape)
     expected = getattr(leaf, "expected", None)
     return Measured(
         size=size,
         nonzeros=size if expected is None else expected.count(size),
-        bits=_bits(leaf),
-        dense_bits=core.leaf_nbits(w),
+        bits=bits,
+        dense_bits=dense_bits,
         square=math.nan,
         error=math.nan,
         counted=bool(jnp.issubdtype(w.dtype, jnp.inexact)),
@@ -162,6 +171,8 @@ def formats_of(leaf: Any) -> str:
     """The formats of a node, nested ones in parentheses."""
     if not core.is_node(leaf):
         return "dense"
+    if isinstance(leaf, core.Reference):
+        return f"Reference({leaf.owner})"
     inner = [formats_of(x) for x in _children(leaf)]
     return f"{type(leaf).__name__}({', '.join(inner)})" if inner else type(leaf).__name__
 

@@ -51,17 +51,19 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None,
       kernel  16x4       25%    8.17    66 B    2 B   3.9x  0.647  Magnitude(sparsity=0.75)
       total   68       23.5%    9.57    82 B    2 B   3.3x  0.647
     """
-    pairs = _matched(before, after)
+    pairs = _matched(core.untie(before), core.untie(after))
     if plan is not None:
         _check_plan(plan, [path for path, _, _ in pairs])
-    measured = [measure(w, leaf) for _, w, leaf in pairs]
+    stored, dense = rules.leaves(after), rules.leaves(before)
+    measured = [measure(w, leaf, dense[path], stored[path]) for path, w, leaf in pairs]
     rows = [
-        make_row(path, w.shape, str(w.dtype), _method(leaf, plan[path] if plan is not None else None), [m])
+        make_row(path, w.shape, str(w.dtype), _method(stored[path], plan[path] if plan is not None else None), [m])
         for (path, w, leaf), m in zip(pairs, measured, strict=True)
     ]
     total = make_row("total", (), "", "", measured)
     if cost is not None:
         counts = {row.path: row.compressed_multiply_adds for row in cost.compressed(after).rows}
+        counts |= {path: 0.0 for path in stored if path not in counts}  # of a reference they are its owner's
         rows = [dataclasses.replace(row, multiply_adds=counts[row.path]) for row in rows]
         total = dataclasses.replace(total, multiply_adds=sum(counts.values()))
     return Report(tuple(rows), total, tuple(_notes(pairs, rows)))

@@ -25,7 +25,7 @@ def totals(call: Callable[..., Any], *arrays: jax.Array) -> Any:
 
     Args:
       call: gives a pytree of arrays, whose shapes do not depend on those of the pieces.
-      *arrays: of one shape.
+      *arrays: of one shape; all but the first may have more axes behind.
 
     Returns:
       The pytree of sums.
@@ -60,7 +60,7 @@ def mapped(call: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
 
 def _taker(x: jax.Array, axis: int, split: tuple[int, ...]) -> Callable[[Any], jax.Array]:
     """A function of its number that gives a piece."""
-    dtype, whole = x.dtype, x.reshape(split)
+    dtype, whole = x.dtype, x.reshape(*split, *x.shape[len(split) - 2 :])
     if dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating):
         # As integers: a CPU would widen all of the floats to cut them.
         whole = lax.bitcast_convert_type(whole, jnp.uint16)

@@ -30,8 +30,8 @@ class KMeans(Method):
 
     Attributes:
       clusters: the number of shared values, at most 65,536.
-      scope: ``"leaf"``, a codebook for each leaf, or ``"global"``, one fitted to all leaves of the rule. Each node
-        then keeps a copy, which is stored, and trains, with its leaf.
+      scope: ``"leaf"``, a codebook for each leaf, or ``"global"``, one for all leaves of the rule: the first
+        one's node owns it, and the others refer to it.
       iterations: the most rounds of Lloyd's algorithm; it stops when no value moves.
       exact: whether to find the optimum. That runs on the host and needs the values, so it works outside ``jit`` only,
         and gathers a sharded leaf.
@@ -87,12 +87,16 @@ class KMeans(Method):
         return [
             Codebook(
                 mapped(lambda x: _nearest(unit.divide(x), codebook).astype(self._index_dtype), w),
-                unit.multiply(codebook).astype(w.dtype),
+                self._shared(unit.multiply(codebook).astype(w.dtype), len(arrays)),
                 self.clusters,
                 w.ndim,
             )
             for w in arrays
         ]
+
+    def _shared(self, codebook: jax.Array, leaves: int) -> Any:
+        """A codebook, marked as common to all leaves of its dtype where there are several."""
+        return core.Common(codebook, (codebook.dtype.name,)) if leaves > 1 else codebook
 
     @property
     def _index_dtype(self) -> Any:

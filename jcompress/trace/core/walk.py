@@ -37,19 +37,35 @@ def shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(meshes.struct, tree)
 
 
+def shape_of(leaf: Any) -> Any:
+    """The shape and dtype that a leaf stands for; one that stands for another as it is."""
+    if isinstance(leaf, core.Reference):
+        return leaf
+    return jax.eval_shape(core.dense, leaf) if core.is_node(leaf) else shapes(leaf)
+
+
+def leaves(params: PyTree) -> list[tuple[str, Any]]:
+    """Parameters with their paths, but for those that stand for others: what is done to the owner is done to them."""
+    return [(path, x) for path, x in rules.paths(params) if not isinstance(x, core.Reference)]
+
+
 def program(fn: Callable[..., Any], params: PyTree, *args: Any) -> Program:
     """Trace ``fn(params, *args)``; arrays may be given by their shapes and dtypes.
+
+    A parameter that stands for another one is that one, as far as the function is concerned.
 
     Raises:
       ValueError: if a parameter is a compressed node.
     """
-    leaves = rules.paths(params)
-    for path, leaf in leaves:
+    found = leaves(params)
+    for path, leaf in found:
         if core.is_node(leaf):
             raise ValueError(f"{path}: found a {type(leaf).__name__} node where an array was expected; materialize it")
-    closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    is_tied = len(found) < len(rules.paths(params))
+    call = (lambda params, *args: fn(core.untie(params), *args)) if is_tied else fn
+    closed, out = jax.make_jaxpr(call, return_shape=True)(params, *args)
     in_tree, out_tree = jax.tree.structure((params, *args)), jax.tree.structure(out)
-    return Program(closed, tuple(path for path, _ in leaves), in_tree, out_tree)
+    return Program(closed, tuple(path for path, _ in found), in_tree, out_tree)
 
 
 def equations(jaxpr: jax_core.Jaxpr) -> list[jax_core.JaxprEqn]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jcompress import core, rules
+from jcompress import core
 from jcompress.core import PyTree
 from jcompress.trace.core import flow, walk
 from jcompress.trace.core.bodies import Bodies
@@ -52,10 +52,9 @@ def cost(fn: Callable[..., Any], params: PyTree, *args: Any) -> Cost:
       b      32x10          2.56k       2.56k  1.28k   1.28k        1.34k           2.62M
       total                 18.9k       6.66k  9.47k   3.33k        4.42k           6.82M
     """
-    leaves, treedef = rules.paths(params), jax.tree.structure(params, is_leaf=core.is_node)
-    shapes = [jax.eval_shape(core.dense, x) if core.is_node(x) else walk.shapes(x) for _, x in leaves]
-    program = walk.program(fn, jax.tree.unflatten(treedef, shapes), *args)
-    tally = _Tally({path: s for (path, _), s in zip(leaves, shapes, strict=True)})
+    shapes = jax.tree.map(walk.shape_of, core.untie(params, whole=False), is_leaf=core.is_node)
+    program = walk.program(fn, shapes, *args)
+    tally = _Tally(dict(walk.leaves(shapes)))
     _count(flow.of_program(program), 1, tally)
     found = Cost(tuple(tally.rows()), tally.flops, tally.transcendentals, tally.between, tuple(tally.notes))
     return found.compressed(params)

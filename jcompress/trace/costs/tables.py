@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core, rules
+from jcompress import core
 from jcompress.core import PyTree
 from jcompress.formats import Arranged, LowRank, Masked, Sum, TensorNetwork
-from jcompress.trace.core import chains
+from jcompress.trace.core import chains, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +87,13 @@ class Cost:
 
     def compressed(self, tree: PyTree) -> Cost:
         """The cost with other nodes (or arrays) in the parameters' places; nothing is traced again."""
-        leaves = dict(rules.paths(tree))
+        leaves, stored = dict(walk.leaves(core.untie(tree, whole=False))), dict(walk.leaves(tree))
         if set(leaves) != {row.path for row in self.rows}:
             other = sorted(set(leaves) ^ {row.path for row in self.rows})
             raise ValueError(f"{other[0]}: not in both trees; give parameters of the structure that was counted")
-        return dataclasses.replace(self, rows=tuple(_compressed(row, leaves[row.path]) for row in self.rows))
+        return dataclasses.replace(
+            self, rows=tuple(_compressed(row, leaves[row.path], stored[row.path]) for row in self.rows)
+        )
 
     def __repr__(self) -> str:
         total = self.total
@@ -128,7 +130,7 @@ def _short(x: float) -> str:
     return f"{x / 1000**power:.3g}{['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
-def _compressed(row: CostRow, leaf: Any) -> CostRow:
+def _compressed(row: CostRow, leaf: Any, stored: Any) -> CostRow:
     if not core.is_node(leaf):
         return dataclasses.replace(
             row,
@@ -147,7 +149,7 @@ def _compressed(row: CostRow, leaf: Any) -> CostRow:
     return dataclasses.replace(
         row,
         compressed_multiply_adds=row.multiply_adds * sum(part for part, _ in parts),
-        stored_bytes=core.leaf_nbits(leaf) / 8,
+        stored_bytes=core.leaf_nbits(stored) / 8,
         compressed_bit_operations=each * sum(part * bits for part, bits in parts),
     )
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import rules
 from jcompress.core import PyTree
 from jcompress.layers.groups import Groups
+from jcompress.trace.core import walk
 
 
 def from_mask(params: PyTree, groups: Groups, *, strict: bool = False) -> dict[str, np.ndarray]:
@@ -26,7 +26,7 @@ def from_mask(params: PyTree, groups: Groups, *, strict: bool = False) -> dict[s
       ValueError: if a group is cut unevenly: an index is zero in all that writes it, or, if strict, in any member, but
         not in the rest.
     """
-    arrays = {path: _values(path, x) for path, x in rules.paths(params)}
+    arrays = {path: _values(path, x) for path, x in walk.leaves(params)}
     found = {}
     for name, group in groups.prunable.items():
         alive = {}
@@ -62,7 +62,7 @@ def _values(path: str, x: Any) -> np.ndarray:
 
 def rounded(params: PyTree, groups: Groups, keep: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
     """Keep more, the largest first, until the sizes are multiples."""
-    found, arrays = {}, dict(rules.paths(params))
+    found, arrays = {}, dict(walk.leaves(params))
     for name, kept in keep.items():
         group = groups[name]
         wanted = min(-(-int(kept.sum()) // multiple) * multiple, group.size)

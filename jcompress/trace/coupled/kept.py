@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import rules
 from jcompress.core import PyTree
 from jcompress.layers.groups import Groups
 from jcompress.numeric import meshes
+from jcompress.trace.core import walk
 
 Kept = Mapping[str, Mapping[int, Any]]
 """``{path: {axis: bool (length before,)}}``."""
@@ -33,7 +33,7 @@ def full_shapes(params: PyTree, kept: Kept) -> PyTree:
     Raises:
       ValueError: for a path that ``params`` has not, or a length that is neither the one before nor the one after.
     """
-    leaves = rules.paths(params)
+    leaves = walk.leaves(params)
     if unknown := [path for path in kept if path not in dict(leaves)]:
         raise ValueError(f"{unknown[0]}: cut, but not among the parameters; pass those that were cut with it")
     found = [_full_shape(path, x, kept.get(path, {})) for path, x in leaves]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import rules
+from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.layers.groups import Groups
 from jcompress.numeric import meshes
@@ -74,7 +74,7 @@ class Shrunk:
 
         See :func:`jcompress.shrink`, which takes it for ``keep``.
         """
-        shapes = {path: x.shape for path, x in rules.paths(self._shapes)}
+        shapes = {path: x.shape for path, x in walk.leaves(self._shapes)}
         return {
             path: {axis: np.isin(np.arange(shapes[path][axis]), index) for axis, index in axes.items()}
             for path, axes in self._axes.items()
@@ -100,7 +100,7 @@ class Shrunk:
         Raises:
           ValueError: naming the leaves whose shapes do not tell what of them stays, or are not those of ``like``.
         """
-        shapes = {path: tuple(x.shape) for path, x in rules.paths(self._shapes)}
+        shapes = {path: tuple(x.shape) for path, x in walk.leaves(self._shapes)}
         return Cutter(shapes, self._axes).tree(tree, like)
 
     def cut_args(self, *args: Any) -> tuple:
@@ -267,6 +267,7 @@ def shrink(
       ((5, 2), [[20.0, 20.0]])
     """
     again = record.is_kept(keep, params)
+    params = core.unsized(params)
     full = record.full_shapes(params, keep) if again else params
     free = Free(free_outputs, free_args)
     coupled = read(fn, full, *args, free=free)
@@ -279,6 +280,6 @@ def shrink(
     small = Shrunk(fn, walk.shapes(full), coupled, wanted, free)
     leaves = [
         sliced(x, small.indices.get(path, {}) if jnp.shape(x) == jnp.shape(before) else {})
-        for (path, x), (_, before) in zip(rules.paths(params), rules.paths(full), strict=True)
+        for (path, x), (_, before) in zip(walk.leaves(params), walk.leaves(full), strict=True)
     ]
     return small, jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jcompress import core, rules
+from jcompress import core
 from jcompress.core import PyTree
 from jcompress.trace.core import flow, walk
 from jcompress.trace.core.bodies import Bodies, Call, Custom, Remat, ShardMap
@@ -117,9 +117,10 @@ class Executed:
         return found[0]
 
     def _run(self, tree: PyTree, args: tuple) -> tuple[Any, Products]:
-        leaves, treedef = rules.paths(tree), jax.tree.structure(tree, is_leaf=core.is_node)
-        shapes = [jax.eval_shape(core.dense, x) if core.is_node(x) else walk.shapes(x) for _, x in leaves]
-        program = walk.program(self.fn, jax.tree.unflatten(treedef, shapes), *args)
+        tree = core.untie(tree, whole=False)
+        leaves = walk.leaves(tree)
+        shapes = jax.tree.map(walk.shape_of, tree, is_leaf=core.is_node)
+        program = walk.program(self.fn, shapes, *args)
         values: list[Any] = [of_leaf(path, x, self.ranges.get(path, {})) for path, x in leaves]
         run = _Run(self.policy, frozenset(path for path, x in leaves if core.is_node(x)))
         outs = run.arrays(flow.of_program(program), [*values, *jax.tree.leaves(args)])

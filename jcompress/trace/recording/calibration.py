@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jcompress import apply, core, rules
 from jcompress.core import PyTree
 from jcompress.rules import Plan
+from jcompress.trace.core import walk
 from jcompress.trace.recording import gradients
 from jcompress.trace.recording.observation import observe
 from jcompress.trace.recording.statistics import OF_LOSS, Calibration, Stats, wanted
@@ -83,6 +84,7 @@ def calibrate(
     paths = [path for path, _ in rules.paths(params)]
     if plan is not None:
         apply.check_paths(paths, plan)
+    paths = [path for path, _ in walk.leaves(params)]
     names = wanted(paths, plan, None if statistics is None else tuple(statistics))
     of_loss = {path: tuple(n for n in ns if n in OF_LOSS) for path, ns in names.items()}
     gradients.check(of_loss, loss, key)

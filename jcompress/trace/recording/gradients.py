@@ -31,7 +31,7 @@ def gather(
     leaves = rules.paths(params)
 
     def of(part: dict[str, jax.Array], *batch: Any) -> Any:
-        return loss(rules.rebuild(params, part), *batch)
+        return loss(core.untie(rules.rebuild(params, part)), *batch)
 
     def chosen(name: str) -> dict[str, jax.Array]:
         return {path: x for path, x in leaves if name in names.get(path, ()) and core.is_trainable(x)}
