@@ -16,6 +16,7 @@ from jcompress.formats.gathered import Gathered
 from jcompress.formats.gaussian import Gaussian
 from jcompress.formats.horseshoe import Horseshoe
 from jcompress.formats.jeffreys import Jeffreys
+from jcompress.formats.learned_integers import Latent
 from jcompress.formats.lowrank import LowRank
 from jcompress.formats.masked import Masked
 from jcompress.formats.network import TensorNetwork
@@ -46,6 +47,7 @@ __all__ = [
     "Gaussian",
     "Horseshoe",
     "Jeffreys",
+    "Latent",
     "LowRank",
     "Masked",
     "Quantized",

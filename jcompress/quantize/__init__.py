@@ -15,6 +15,7 @@ from jcompress.quantize.integer_products import activations
 from jcompress.quantize.lab import LAB
 from jcompress.quantize.lqer import LQER
 from jcompress.quantize.microscaling import NVFP4, Microscaling
+from jcompress.quantize.rate_distortion import RateDistortion
 from jcompress.quantize.requantization import fixed_point, requantize
 from jcompress.quantize.rotation import Rotation
 from jcompress.quantize.squeezed import S2FP8
@@ -44,6 +45,7 @@ __all__ = [
     "Int",
     "Microscaling",
     "PowersOfTwo",
+    "RateDistortion",
     "Rotation",
     "Stochastic",
     "Table",

@@ -14,6 +14,7 @@ from jcompress.quantize.training import dorefa
 from jcompress.quantize.training.binary import BinaryConnect, clip_values, concave_penalty
 from jcompress.quantize.training.clipped import pact, scaled_sign, sign_ste, wrpn, xnor, xnor_input_scales
 from jcompress.quantize.training.dorefa import DoReFa
+from jcompress.quantize.training.entropy_penalized import EntropyPenalized, rate
 from jcompress.quantize.training.loss_error import elq
 from jcompress.quantize.training.loss_scale import loss_scaled
 from jcompress.quantize.training.noise import QuantNoise
@@ -28,6 +29,7 @@ __all__ = [
     "TTQ",
     "BinaryConnect",
     "DoReFa",
+    "EntropyPenalized",
     "QuantNoise",
     "Relaxed",
     "assignment_entropy",
@@ -40,6 +42,7 @@ __all__ = [
     "lsq_plus",
     "pact",
     "pruned_ternary",
+    "rate",
     "scaled_sign",
     "sign_ste",
     "soft_assign",
