@@ -421,7 +421,8 @@ def _around(
         return {path: optax.apply_updates(x, change[path]) for path, x in step.arrays.items()}
 
     for units in step.batches():
-        now, more, carry = _refitted(units, step, moved, carry)
+        refit = _held_in_turn if step.is_linear(_paths(units)) else _refitted
+        now, more, carry = refit(units, step, moved, carry)
         held, values = held | now, values | more
     # Behind the conditionals, which read the state that the optimizer writes over: else it would be copied.
     updates, after = stepped(carry)
@@ -429,32 +430,53 @@ def _around(
     return change | _onto(held, values, step.arrays, change), held, step.judged(carry.strayed), after
 
 
-def _refitted(
-    units: list[list[str]], step: _Step, moved: Callable[[_Carry], dict[str, jax.Array]], carry: _Carry
-) -> tuple[dict[str, Any], dict[str, jax.Array], _Carry]:
+_Refit = tuple[dict[str, Any], dict[str, jax.Array], _Carry]
+_Moved = Callable[[_Carry], dict[str, jax.Array]]
+
+
+def _held_in_turn(units: list[list[str]], step: _Step, moved: _Moved, carry: _Carry) -> _Refit:
+    """As :func:`_refitted`, of linear projections: by a loop of no turn or one, so that what is held is not copied."""
+
+    def turn(loop: tuple) -> tuple:
+        _, held, carry = loop
+        found, _, carry = _due(units, step._replace(held=step.held | held), moved, carry)
+        return jnp.array(False), found, carry
+
+    held = {path: step.held[path] for path in _paths(units)}
+    _, held, carry = jax.lax.while_loop(lambda loop: loop[0], turn, (step.refits | step.looks, held, carry))
+    return held, {}, carry
+
+
+def _refitted(units: list[list[str]], step: _Step, moved: _Moved, carry: _Carry) -> _Refit:
     """What units of leaves hold after a step, and the values of those whose projection is not linear."""
-    paths = _paths(units)
-    held = {path: step.held[path] for path in paths}
-    rest = [path for path in paths if not is_linear(held[path])]
+
+    def ordinary(carry: _Carry) -> _Refit:
+        return *_kept(units, step, moved, carry), _Carry.of(carry.strayed, step.steps)
+
+    return jax.lax.cond(step.refits | step.looks, partial(_due, units, step, moved), ordinary, carry)
+
+
+def _due(units: list[list[str]], step: _Step, moved: _Moved, carry: _Carry) -> _Refit:
+    """The same of a step on which a refit or a look is due."""
+    paths, still = _paths(units), step.still()
 
     def fitted(carry: _Carry) -> tuple[dict, dict]:
         nodes = step.anew(units, {path: (x,) for path, x in moved(carry).items()})
+        rest = [path for path in paths if not is_linear(step.held[path])]
         dense = core.materialize(nodes) if rest else {}
         return fixed(nodes), {path: dense[path] for path in rest}
 
-    def kept(carry: _Carry) -> tuple[dict, dict]:
-        new = moved(carry) if rest else {}
-        return held, {path: new[path] for path in rest}
+    strayed = jax.lax.cond(step.looks, lambda: still.found_off(carry.strayed, paths), lambda: carry.strayed)
+    found = jax.lax.cond(step.refits, fitted, partial(_kept, units, step, moved), carry)
+    return *found, _Carry.of(strayed, step.steps)
 
-    def due(carry: _Carry) -> tuple[dict, dict, _Carry]:
-        still = step.still()
-        strayed = jax.lax.cond(step.looks, lambda: still.found_off(carry.strayed, paths), lambda: carry.strayed)
-        return *jax.lax.cond(step.refits, fitted, kept, carry), _Carry.of(strayed, step.steps)
 
-    def ordinary(carry: _Carry) -> tuple[dict, dict, _Carry]:
-        return *kept(carry), _Carry.of(carry.strayed, step.steps)
-
-    return jax.lax.cond(step.refits | step.looks, due, ordinary, carry)
+def _kept(units: list[list[str]], step: _Step, moved: _Moved, carry: _Carry) -> tuple[dict, dict]:
+    """The same of a step without a refit."""
+    held = {path: step.held[path] for path in _paths(units)}
+    rest = [path for path, node in held.items() if not is_linear(node)]
+    new = moved(carry) if rest else {}
+    return held, {path: new[path] for path in rest}
 
 
 def _onto(held: dict[str, Any], values: dict[str, jax.Array], params: dict, change: dict) -> dict[str, jax.Array]:
