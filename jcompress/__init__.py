@@ -20,6 +20,7 @@ from jcompress.core import (
     split,
     untie,
 )
+from jcompress.formats.packed import pack, unpack
 from jcompress.io import load, nbits, save
 from jcompress.lagrangian import LCState, lc
 from jcompress.measure import report
@@ -65,6 +66,7 @@ __all__ = [
     "nbits",
     "nn",
     "nodes",
+    "pack",
     "paths",
     "plan",
     "project",
@@ -83,6 +85,7 @@ __all__ = [
     "straight_through",
     "tie",
     "trace",
+    "unpack",
     "untie",
 ]
 

@@ -89,6 +89,10 @@ class Compressed:
         """The form that is stored: what exists only for training is resolved."""
         return self
 
+    def opened(self) -> Compressed:
+        """The node as methods and products know it: what only holds it in less memory is taken off."""
+        return self
+
     def relaid(self: _Node, relaying: Relaying, /) -> _Node | None:
         """The node for an array whose axes are laid out anew; None if it has no such form and is to be wrapped."""
         return None
@@ -202,6 +206,7 @@ def finalize(tree: PyTree) -> PyTree:
     def inner(x: Any) -> Any:
         if not is_node(x):
             return x
+        x = x.opened()
         fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
         return dataclasses.replace(x, **{k: finalize(v) for k, v in fields.items() if _has_node(v)}).finalize()
 
@@ -210,6 +215,11 @@ def finalize(tree: PyTree) -> PyTree:
 
 def _has_node(x: Any) -> bool:
     return any(is_node(y) for y in jax.tree.leaves(x, is_leaf=is_node))
+
+
+def opened(tree: PyTree) -> PyTree:
+    """The tree with packed nodes as they were, as :func:`jcompress.unpack` says."""
+    return jax.tree.map(lambda x: x.opened() if is_node(x) else x, tree, is_leaf=is_node)
 
 
 def native(x: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jcompress.core.compressed import PyTree, dense, is_node
+from jcompress.core.compressed import PyTree, dense, is_node, opened
 from jcompress.core.naming import closest, paths
 from jcompress.core.references import Reference, _prefixes, mapped, references
 
@@ -23,7 +23,7 @@ def untie(tree: PyTree, *, whole: bool = True) -> PyTree:
       whole: whether leaves that stand for other leaves are replaced too, or references to parts of nodes alone.
 
     Returns:
-      The tree, without references. One that turns the axes of a node holds the node.
+      The tree, without references, and without packed nodes. One that turns the axes of a node holds the node.
 
     Raises:
       ValueError: if a reference leads to nothing, to something of another shape, or back to itself. The message names
@@ -35,6 +35,7 @@ def untie(tree: PyTree, *, whole: bool = True) -> PyTree:
       >>> tied["head"], jc.untie(tied)["head"].shape
       (Reference(owner=embed, sizes=(5, 2)), (5, 2))
     """
+    tree = opened(tree)
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
     if not any(map(references, leaves)):
         return tree

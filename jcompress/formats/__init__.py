@@ -20,6 +20,7 @@ from jcompress.formats.learned_integers import Latent
 from jcompress.formats.lowrank import LowRank
 from jcompress.formats.masked import Masked
 from jcompress.formats.network import TensorNetwork
+from jcompress.formats.packed import Bits, Packed
 from jcompress.formats.quantized import Quantized
 from jcompress.formats.rescaled import Rescaled
 from jcompress.formats.rotated import Rotated
@@ -35,6 +36,7 @@ __all__ = [
     "Annealed",
     "Arranged",
     "Binarized",
+    "Bits",
     "Bottleneck",
     "Cartesian",
     "Cast",
@@ -50,6 +52,7 @@ __all__ = [
     "Latent",
     "LowRank",
     "Masked",
+    "Packed",
     "Quantized",
     "Reference",
     "Rescaled",

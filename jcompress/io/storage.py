@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import jax
 
+from jcompress import core
 from jcompress.core import PyTree
 from jcompress.io import files
 from jcompress.io.decoding import Decoder, decode
@@ -82,7 +83,7 @@ def save(
     store = Store(coded=coded)
     try:
         with needing_coder(path):
-            described = encode(tree, "", store)
+            described = encode(core.opened(tree), "", store)
         text = _dumps({**_about(plan, metadata), **({"coded": True} if coded else {}), "tree": described})
     except RecursionError:
         raise too_deep() from None

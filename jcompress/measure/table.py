@@ -54,7 +54,7 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None,
     pairs = _matched(core.untie(before), core.untie(after))
     if plan is not None:
         _check_plan(plan, [path for path, _, _ in pairs])
-    stored, dense = rules.leaves(after), rules.leaves(before)
+    stored, dense = rules.leaves(core.opened(after)), rules.leaves(core.opened(before))
     measured = [measure(w, leaf, dense[path], stored[path]) for path, w, leaf in pairs]
     rows = [
         make_row(path, w.shape, str(w.dtype), _method(stored[path], plan[path] if plan is not None else None), [m])
