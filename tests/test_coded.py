@@ -278,3 +278,16 @@ def test_a_plain_file_is_no_coded_one(tmp_path):
     about, payload = opened((tmp_path / "x").read_bytes())
     for coded, told in ((True, "manifest disagrees"), (3, "no truth value for 'coded'")):
         refused(tmp_path / "x", sealed(json.dumps({**about, "coded": coded}).encode(), payload), told)
+
+
+def test_what_is_shared_is_coded_once(tmp_path):
+    w = jax.random.normal(jax.random.key(0), (64, 32))
+    tied = jc.tie({"embed": w, "head": w.T}, {"head": "embed"}, transpose=("head",))
+    plan = jc.plan(tied, [("embed", jc.quantize.Int(bits=4)), (".*", None)])
+    small = jc.compress(tied, plan)
+    assert jc.nbits(small, coded=True) == jc.nbits({"embed": small["embed"]}, coded=True)
+    jc.save(tmp_path / "x", small, coded=True)
+    again = jc.materialize(jc.load(tmp_path / "x"))
+    np.testing.assert_array_equal(again["head"], again["embed"].T)
+    report = jc.report(tied, small, coded=True)
+    assert report.total.coded_bytes == jc.nbits(small, coded=True) / 8

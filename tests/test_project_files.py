@@ -25,7 +25,7 @@ LAYERS = {
     "distill": {"core", "rules"},
     "nn": {"core", "rules"},
     "io": {"core", "formats", "numeric", "rules", "version"},
-    "measure": {"core", "formats", "numeric", "rules"},
+    "measure": {"core", "formats", "io", "numeric", "rules"},
     "trace": {"apply", "core", "formats", "layers", "numeric", "rules"},
     "prune": {"apply", "core", "formats", "layers", "numeric", "projection", "rules", "transforms"},
     "quantize": {"apply", "core", "formats", "layers", "numeric", "rules", "trace", "transforms"},

@@ -176,3 +176,10 @@ def test_models_that_break_are_passed_by():
     found = jc.search(broken, PARAMS, FAMILIES, drop=0.4)
     assert "int2" not in found.best.names.values()
     assert math.isfinite(found.best.score)
+
+
+def test_tied_parameters_are_searched_once():
+    tied = jc.tie({**PARAMS, "d": jnp.asarray(PARAMS["c"])}, {"d": "c"})
+    found = jc.search(lambda tree: score({k: x for k, x in tree.items() if k != "d"}), tied, FAMILIES, drop=0.05)
+    assert found.best.cost == jc.nbits(found.tree)
+    assert jc.nbits(found.tree) <= jc.nbits(jc.search(score, PARAMS, FAMILIES, drop=0.05).tree)

@@ -10,9 +10,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from jcompress import rules
+from jcompress import core, rules
 from jcompress.core import PyTree
 from jcompress.io.files import replace
 
@@ -93,7 +94,8 @@ def fingerprint(params: PyTree) -> str:
     """What tells one set of parameters from another: their paths, shapes, dtypes and bits."""
     digest = hashlib.blake2b(digest_size=12)
     for path, x in rules.leaves(params).items():
-        x = np.asarray(x)
-        digest.update(f"{path} {x.shape} {x.dtype}\n".encode())
-        digest.update(np.ascontiguousarray(x).tobytes())
+        digest.update(f"{path} {x if core.is_node(x) else ''}\n".encode())
+        for y in map(np.asarray, jax.tree.leaves(x)):
+            digest.update(f"{y.shape} {y.dtype}\n".encode())
+            digest.update(np.ascontiguousarray(y).tobytes())
     return digest.hexdigest()

@@ -42,6 +42,8 @@ class Row:
       relative_error: ``||w - w'|| / ||w||``, Frobenius norms; 0 if both are zero, NaN of shapes alone. The
         total's is over all floating-point parameters as one vector.
       multiply_adds: of one call, by the cost that was given to the report; else None.
+      bit_operations: likewise: multiply-adds x bits of the weight x bits of the activation.
+      coded_bytes: what an entropy-coded file takes, if the report was asked for it; else None.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -67,6 +69,15 @@ class Row:
     ratio: float
     relative_error: float
     multiply_adds: float | None = None
+    bit_operations: float | None = None
+    coded_bytes: float | None = None
+
+    @property
+    def coded_bits_per_weight(self) -> float | None:
+        """Bits a weight in an entropy-coded file; None where they were not asked for."""
+        if self.coded_bytes is None:
+            return None
+        return 8 * self.coded_bytes / self.size if self.size else 0.0
 
 
 class _Norms(NamedTuple):

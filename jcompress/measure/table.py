@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress import core, rules
+from jcompress import core, io, rules
 from jcompress.core import PyTree
 from jcompress.measure.rows import Row, formats_of, make_row, measure
 from jcompress.measure.units import in_bytes, in_thousands
 
 
-def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None, *, cost: Any = None) -> Report:
+def report(
+    before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None, *, cost: Any = None, coded: bool = False
+) -> Report:
     """Compare parameters with their compressed form, one row a parameter.
 
     Sizes are those of what ``jc.save`` writes for each parameter, to the bit. Values are compared one parameter at
@@ -29,7 +31,9 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None,
       before: the dense parameters.
       after: the same structure, with nodes or arrays in their place.
       plan: from :func:`jcompress.plan`, to show methods; without it the formats found are shown.
-      cost: from :func:`jcompress.trace.cost`, of either tree, to show the multiply-adds of ``after``.
+      cost: from :func:`jcompress.trace.cost`, of either tree, to show the multiply-adds of ``after``; the rows have its
+        bit operations too.
+      coded: whether to show what ``jc.save(..., coded=True)`` takes, to the byte; each parameter is coded to learn it.
 
     Returns:
       A :class:`Report`: print it, read ``.rows`` and ``.total``, or call ``.to_pandas()``.
@@ -62,11 +66,23 @@ def report(before: PyTree, after: PyTree, plan: Mapping[str, Any] | None = None,
     ]
     total = make_row("total", (), "", "", measured)
     if cost is not None:
-        counts = {row.path: row.compressed_multiply_adds for row in cost.compressed(after).rows}
-        counts |= {path: 0.0 for path in stored if path not in counts}  # of a reference they are its owner's
-        rows = [dataclasses.replace(row, multiply_adds=counts[row.path]) for row in rows]
-        total = dataclasses.replace(total, multiply_adds=sum(counts.values()))
+        found = {row.path: row for row in cost.compressed(after).rows}
+        rows = [_with_cost(row, [found[row.path]] if row.path in found else []) for row in rows]
+        total = _with_cost(total, list(found.values()))
+    if coded:
+        sizes = [io.nbits(stored[path], coded=True) / 8 for path, _, _ in pairs]
+        rows = [dataclasses.replace(row, coded_bytes=size) for row, size in zip(rows, sizes, strict=True)]
+        total = dataclasses.replace(total, coded_bytes=sum(sizes))
     return Report(tuple(rows), total, tuple(_notes(pairs, rows)))
+
+
+def _with_cost(row: Row, costs: list[Any]) -> Row:
+    """The row with the operations of these parameters; of a reference they are its owner's."""
+    return dataclasses.replace(
+        row,
+        multiply_adds=sum(x.compressed_multiply_adds for x in costs),
+        bit_operations=sum(x.compressed_bit_operations for x in costs),
+    )
 
 
 _VARIANCES = {"var": "mean", "variance": "mean", "running_var": "running_mean", "moving_variance": "moving_mean"}
@@ -207,7 +223,8 @@ class Report:
         """The table as text: a header, the rows, the total. Kinds of cost that nothing has are left out."""
         kinds = [kind for kind in ("index", "codebook", "scale") if getattr(self.total, f"{kind}_bytes")]
         work = [] if self.total.multiply_adds is None else ["multiply-adds"]
-        head = ["path", "shape", "density", "bits/w", "stored", *kinds, "ratio", *work, "error", "method"]
+        coded = [] if self.total.coded_bytes is None else ["coded"]
+        head = ["path", "shape", "density", "bits/w", "stored", *coded, *kinds, "ratio", *work, "error", "method"]
         return [head, *(_row_cells(row, kinds) for row in (*self.rows, self.total))]
 
 
@@ -219,6 +236,7 @@ def _row_cells(row: Row, kinds: list[str]) -> list[str]:
         _percent(row.density),
         f"{row.bits_per_weight:.2f}",
         in_bytes(row.stored_bytes),
+        *([] if row.coded_bytes is None else [in_bytes(row.coded_bytes)]),
         *(in_bytes(cost) if cost else "-" for cost in (getattr(row, f"{kind}_bytes") for kind in kinds)),
         _ratio(row.ratio),
         *([] if row.multiply_adds is None else [in_thousands(row.multiply_adds)]),
