@@ -47,6 +47,7 @@ OF_METHODS = (
     "test_integer",
     "test_minilm",
     "test_networks",
+    "test_nn",
     "test_noise",
     "test_patterns",
     "test_post_training",
@@ -59,6 +60,7 @@ OF_METHODS = (
     "test_sparsegpt",
     "test_structured",
     "test_zoo",
+    "jcompress/nn/",
     "jcompress/prune/",
     "jcompress/quantize/",
 )

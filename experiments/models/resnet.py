@@ -43,8 +43,17 @@ def apply(params: Params, x: jax.Array, statistics: Mapping[str, Any] | None = N
       x: images (n, 32, 32, 3) in [0, 1].
       statistics: from :func:`load`; without them those of this batch are taken.
     """
+    return segment(params, x, statistics)
+
+
+def segment(
+    params: Params, x: jax.Array, statistics: Mapping[str, Any] | None = None, begin: int = 0, end: int | None = None
+) -> tuple[jax.Array, Params]:
+    """A part of :func:`apply`: blocks ``begin`` to ``end``, with the stem before block 0 and the head after the last.
+
+    Between parts stand features (n, channels, height, width).
+    """
     used: Params = {}
-    x = ((x - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)).transpose(0, 3, 1, 2)
 
     def convolved(x: jax.Array, name: str, stride: int) -> jax.Array:
         kernel = params[f"{name}/weight"]
@@ -60,15 +69,19 @@ def apply(params: Params, x: jax.Array, statistics: Mapping[str, Any] | None = N
         shift = params[f"{name}/bias"] - used[mean] * scale
         return x * scale[:, None, None] + shift[:, None, None]
 
-    x = jax.nn.relu(normed(convolved(x, "conv1", 1), "bn1"))
-    for block, stride in _blocks(params):
+    if begin == 0:
+        x = ((x - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)).transpose(0, 3, 1, 2)
+        x = jax.nn.relu(normed(convolved(x, "conv1", 1), "bn1"))
+    for block, stride in list(_blocks(params))[begin:end]:
         y = jax.nn.relu(normed(convolved(x, f"{block}/conv1", stride), f"{block}/bn1"))
         y = normed(convolved(y, f"{block}/conv2", 1), f"{block}/bn2")
         if stride == 2:
             more = y.shape[1] - x.shape[1]
             x = jnp.pad(x[:, :, ::2, ::2], ((0, 0), (more // 2, more - more // 2), (0, 0), (0, 0)))
         x = jax.nn.relu(x + y)
-    return x.mean((2, 3)) @ params["linear/weight"].T + params["linear/bias"], used
+    if end is None:
+        x = x.mean((2, 3)) @ params["linear/weight"].T + params["linear/bias"]
+    return x, used
 
 
 def logits(params: Params, x: jax.Array, statistics: Mapping[str, Any]) -> jax.Array:

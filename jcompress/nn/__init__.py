@@ -5,9 +5,31 @@ imported when this room is first asked for.
 """
 
 from jcompress.nn.blocks import Fire, InvertedResidual, SqueezeExcite, fire, inverted_residual, squeeze_excite
+from jcompress.nn.capacity import DynamicCapacity, dynamic_capacity, entropy_saliency
 from jcompress.nn.cyclic import CyclicConv, cyclic_pool, cyclic_roll, cyclic_slice, cyclic_stack
+from jcompress.nn.dropped_blocks import (
+    GatedBlocks,
+    StochasticDepth,
+    gated_blocks,
+    gumbel_gates,
+    reinforce_loss,
+    stochastic_depth,
+    survival_rates,
+)
 from jcompress.nn.equivariant import GroupConv, LiftConv, group_convolution, lift_convolution, transform_plane
+from jcompress.nn.exits import (
+    EarlyExit,
+    Exits,
+    calibrate_exits,
+    early_exit,
+    exit_entropy,
+    exit_loss,
+    exits_at,
+    first_exit,
+)
+from jcompress.nn.experts import SparseExperts, balance_loss, noisy_top_k, sparse_experts
 from jcompress.nn.fast_filters import FFTConv, WinogradConv, fft_convolution, winograd_convolution
+from jcompress.nn.halting import AdaptiveSteps, adaptive_steps
 from jcompress.nn.separated import (
     DepthwiseSeparable,
     GroupedConv,
@@ -20,22 +42,35 @@ from jcompress.nn.separated import (
     split_recurrent,
 )
 from jcompress.nn.shared_maps import CReLUConv, DoublyConv, MultiBias, crelu, doubly_convolution, multi_bias
+from jcompress.nn.slimmable import SlimmableBatchNorm, SlimmableConv, slim_channels, slim_convolution
 
 __all__ = [
+    "AdaptiveSteps",
     "CReLUConv",
     "CyclicConv",
     "DepthwiseSeparable",
     "DoublyConv",
+    "DynamicCapacity",
+    "EarlyExit",
+    "Exits",
     "FFTConv",
     "Fire",
+    "GatedBlocks",
     "GroupConv",
     "GroupedConv",
     "InvertedResidual",
     "LiftConv",
     "MultiBias",
+    "SlimmableBatchNorm",
+    "SlimmableConv",
+    "SparseExperts",
     "SplitRecurrentConv",
     "SqueezeExcite",
+    "StochasticDepth",
     "WinogradConv",
+    "adaptive_steps",
+    "balance_loss",
+    "calibrate_exits",
     "channel_shuffle",
     "crelu",
     "cyclic_pool",
@@ -45,16 +80,32 @@ __all__ = [
     "depthwise_kernels",
     "depthwise_separable",
     "doubly_convolution",
+    "dynamic_capacity",
+    "early_exit",
+    "entropy_saliency",
+    "exit_entropy",
+    "exit_loss",
+    "exits_at",
     "fft_convolution",
     "fire",
+    "first_exit",
+    "gated_blocks",
     "group_convolution",
     "grouped_convolution",
     "grouped_kernel",
+    "gumbel_gates",
     "inverted_residual",
     "lift_convolution",
     "multi_bias",
+    "noisy_top_k",
+    "reinforce_loss",
+    "slim_channels",
+    "slim_convolution",
+    "sparse_experts",
     "split_recurrent",
     "squeeze_excite",
+    "stochastic_depth",
+    "survival_rates",
     "transform_plane",
     "winograd_convolution",
 ]

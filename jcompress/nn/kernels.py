@@ -84,3 +84,16 @@ def array(parameter: Any) -> Any:
 def weights(layer: Any) -> Weights:
     """Kernel and bias of a layer of Flax."""
     return array(layer.kernel), array(layer.bias)
+
+
+def listed(modules: Sequence[Any]) -> Any:
+    """Modules as a list that Flax takes: of its own kind, where it has one."""
+    made = getattr(nnx, "List", list)
+    return made(modules)
+
+
+def one_by_one(fn: Callable[..., Any], *args: Any) -> Any:
+    """A function of batches run on one example after the other, so that what it leaves out takes no time."""
+    if jax.tree.leaves(args)[0].shape[0] == 1:
+        return fn(*args)
+    return jax.lax.map(lambda rows: jax.tree.map(lambda y: y[0], fn(*jax.tree.map(lambda x: x[None], rows))), args)
