@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import tracemalloc
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import jcompress as jc
 from jcompress.io import StorageError, inspect
 from jcompress.numeric import coding, headers, models, tables
 from jcompress.numeric.grids import grid_of
-from tests.test_storage_hostile import TREES, W, forged, masked, mutated, opened, refused, sealed
+from tests.test_storage_hostile import TREES, W, digest, forged, masked, mutated, opened, refused, sealed
 
 
 def normal(*shape, seed=0):
@@ -60,6 +61,13 @@ ARRAYS = {
     "empty": (np.zeros((0, 4), np.float32), 32),
     "no bits": (np.zeros(9, np.uint32), 0),
 }
+
+
+def coded_parts(path):
+    """The manifest and the payload of a coded file."""
+    header, _, rest = path.read_bytes().partition(b"\n")
+    size = int(header.split()[2])
+    return json.loads(zlib.decompress(rest[:size])), rest[size:]
 
 
 def coded(x, width, where=None):
@@ -222,7 +230,7 @@ def test_shapes_have_no_coded_size():
 def test_any_payload_is_refused_or_means_something_in_little_memory(tmp_path, name):
     tree, chance, path = {**TREES, "small": SMALL}[name], random.Random(name), tmp_path / "x"
     jc.save(path, tree, coded=True)
-    about, payload = opened(path.read_bytes())
+    about, payload = coded_parts(path)
     outcomes = set()
     for turn in range(60):
         other, what = bytearray(payload), about
@@ -291,3 +299,13 @@ def test_what_is_shared_is_coded_once(tmp_path):
     np.testing.assert_array_equal(again["head"], again["embed"].T)
     report = jc.report(tied, small, coded=True)
     assert report.total.coded_bytes == jc.nbits(small, coded=True) / 8
+
+
+def test_manifests_that_swell_are_refused(tmp_path):
+    text = zlib.compress(b'{"jcompress":"0","jax":"0","tree":"' + b"9" * (1 << 24) + b'"}', 9)
+    header = b"jcompress 1 %d %s 0 %s\n" % (len(text), digest(text), digest(b""))
+    refused(tmp_path / "x", header + text, "found a manifest of more than 1")
+    text = text[:500]
+    refused(tmp_path / "x", b"jcompress 1 %d %s 0 %s\n" % (len(text), digest(text), digest(b"")) + text)
+    text = b"x" + text
+    refused(tmp_path / "x", b"jcompress 1 %d %s 0 %s\n" % (len(text), digest(text), digest(b"")) + text, "is damaged")

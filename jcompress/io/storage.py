@@ -1,7 +1,8 @@
 """One file that holds a tree, bit for bit and at exactly the size that its nodes claim.
 
 The first line is ``jcompress <format version> <manifest bytes> <checksum> <payload bytes> <checksum>``, the second
-the manifest (see :mod:`jcompress.io.manifest`), and the rest is the payload: one stream of bits.
+the manifest (see :mod:`jcompress.io.manifest`), by zlib where arrays are entropy-coded, and the rest is the payload:
+one stream of bits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -29,7 +31,7 @@ from jcompress.version import __version__
 
 FORMAT_VERSION = 1
 _HEADER = re.compile(rb"jcompress (\d{1,9}) (\d{1,18}) ([0-9a-f]{16}) (\d{1,18}) ([0-9a-f]{16})\n")
-_LONGEST_HEADER = 128
+_LONGEST_HEADER, _LONGEST_TEXT = 128, 1 << 20
 _LEAST, _RATIO = 1 << 26, 256
 """A tree may take 64 MiB in memory, and 256 times its file: as with three weights kept among a thousand."""
 
@@ -50,8 +52,8 @@ def save(
 
     With ``coded=True`` everything is entropy-coded besides, without loss: codes, indices, masks and gaps, and the
     exponents of floats. Each array is coded by the model that gives the fewest bytes, its tables of frequencies
-    counted, and the file takes ``jc.nbits(tree, coded=True) / 8`` bytes and the manifest. Writing and reading it
-    needs the extra ``jcompress[coded]``.
+    counted, and the file takes ``jc.nbits(tree, coded=True) / 8`` bytes and the manifest, which is compressed too.
+    Writing and reading it needs the extra ``jcompress[coded]``.
 
     Args:
       path: the file. An existing one is replaced, and its permissions are kept.
@@ -85,6 +87,7 @@ def save(
         with needing_coder(path):
             described = encode(core.opened(tree), "", store)
         text = _dumps({**_about(plan, metadata), **({"coded": True} if coded else {}), "tree": described})
+        text = zlib.compress(text, 9) if coded else text
     except RecursionError:
         raise too_deep() from None
 
@@ -271,7 +274,21 @@ def _read_manifest(file: BinaryIO, max_bytes: int | None) -> tuple[_Manifest, in
     text = file.read(text_bytes)
     if _checksum(text) != match[3].decode():
         raise StorageError("the manifest is damaged; restore the file from a copy")
-    return _Manifest(_parsed(text), payload_bytes, match[5].decode()), most
+    return _Manifest(_parsed(_inflated(text)), payload_bytes, match[5].decode()), most
+
+
+def _inflated(text: bytes) -> bytes:
+    """The manifest of a coded file, which is compressed too; never more than 64 times as long, or 1 MiB."""
+    if text[:1] != b"x":
+        return text
+    most, stream = max(_LONGEST_TEXT, 64 * len(text)), zlib.decompressobj()
+    try:
+        found = stream.decompress(text, most)
+    except zlib.error as error:
+        raise StorageError(f"the manifest is damaged ({error}); restore the file from a copy") from None
+    if not stream.eof or stream.unused_data:
+        raise StorageError(f"found a manifest of more than {most} bytes, or what is none behind it; do not trust it")
+    return found
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

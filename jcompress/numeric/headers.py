@@ -64,7 +64,10 @@ class HeaderReader:
         return (1 << (zeros + order) | self.number(zeros + order)) - (1 << order)
 
 
-def golomb_nbits(values: np.ndarray, order: int) -> int:
-    """How many bits :meth:`HeaderWriter.golomb` takes for all of ``values``."""
+def shortest_golomb(values: np.ndarray, orders: int) -> tuple[int, int]:
+    """The fewest bits that :meth:`HeaderWriter.golomb` takes for all of ``values``, and the order that takes them."""
+    order = np.arange(orders)[:, None]
     lengths = np.frexp(values.astype(np.float64) + (1 << order))[1]
-    return int((2 * lengths - 1 - order).sum())
+    nbits = (2 * lengths - 1 - order).sum(1)
+    best = int(nbits.argmin())
+    return int(nbits[best]), best

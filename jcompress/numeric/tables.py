@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from jcompress.numeric.headers import HeaderReader, HeaderWriter, golomb_nbits
+from jcompress.numeric.headers import HeaderReader, HeaderWriter, shortest_golomb
 
 MOST_SYMBOLS = 1 << 12
 _FINEST, _MOST_LEVELS, _ORDERS = 64, 64 * 64, 8
@@ -94,8 +94,7 @@ def _written(table: Table, before: Table | None) -> tuple[int, int, np.ndarray]:
     there = table.levels > 0
     gaps = not there.all()
     numbers[there] = _differences(table, before) + gaps
-    nbits, order = min((golomb_nbits(numbers, order), order) for order in range(_ORDERS))
-    return nbits, order, numbers
+    return *shortest_golomb(numbers, _ORDERS), numbers
 
 
 def table_nbits(table: Table, before: Table | None) -> int:
