@@ -208,7 +208,7 @@ METHODS = [
     Row("kmeans-global", KMeans(clusters=5, scope="global"), exact=False),
     Row("kmeans-exact", KMeans(clusters=4, exact=True), jit=False, gathers=True),
     Row("kmeans-blocks", KMeans(clusters=4, block=(2, 2)), exact=False, sums=True),
-    Row("kmeans-filters", KMeans(clusters=4, block=(3, 3, 1, 1)), (3, 3, 4, 8), exact=False, sums=True),
+    Row("kmeans-filters", KMeans(clusters=4, block=(4, 4, 1, 1)), (4, 4, 4, 8), exact=False, sums=True),
     Row("magnitude-kmeans-blocks", jc.chain(M(sparsity=0.5), KMeans(clusters=4, block=(1, 4))), exact=False, sums=True),
     Row("kmeans-blocks-int8", jc.chain(KMeans(4, block=(4, 1)), Int(bits=8)), exact=False, sums=True, stationary=False),
     Row("stacked-kmeans-blocks", jc.stacked(KMeans(4, block=(2, 2))), (3, 8, 4), exact=False, sums=True),
