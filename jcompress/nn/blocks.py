@@ -237,5 +237,5 @@ class InvertedResidual(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Features, with what came where it fits."""
-        layers = map(weights, (self.expand, self.depthwise, self.contract))
-        return inverted_residual(x, *layers, self.strides, self.padding)
+        expand, depthwise, contract = map(weights, (self.expand, self.depthwise, self.contract))
+        return inverted_residual(x, expand, depthwise, contract, self.strides, self.padding)
