@@ -24,6 +24,8 @@ def accelerate(fn: Callable[..., Any]) -> Executed:
     time is made dense, multiplied and added up, where the activation has few rows. An activation is contracted into a
     :class:`~jcompress.formats.TensorNetwork` along the cheapest path, or goes through a chain of smaller convolutions.
     Circulant matrices and a :class:`~jcompress.formats.FastProduct` multiply by fast transforms where they are large.
+    Of a mask that hides whole blocks, and whose values are known where the function is compiled
+    (``jax.jit(lambda x: fast_fn(tree, x))``), the kept blocks are multiplied, where they are few enough to be faster.
     All other nodes are made dense, and ``report`` says which. Activations stay as they are;
     :func:`jcompress.quantize.activations` multiplies integers.
 
