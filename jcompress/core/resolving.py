@@ -33,7 +33,7 @@ def untie(tree: PyTree, *, whole: bool = True) -> PyTree:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> tied = jc.tie({"embed": jnp.ones((5, 2)), "head": jnp.ones((5, 2))}, {"head": "embed"})
       >>> tied["head"], jc.untie(tied)["head"].shape
-      (Reference(owner=embed, sizes=(5, 2)), (5, 2))
+      (Reference(owner='embed', sizes=(5, 2)), (5, 2))
     """
     tree = opened(tree)
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
