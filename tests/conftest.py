@@ -67,6 +67,7 @@ OF_METHODS = (
 # Benchmarks and claims are left out as well, which nothing else runs the code of, and what has a job of its own in CI.
 LONG = (
     "test_command_stopped_by_a_signal",
+    "test_notebook_runs[compact]",
     "test_notebook_runs[factorize]",
     "test_notebook_runs[pruning]",
     "test_notebook_runs[quantization]",
