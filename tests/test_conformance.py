@@ -271,6 +271,9 @@ def test_saved_bytes_are_what_nbits_says_and_load_is_exact(row, tmp_path):
     assert jax.tree.structure(loaded) == jax.tree.structure(tree)
     assert_same(jc.materialize(loaded), jc.materialize(tree))
     assert jc.nbits(loaded) == jc.nbits(tree)
+    jc.save(tmp_path / "coded", tree, coded=True)
+    assert_same(jc.load(tmp_path / "coded"), loaded)
+    assert 8 * jc.io.inspect(tmp_path / "coded")["payload_bytes"] == jc.nbits(tree, coded=True)
 
 
 @every_row

@@ -15,7 +15,7 @@ from jcompress.numeric.tables import Table, fit_table, table_nbits
 ONE, ROWS, COLUMNS, ABOVE, LEFT = range(2, 7)
 """Kinds of models as files name them; 0 and 1 are arrays that need none."""
 CLASSES = (2, 4, 8)
-_BINS, _ROUNDS, _FEW, _LABELS = 16, 4, 512, 8
+_BINS, _ROUNDS, _FEW, _LABELS = 16, 3, 2048, 8
 _NARROW, _CALLS, _CHUNK = 512, 8192, 1 << 17
 
 
