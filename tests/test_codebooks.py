@@ -88,6 +88,32 @@ def test_a_layout_says_where_inputs_and_outputs_are(rng):
     np.testing.assert_array_equal(laid.materialize(), plain.materialize().transpose(3, 2, 0, 1))
 
 
+@pytest.mark.parametrize("method", [KMeans(4), KMeans(4, scope="global"), KMeans(4, block=(2, 2))], ids=repr)
+def test_leaves_alike_and_unlike_are_planned_with_a_layout_and_with_statistics(rng, method):
+    shapes = {"a": (8, 8), "b": (8, 8), "c": (8, 4), "d": (4, 6)}
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()} | {"e": jnp.ones(())}
+    x = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+
+    def fn(params, x):
+        return params["e"] * (x @ params["a"] @ params["b"] @ params["c"] @ params["d"])
+
+    rules = [("e", None), (".*", method)]
+    plain, laid = jc.plan(params, rules), jc.plan(params, rules, layout=jc.trace.layout(fn, params, x))
+    stats = jc.calibrate(fn, params, [(x,)], plan=jc.plan(params, [("e", None), (".*", jc.prune.Wanda(sparsity=0.5))]))
+    expected = jc.compress(params, plain)
+    for found in (jc.compress(params, laid), jc.compress(params, laid, stats=stats)):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_single_number_has_a_codebook_of_values_and_none_of_blocks():
+    params = {"w": jnp.float32(3)}
+    assert float(jc.materialize(jc.compress(params, jc.plan(params, [("w", KMeans(2))])))["w"]) == 3
+    with pytest.raises(
+        ValueError, match=r"w: KMeans found block=\(2,\), which does not tile the last axes of shape \(\)"
+    ):
+        jc.plan(params, [("w", KMeans(2, block=(2,)))])
+
+
 def test_sharded_only_sums_and_words_move(rng):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     w = jnp.asarray(rng.normal(size=(64, 512)), jnp.float32)

@@ -188,7 +188,7 @@ def _start(rows: Rows, shown: Shown, clusters: int) -> jax.Array:
 
 def check_block(path: str, block: Sequence[int], shape: tuple[int, ...]) -> None:
     """Raise if blocks do not tile an array."""
-    last = shape[-len(block) :] if len(block) <= len(shape) else ()
+    last = shape[max(len(shape) - len(block), 0) :]
     if len(last) < len(block) or any(n % b for n, b in zip(last, block, strict=True)):
         fits = tuple(math.gcd(n, b) for n, b in zip(last, block, strict=False))
         fix = f"use block={fits}" if last and math.prod(fits) > 1 else "choose one that does, or another method"
