@@ -308,7 +308,7 @@ class Program:
         if self.stage.train in ("project", "simulate"):
             return self._state(jax.tree.map(jnp.copy, params)), key
         trained, rest = jc.split(self.compiled.compress(params, key, self.steps))
-        return self._state(_widened(trained)), (_dtypes(trained), rest)
+        return self._state(widened(trained)), (dtypes_of(trained), rest)
 
     def _state(self, params: PyTree) -> State:
         return State(params, self.compiled.init(params, self.pace), jnp.zeros((), jnp.int32))
@@ -320,7 +320,7 @@ class Program:
         if self.stage.train == "simulate":
             return jc.finalize(self.compiled.compress(state.params, key, self.steps))
         dtypes, rest = held
-        return jc.finalize(jc.merge(_narrowed(state.params, dtypes), rest))
+        return jc.finalize(jc.merge(narrowed(state.params, dtypes), rest))
 
 
 class Compiled:
@@ -352,20 +352,20 @@ class Compiled:
 
 def _of_nodes(params: PyTree, held: PyTree, step: jax.Array) -> PyTree:
     dtypes, rest = held
-    return jc.materialize(jc.merge(_narrowed(params, dtypes), rest))
+    return jc.materialize(jc.merge(narrowed(params, dtypes), rest))
 
 
-def _dtypes(tree: PyTree) -> PyTree:
+def dtypes_of(tree: PyTree) -> PyTree:
     """Empty arrays that carry the dtypes of ``tree``, since a dtype is no leaf."""
     return jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), tree)
 
 
-def _widened(tree: PyTree) -> PyTree:
+def widened(tree: PyTree) -> PyTree:
     """Float32 copies: what is stored in 16 bits is trained in 32, or small updates would be rounded away."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-def _narrowed(tree: PyTree, dtypes: PyTree) -> PyTree:
+def narrowed(tree: PyTree, dtypes: PyTree) -> PyTree:
     return jax.tree.map(lambda x, like: x.astype(like.dtype), tree, dtypes)
 
 

@@ -65,5 +65,5 @@ def commit() -> str | None:
 def command() -> str:
     """The command that started this process, as one would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", spec.name] if spec is not None else [sys.argv[0]]
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [sys.argv[0]]
     return shlex.join(["python", *program, *sys.argv[1:]])

@@ -163,3 +163,47 @@ def encoders(rows: Sequence[Row], path: Path) -> None:
     """The sentence encoder: agreement with human judgement against stored bytes."""
     points = [measure.Point(r["name"], r["bytes"], 100 * r["mean"], group=r["group"]) for r in rows]
     measure.pareto(points, path, score_name="mean Spearman x 100", lowest=lowest(points))
+
+
+def families(found: Sequence[Row], kind: str, path: Path, title: str) -> None:
+    """Score against stored bytes and against multiply-adds, as compressed and fine-tuned, a line a family.
+
+    Args:
+      found: a row a family and point, with ``before`` and ``after`` as means and deviations.
+      kind: of the data.
+      path: where to save the picture.
+      title: of the whole.
+    """
+    groups = [x for x in dict.fromkeys(row["group"] for row in found) if x != "dense"]
+    figure, grid = _figure(len(groups), 3, (11.5, 2.5 * len(groups) + 1.0), sharey=True, sharex="col")
+    axes_of = (("bytes", "before", "bytes, as compressed"), ("bytes", "after", "bytes, fine-tuned"))
+    axes_of = (*axes_of, ("multiply_adds", "after", "multiply-adds, fine-tuned"))
+    dense = next((row for row in found if row["way"] == "dense"), None)
+    for line, group in zip(grid, groups, strict=True):
+        own = list(dict.fromkeys(row["way"] for row in found if row["group"] == group))
+        for axes, (size, when, name) in zip(line, axes_of, strict=True):
+            if dense is not None:
+                axes.axhline(dense[when][0], color=_INK, linestyle=":", linewidth=1, label="dense")
+            for i, way in enumerate(own):
+                points = sorted((row[size], row[when][0]) for row in found if row["way"] == way)
+                control = "random" in way
+                style = {"color": _GREY, "linestyle": "--"} if control else {"color": _COLOURS[i % len(_COLOURS)]}
+                marker = "os^vD"[i // len(_COLOURS)]
+                axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1.2, label=way, **style)
+            axes.set_xscale("log")
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            if line is grid[-1]:
+                axes.set_xlabel(name)
+        line[0].set_ylabel("bits per byte" if kind == "text" else "test error, %")
+        line[0].set_title(group, fontsize=9, loc="left", color=_INK)
+        lines = line[-1].get_legend_handles_labels()
+        line[-1].legend(*lines, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    values = [row[when][0] for row in found for when in ("before", "after")]
+    grid[0, 0].set_yscale("log")
+    grid[0, 0].set_ylim(0.9 * min(values), 1.1 * max(values))
+    ticks = [x for x in (0.5, 1, 1.5, 2, 3, 5, 10, 20, 40, 80) if 0.9 * min(values) < x < 1.1 * max(values)]
+    grid[0, 0].set_yticks(ticks, [f"{x:g}" for x in ticks])
+    grid[0, 0].set_yticks([], minor=True)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(path, dpi=110)

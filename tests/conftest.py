@@ -43,6 +43,7 @@ OF_METHODS = (
     "test_distill",
     "test_dynamic",
     "test_factorize",
+    "test_families",
     "test_gptq",
     "test_integer",
     "test_minilm",

@@ -1,0 +1,18 @@
+"""Bytes of Shakespeare by a small causal transformer in every family, in bits per byte.
+
+Command: python -m experiments.families --config.data=text --data_dir=<folder with tinyshakespeare.txt>
+"""
+
+from __future__ import annotations
+
+from experiments.families.lab import Config
+from experiments.families.ways import MATRICES
+
+
+def get_config() -> Config:
+    """The transformer of the pruning experiment."""
+    return Config(
+        name="text", ways=MATRICES, data="text", data_options={"length": 32, "val": 0.02}, model="transformer",
+        model_options={"width": 64, "layers": 2, "heads": 2, "longest": 32}, steps=2000, finetuning=300, batch_size=32,
+        learning_rate=4e-3, finetuning_rate=2e-3,
+    )  # fmt: skip

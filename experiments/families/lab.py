@@ -1,0 +1,213 @@
+"""Trained networks and what all families are given: statistics, equal fine-tuning, and the same measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jcompress as jc
+from experiments import data as datasets
+from experiments import lab, models
+from experiments.compress import State, dtypes_of, fit, make_step, narrowed, widened
+from experiments.models import resnet
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Those of the digits; fork it, or change a value with ``--config.<name>=<value>``."""
+
+    name: str = "digits"
+    data: str = "digits"
+    data_options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"val": 0.2, "test": 0.2})
+    model: str = "lenet_300_100"
+    model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ways: tuple[str, ...] = ()  # names in experiments/families/ways.py; all of them by default
+    seeds: int = 3
+    rules: str = ".*kernel"  # what is compressed
+    kept: str = ""  # and what of that stays dense
+    steps: int = 1200  # of the dense network; a pretrained one takes none
+    finetuning: int = 300  # steps after compression, for every way
+    batch_size: int = 64
+    learning_rate: float = 2e-3  # of Adam at its peak
+    finetuning_rate: float = 1e-3
+    calibration: int = 512  # training examples for statistics
+    test: int = 1_000_000  # at most so many test examples
+
+
+class Network(NamedTuple):
+    """What a way gives: parameters, compressed, and the function of them where it is another than the lab's."""
+
+    tree: PyTree
+    apply: Callable[[PyTree, Any], Any] | None = None
+
+
+def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call without warnings of inputs that calibration never saw: the pixels at the rim are always black."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jc.CalibrationWarning)
+        return call(*args, **kwargs)
+
+
+class Lab:
+    """One network on one data set.
+
+    Args:
+      config: what to measure.
+      data_dir: with the files of the data.
+    """
+
+    def __init__(self, config: Config, data_dir: str | None) -> None:
+        self.config = config
+        self.load = self._loader(data_dir)
+        data = self.load(0)
+        self.kind, self.about = data.kind, str(data)
+        self.apply, self._start = self._network(data, data_dir)
+        self.evaluate = lab.make_evaluate(self.apply, 250)
+        self.shapes = jax.eval_shape(self._start, jax.random.key(0))
+        self.example = data.train.x[:1]
+        self.layout = jc.trace.layout(self.apply, self.shapes, self.example)
+        self._once: dict[Hashable, Any] = {}
+
+    def _loader(self, data_dir: str | None) -> Callable[[int], datasets.Data]:
+        config = self.config
+        return functools.lru_cache(maxsize=2)(
+            lambda seed: datasets.of(config.data, data_dir, config.data_options, seed)
+        )
+
+    def _network(self, data: datasets.Data, data_dir: str | None) -> tuple[Callable, Callable]:
+        """The function and its start, from a key."""
+        models.check(self.config.model, data.kind)
+        module = models.build(self.config.model, data.classes, self.config.model_options)
+        example = data.test.x[:1]
+        return models.apply(module), jax.jit(lambda key: module.init(key, example)["params"])
+
+    def once(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What ``build`` gives, built once."""
+        if key not in self._once:
+            self._once[key] = build()
+        return self._once[key]
+
+    def dense(self, seed: int) -> PyTree:
+        """The trained network."""
+        return self.once(("dense", seed), lambda: self._trained(seed))
+
+    def _trained(self, seed: int) -> PyTree:
+        begin = self._start(jax.random.key(seed))
+        return self._train(begin, seed, self.config.steps, self.config.learning_rate, 1)
+
+    def plan(self, method: Any) -> jc.Plan:
+        """All that is compressed, by one method."""
+        kept = [(self.config.kept, None)] if self.config.kept else []
+        rules = [*kept, (self.config.rules, method)]
+        known = {path: x for path, x in self.layout.items() if path in jc.plan(self.shapes, rules)}
+        return jc.plan(self.shapes, rules, layout=known)
+
+    def compressed(self, method: Any, seed: int) -> Network:
+        """The trained network, its kernels by one method. Statistics are of training examples."""
+        plan, params = self.plan(method), self.dense(seed)
+        needs = [need for method in plan.values() if method is not None for need in method.needs]
+        stats = self.stats(seed) if any(need.startswith("stats") for need in needs) else None
+        key = jax.random.key(10_000 + seed)
+        return Network(quietly(jc.compress, params, plan, stats=stats, key=key))
+
+    def stats(self, seed: int) -> Any:
+        x = self.load(seed).train.x
+        size = max(self.config.calibration // 8, 1)
+        batches = [x[i : i + size] for i in range(0, self.config.calibration, size)]
+        plan = self.plan(jc.factorize.WhitenedSVD(rank=1))
+        return self.once(("stats", seed), lambda: jc.calibrate(self.apply, self.dense(seed), batches, plan=plan))
+
+    def divergence(self, seed: int) -> Callable[[PyTree], Any]:
+        """From the trained network's outputs on training examples, in nats an example: a function of parameters."""
+        x = jnp.asarray(self.load(seed).train.x[: min(self.config.calibration, 128)])
+        wanted = jax.nn.log_softmax(jax.jit(self.apply)(self.dense(seed), x))
+
+        def moved(params: PyTree) -> Any:
+            return (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(self.apply(params, x)))).sum(-1).mean()
+
+        return moved
+
+    def finetuned(self, network: Network, seed: int) -> Network:
+        """All that trains in the tree, trained for as many steps as any way is."""
+        config = self.config
+        tree = self._train(network.tree, seed, config.finetuning, config.finetuning_rate, 2, network.apply)
+        return network._replace(tree=tree)
+
+    def _train(
+        self, tree: PyTree, seed: int, steps: int, rate: float, order: int, apply: Callable | None = None
+    ) -> PyTree:
+        if not steps:
+            return tree
+
+        def build() -> Any:
+            tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
+            return tx, make_step(apply or self.apply, lambda pace: tx, _dense_of)
+
+        tx, step = self.once(("step", steps, rate), build) if apply is None else build()
+        train, rest = jc.split(tree)
+        state = State(widened(train), tx.init(widened(train)), jnp.zeros((), jnp.int32))
+        key = jax.random.fold_in(jax.random.key(seed), order)
+        options = {"steps": steps, "batch_size": self.config.batch_size, "key": key, "title": self.config.model}
+        held = (dtypes_of(train), rest)
+        found = fit(step, state, held, self.load(seed).train, **options)
+        return jc.merge(narrowed(found.params, held[0]), rest)
+
+    def score(self, network: Network, seed: int) -> dict[str, float]:
+        """How good the network is on validation and test data."""
+        data, dense = self.load(seed), jc.materialize(network.tree)
+        evaluate = self.evaluate if network.apply is None else lab.make_evaluate(network.apply, 250)
+        row: dict[str, float] = {}
+        for name in ("val", "test"):
+            split = getattr(data, name).take(slice(self.config.test))
+            if len(split):
+                found = evaluate(dense, split)
+                row |= {f"{name}_accuracy": found.accuracy, f"{name}_bits": found.bits}
+        return row
+
+    def size(self, network: Network) -> dict[str, float]:
+        """Bytes of the file and multiply-adds of one example, if zeros were skipped and factors applied in turn."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.jc"
+            jc.save(path, network.tree)
+            stored = path.stat().st_size
+        cost = jc.trace.cost(network.apply or self.apply, network.tree, self.example)
+        return {"bytes": stored, "multiply_adds": cost.total.compressed_multiply_adds}
+
+
+def _dense_of(train: PyTree, held: PyTree, step: jax.Array) -> PyTree:
+    dtypes, rest = held
+    return jc.materialize(jc.merge(narrowed(train, dtypes), rest))
+
+
+class Pretrained(Lab):
+    """A ResNet that was trained elsewhere; batch norms run on their statistics, estimated anew after compression."""
+
+    def _network(self, data: datasets.Data, data_dir: str | None) -> tuple[Callable, Callable]:
+        self._params, self._statistics = resnet.load(Path(data_dir or ".") / f"{self.config.model}_cifar10.npz")
+        fixed = self._statistics
+        return lambda params, x: resnet.logits(params, x, fixed), lambda key: self._params
+
+    def _trained(self, seed: int) -> PyTree:
+        return self._params
+
+    def stats(self, seed: int) -> Any:
+        x, size = self.load(seed).train.x[: self.config.calibration], 64
+        batches = [resnet.augmented(x[i : i + size], i + seed) for i in range(0, len(x), size)]
+        plan = self.plan(jc.factorize.WhitenedSVD(rank=1))
+        return self.once(("stats", seed), lambda: jc.calibrate(self.apply, self.dense(seed), batches, plan=plan))
+
+
+def of(config: Config, data_dir: str | None) -> Lab:
+    """The lab of a config."""
+    return (Pretrained if config.model.startswith("resnet") else Lab)(config, data_dir)

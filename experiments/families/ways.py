@@ -1,0 +1,170 @@
+"""The families that are compared: each a ladder of methods, from large to small.
+
+A way gives the network as it is after compression; what trains in it is then fine-tuned for as many steps as in any
+other. ``random factors`` is the control of factors: drawn, and refitted to the network by one sweep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import jcompress as jc
+from experiments.families.lab import Lab, Network, quietly
+
+F, Q, P, S = jc.factorize, jc.quantize, jc.prune, jc.share
+SHARES = (0.5, 0.3, 0.2, 0.12, 0.07)
+LADDER = (0.04, 0.07, 0.1, 0.14, 0.2, 0.3, 0.42, 0.6, 0.8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One way at several sizes.
+
+    Attributes:
+      name: in the rows, the table and the picture.
+      group: of one colour.
+      make: from a lab, a seed and a point to the compressed tree.
+      points: what says how small, from large to small.
+      told: what the points are.
+    """
+
+    name: str
+    group: str
+    make: Callable[[Lab, int, Any], Network]
+    points: Sequence[Any]
+    told: str
+
+
+def of(method: Callable[[Any], Any]) -> Callable[[Lab, int, Any], Network]:
+    """A family of one method for all kernels."""
+    return lambda lab, seed, point: lab.compressed(method(point), seed)
+
+
+def modes(n: int) -> tuple[int, ...]:
+    """A size as a product of three that are as equal as its divisors allow."""
+    first = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - n ** (1 / 3)))
+    rest = n // first
+    second = min((d for d in range(1, rest + 1) if rest % d == 0), key=lambda d: abs(d - math.sqrt(rest)))
+    return first, second, rest // second
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(jc.Method):
+    """A TT-matrix of a dense layer, in modes by its sizes; a train along the axes of a convolution."""
+
+    rank: float
+
+    def __call__(self, w: Any, context: Any) -> Any:
+        if w.ndim > 2:
+            return F.TensorTrain(rank=self.rank, order=(-2, 0, 1, -1))(w, context)
+        return F.TensorTrain(rank=self.rank, shape=(modes(w.shape[0]), modes(w.shape[1])))(w, context)
+
+
+@dataclasses.dataclass(frozen=True)
+class Products(jc.Method):
+    """A sum of Kronecker products of two factors of about equal size, in so many numbers."""
+
+    share: float
+
+    def __call__(self, w: Any, context: Any) -> Any:
+        p, q = (
+            min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - math.sqrt(n))) for n in w.shape[-2:]
+        )
+        numbers = p * q + w.size // (p * q)
+        terms = max(1, min(int(self.share * w.size / numbers), p * q, w.size // (p * q)))
+        return F.Kronecker(shape=(p, q), terms=terms)(w, context)
+
+
+def randomized(lab: Lab, seed: int, share: float) -> Network:
+    """Random factors, refitted to the kernels by one sweep."""
+    tree, rng = lab.compressed(F.SVD(rank=share), seed).tree, np.random.default_rng(seed)
+    arrays = dict(jc.paths(lab.dense(seed)))
+
+    def one(path: str, node: Any) -> Any:
+        drawn = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape), np.float32), node)
+        return drawn.project(arrays[path])
+
+    nodes = {path: one(path, x) for path, x in jc.paths(tree) if jc.core.is_node(x)}
+    return Network(jc.rules.rebuild(tree, nodes))
+
+
+def chosen(kinds: Callable[[], dict[str, Any]]) -> Callable[[Lab, int, Any], Network]:
+    """For each kernel a method of its own: least divergence from the dense network, in sum, at so many bits."""
+
+    def make(lab: Lab, seed: int, share: float) -> Network:
+        params, stats = lab.dense(seed), lab.stats(seed)
+        plans = {name: lab.plan(method) for name, method in kinds().items()}
+
+        def options() -> Any:
+            typical = quietly(jc.compress, params, lab.plan(F.WhitenedSVD(rank=0.3)), stats=stats)
+            moved = jc.budget.output_error(stats, relative=True)
+            measure = jc.budget.by_loss(lab.divergence(seed), params, typical, measure=moved)
+            return quietly(jc.budget.options, params, plans, measure=measure, stats=stats)
+
+        found = lab.once(("options", kinds, seed), options)
+        whole = jc.budget.bits(params)
+        kernels = sum(whole[path] for path, method in lab.plan(F.SVD(rank=1)).items() if method is not None)
+        budget = math.floor(share * kernels) + sum(whole.values()) - kernels
+        plan = jc.budget.allocate(plans, found.errors, found.costs, budget)
+        return Network(quietly(jc.compress, params, plan, stats=stats))
+
+    return make
+
+
+def ranks() -> dict[str, Any]:
+    """One family, many ranks."""
+    return {f"rank {x:g}": F.WhitenedSVD(rank=x) for x in LADDER} | {"dense": None}
+
+
+def mixture() -> dict[str, Any]:
+    """Ranks, their factors in 8 bits, and bits, in one budget."""
+    low = {f"rank {x:g}, 8 bits": jc.chain(F.WhitenedSVD(rank=x), Q.Int(bits=8)) for x in LADDER}
+    return low | {f"{b} bits": Q.GPTQ(bits=b, group_size=GROUP, pad=True) for b in (2, 3, 4, 8)}
+
+
+def units(lab: Lab, seed: int, share: float) -> Network:
+    """Whole units cut, by their norms over all groups, for a share of the multiply-adds."""
+    params = lab.dense(seed)
+    groups = lab.once("groups", lambda: jc.trace.coupling(lab.apply, lab.shapes, lab.example))
+    scores = P.structured.l1(params, groups)
+    keep = P.structured.keep(scores, groups, cost=share, scope="global", normalize="mean", at_least=1)
+    apply, small = jc.shrink(lab.apply, params, keep, lab.example)
+    return Network(small, apply)
+
+
+GROUP = 32
+LOW, SPARSE, BITS, UNITS = "factors", "pruning", "quantization", "units"
+SPARSITIES = (0.5, 0.75, 0.88, 0.94, 0.97)
+
+FAMILIES = [
+    Family("dense", "dense", lambda lab, seed, point: Network(lab.dense(seed)), (0,), "as trained"),
+    Family("SVD", LOW, of(lambda r: F.SVD(rank=r)), SHARES, "share of the numbers"),
+    Family("whitened SVD", LOW, of(lambda r: F.WhitenedSVD(rank=r)), SHARES, "share of the numbers"),
+    Family("tensor train", LOW, of(Train), SHARES, "share of the numbers"),
+    Family("Tucker", LOW, of(lambda r: F.Tucker(ranks=r)), SHARES, "share of the numbers"),
+    Family("CP", LOW, of(lambda r: F.CP(rank=r)), SHARES, "share of the numbers"),
+    Family("Kronecker", LOW, of(Products), SHARES, "share of the numbers"),
+    Family("chosen ranks", LOW, chosen(ranks), SHARES, "share of the bits"),
+    Family("SVD, 8 bits", LOW, of(lambda r: jc.chain(F.SVD(rank=r), Q.Int(bits=8))), SHARES, "share of the numbers"),
+    Family("random factors", LOW, randomized, SHARES, "share of the numbers"),
+    Family("ranks and bits chosen", "mixture", chosen(mixture), (0.2, 0.14, 0.1, 0.07, 0.05), "share of the bits"),
+    Family("magnitude", SPARSE, of(lambda s: P.Magnitude(sparsity=s, scope="global")), SPARSITIES, "zeros"),
+    Family(
+        "magnitude, 8 bits", SPARSE,
+        of(lambda s: jc.chain(P.Magnitude(sparsity=s, scope="global"), Q.Int(bits=8))), SPARSITIES, "zeros",
+    ),
+    Family("random zeros", SPARSE, of(lambda s: P.Random(sparsity=s)), SPARSITIES, "zeros"),
+    Family("units", UNITS, units, (0.6, 0.4, 0.25, 0.15, 0.08), "share of the multiply-adds"),
+    Family("rounding", BITS, of(lambda b: Q.Int(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
+    Family("GPTQ", BITS, of(lambda b: Q.GPTQ(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
+]  # fmt: skip
+"""All of them; a config may name some."""
+
+MATRICES = tuple(family.name for family in FAMILIES if family.name not in ("Tucker", "CP"))
+"""Those of a network without convolutions, where the others are no families of their own."""
