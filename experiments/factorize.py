@@ -44,7 +44,7 @@ FAMILIES = {
     "cp": lambda share: F.CP(rank=share),
     "whitened cp": lambda share: F.Whitened(F.CP(rank=share)),
 }
-LADDER = (0.08, 0.12, 0.17, 0.23, 0.3, 0.38, 0.47, 0.57, 0.7, 0.85)
+LADDER = (0.1, 0.15, 0.22, 0.31, 0.42, 0.56, 0.75)
 OPTIONS = ("whitened cp",)
 
 
