@@ -138,8 +138,8 @@ def units(lab: Lab, seed: int, share: float) -> Network:
     return Network(small, apply)
 
 
-GROUP = 32
-LOW, SPARSE, BITS, UNITS = "factors", "pruning", "quantization", "units"
+GROUP, BLOCK, WORDS = 32, (4, 1), (256, 128, 64, 32, 16)
+LOW, SPARSE, BITS, UNITS, SHARED = "factors", "pruning", "quantization", "units", "sharing"
 SPARSITIES = (0.5, 0.75, 0.88, 0.94, 0.97)
 
 FAMILIES = [
@@ -161,6 +161,16 @@ FAMILIES = [
     ),
     Family("random zeros", SPARSE, of(lambda s: P.Random(sparsity=s)), SPARSITIES, "zeros"),
     Family("units", UNITS, units, (0.6, 0.4, 0.25, 0.15, 0.08), "share of the multiply-adds"),
+    Family("shared values", SHARED, of(lambda k: S.KMeans(clusters=k)), (64, 16, 8, 4, 2), "clusters"),
+    Family("shared blocks of 4", SHARED, of(lambda k: S.KMeans(clusters=k, block=BLOCK)), WORDS, "words"),
+    Family(
+        "shared blocks, twice", SHARED,
+        of(lambda k: jc.residual(S.KMeans(clusters=k, block=BLOCK), S.KMeans(clusters=k, block=BLOCK))), WORDS, "words",
+    ),
+    Family("hashed", SHARED, of(lambda r: S.Hashed(ratio=r)), (0.5, 0.25, 0.12, 0.06, 0.03), "share of the numbers"),
+    Family("Toeplitz-like", SHARED, of(lambda r: S.Toeplitz(rank=r)), (16, 8, 4, 2, 1), "displacement rank"),
+    Family("circulant", SHARED, of(lambda _: S.Circulant()), (1,), "matrix a layer"),
+    Family("ACDC", SHARED, of(lambda n: S.ACDC(layers=n)), (4, 2, 1), "layers"),
     Family("rounding", BITS, of(lambda b: Q.Int(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
     Family("GPTQ", BITS, of(lambda b: Q.GPTQ(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
 ]  # fmt: skip
