@@ -191,6 +191,7 @@ def families(found: Sequence[Row], kind: str, path: Path, title: str) -> None:
                 marker = "os^vD"[i // len(_COLOURS)]
                 axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1.2, label=way, **style)
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter("")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             if line is grid[-1]:

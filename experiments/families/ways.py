@@ -1,7 +1,7 @@
 """The families that are compared: each a ladder of methods, from large to small.
 
 A way gives the network as it is after compression; what trains in it is then fine-tuned for as many steps as in any
-other. ``random factors`` is the control of factors: drawn, and refitted to the network by one sweep.
+other. ``random factors`` is the control of factors: one drawn, the other fitted to the network.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 import jcompress as jc
 from experiments.families.lab import Lab, Network, quietly
@@ -81,17 +81,18 @@ class Products(jc.Method):
         return F.Kronecker(shape=(p, q), terms=terms)(w, context)
 
 
-def randomized(lab: Lab, seed: int, share: float) -> Network:
-    """Random factors, refitted to the kernels by one sweep."""
-    tree, rng = lab.compressed(F.SVD(rank=share), seed).tree, np.random.default_rng(seed)
-    arrays = dict(jc.paths(lab.dense(seed)))
+@dataclasses.dataclass(frozen=True)
+class RandomFactors(jc.Method):
+    """A random subspace of inputs, and the array's projection onto it, by least squares: the control of factors."""
 
-    def one(path: str, node: Any) -> Any:
-        drawn = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape), np.float32), node)
-        return drawn.project(arrays[path])
+    share: float
+    reads: ClassVar[tuple[str, ...]] = ("key",)
 
-    nodes = {path: one(path, x) for path, x in jc.paths(tree) if jc.core.is_node(x)}
-    return Network(jc.rules.rebuild(tree, nodes))
+    def __call__(self, w: Any, context: Any) -> Any:
+        rows, columns = w.shape[-2:]
+        rank = max(1, int(self.share * rows * columns / (rows + columns)))
+        u, _ = jnp.linalg.qr(jax.random.normal(context.key, (*w.shape[:-1], rank), w.dtype))
+        return jc.formats.LowRank(u, jnp.swapaxes(u, -1, -2) @ w)
 
 
 def chosen(kinds: Callable[[], dict[str, Any]]) -> Callable[[Lab, int, Any], Network]:
@@ -152,7 +153,7 @@ FAMILIES = [
     Family("Kronecker", LOW, of(Products), SHARES, "share of the numbers"),
     Family("chosen ranks", LOW, chosen(ranks), SHARES, "share of the bits"),
     Family("SVD, 8 bits", LOW, of(lambda r: jc.chain(F.SVD(rank=r), Q.Int(bits=8))), SHARES, "share of the numbers"),
-    Family("random factors", LOW, randomized, SHARES, "share of the numbers"),
+    Family("random factors", LOW, of(RandomFactors), SHARES, "share of the numbers"),
     Family("ranks and bits chosen", "mixture", chosen(mixture), (0.2, 0.14, 0.1, 0.07, 0.05), "share of the bits"),
     Family("magnitude", SPARSE, of(lambda s: P.Magnitude(sparsity=s, scope="global")), SPARSITIES, "zeros"),
     Family(
