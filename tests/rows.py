@@ -212,6 +212,13 @@ METHODS = [
     Row("magnitude-kmeans-blocks", jc.chain(M(sparsity=0.5), KMeans(clusters=4, block=(1, 4))), exact=False, sums=True),
     Row("kmeans-blocks-int8", jc.chain(KMeans(4, block=(4, 1)), Int(bits=8)), exact=False, sums=True, stationary=False),
     Row("stacked-kmeans-blocks", jc.stacked(KMeans(4, block=(2, 2))), (3, 8, 4), exact=False, sums=True),
+    Row("residual-kmeans", jc.residual(KMeans(4), KMeans(3)), exact=False, sums=True),
+    Row("residual-blocks", jc.residual(KMeans(4, block=(2, 2)), KMeans(3, block=(4, 1))), exact=False, sums=True),
+    Row(
+        "residual-global", jc.residual(KMeans(4, "global", block=(2, 2)), KMeans(3, "global")), exact=False, sums=True,
+    ),
+    Row("stacked-residual-kmeans", jc.stacked(jc.residual(KMeans(3), KMeans(2))), (3, 8, 4), exact=False, sums=True),
+    Row("outliers-blocks", jc.residual(M(0.9), KMeans(4), KMeans(3, block=(2, 2))), exact=False, sums=True),
     Row("hashed", jc.share.Hashed(ratio=0.3), exact=False, adjusts=True),
     Row("hashed-vector", jc.share.Hashed(ratio=0.5, seed=7), shape=(40,), exact=False, adjusts=True),
     Row("hashed-int8", jc.chain(jc.share.Hashed(ratio=0.3), Int(bits=8)), exact=False, adjusts=True, stationary=False),

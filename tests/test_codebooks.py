@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -112,6 +113,41 @@ def test_a_single_number_has_a_codebook_of_values_and_none_of_blocks():
         ValueError, match=r"w: KMeans found block=\(2,\), which does not tile the last axes of shape \(\)"
     ):
         jc.plan(params, [("w", KMeans(2, block=(2,)))])
+
+
+RESIDUALS = [
+    jc.residual(KMeans(4), KMeans(4), KMeans(4)),
+    jc.residual(KMeans(5, block=(4, 1)), KMeans(4, block=(2, 2)), sweeps=2),
+    jc.residual(KMeans(4, "global", block=(4, 1)), KMeans(4, "global")),
+    jc.residual(KMeans(4, block=(2, 2)), jc.quantize.Int(bits=2)),
+]
+
+
+@pytest.mark.parametrize("method", RESIDUALS, ids=repr)
+def test_all_words_of_a_sum_are_fitted_at_once(rng, method):
+    arrays = [{k: jnp.asarray(rng.normal(size=(16, 8)), jnp.float32) for k in "ab"} for _ in range(2)]
+    small = jc.compress(arrays[0], jc.plan(arrays[0], [(".*", method)]))
+    train, held = jc.split(small)
+    start = jax.tree.map(jnp.zeros_like, train)
+    jacobian = jax.jacobian(lambda t: jnp.stack(list(jc.materialize(jc.merge(t, held)).values())))(start)
+    matrix = np.concatenate([np.reshape(x, (256, -1)) for x in jax.tree.leaves(jacobian)], axis=1).astype(np.float64)
+    for tree in (arrays[1], {k: 1e25 * x for k, x in arrays[1].items()}):
+        w = np.stack(list(tree.values())).astype(np.float64).ravel()
+        expected = matrix @ np.linalg.lstsq(matrix, w, rcond=None)[0]
+        found = np.stack(list(jc.materialize(core.projected(held, tree)).values())).ravel()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("method", RESIDUALS[1:3], ids=repr)
+def test_training_on_a_sum_of_codebooks_stays_there(rng, method):
+    params = {k: jnp.asarray(rng.normal(size=(16, 8)), jnp.float32) for k in "ab"}
+    tx = optax.chain(optax.adam(0.05), jc.project(jc.plan(params, [(".*", method)]), every=4))
+    update, state = jax.jit(tx.update), tx.init(params)
+    for _ in range(6):
+        updates, state = update(jax.tree.map(lambda x: x - 1, params), state, params)
+        params = optax.apply_updates(params, updates)
+    for path, x in jc.materialize(jc.nodes(params, state)).items():
+        np.testing.assert_allclose(x, params[path], atol=1e-5)
 
 
 def test_sharded_only_sums_and_words_move(rng):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -11,9 +11,13 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed, Relaying
+from jcompress.formats.codebook import Codebook
 from jcompress.formats.masked import Masked
 from jcompress.formats.quantized import Quantized, pool
 from jcompress.numeric import scaling
+
+_STEPS, _ENOUGH = 100, 1e-13
+"""The most steps of conjugate gradients, and the square of what may be left, as a part of the array's."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +49,7 @@ class Sum(Compressed):
         return None if any(term is None for term in terms) else Sum(tuple(terms))
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Sum:
-        """Exact where at most one term is not a plain mask, or the others are codes whose scales are laid out alike.
+        """Exact where at most one term is not a plain mask, or the others are codes and codebooks.
 
         Else each term in turn is fitted to what the others leave. Where a mask lets a term take any value, the other
         terms need not fit, so they are fitted elsewhere first.
@@ -55,7 +59,12 @@ class Sum(Compressed):
         outside = where
         for term in free:
             outside = ~term.mask if outside is None else outside & ~term.mask
-        fitted = (_together if _is_alike(others) else _in_turn)(others, w, outside)
+        if _is_alike(others):
+            fitted = _together(others, w, outside)
+        elif len(others) > 1 and all(map(_is_linear, others)):
+            fitted = dict(zip(map(id, others), _jointly([others], [w], [outside])[0], strict=True))
+        else:
+            fitted = _in_turn(others, w, outside)
         for term in others:
             w = w - fitted[id(term)].materialize()
         for term in free:
@@ -67,7 +76,9 @@ class Sum(Compressed):
     def project_together(
         cls, nodes: Sequence[Any], ws: Sequence[jax.Array], wheres: Sequence[jax.Array | None]
     ) -> list[Any]:
-        """Each term in turn, in all nodes at once, is fitted to what the others leave."""
+        """Exact where all terms are codes and codebooks; else each in turn, in all nodes at once, is fitted."""
+        if all(_is_linear(term) for node in nodes for term in node.terms):
+            return [Sum(tuple(terms)) for terms in _jointly([node.terms for node in nodes], ws, wheres)]
         fitted: dict[int, list[Any]] = {}
         for _ in range(4):
             for i in range(len(nodes[0].terms)):
@@ -110,6 +121,74 @@ def _together(terms: Sequence[Quantized], w: jax.Array, where: jax.Array | None)
         left = right - jnp.einsum("...ij,...j->...i", gram, found, precision="highest")
         found = found + jax.scipy.linalg.cho_solve(factor, left[..., None])[..., 0]
     return {id(t): dataclasses.replace(t, scale=found[..., i]) for i, t in enumerate(terms)}
+
+
+def _is_linear(term: Any) -> bool:
+    """Whether a term is linear in what it trains, and projects onto all that it reaches, in float32."""
+    if isinstance(term, Codebook):
+        words = term.codebook.value if isinstance(term.codebook, core.Common) else term.codebook
+        return not core.is_node(words)
+    if not isinstance(term, Quantized) or core.is_node(term.scale) or term.dtype != jnp.float32:
+        return False
+    return term.scale is None or core.is_trainable(term.scale)
+
+
+@jax.jit
+def _jointly(
+    rows: Sequence[Sequence[Any]], ws: Sequence[jax.Array], wheres: Sequence[jax.Array | None]
+) -> list[tuple[Any, ...]]:
+    """What all terms of several sums train, at once: conjugate gradients, each step from all terms' own projections.
+
+    These are the inverse of the diagonal blocks of the normal equations, so what is left is how the terms overlap: few
+    steps for codebooks fitted one to what the other left. Sums over entries are all that a step computes.
+    """
+    unit = scaling.unit(ws)
+
+    def shown(xs: Iterable[jax.Array]) -> list[jax.Array]:
+        return [x if where is None else jnp.where(where, x, 0) for x, where in zip(xs, wheres, strict=True)]
+
+    def projected(left: list[jax.Array]) -> Any:
+        columns = zip(*rows, strict=True)
+        found = [type(column[0]).project_together(column, left, wheres) for column in columns]
+        return [tuple(terms) for terms in zip(*found, strict=True)]
+
+    def dense(nodes: Any) -> list[jax.Array]:
+        return shown(sum(term.materialize().astype(jnp.float32) for term in terms) for terms in nodes)
+
+    def dot(xs: list[jax.Array], ys: list[jax.Array]) -> jax.Array:
+        return jnp.stack([jnp.sum(x * y) for x, y in zip(xs, ys, strict=True)]).sum()
+
+    def add(x: Any, size: jax.Array, y: Any) -> Any:
+        return jax.tree.map(lambda a, b: a + size * b, x, y)
+
+    def step(state: tuple) -> tuple:
+        number, found, left, way, along, before = state
+        size = before / jnp.maximum(dot(along, along), jnp.finfo(jnp.float32).tiny)
+        found, left = add(found, size, way), add(left, -size, along)
+        nodes = projected(left)
+        change = dense(nodes)
+        after = dot(left, change)
+        turn = after / before
+        return number + 1, found, left, add(core.split(nodes)[0], turn, way), add(change, turn, along), after
+
+    left = shown(map(unit.divide, ws))
+    nodes = projected(left)
+    (way, held), along = core.split(nodes), dense(nodes)
+    start = dot(left, along)
+    state = (jnp.int32(0), jax.tree.map(jnp.zeros_like, way), left, way, along, start)
+    found = jax.lax.while_loop(lambda s: (s[0] < _STEPS) & (s[-1] > _ENOUGH * start), step, state)[1]
+    trained = jax.tree.map(unit.multiply, found)
+    nodes = core.merge(trained, held)
+    return [tuple(_of_dtype(term, w.dtype) for term in terms) for terms, w in zip(nodes, ws, strict=True)]
+
+
+def _of_dtype(term: Any, dtype: Any) -> Any:
+    """A codebook in the dtype of its array; scales stay float32."""
+    return (
+        jax.tree.map(lambda x: x.astype(dtype) if core.is_trainable(x) else x, term)
+        if isinstance(term, Codebook)
+        else term
+    )
 
 
 def _in_turn(terms: Sequence[Any], w: jax.Array, where: jax.Array | None, sweeps: int = 4) -> dict[int, Any]:
