@@ -87,7 +87,9 @@ def test_one_codebook_for_all_leaves_of_a_rule(rng):
     for exact in (True, False):
         plan = jc.plan(params, [(".*", KMeans(clusters=8, scope="global", exact=exact))])
         small = jc.compress(params, plan)
-        np.testing.assert_array_equal(small["a"].codebook, small["b"].codebook)
+        assert small["b"].codebook == jc.formats.Reference("a/codebook", sizes=(8,))
+        np.testing.assert_array_equal(small["a"].codebook, jc.untie(small)["b"].codebook)
+        assert jc.nbits(small) == 3 * 400 + 32 * 8
         both = jnp.concatenate([params["a"].ravel(), params["b"].ravel()])
         np.testing.assert_allclose(small["a"].codebook, KMeans(clusters=8, exact=exact)(both).codebook, atol=1e-4)
 
