@@ -105,8 +105,8 @@ def test_every_public_method_and_format_has_its_row():
     methods = {x for x in called if "context" in inspect.signature(x.__call__).parameters}  # others: rules and views
     assert methods <= listed
     given = {f for row in METHODS for f in formats_in(abstract(row) if row.jit else compress(row.method, array(row)))}
-    # Complex arrays, layouts and references between leaves have tests of their own.
-    given |= {jc.formats.Cartesian, jc.formats.Arranged, jc.formats.Reference}
+    # Complex arrays, layouts, references between leaves and packed nodes have tests of their own.
+    given |= {jc.formats.Cartesian, jc.formats.Arranged, jc.formats.Reference, jc.formats.Packed, jc.formats.Bits}
     assert given == set(map(jc.formats.__dict__.get, jc.formats.__all__))
 
 

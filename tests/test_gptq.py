@@ -202,7 +202,8 @@ def test_sharded_outputs_move_no_weights(rng):
     known = context(x)
     placed = jax.device_put(w, NamedSharding(mesh, P(None, "model")))
     at_once = jax.jit(lambda w: GPTQ(4, 8, block_size=16)(w, known))
-    assert not list(collectives(at_once.lower(placed).compile().as_text()))
+    moved = list(collectives(at_once.lower(placed).compile().as_text()))
+    assert all(size == 1 for _, size in moved)  # the largest magnitude, by which values near overflow are divided
     np.testing.assert_array_equal(at_once(placed).codes, GPTQ(4, 8, block_size=16)(w, known).codes)
 
 

@@ -36,6 +36,7 @@ METHODS = {
     "hashed": jc.share.Hashed(ratio=0.5),
     "fast_product": jc.share.ACDC(),
     "shift_add": jc.factorize.LCC(),
+    "latent": jc.quantize.training.EntropyPenalized(),
     "arranged": jc.factorize.SVD(rank=2),
 }
 
@@ -49,7 +50,8 @@ def _compressed():
         layout={"arranged": jc.Layout(inputs=-1, outputs=-2)},
     )
     stats = {"rescaled": jc.trace.Stats(gram=jnp.stack([jnp.diag(jnp.arange(1.0, 17.0))] * 3), axes=(-2,))}
-    return jc.compress(params, plan, key=jax.random.key(1), stats=stats), plan
+    tree = jc.compress(params, plan, key=jax.random.key(1), stats=stats)
+    return {**tree, "packed": jc.pack(tree["stacked"]), "tied": jc.formats.Reference("dense")}, plan
 
 
 def test_a_tree_shows_every_format_and_its_static_fields():

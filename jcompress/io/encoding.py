@@ -28,7 +28,7 @@ def encode(x: Any, path: str, store: Store, depth: int = 0) -> Any:
     if depth > DEPTH:
         raise too_deep(depth + _levels(x))
     if core.is_node(x):
-        return _encode_node(x, path, store)
+        return _encode_node(x.opened(), path, store)
     if isinstance(x, dict):
         return _encode_dict(x, path, store, depth)
     if isinstance(x, (list, tuple)):

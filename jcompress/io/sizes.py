@@ -37,5 +37,5 @@ def nbits(tree: PyTree, *, coded: bool = False) -> int:
         return core.nbits(tree)
     store = Store(coded=True)
     with needing_coder("nbits"):
-        encode(core.opened(tree), "", store)
+        encode(tree, "", store)
     return 8 * store.nbytes

@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 
 import jax
 
-from jcompress import core
 from jcompress.core import PyTree
 from jcompress.io import files
 from jcompress.io.decoding import Decoder, decode
@@ -85,7 +84,7 @@ def save(
     store = Store(coded=coded)
     try:
         with needing_coder(path):
-            described = encode(core.opened(tree), "", store)
+            described = encode(tree, "", store)
         text = _dumps({**_about(plan, metadata), **({"coded": True} if coded else {}), "tree": described})
         text = zlib.compress(text, 9) if coded else text
     except RecursionError:
