@@ -194,7 +194,7 @@ def families(found: Sequence[Row], kind: str, path: Path, title: str) -> None:
             axes.xaxis.set_minor_formatter("")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            if line is grid[-1]:
+            if group == groups[-1]:
                 axes.set_xlabel(name)
         line[0].set_ylabel("bits per byte" if kind == "text" else "test error, %")
         line[0].set_title(group, fontsize=9, loc="left", color=_INK)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import flags, minilm, prune, tables
+from experiments.families import __main__ as families
 from experiments.quantization import training
 from experiments.runner import refuse
 from experiments.workdir import Row, Rows
@@ -43,6 +44,11 @@ def draw(folder: Path) -> list[Path]:
     for path in sorted((folder / "pruning").glob("*.jsonl")):
         found, (table, picture) = rows(path, prune.Pruning.keys), beside(path)
         prune.finish(found, "text" if path.stem == "text" else "image", table, picture, TITLES[path.stem])
+        made.append(picture)
+    for path in sorted((folder / "families").glob("*.jsonl")):
+        found, config = rows(path, families.Comparison.keys), families.config_of(path.stem)
+        kind, (table, picture) = "text" if path.stem == "text" else "image", beside(path)
+        families.finish(found, kind, config.finetuning, table, picture, f"{config.model}, {path.stem}")
         made.append(picture)
     models = folder / "zoo" / "models.jsonl"
     zoo.finish(rows(models, ("package", "model")), models.with_suffix(".md"))

@@ -77,11 +77,18 @@ class Comparison:
         return f"seed {row['seed']} {row['way']} {row['point']:g}: {before:.2f}, {after:.2f} fine-tuned, {size}"
 
     def finish(self, rows: list[Row]) -> tuple[str, Any]:
-        found = cells(rows, self.lab.kind)
-        text = markdown(found, self.lab.kind, self.config.finetuning)
-        write(self.workdir / "table.md", text + "\n")
-        pictures.families(found, self.lab.kind, self.workdir / "curve.png", f"{self.config.model}, {self.lab.about}")
-        return text, None
+        title = f"{self.config.model}, {self.lab.about}"
+        places = self.workdir / "table.md", self.workdir / "curve.png"
+        return finish(rows, self.lab.kind, self.config.finetuning, *places, title), None
+
+
+def finish(rows: Sequence[Row], kind: str, steps: int, table: Path, picture: Path, title: str) -> str:
+    """Write the table and the picture; return the table."""
+    found = cells(rows, kind)
+    text = markdown(found, kind, steps)
+    write(table, text + "\n")
+    pictures.families(found, kind, picture, title)
+    return text
 
 
 def score(row: Row, kind: str, when: str = "") -> float:
