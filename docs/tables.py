@@ -60,12 +60,13 @@ def _refusal(row: Any, case: Any) -> str:
 
 def meshes() -> str:
     """Methods x axis types of a mesh: whether a leaf sharded along any axis gives what it gives on one device."""
-    _as_in_tests()
+    jax = _as_in_tests()
     from jax.sharding import AxisType
     from rows import METHODS
     from test_conformance import sharded, test_sharding_is_kept_and_no_parameters_are_moved
 
     def cell(row: Any, axis_type: Any) -> str:
+        jax.clear_caches()  # a process has room for some thousand compiled programs
         wrong = [
             axis
             for axis, shape in sharded(row)
