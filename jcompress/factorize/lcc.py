@@ -27,6 +27,8 @@ class LCC(Method):
     multiplications one an output is left; bytes are **not** won by it: :func:`additions` counts operations, ``nbits``
     codes and wiring. The wiring depends on the values, so it works outside ``jit`` only, on the host.
 
+    Slices are coded one after the other, so a sharded array is gathered.
+
     Attributes:
       stages: factors after the first.
       terms: nonzeros in a row of a factor.

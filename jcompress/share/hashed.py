@@ -57,6 +57,8 @@ class HashedFrequencies(Method):
     share values among themselves, and low bands have more: their number is that of the coefficients divided by
     ``(1 + band) ** decay``, in proportion.
 
+    The window is gathered where it is sharded, and totals of frequencies move between devices.
+
     Attributes:
       ratio: how many values there are for each entry, in (0, 1]; a band has one at least.
       seed: of the hash, from 0 to 2**32 - 1.

@@ -32,6 +32,8 @@ class Toeplitz(Method):
     the nearest Toeplitz matrix. A matrix that is not square is cut from one that is; the window and inputs of a
     convolution count as one axis.
 
+    Diagonals cross all devices that hold a part of an array, so a sharded one is gathered.
+
     Attributes:
       rank: of the displacement; ``2 * rank * max(inputs, outputs)`` numbers are kept.
       sweeps: of alternating least squares.

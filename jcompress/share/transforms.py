@@ -28,6 +28,8 @@ class Fastfood(Method):
     random signs and are fitted by alternating least squares, which finds a stationary point: 3 n numbers hold little of
     a trained matrix, so train them, or train them from the start.
 
+    Its transforms run along whole axes, so a sharded array is gathered.
+
     Attributes:
       seed: of the permutation and the signs.
       sweeps: of alternating least squares.
@@ -68,6 +70,8 @@ class ACDC(Method):
     permutation between layers, a function of the seed. It has the length of the longer side, and is cut to the array's
     shape. The diagonals start from random signs and are fitted by alternating least squares, which finds a stationary
     point: a layer's 2 n numbers hold little of a trained matrix, so train them, or train them from the start.
+
+    Its transforms run along whole axes, so a sharded array is gathered.
 
     Attributes:
       layers: how many pairs of diagonals.
