@@ -99,3 +99,10 @@ def test_a_column_without_blocks_gives_zeros():
     x = jnp.ones((2, 64))
     y = jc.accelerate(lambda p, x: x @ p["w"])({"w": node}, x)
     np.testing.assert_array_equal(y, x @ w)
+
+
+def test_quantized_activations_see_masks_of_blocks_as_any_other():
+    tree, x = {"w": masked(64, 64, 32, 0.5)}, jax.random.normal(jax.random.key(1), (2, 64))
+    run = jc.quantize.activations(FNS["(in, out)"], jc.materialize(tree), x)
+    dense = jc.materialize(tree)
+    np.testing.assert_array_equal(run(tree, x), run(dense, x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,15 +40,7 @@ class Bits(Compressed):
     @classmethod
     def of(cls, x: jax.Array, bits: int) -> Bits:
         """Pack the lowest bits of each element."""
-        dtype, length = np.dtype(x.dtype), x.shape[-1]
-        few = x.astype(jnp.int32 if x.dtype != jnp.uint32 else jnp.uint32).astype(jnp.uint32)
-        few = jnp.pad(few, [(0, 0)] * (x.ndim - 1) + [(0, -length % 8)])
-        few = few.reshape(*x.shape[:-1], -1, 8)
-        each = jnp.arange(8, dtype=jnp.uint32)
-        # Bit j of the element i is bit (i bits + j) of the group.
-        flat = (few[..., None] >> jnp.arange(bits, dtype=jnp.uint32)) & 1
-        flat = flat.reshape(*few.shape[:-1], bits, 8)
-        return cls((flat << each).sum(-1).astype(jnp.uint8), bits, length, dtype)
+        return cls(_to_bytes(x, bits), bits, x.shape[-1], np.dtype(x.dtype))
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         lead, width = self.data.shape[:-2], self.bits
@@ -71,6 +64,17 @@ class Bits(Compressed):
     def nbits(self) -> int:
         """Those of the elements, without what fills up the last byte."""
         return self.size * self.bits
+
+
+@partial(jax.jit, static_argnames="bits")  # in one pass: by itself each step would be written out, 32 bits for a bit
+def _to_bytes(x: jax.Array, bits: int) -> jax.Array:
+    few = x.astype(jnp.int32 if x.dtype != jnp.uint32 else jnp.uint32).astype(jnp.uint32)
+    few = jnp.pad(few, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 8)])
+    few = few.reshape(*x.shape[:-1], -1, 8)
+    # Bit j of the element i is bit (i bits + j) of the group.
+    flat = (few[..., None] >> jnp.arange(bits, dtype=jnp.uint32)) & 1
+    flat = flat.reshape(*few.shape[:-1], bits, 8)
+    return (flat << jnp.arange(8, dtype=jnp.uint32)).sum(-1).astype(jnp.uint8)
 
 
 @jax.tree_util.register_dataclass

@@ -64,8 +64,8 @@ class RateDistortion(Method):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The statistic that weighs."""
-        return () if self.weigh is None else (f"stats.{self.weigh}",)
+        """The statistic that weighs, and what the grid needs."""
+        return super().needs if self.weigh is None else (*super().needs, f"stats.{self.weigh}")
 
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized:
         """The node for one array."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,8 @@ def accelerate(fn: Callable[..., Any]) -> Executed:
 @dataclasses.dataclass(frozen=True)
 class WeightsOnly:
     """Products of activations as they are with codes, scaled afterwards."""
+
+    by_blocks: ClassVar[bool] = True
 
     def multiply(self, product: Product, x: jax.Array, w: Weight, axes: tuple[int, ...]) -> tuple[jax.Array, str]:
         """The product, and how it was made."""

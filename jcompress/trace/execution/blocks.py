@@ -103,7 +103,9 @@ class Blocks:
 
 def of_blocks(path: str, leaf: Any) -> Blocks | None:
     """The operand of a masked matrix whose mask is known and hides whole blocks; None for another leaf."""
-    if not isinstance(leaf, Masked) or not all(map(core.is_concrete, jax.tree.leaves(leaf))):
+    if not isinstance(leaf, Masked) or core.is_node(leaf.values):
+        return None
+    if not all(map(core.is_concrete, jax.tree.leaves(leaf))):
         return None
     if len(leaf.shape) != 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return None

@@ -19,6 +19,7 @@ from jcompress.trace.core.kinds import Contraction, Linear, weight_side
 from jcompress.trace.core.layouts import SideBySide
 from jcompress.trace.core.loops import Scan, While
 from jcompress.trace.core.views import Derived, Joined, Kind, View, parameters
+from jcompress.trace.execution.blocks import of_blocks
 from jcompress.trace.execution.operands import dense, is_operand, of_leaf
 from jcompress.trace.execution.weights import Policy, Range, Weight, side_by_side
 
@@ -121,7 +122,9 @@ class Executed:
         leaves = walk.leaves(tree)
         shapes = jax.tree.map(walk.shape_of, tree, is_leaf=core.is_node)
         program = walk.program(self.fn, shapes, *args)
-        values: list[Any] = [of_leaf(path, x, self.ranges.get(path, {})) for path, x in leaves]
+        # A policy that changes activations sees every product, those of blocks too.
+        blocks: Any = of_blocks if getattr(self.policy, "by_blocks", False) else lambda path, x: None
+        values: list[Any] = [blocks(path, x) or of_leaf(path, x, self.ranges.get(path, {})) for path, x in leaves]
         run = _Run(self.policy, frozenset(path for path, x in leaves if core.is_node(x)))
         outs = run.arrays(flow.of_program(program), [*values, *jax.tree.leaves(args)])
         return jax.tree.unflatten(program.out_tree, outs), Products(tuple(run.rows.values()), tuple(run.notes))

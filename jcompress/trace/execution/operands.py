@@ -17,7 +17,7 @@ from jcompress.trace.core.contraction import Dot, Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
-from jcompress.trace.execution.blocks import Blocks, of_blocks
+from jcompress.trace.execution.blocks import Blocks
 from jcompress.trace.execution.fast import Fast, of_fast
 from jcompress.trace.execution.grouped import Grouped
 from jcompress.trace.execution.networks import Network, of_factors, of_network
@@ -152,7 +152,7 @@ def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Op
         if isinstance(u, Weight) and isinstance(v, Weight):
             u, v = (dataclasses.replace(w, note=w.note or "a factor") for w in (u, v))
             return Factors(u, v)
-    if (found := of_network(path, leaf) or of_fast(path, leaf) or of_blocks(path, leaf)) is not None:
+    if (found := of_network(path, leaf) or of_fast(path, leaf)) is not None:
         return found
     if isinstance(leaf, Arranged) and isinstance(leaf.inner, LowRank) and _is_thin(leaf.inner):
         factors = _of_arranged(path, leaf, ranges)
