@@ -3,9 +3,19 @@
 from jcompress.io.checkpoint import Checkpoints
 from jcompress.io.export import register_export
 from jcompress.io.manifest import StorageError
+from jcompress.io.safetensors import read_safetensors, write_safetensors
 from jcompress.io.sizes import nbits as nbits
 from jcompress.io.storage import inspect
 from jcompress.io.storage import load as load
 from jcompress.io.storage import save as save
+from jcompress.io.tensors import Tensors
 
-__all__ = ["Checkpoints", "StorageError", "inspect", "register_export"]
+__all__ = [
+    "Checkpoints",
+    "StorageError",
+    "Tensors",
+    "inspect",
+    "read_safetensors",
+    "register_export",
+    "write_safetensors",
+]
