@@ -46,6 +46,7 @@ OF_METHODS = (
     "test_families",
     "test_gptq",
     "test_integer",
+    "test_llama",
     "test_minilm",
     "test_networks",
     "test_nn",

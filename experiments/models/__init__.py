@@ -1,4 +1,7 @@
-"""Models to compress: small ones trained here (``small``), and a pretrained sentence encoder (``minilm``)."""
+"""Models to compress.
+
+Small ones trained here (``small``), a pretrained sentence encoder (``minilm``), a decoder of language (``llama``).
+"""
 
 from experiments.models.small import (
     CNN,
