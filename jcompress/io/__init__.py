@@ -2,6 +2,7 @@
 
 from jcompress.io.checkpoint import Checkpoints
 from jcompress.io.export import register_export
+from jcompress.io.gguf import read_gguf, write_gguf
 from jcompress.io.manifest import StorageError
 from jcompress.io.safetensors import read_safetensors, write_safetensors
 from jcompress.io.sizes import nbits as nbits
@@ -15,7 +16,9 @@ __all__ = [
     "StorageError",
     "Tensors",
     "inspect",
+    "read_gguf",
     "read_safetensors",
     "register_export",
+    "write_gguf",
     "write_safetensors",
 ]
