@@ -29,6 +29,7 @@ from jcompress.projection import ProjectState, project
 from jcompress.rules import Plan, paths, plan
 from jcompress.sequential import compress_sequentially
 from jcompress.share.tying import tie
+from jcompress.streaming import compress_file
 from jcompress.trace import accelerate, calibrate, shrink
 from jcompress.transforms import nodes
 from jcompress.version import __version__
@@ -52,6 +53,7 @@ __all__ = [
     "cartesian",
     "chain",
     "compress",
+    "compress_file",
     "compress_sequentially",
     "distill",
     "factorize",

@@ -4,6 +4,7 @@ from jcompress.io.checkpoint import Checkpoints
 from jcompress.io.export import register_export
 from jcompress.io.gguf import read_gguf, write_gguf
 from jcompress.io.manifest import StorageError
+from jcompress.io.reading import read_tensors
 from jcompress.io.safetensors import read_safetensors, write_safetensors
 from jcompress.io.sizes import nbits as nbits
 from jcompress.io.storage import inspect
@@ -18,6 +19,7 @@ __all__ = [
     "inspect",
     "read_gguf",
     "read_safetensors",
+    "read_tensors",
     "register_export",
     "write_gguf",
     "write_safetensors",

@@ -16,7 +16,7 @@ import numpy as np
 
 from jcompress.io import blocks, files
 from jcompress.io.manifest import StorageError
-from jcompress.io.tensors import Tensors, from_file
+from jcompress.io.tensors import Tensors, from_file, stamp
 
 _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 _NUMBERS = {
@@ -91,7 +91,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Tensors:
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, _dtype(x.kind)) for name, x in entries.items()}
     kinds, sizes = {name: x.kind for name, x in entries.items()}, {name: x.nbytes for name, x in entries.items()}
-    return Tensors(shapes, read, metadata, kinds, sizes)
+    return Tensors(shapes, read, metadata, kinds, sizes, stamp([path]))
 
 
 def _dtype(kind: str) -> np.dtype:

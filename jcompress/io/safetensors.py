@@ -18,7 +18,7 @@ import numpy as np
 
 from jcompress.io import files
 from jcompress.io.manifest import StorageError
-from jcompress.io.tensors import Tensors, from_file
+from jcompress.io.tensors import Tensors, from_file, parsed, stamp
 
 _MOST_HEADER = 100_000_000  # bytes, as others have it
 _MOST_ELEMENTS = 1 << 60
@@ -88,7 +88,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Tensors:
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, _dtypes()[x.kind]) for name, x in entries.items()}
     kinds, sizes = {name: x.kind for name, x in entries.items()}, {name: x.nbytes for name, x in entries.items()}
-    return Tensors(shapes, read, metadata, kinds, sizes)
+    return Tensors(shapes, read, metadata, kinds, sizes, stamp({x.file for x in entries.values()}))
 
 
 def _native(x: np.ndarray) -> np.ndarray:
@@ -165,33 +165,6 @@ def _length(path: str, file: BinaryIO) -> tuple[int, int]:
             f"{min(size - 8, _MOST_HEADER)}; it is no safetensors file, or damaged"
         )
     return length, size
-
-
-def parsed(path: str, data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object that names nothing twice.
-
-    Raises:
-      StorageError: for anything else.
-    """
-    try:
-        found = json.loads(data.decode(), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise StorageError(f"{path}: {what} is no UTF-8 ({error.reason} at byte {error.start})") from None
-    except ValueError as error:
-        raise StorageError(f"{path}: {what} is no JSON: {error}") from None
-    except RecursionError:
-        raise StorageError(f"{path}: {what} is nested too deep; do not trust the file") from None
-    if not isinstance(found, dict):
-        raise StorageError(f"{path}: {what} is a {type(found).__name__}, expected an object of names")
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"found {next(name for name in found if names.count(name) > 1)!r} twice")
-    return found
 
 
 def _entry(path: str, name: str, about: Any, base: int) -> _Entry:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import jax
@@ -85,23 +85,40 @@ def save(
     try:
         with needing_coder(path):
             described = encode(tree, "", store)
-        text = _dumps({**_about(plan, metadata), **({"coded": True} if coded else {}), "tree": described})
-        text = zlib.compress(text, 9) if coded else text
     except RecursionError:
         raise too_deep() from None
+    return seal(path, described, store.nbytes, store.write, plan=plan, metadata=metadata, coded=coded)
+
+
+def seal(
+    path: str | os.PathLike[str],
+    described: Any,
+    nbytes: int,
+    payload: Callable[[Callable[[bytes], Any]], Any],
+    *,
+    plan: Mapping[str, Any] | None = None,
+    metadata: Any = None,
+    coded: bool = False,
+) -> int:
+    """Write a file whose tree is described; ``payload`` hands its ``nbytes`` bytes to what it is called with."""
+    try:
+        text = _dumps({**_about(plan, metadata), **({"coded": True} if coded else {}), "tree": described})
+    except RecursionError:
+        raise too_deep() from None
+    text = zlib.compress(text, 9) if coded else text
 
     def write(file: BinaryIO) -> int:
-        start = file.write(_header(text, store.nbytes, _checksum(b"")) + text)
+        start = file.write(_header(text, nbytes, _checksum(b"")) + text)
         digest = hashlib.blake2b(digest_size=8)
 
         def sink(piece: bytes) -> None:
             digest.update(piece)
             file.write(piece)
 
-        store.write(sink)
+        payload(sink)
         file.seek(0)
-        file.write(_header(text, store.nbytes, digest.hexdigest()))
-        return start + store.nbytes
+        file.write(_header(text, nbytes, digest.hexdigest()))
+        return start + nbytes
 
     return files.replace(path, write)
 
@@ -311,6 +328,20 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"found {name}")
 
 
+def _payload(file: BinaryIO, found: _Manifest) -> bytes:
+    payload = file.read(found.payload_bytes)
+    if len(payload) != found.payload_bytes or _checksum(payload) != found.checksum:
+        raise StorageError("the payload is damaged; restore the file from a copy")
+    return payload
+
+
+def opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes]:
+    """The manifest of a file and its payload as they are, not decoded."""
+    with files.reading(path) as file, _naming(path):
+        found, _ = _read_manifest(file, None)
+        return found.about, _payload(file, found)
+
+
 def _decoded(file: BinaryIO, found: _Manifest, decoder: Decoder) -> PyTree:
     spec = found.about["tree"]
     decode(spec, decoder.weigh)
@@ -320,9 +351,7 @@ def _decoded(file: BinaryIO, found: _Manifest, decoder: Decoder) -> PyTree:
             f"the manifest disagrees with the payload: it describes at least {decoder.nbits} bits "
             f"of {8 * found.payload_bytes}"
         )
-    payload = file.read(found.payload_bytes)
-    if len(payload) != found.payload_bytes or _checksum(payload) != found.checksum:
-        raise StorageError("the payload is damaged; restore the file from a copy")
+    payload = _payload(file, found)
     reader = CodedReader(payload) if coded else PlainReader(payload)
     tree = decode(spec, lambda leaf: decoder.read(leaf, reader.read))
     if -(-reader.nbits // 8) != len(payload):

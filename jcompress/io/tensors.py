@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +29,8 @@ class Tensors(Mapping[str, np.ndarray]):
       kinds: ``{name: what the file calls its numbers}``, such as ``"BF16"`` or ``"Q4_0"``; by default the dtypes.
       sizes: ``{name: bytes in the file}``; by default those of the arrays.
 
+      stamp: what tells the files from others, and from what they are after a change.
+
     Example:
       >>> import jax, numpy as np, jcompress as jc
       >>> rows = np.arange(6.0, dtype=np.float32).reshape(3, 2)
@@ -43,11 +47,13 @@ class Tensors(Mapping[str, np.ndarray]):
         metadata: Mapping[str, Any] | None = None,
         kinds: Mapping[str, str] | None = None,
         sizes: Mapping[str, int] | None = None,
+        stamp: str = "",
     ) -> None:
         self.shapes = dict(shapes)
         self.metadata = dict(metadata or {})
         self.kinds = dict(kinds or {name: np.dtype(x.dtype).name for name, x in self.shapes.items()})
         self.sizes = dict(sizes or {name: x.size * np.dtype(x.dtype).itemsize for name, x in self.shapes.items()})
+        self.stamp = stamp
         self._read = read
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -61,6 +67,11 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __repr__(self) -> str:
         return f"Tensors({len(self)} arrays, {sum(self.sizes.values())} bytes)"
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The shapes as dictionaries in dictionaries, for names such as ``block/0/kernel``: what a plan is made of."""
+        return nested(self.shapes)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Some rows of the first axis, without reading the others; a scalar has one.
@@ -84,3 +95,55 @@ def from_file(path: Any, at: int, nbytes: int) -> np.ndarray:
     if data.size != nbytes:
         raise StorageError(f"{path}: found {data.size} bytes at {at}, expected {nbytes}; the file was cut short")
     return data
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dictionaries in dictionaries for names such as ``block/0/kernel``; as it is, where one name is a part of another.
+
+    ``jc.paths`` gives the same paths of both.
+    """
+    tree: dict[str, Any] = {}
+    for name, x in flat.items():
+        *above, last = name.split("/")
+        at = tree
+        for key in above:
+            at = at.setdefault(key, {})
+            if not isinstance(at, dict):
+                return dict(flat)
+        if last in at:
+            return dict(flat)
+        at[last] = x
+    return tree
+
+
+def parsed(path: str, data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object that names nothing twice.
+
+    Raises:
+      StorageError: for anything else.
+    """
+    try:
+        found = json.loads(data.decode(), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{path}: {what} is no UTF-8 ({error.reason} at byte {error.start})") from None
+    except ValueError as error:
+        raise StorageError(f"{path}: {what} is no JSON: {error}") from None
+    except RecursionError:
+        raise StorageError(f"{path}: {what} is nested too deep; do not trust the file") from None
+    if not isinstance(found, dict):
+        raise StorageError(f"{path}: {what} is a {type(found).__name__}, expected an object of names")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"found {next(name for name in found if names.count(name) > 1)!r} twice")
+    return found
+
+
+def stamp(paths: Iterable[str]) -> str:
+    """Names, sizes and times of files."""
+    found = [(path, os.stat(path)) for path in sorted(paths)]
+    return "; ".join(f"{path} {x.st_size} {x.st_mtime_ns}" for path, x in found)
