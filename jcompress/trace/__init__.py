@@ -15,6 +15,7 @@ from jcompress.trace.execution.acceleration import accelerate as accelerate
 from jcompress.trace.execution.execute import Executed, ProductRow, Products
 from jcompress.trace.execution.weights import Policy, Range, Weight
 from jcompress.trace.recording.calibration import calibrate as calibrate
+from jcompress.trace.recording.importance import importance
 from jcompress.trace.recording.observation import observe
 from jcompress.trace.recording.products import features
 from jcompress.trace.recording.roles import Layouts, layout
@@ -41,6 +42,7 @@ __all__ = [
     "cost",
     "coupling",
     "features",
+    "importance",
     "layout",
     "mask",
     "node_products",

@@ -54,7 +54,8 @@ def calibrate(
         16,384 features.
       where: which positions count, so that padding does not, or how much each does: booleans or weights by the leading
         axes of the arguments, (batch,) or (batch, time); the same for all batches, or a function of the batch that
-        gives them, ``where(*batch)``, or a list with one for each. :func:`jcompress.trace.observe` says how positions
+        gives them, ``where(*batch)``, or a list with one for each. Or weights for each parameter of its own, as
+        :func:`jcompress.trace.importance` finds them from a loss. :func:`jcompress.trace.observe` says how positions
         are followed; a parameter whose positions cannot be is unread, with the reason. The loss is not weighed.
       loss: ``loss(params, *batch)``, a scalar, for ``grad`` (the mean gradient over batches), ``grad_square`` and
         ``hessian_diagonal``.
@@ -128,7 +129,7 @@ def _masked(batches: Iterable[Any], where: Any) -> Iterator[tuple[Any, Any]]:
     """Each batch with its mask, if that is no function of the batch."""
     if where is None or callable(where):
         return ((batch, None) for batch in batches)
-    if hasattr(where, "shape"):
+    if hasattr(where, "shape") or isinstance(where, Mapping):
         return ((batch, where) for batch in batches)
     return _paired(batches, where)
 

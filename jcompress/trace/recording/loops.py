@@ -34,6 +34,8 @@ def record(evaluate: Evaluate, step: Step, values: Sequence[Any], tape: Tape) ->
     runs = [_run(evaluate, body, tape) for body in step.bodies]
     loop, turns = step.bodies[0].loop - 1, tape.found.turns
     turns[loop] = 0
+    if tape.found.sites is not None:
+        tape.found.sites.lengths[loop] = flow.times(step.eqn)
     found = [_abstract(run, body) for run, body in zip(runs, step.bodies, strict=True)]
     if isinstance(flow, While):
         for use in found.pop(0):
@@ -54,7 +56,9 @@ def record(evaluate: Evaluate, step: Step, values: Sequence[Any], tape: Tape) ->
         return body
 
     start = [_zeros(uses[use]) for use in summed]
-    told = {"told": functools.partial(turns.__setitem__, loop)} if isinstance(flow, Scan) and _is_masked(tape) else {}
+    told = (
+        {"told": functools.partial(turns.__setitem__, loop)} if isinstance(flow, Scan) and _counts_turns(tape) else {}
+    )
     outs, totals, left = flow.again(step.eqn, values, list(map(listed, runs)), start, add, **told)
     del turns[loop]
     for use, moments in zip(summed, totals, strict=True):
@@ -64,8 +68,8 @@ def record(evaluate: Evaluate, step: Step, values: Sequence[Any], tape: Tape) ->
     return outs
 
 
-def _is_masked(tape: Tape) -> bool:
-    return tape.found.mask is not None
+def _counts_turns(tape: Tape) -> bool:
+    return tape.found.mask is not None or tape.found.sites is not None
 
 
 def _run(evaluate: Evaluate, body: Body, tape: Tape) -> Callable[..., tuple[list[Any], Found]]:

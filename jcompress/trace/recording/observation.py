@@ -13,6 +13,7 @@ from jcompress.core import PyTree
 from jcompress.trace.core import flow, walk
 from jcompress.trace.recording import record, tape
 from jcompress.trace.recording.meetings import Use
+from jcompress.trace.recording.sites import Sites
 from jcompress.trace.recording.statistics import DEFAULT, FORWARD, OF_LOSS, Calibration, Outputs, Stats
 
 
@@ -43,7 +44,8 @@ def observe(
       where: which positions count (booleans), or how much each does (weights, not negative), by the leading axes of the
         arguments: (batch,), or (batch, time). Positions are followed through the function: what is computed entry by
         entry, laid out anew, convolved at as many positions or looked up stands where its operands do, and a sum over
-        positions, such as a pooled vector, counts if one of them does.
+        positions, such as a pooled vector, counts if one of them does. Or weights by path, of each parameter's
+        products, as :func:`jcompress.trace.importance` gives them; other parameters count all positions alike.
 
     Returns:
       ``(outputs, calibration)``, the latter a :class:`Calibration`: a mapping from paths to :class:`Stats`, with
@@ -63,13 +65,23 @@ def observe(
     program = walk.program(fn, params, *args)
     wanted = statistics if isinstance(statistics, Mapping) else dict.fromkeys(program.paths, statistics)
     values = jax.tree.leaves((params, *args))
-    mask = None if where is None else _mask(where, jax.tree.leaves(args))
-    found = tape.Found({path: _moments(path, names) for path, names in wanted.items()}, largest, mask)
+    by_path = isinstance(where, Mapping)
+    mask = None if where is None or by_path else _mask(where, jax.tree.leaves(args))
+    sites = _sites(where, program.paths) if by_path else None
+    found = tape.Found({path: _moments(path, names) for path, names in wanted.items()}, largest, mask, sites)
     recorded = tape.Tape(found)
     body = flow.of_program(program, set(found.wanted), None if mask is None else mask.shape)
     outs = record.evaluate(body, values, recorded)
     uses = recorded.close()
     return jax.tree.unflatten(program.out_tree, outs), _collected(uses, found, program)
+
+
+def _sites(where: Mapping[str, Any], paths: Iterable[str]) -> Sites:
+    """Weights by path, each as a list of arrays."""
+    if unknown := sorted(set(where) - set(paths)):
+        raise ValueError(f"where: found weights of {unknown[0]!r}, which is no parameter; there are {', '.join(paths)}")
+    listed = {path: w if isinstance(w, (list, tuple)) else [w] for path, w in where.items()}
+    return Sites({path: [jnp.asarray(w, jnp.float32) for w in ws] for path, ws in listed.items()})
 
 
 def _mask(where: Any, args: list[Any]) -> jax.Array:

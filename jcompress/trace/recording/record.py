@@ -39,40 +39,51 @@ def _equation(step: Step, values: list[Any], tape: Tape) -> list[Any]:
     outs = walk.bind(step.eqn, values)
     if is_masked and isinstance(step.flow, Lookup):
         tape.found.look_up(step, values)
+    if step.has_parameters and isinstance(step.flow, Contraction):
+        return [_product(step, values, outs[0], tape)]
     if step.has_parameters:
-        _recorded(step, values, outs, tape)
+        _recorded(step, values, tape)
     return outs
 
 
-def _recorded(step: Step, values: list[Any], outs: list[Any], tape: Tape) -> None:
-    if isinstance(step.flow, Contraction):
-        _product(step, values, outs[0], tape)
-    elif isinstance(step.flow, Lookup):
+def _recorded(step: Step, values: list[Any], tape: Tape) -> None:
+    if isinstance(step.flow, Lookup):
         _lookup(step, values, tape)
     elif not step.flow.meets and any(isinstance(k, Activation) for k in step.ins):
         for path in parameters(step.ins, lookups=False):
             tape.found.cannot(path, f"it meets an activation in {step.eqn.primitive.name!r}, which is not read")
 
 
-def _product(step: Step, values: list[Any], y: Any, tape: Tape) -> None:
+def _product(step: Step, values: list[Any], y: Any, tape: Tape) -> Any:
+    """Record a product; gives it back, marked if marks are asked for."""
     for path, reason in roles.unread_weights(step):
         tape.found.cannot(path, reason)
     for side in (0, 1):
         views = [view for view, its in roles.weights(step) if its == side]
-        for view, z in zip(views, _apart(step, side, y) if views else (), strict=True):
-            tape.product(step, view, side, values, z)
+        if views:
+            parts, axis = _apart(step, side, y)
+            parts = [tape.product(step, view, side, values, z) for view, z in zip(views, parts, strict=True)]
+            y = _together(parts, axis, y, tape)
+    return y
 
 
-def _apart(step: Step, side: int, y: Any) -> list[Any]:
-    """What each of the parameters of a product gives."""
+def _apart(step: Step, side: int, y: Any) -> tuple[list[Any], int]:
+    """What each of the parameters of a product gives, and the axis along which they stand."""
     kind = step.ins[side]
     if not isinstance(kind, Joined):
-        return [y]
+        return [y], 0
     assert isinstance(step.flow, Contraction)
     axis = step.flow.of(step.eqn, side).outputs(kind.dim)
     assert axis is not None
     ends = list(itertools.accumulate(kind.sizes))
-    return [lax.slice_in_dim(y, end - n, end, axis=axis) for n, end in zip(kind.sizes, ends, strict=True)]
+    parts = [lax.slice_in_dim(y, end - n, end, axis=axis) for n, end in zip(kind.sizes, ends, strict=True)]
+    return parts, axis
+
+
+def _together(parts: list[Any], axis: int, y: Any, tape: Tape) -> Any:
+    if tape.found.sites is None or tape.found.sites.mark is None:
+        return y
+    return parts[0] if len(parts) == 1 else lax.concatenate(parts, axis)
 
 
 def _lookup(step: Step, values: list[Any], tape: Tape) -> None:

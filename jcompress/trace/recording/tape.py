@@ -19,6 +19,7 @@ from jcompress.trace.core.kinds import Contraction
 from jcompress.trace.core.views import Activation, Atoms, Derived, Kind, View, depth, shards
 from jcompress.trace.recording import meetings, roles, weighing
 from jcompress.trace.recording.meetings import Meeting, UnreadError, Use
+from jcompress.trace.recording.sites import Sites
 
 Moments = dict[str, jax.Array]
 LARGEST = ("absmax", "output_absmax")
@@ -43,6 +44,7 @@ class Found:
       notes: what was left out of a path's statistics.
       layouts: what the axes of a parameter are, by its path and the axes that are contracted.
       mask: booleans or weights of positions, or None where all count alike.
+      sites: arrays by product, instead of a mask: what each position of it counts, or marks on it.
       turns: of each loop around, the number of the turn.
       looked_up: masks that were looked up as activations were, by the names that their positions have.
       levels: for each path, how many products with parameters came before its first one in a row, counting from 1.
@@ -51,6 +53,7 @@ class Found:
     wanted: Mapping[str, frozenset[str]]
     largest: int | None = None
     mask: Any = None
+    sites: Sites | None = None
     turns: dict[int, Any] = dataclasses.field(default_factory=dict)
     looked_up: dict[str, Any] = dataclasses.field(default_factory=dict)
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -190,8 +193,12 @@ class Tape:
         """Count moments under a use."""
         self.moments[use] = merge(self.moments[use], moments) if use in self.moments else moments
 
-    def product(self, step: Step, view: View, side: int, values: Sequence[Any], y: Any) -> None:
-        """Record that a parameter, operand ``side`` of the values, meets the other operand and gives ``y``."""
+    def product(self, step: Step, view: View, side: int, values: Sequence[Any], y: Any) -> Any:
+        """Record that a parameter, operand ``side`` of the values, meets the other operand and gives ``y``.
+
+        Returns:
+          ``y``, marked if marks are asked for.
+        """
         path, flow, other, x = view.path, step.flow, step.ins[1 - side], values[1 - side]
         assert isinstance(flow, Contraction)
         names = self.found.wanted.get(path, frozenset())
@@ -202,13 +209,16 @@ class Tape:
             met = flow.meeting(step.eqn, view, side)
             use, part = meetings.use_of(met)
             self.found.reads(met, met.contracted)
+            sites, turns = self.found.sites, self.found.turns
             if names:
                 use = dataclasses.replace(use, shards=tuple(sorted(shards([other]))))
-                weight = self.found.weight(step.outs[0])
+                weight = self.found.weight(step.outs[0]) if sites is None else sites.at(met, step, side, y, turns)
                 of = Recorded(met, use, part, self._affordable(met, use, names), x, y, weight, *values[2:])
                 self._count(of, id(step.eqn) if met.is_derived else 0)
+            return y if sites is None else sites.marked(met, step, side, y, turns)
         except UnreadError as reason:
             self.found.cannot(path, str(reason))
+            return y
 
     def _count(self, of: Recorded, site: int) -> None:
         x, use = of.x, of.use
@@ -221,7 +231,8 @@ class Tape:
             if known:
                 return
         # Kernels that read one activation (queries, keys and values) share its moments.
-        key = (id(x), site, of.met.x, use.lead, of.names)
+        own = None if self.found.sites is None else len(self._same)  # weights of its own: nothing is shared
+        key = (id(x), site, of.met.x, use.lead, of.names, own)
         if key not in self._same:
             self._same[key] = (x, of.moments())
         self.add(use, self._same[key][1] | of.outputs())
