@@ -219,6 +219,16 @@ METHODS = [
     ),
     Row("stacked-residual-kmeans", jc.stacked(jc.residual(KMeans(3), KMeans(2))), (3, 8, 4), exact=False, sums=True),
     Row("outliers-blocks", jc.residual(M(0.9), KMeans(4), KMeans(3, block=(2, 2))), exact=False, sums=True),
+    Row("kmeans-hessian", KMeans(clusters=4, weigh="hessian_diagonal"), exact=False, sums=True),
+    Row(
+        "kmeans-fisher-blocks", KMeans(clusters=4, block=(2, 2), weigh="grad_square", price=0.05), exact=False,
+        sums=True,
+    ),
+    Row("kmeans-gram", KMeans(clusters=4, weigh="gram"), exact=False, sums=True, gathers=True, adjusts=True),
+    Row(
+        "kmeans-gram-filters", KMeans(clusters=4, block=(1, 1, 2, 2), weigh="gram", price=0.05), (3, 3, 4, 8),
+        exact=False, sums=True, gathers=True, adjusts=True,
+    ),
     Row("hashed", jc.share.Hashed(ratio=0.3), exact=False, adjusts=True),
     Row("hashed-vector", jc.share.Hashed(ratio=0.5, seed=7), shape=(40,), exact=False, adjusts=True),
     Row("hashed-int8", jc.chain(jc.share.Hashed(ratio=0.3), Int(bits=8)), exact=False, adjusts=True, stationary=False),

@@ -20,7 +20,7 @@ from jcompress.numeric import scaling
 from jcompress.numeric.batches import batches
 from jcompress.numeric.blocks import blocked
 from jcompress.numeric.pieces import mapped, totals
-from jcompress.share import vectors
+from jcompress.share import outputs, vectors, weighted
 from jcompress.share.optimal import optimal_codebook
 
 
@@ -45,10 +45,19 @@ class KMeans(Method):
       exact: whether to find the optimum. That runs on the host and needs the values, so it works outside ``jit`` only,
         and gathers a sharded leaf.
       block: the lengths of a block along the last axes, the inputs and outputs; () for single values.
+      weigh: how much an error matters. A statistic of each weight, ``"hessian_diagonal"`` or ``"grad_square"``:
+        ``sum h (w - c)**2``, with weighted means (Choi et al. 2017, arXiv:1612.01543). Or ``"gram"``, the error of the
+        layer's outputs, ``tr(dW^T gram dW)``: words are then taken for one input after the other, each making up for
+        the errors of all others, and fitted to the outputs; what is sharded is gathered.
+      price: what a bit of an index is worth, as a share of a weight's mean square, >= 0: entropy-constrained (Chou,
+        Lookabaugh & Gray 1989; of networks: Choi et al.). Bits are ideal code lengths, which ``jc.save(path, tree,
+        coded=True)`` comes to. Many clusters at a price do better than few at none.
 
     Raises:
-      ValueError: for fewer than 1 or more than 65,536 clusters, ``exact`` under ``jit`` or of blocks, or a block that
-        does not tile the array.
+      ValueError: for fewer than 1 or more than 65,536 clusters, ``exact`` under ``jit``, of blocks, with weights or a
+        price, a block that does not tile the array, or a statistic that is missing.
+
+    With weights or a price it starts from the codebook without them and never leads away from it in what it minimizes.
 
     Memory beyond the indices is small, for one leaf and for many of a rule: totals are taken a piece at a time.
     Where a mask stands around the array, only kept weights count. An array with fewer distinct values than
@@ -66,6 +75,8 @@ class KMeans(Method):
     iterations: int = 100
     exact: bool = False
     block: tuple[int, ...] = ()
+    weigh: Literal["hessian_diagonal", "grad_square", "gram"] | None = None
+    price: Any = 0.0
 
     whole: ClassVar[bool] = True
 
@@ -80,6 +91,23 @@ class KMeans(Method):
             raise ValueError(f"KMeans: block={self.block!r} is no tuple of positive integers, such as (8, 1)")
         if self.block and self.exact:
             raise ValueError("KMeans: exact=True is for single values; leave it out, or the block")
+        if self.weigh not in (None, "hessian_diagonal", "grad_square", "gram"):
+            raise ValueError(
+                f"KMeans: weigh={self.weigh!r}, expected 'hessian_diagonal', 'grad_square', 'gram' or None"
+            )
+        if isinstance(self.price, (int, float)) and not self.price >= 0:
+            raise ValueError(f"KMeans: price={self.price} must be at least 0")
+        if self.exact and self._weighs:
+            raise ValueError("KMeans: exact=True knows no weights and no price; leave it out, or weigh and price")
+
+    @property
+    def _weighs(self) -> bool:
+        return self.weigh is not None or not isinstance(self.price, (int, float)) or self.price > 0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistic that weighs."""
+        return () if self.weigh is None else (f"stats.{self.weigh}",)
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the blocks do not tile the array."""
@@ -92,6 +120,9 @@ class KMeans(Method):
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Codebook]:
         """One node for each array of the rule."""
+        if self._weighs:
+            plain = dataclasses.replace(self, weigh=None, price=0.0)
+            return self._weighed(arrays, contexts, plain.fit(arrays, contexts))
         if self.block:
             return self._fit_blocks(arrays, contexts)
         xs = list(arrays)
@@ -139,6 +170,36 @@ class KMeans(Method):
             )
             for place, w in zip(places, arrays, strict=True)
         ]
+
+    def _weighed(
+        self, arrays: Sequence[jax.Array], contexts: Sequence[Context], nodes: list[Codebook]
+    ) -> list[Codebook]:
+        """The nodes with words and indices that cost less, by what weighs."""
+        if not sum(w.size for w in arrays):
+            return nodes
+        unit, indices = scaling.unit(arrays), [node.indices for node in nodes]
+        words = unit.divide(core.dense(nodes[0].codebook)).reshape(self.clusters, -1)
+        if self.weigh == "gram":
+            shape = (-1, math.prod(self.block[:-1]), self.block[-1] if self.block else 1)
+            given = zip(arrays, contexts, indices, strict=True)
+            leaves = [outputs.product(*one, self.block, unit) for one in given]
+            words, leaves = outputs.descended(words.reshape(shape), leaves, self.price)
+            found = zip(arrays, contexts, leaves, indices, strict=True)
+            indices = [outputs.restored(w, context, leaf, index) for w, context, leaf, index in found]
+        else:
+            weights = [self._rows(h) for h in weighted.importance(self.weigh, arrays, contexts)]
+            rows = [self._rows(unit.divide(w)) for w in arrays]
+            words, places = weighted.refined(words, rows, weights, self.price, self.iterations)
+            found = zip(places, indices, strict=True)
+            indices = [place.reshape(index.shape).astype(index.dtype) for place, index in found]
+        words = unit.multiply(words).reshape(core.dense(nodes[0].codebook).shape)
+        return [
+            dataclasses.replace(node, indices=index, codebook=self._shared(words.astype(w.dtype), len(arrays)))
+            for node, index, w in zip(nodes, indices, arrays, strict=True)
+        ]
+
+    def _rows(self, x: jax.Array) -> jax.Array:
+        return blocked(x, self.block) if self.block else x[..., None]
 
     def _shared(self, codebook: jax.Array, leaves: int) -> Any:
         """A codebook, marked as common to all leaves of its dtype where there are several."""
