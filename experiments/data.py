@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-NAMES = ("digits", "mnist", "cifar10", "text", "tfds:<name>")
-OPTIONS = ("val", "test", "length")
+NAMES = ("digits", "mnist", "cifar10", "text", "synthetic_text", "synthetic_images", "tfds:<name>")
+OPTIONS = ("val", "test", "length", "examples")
 
 
 class DataError(ValueError):
@@ -83,18 +83,21 @@ def load(
     val: float | None = None,
     test: float = 0.2,
     length: int = 128,
+    examples: int = 2048,
 ) -> Data:
     """Load a data set by name.
 
     Args:
       name: ``digits`` (embedded in scikit-learn), ``mnist`` (idx files, gzipped or not), ``cifar10`` (the official
-        binary archive, packed or not), ``text`` (bytes of a .txt file), or ``tfds:<name>`` for an image data set of
+        binary archive, packed or not), ``text`` (bytes of a .txt file), ``synthetic_text`` and ``synthetic_images``
+        (drawn from a rule that can be learned, for trials of a machine), or ``tfds:<name>`` for an image data set of
         tensorflow_datasets.
       data_dir: the folder of the files, for ``mnist``, ``cifar10`` and ``text``; for TFDS its own folder.
       seed: of the random split, where the data set has no split of its own (``digits``).
       val: the fraction that validates: of all digits (0.2 by default), or of the training split (none by default).
       test: the fraction of the digits that tests.
       length: bytes in one example of text.
+      examples: of synthetic data that train; a quarter as many test.
 
     Raises:
       DataError: if the name is unknown, or a file is missing or corrupt.
@@ -107,6 +110,9 @@ def load(
         return _cifar(_folder(name, data_dir), val or 0.0)
     if name == "text":
         return _text(_folder(name, data_dir), length, val or 0.0)
+    if name in ("synthetic_text", "synthetic_images"):
+        make = _synthetic_text if name == "synthetic_text" else _synthetic_images
+        return make(np.random.default_rng(seed), examples, examples // 4, length)
     if name.startswith("tfds:"):
         return _tfds(name, data_dir, val or 0.0)
     raise DataError(f"data {name!r} is unknown; use one of {', '.join(NAMES)}")
@@ -254,6 +260,28 @@ def _windows(content: np.ndarray, length: int) -> Split:
     count = max((len(content) - 1) // length, 0)
     x, y = content[: count * length], content[1 : count * length + 1]
     return Split(x.reshape(count, length), y.reshape(count, length).astype(np.int32))
+
+
+def _synthetic_text(rng: np.random.Generator, train: int, test: int, length: int) -> Data:
+    """Bytes of which nine in ten follow from the one before by one permutation."""
+    follows, text = rng.permutation(256), rng.integers(0, 256, (train + test, length + 1))
+    kept = rng.random(text.shape) < 0.9
+    for i in range(1, length + 1):
+        text[:, i] = np.where(kept[:, i], follows[text[:, i - 1]], text[:, i])
+    whole = Split(text[:, :-1].astype(np.uint8), text[:, 1:].astype(np.int32))
+    return Data(
+        "synthetic text", "text", 256, whole.take(slice(train)), whole.take(slice(0)), whole.take(slice(train, None))
+    )
+
+
+def _synthetic_images(rng: np.random.Generator, train: int, test: int, _: int) -> Data:
+    """Ten patterns of 32 x 32 pixels and three colours, under as much noise."""
+    patterns, y = rng.random((10, 8, 8, 3)), rng.integers(0, 10, train + test).astype(np.int32)
+    x = patterns.repeat(4, 1).repeat(4, 2)[y] + rng.random((train + test, 32, 32, 3))
+    whole = Split((x / 2).astype(np.float32), y)
+    return Data(
+        "synthetic images", "image", 10, whole.take(slice(train)), whole.take(slice(0)), whole.take(slice(train, None))
+    )
 
 
 def _tfds(name: str, data_dir: str | None, val: float) -> Data:

@@ -224,9 +224,10 @@ class Record:
 
 def clear(folder: Path) -> None:
     """Delete what a run writes, and nothing else."""
-    for name in ("record.json", "results.jsonl", "table.txt", "table.md", "pareto.png", "curve.png"):
+    files = ("record.json", "results.jsonl", "metrics.jsonl", "model.jc")
+    for name in (*files, "table.txt", "table.md", "pareto.png", "curve.png"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("models", "checkpoint"):
+    for name in ("models", "checkpoint", "checkpoints", "tensorboard", "rows"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

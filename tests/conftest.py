@@ -81,6 +81,7 @@ LONG = (
     "test_benchmarks",
     "benchmark_writes",
     "test_integer_benchmark",
+    "test_a_resnet_is_trained_in_four_bits",
     "test_quantized_training_experiment",
 )
 

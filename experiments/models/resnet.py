@@ -1,4 +1,4 @@
-"""ResNet-20 and ResNet-56 for CIFAR-10 as plain functions of arrays that were trained elsewhere (He et al. 2016).
+"""ResNets for CIFAR-10 as plain functions of arrays, trained elsewhere or here (He et al. 2016).
 
 Names and layouts are those of a PyTorch state dict: kernels OIHW, a batch norm as ``weight``, ``bias``,
 ``running_mean`` and ``running_var``. Shortcuts are of option A: every other pixel, and zeros for channels that are new.
@@ -35,19 +35,63 @@ def load(path: str | Path) -> tuple[Params, Params]:
     return {name: x for name, x in arrays.items() if name not in statistics}, statistics
 
 
-def apply(params: Params, x: jax.Array, statistics: Mapping[str, Any] | None = None) -> tuple[jax.Array, Params]:
+def init(key: jax.Array, depth: int = 20, width: int = 16, classes: int = 10) -> tuple[Params, Params]:
+    """Fresh parameters (He et al. 2015), and batch statistics of means 0 and variances 1.
+
+    Args:
+      key: of the random numbers.
+      depth: 6 n + 2: a stem, three stages of n blocks with two convolutions each, and the head.
+      width: channels of the first stage; each later one has twice as many.
+      classes: outputs.
+
+    Raises:
+      ValueError: if there is no network of this depth.
+    """
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth={depth} is not 6 n + 2; use {max(depth - 2, 6) // 6 * 6 + 2}")
+    shapes, last = {"conv1": (width, 3), "bn1": (width, width)}, width
+    for stage, i in [(stage, i) for stage in (1, 2, 3) for i in range((depth - 2) // 6)]:
+        now = width * 2 ** (stage - 1)
+        for part, inputs in ((1, last), (2, now)):
+            shapes[f"layer{stage}/{i}/conv{part}"] = (now, inputs)
+            shapes[f"layer{stage}/{i}/bn{part}"] = (now, now)
+        last = now
+    params: Params = {}
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+    for name, (outputs, inputs) in shapes.items():
+        if "conv" in name:
+            kernel = jax.random.normal(keys[name], (outputs, inputs, 3, 3))
+            params[f"{name}/weight"] = kernel * (2 / (9 * inputs)) ** 0.5
+        else:
+            params |= {f"{name}/weight": jnp.ones(outputs), f"{name}/bias": jnp.zeros(outputs)}
+    head = jax.random.normal(jax.random.fold_in(key, 1), (classes, last)) / last**0.5
+    params |= {"linear/weight": head, "linear/bias": jnp.zeros(classes)}
+    norms = {name: outputs for name, (outputs, _) in shapes.items() if "bn" in name}
+    means = {f"{name}/running_mean": jnp.zeros(n) for name, n in norms.items()}
+    return params, means | {f"{name}/running_var": jnp.ones(n) for name, n in norms.items()}
+
+
+def apply(
+    params: Params, x: jax.Array, statistics: Mapping[str, Any] | None = None, dtype: Any = jnp.float32
+) -> tuple[jax.Array, Params]:
     """Logits (n, 10), and the batch statistics that were used.
 
     Args:
-      params: from :func:`load`.
+      params: from :func:`load` or :func:`init`.
       x: images (n, 32, 32, 3) in [0, 1].
       statistics: from :func:`load`; without them those of this batch are taken.
+      dtype: of convolutions; norms and logits are float32.
     """
-    return segment(params, x, statistics)
+    return segment(params, x, statistics, dtype=dtype)
 
 
 def segment(
-    params: Params, x: jax.Array, statistics: Mapping[str, Any] | None = None, begin: int = 0, end: int | None = None
+    params: Params,
+    x: jax.Array,
+    statistics: Mapping[str, Any] | None = None,
+    begin: int = 0,
+    end: int | None = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, Params]:
     """A part of :func:`apply`: blocks ``begin`` to ``end``, with the stem before block 0 and the head after the last.
 
@@ -56,8 +100,9 @@ def segment(
     used: Params = {}
 
     def convolved(x: jax.Array, name: str, stride: int) -> jax.Array:
-        kernel = params[f"{name}/weight"]
-        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(1, 1), (1, 1)])
+        kernel = params[f"{name}/weight"].astype(dtype)
+        found = jax.lax.conv_general_dilated(x.astype(dtype), kernel, (stride, stride), [(1, 1), (1, 1)])
+        return found.astype(jnp.float32)
 
     def normed(x: jax.Array, name: str) -> jax.Array:
         mean, var = f"{name}/running_mean", f"{name}/running_var"

@@ -162,6 +162,16 @@ class Checkpoints:
         """The steps that are kept, in order."""
         return sorted(self._manager.all_steps())
 
+    def reached_preemption(self, step: int) -> bool:
+        """Whether this is the step at which all processes are to save and stop, as one of them is to be preempted.
+
+        Always False where ``jax.distributed`` was not initialized.
+
+        Args:
+          step: the number of the step. All processes ask after every step.
+        """
+        return bool(self._manager.reached_preemption(step))
+
     def wait(self) -> None:
         """Wait until what was saved is on disk."""
         self._manager.wait_until_finished()
