@@ -5,9 +5,9 @@
     python -m experiments.sweep --executor=submitit --config.methods=magnitude,int
 
 Levels of a method whose shapes do not depend on them (sparsities) and all seeds are trained together, by ``vmap``;
-other levels are jobs of their own. Each job writes its rows to a file of its own, in one piece, so a sweep that was stopped
-or lost a worker goes on by the same command. The engine is whatever has ``submit(function, *arguments)`` and gives
-things with ``result()``: an executor of ``concurrent.futures``, that of a Dask cluster or of SLURM.
+other levels are jobs of their own. Each job writes its rows to a file of its own, in one piece, so a sweep that was
+stopped or lost a worker goes on by the same command. The engine is whatever has ``submit(function, *arguments)`` and
+gives things with ``result()``: an executor of ``concurrent.futures``, that of a Dask cluster or of SLURM.
 
 Expect on the digits, LeNet-300-100, 3 seeds, test accuracy of 96 to 98 percent up to 95 percent sparsity and from 3
 bits up, in about a minute on two CPU cores.
