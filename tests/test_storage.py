@@ -7,7 +7,6 @@ import os
 import pathlib
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from processes_worker import spec_of, stored_tree
 
 import jcompress as jc
 from jcompress.io import StorageError, __main__, inspect, manifest
@@ -241,39 +241,38 @@ def test_sharded_arrays_are_gathered_and_can_go_back(tmp_path):
     assert again["w"].mask.sharding == again["x"].sharding == sharding
 
 
-ACROSS_PROCESSES = """
-import sys, jax
-jax.config.update("jax_platforms", "cpu")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import numpy as np, jcompress as jc
-mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
-sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-x = jax.make_array_from_callback((4,), sharding, lambda at: np.arange(4.0, dtype=np.float32)[at])
-try:
-    jc.save(sys.argv[3], {"a": {"b": x}})
-except jc.io.StorageError as error:
-    print(error)
-"""
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_rule_says_where_arrays_go(coded, tmp_path):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tree = stored_tree()
+    jc.save(tmp_path / "x", tree, coded=coded)
+    seen = {}
+
+    def rule(path, x):
+        seen[path] = (x.shape, x.dtype)
+        spec = spec_of(x.shape)
+        return jax.sharding.NamedSharding(mesh, spec) if path != "whole" else None
+
+    again = jc.load(tmp_path / "x", sharding=rule)
+    assert jax.tree.structure(again) == jax.tree.structure(tree)
+    assert again.pop("epoch") == tree.pop("epoch")
+    assert_same_bits(*(jax.random.key_data(x["keys"]) for x in (again, tree)))
+    for path in tree.keys() - {"keys"}:
+        for a, b in zip(jax.tree.leaves(again[path]), jax.tree.leaves(tree[path]), strict=True):
+            assert_same_bits(a, b)
+    assert seen["nest"] == ((3, 16, 24), np.float32) and seen["codes"] == ((16, 24), jnp.int4)
+    spread = {path: len(again[path].sharding.device_set) for path in ("flags", "complex", "keys", "whole")}
+    assert spread == {"flags": 8, "complex": 8, "keys": 8, "whole": 1}
+    for node in (again["nest"].values.codes, again["gaps"].mask, again["thirds"].codes):
+        assert not node.sharding.is_fully_replicated
 
 
-def test_an_array_across_processes_is_refused(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", ACROSS_PROCESSES, address, str(i), str(tmp_path / f"x{i}")],
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for run in runs:
-        out, _ = run.communicate(timeout=120)
-        assert out.startswith("a/b: some shards lie on other processes; gather it with")
-    assert list(tmp_path.iterdir()) == []
+def test_a_sharding_that_does_not_divide_is_refused(tmp_path):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    jc.save(tmp_path / "x", {"a": {"b": W}})
+    rule = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "x"))
+    with pytest.raises(StorageError, match=r"a/b: found the sharding .* expected one that divides"):
+        jc.load(tmp_path / "x", sharding=lambda path, x: rule)
 
 
 # What the file says.

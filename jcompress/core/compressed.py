@@ -7,6 +7,7 @@ or more are trainable; integers, booleans and 8- or 4-bit floats are held.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +19,7 @@ import numpy as np
 from jcompress.core.axes import Relaying
 from jcompress.numeric import packing
 from jcompress.numeric.meshes import on_any_mesh, typed_like
+from jcompress.numeric.processes import spans, whole
 
 PyTree = Any
 _Node = TypeVar("_Node", bound="Compressed")
@@ -302,7 +304,7 @@ class Part:
       name: the fields that lead to the array inside its node, joined by ``/``.
       array: the array, on its device still.
       width: bits an element.
-      where: the entries stored, or ``None`` for all.
+      where: the entries stored, or ``None`` for all. A mask that spans processes stays where it is.
       code: for a boolean array, how it is coded; then ``width`` is that of the code.
     """
 
@@ -312,14 +314,20 @@ class Part:
     where: Any = None
     code: packing.MaskCode | None = None
 
-    @property
+    @functools.cached_property
     def nbits(self) -> int:
         """The exact number of bits."""
         if self.code is not None:
             return self.code.nbits
         if isinstance(self.where, packing.Expected):
             return self.width * self.where.count(int(self.array.size))
-        return self.width * (int(self.array.size) if self.where is None else int(self.where.sum()))
+        return self.width * (int(self.array.size) if self.where is None else _count(self.where))
+
+
+def _count(where: Any) -> int:
+    """How many entries a mask shows. Rows are counted where they are, if the mask spans processes."""
+    rows = jnp.sum(where, axis=-1, dtype=jnp.uint32) if spans(where) and where.ndim else where
+    return int(whole(rows).sum(dtype=np.int64))
 
 
 def dtype_bits(dtype: Any) -> int:
@@ -357,7 +365,7 @@ def _entries(x: Any) -> list[tuple[str, Any]]:
 def _both(node: Compressed, mask: Any, where: Any) -> Any:
     """Where both masks keep. Of masks without values the one that keeps less counts."""
     if not isinstance(mask, jax.ShapeDtypeStruct):
-        mask = np.asarray(mask)
+        mask = mask if spans(mask) else np.asarray(mask)
         return mask if where is None else mask & where
     found = [getattr(node, "expected", packing.Expected()), where]
     known = [x for x in found if isinstance(x, packing.Expected) and x.density is not None]
@@ -370,11 +378,11 @@ def _parts(x: Any, name: str, where: Any, width: int | None, coded: bool, expect
         return
     x = _without_key_type(x)
     if where is not None and not isinstance(where, packing.Expected):
-        where = np.broadcast_to(where, x.shape)
+        where = where if where.shape == x.shape else np.broadcast_to(whole(where), x.shape)
     if isinstance(x, jax.ShapeDtypeStruct) and x.dtype == jnp.bool_ and where is None:
         yield Part(name, x, 1, code=packing.MaskCode("bits", x.shape, expected.nbits(x.shape)))
     elif coded and x.dtype == jnp.bool_ and where is None:
-        code = packing.mask_code(np.asarray(x))
+        code = packing.mask_code(whole(x))
         yield Part(name, x, packing.mask_count(code)[1], code=code)
     else:
         yield Part(name, x, width or dtype_bits(x.dtype), where)

@@ -6,12 +6,13 @@ import collections
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jcompress import core, formats
 from jcompress.core import Compressed, Layout, Part
@@ -19,15 +20,18 @@ from jcompress.io.encoding import in_order
 from jcompress.io.manifest import (
     DEPTH,
     Formats,
-    Reader,
+    Place,
     StorageError,
     check_nest,
     is_name,
     key_impl,
+    key_shape,
     placeholder,
     too_deep,
 )
+from jcompress.io.streams import Reader
 from jcompress.numeric import packing
+from jcompress.numeric.processes import placed
 
 _COUNTS = {"axes", "axis", "bits", "ndim", "window"}
 """Static fields that count axes or bits. Formats loop over them, so that no file may name many."""
@@ -174,26 +178,53 @@ class Decoder:
             self._sketches[text] = _Sketch(node, parts, nbytes, sum(part.nbits for part in whole))
         return self._sketches[text]
 
-    def read(self, spec: Any, read: Reader) -> Any:
-        """One leaf that was weighed; ``read`` gives the stored values of each of its parts in turn."""
+    def dense(self, spec: Any) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of the array that a leaf is or stands for."""
+        x: Any = placeholder(spec).array if isinstance(spec, str) else self._sketch(spec).node
+        struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        impl = key_impl(spec) if isinstance(spec, str) else None
+        return (
+            struct if impl is None else jax.eval_shape(lambda data: jax.random.wrap_key_data(data, impl=impl), struct)
+        )
+
+    def read(self, spec: Any, reader: Reader, place: Place = lambda name, shape: None) -> Any:
+        """One leaf that was weighed.
+
+        Args:
+          spec: its description.
+          reader: gives the stored values of each of its parts in turn.
+          place: says on which devices they go.
+        """
         if isinstance(spec, str):
-            return _to_jax(_read(placeholder(spec), read), spec)
+            part = placeholder(spec)
+            return _to_jax(_read(part, reader, _goes(place, part, spec)), spec, _goes(place, part, spec))
         sketch = self._sketch(spec)
+        goes = {name: _goes(place, part, part.name, name) for name, part in sketch.parts.items()}
         values = {name: part.array for name, part in sketch.parts.items()}
-        left = _read_parts(sketch.node, sketch, values, read, hidden=False)
-        if left:  # masks come first, since they say how much of the rest was stored
-            node = _build(spec, lambda name, _: values[name], self._known)
-            _read_parts(node, sketch, values, read, hidden=True)
-        return _build(spec, lambda name, text: _to_jax(values[name], text), self._known)
+        hidden = any(part.where is not None for part in in_order(sketch.node, coded=False))
+        found = _read_parts(sketch.node, sketch, reader, False, {} if hidden else goes)
+        if hidden:  # masks come first, since they say how much of the rest was stored
+            node = _build(spec, lambda name, _: found.get(name, values[name]), self._known)
+            found |= _read_parts(node, sketch, reader, True, goes)
+        return _build(spec, lambda name, text: _to_jax(found[name], text, goes[name]), self._known)
 
 
-def _read_parts(node: Compressed, sketch: _Sketch, values: dict[str, np.ndarray], read: Reader, hidden: bool) -> int:
-    """Read what masks hide, or the rest; returns how many parts were left out."""
-    parts = in_order(node, coded=False)
-    due = [part for part in parts if (part.where is not None) == hidden]
-    for part in due:
-        values[part.name] = _read(_stored(part, sketch.parts), read)
-    return len(parts) - len(due)
+def _goes(place: Place, part: Part, spec: str, name: str = "") -> jax.sharding.Sharding | None:
+    """Where an array goes; keys as their data, whose last axis is none of the keys'."""
+    impl = key_impl(spec)
+    ndim = part.array.ndim - (0 if impl is None else len(key_shape(impl)))
+    sharding = place(name, part.array.shape[:ndim])
+    if impl is None or sharding is None:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec)) if isinstance(sharding, NamedSharding) else None
+
+
+def _read_parts(
+    node: Compressed, sketch: _Sketch, reader: Reader, hidden: bool, goes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Read what masks hide, or the rest."""
+    due = [part for part in in_order(node, coded=False) if (part.where is not None) == hidden]
+    return {part.name: _read(_stored(part, sketch.parts), reader, goes.get(part.name)) for part in due}
 
 
 def _stored(part: Part, texts: dict[str, Part]) -> Part:
@@ -206,8 +237,10 @@ def _stored(part: Part, texts: dict[str, Part]) -> Part:
     return dataclasses.replace(part, width=packing.mask_count(code)[1], code=code)
 
 
-def _read(part: Part, read: Reader) -> np.ndarray:
-    values = read(part)
+def _read(part: Part, reader: Reader, sharding: Any = None) -> Any:
+    if sharding is not None and (later := reader.later(part)) is not None:
+        return later
+    values = reader.read(part)
     if part.code is not None:
         return packing.decode_mask(values, part.code, part.array.shape)
     if part.where is None:
@@ -217,11 +250,13 @@ def _read(part: Part, read: Reader) -> np.ndarray:
     return out
 
 
-def _to_jax(x: np.ndarray, spec: str) -> Any:
+def _to_jax(x: Any, spec: str, sharding: jax.sharding.Sharding | None) -> Any:
     """A JAX array, or a NumPy one where JAX would change the dtype (64 bits, when those are off)."""
-    if (impl := key_impl(spec)) is not None:
-        return jax.random.wrap_key_data(jnp.asarray(x), impl=impl)
-    return jnp.asarray(x) if jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype else x
+    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        return x if isinstance(x, np.ndarray) else x[(slice(None),) * len(x.shape)]
+    array = jnp.asarray(x) if sharding is None else placed(x, sharding)
+    impl = key_impl(spec)
+    return array if impl is None else jax.random.wrap_key_data(array, impl=impl)
 
 
 def _build(spec: dict[str, Any], leaf: Callable[[str, str], Any], known: Formats, prefix: str = "") -> Compressed:

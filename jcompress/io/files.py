@@ -11,6 +11,8 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+
 from jcompress.io.manifest import StorageError
 
 try:
@@ -171,3 +173,26 @@ def _sync_folder(folder: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+class Bytes:
+    """The rest of a file from where it stands, read slice by slice."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._start = file, file.tell()
+        self.size = size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        first, last, _ = part.indices(self.size)
+        self._file.seek(self._start + first)
+        data = self._file.read(last - first)
+        if len(data) != last - first:
+            raise StorageError("the file was cut short while it was read; restore it from a copy")
+        return np.frombuffer(data, np.uint8)
+
+    def checksum(self) -> str:
+        """The checksum of all of them."""
+        digest = hashlib.blake2b(digest_size=8)
+        for first in range(0, self.size, 1 << 20):
+            digest.update(self[first : first + (1 << 20)].data)
+        return digest.hexdigest()

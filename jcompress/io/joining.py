@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from jcompress import core
 from jcompress.core import PyTree
 from jcompress.io import storage
@@ -53,7 +51,7 @@ def join(
     def payload(sink: Callable[[bytes], Any]) -> None:
         writer = BitWriter(sink)
         for part in order:
-            data, count = np.frombuffer(storage.opened(part)[1], np.uint8), sizes[part][0]
+            data, count = storage.opened(part)[1], sizes[part][0]
             whole = data.size if count is None else count // 8
             if not 0 <= data.size - whole <= 1:
                 raise StorageError(f"{part}: found {data.size} bytes, expected {count} bits; remove it, and go on")

@@ -26,7 +26,8 @@ from jcompress.core import Compressed, Part
 from jcompress.numeric import packing
 
 Formats = Mapping[str, type[Compressed]]
-Reader = Callable[[Part], np.ndarray]
+Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+"""Of the arrays of one leaf, by the name that they have in a node and their shape, the devices they go to; or None."""
 
 DEPTH = 256
 """Levels of containers and nodes in a tree. The interpreter's own limit on recursion is not far above."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import jax
+import numpy as np
 
 from jcompress.core import PyTree
-from jcompress.io import files
+from jcompress.io import files, parallel, placing
 from jcompress.io.decoding import Decoder, decode
 from jcompress.io.encoding import encode
 from jcompress.io.manifest import Formats, StorageError, placeholder, too_deep
@@ -48,6 +50,11 @@ def save(
     Codes take their own number of bits, and of what a mask hides nothing is stored. Writing is atomic: the file is
     the old one or the new one, whatever happens, and what a save that was killed left beside it is removed by the
     next. Arrays on several devices are gathered, one at a time: beside the tree, memory holds copies of one leaf.
+
+    Where arrays lie on the devices of several processes, all processes call this with one path, on a file system that
+    they share: each writes its own shards, at the same time, and the file is the one that a single process would
+    write. Masks alone are sent to all, by one bit an entry, since what is stored where follows from all of a mask; with
+    ``coded=True`` every array is. What fails on one process raises on all.
 
     With ``coded=True`` everything is entropy-coded besides, without loss: codes, indices, masks and gaps, and the
     exponents of floats. Each array is coded by the model that gives the fewest bytes, its tables of frequencies
@@ -87,6 +94,9 @@ def save(
             described = encode(tree, "", store)
     except RecursionError:
         raise too_deep() from None
+    if store.spans:
+        text = _text(described, plan, metadata, coded)
+        return parallel.save(path, store, lambda checksum: _header(text, store.nbytes, checksum) + text)
     return seal(path, described, store.nbytes, store.write, plan=plan, metadata=metadata, coded=coded)
 
 
@@ -101,11 +111,7 @@ def seal(
     coded: bool = False,
 ) -> int:
     """Write a file whose tree is described; ``payload`` hands its ``nbytes`` bytes to what it is called with."""
-    try:
-        text = _dumps({**_about(plan, metadata), **({"coded": True} if coded else {}), "tree": described})
-    except RecursionError:
-        raise too_deep() from None
-    text = zlib.compress(text, 9) if coded else text
+    text = _text(described, plan, metadata, coded)
 
     def write(file: BinaryIO) -> int:
         start = file.write(_header(text, nbytes, _checksum(b"")) + text)
@@ -121,6 +127,14 @@ def seal(
         return start + nbytes
 
     return files.replace(path, write)
+
+
+def _text(described: Any, plan: Mapping[str, Any] | None, metadata: Any, coded: bool) -> bytes:
+    try:
+        text = _dumps({**_about(plan, metadata), **({"coded": True} if coded else {}), "tree": described})
+    except RecursionError:
+        raise too_deep() from None
+    return zlib.compress(text, 9) if coded else text
 
 
 def _header(text: bytes, payload_bytes: int, checksum: str) -> bytes:
@@ -165,6 +179,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     like: PyTree | None = None,
+    sharding: placing.Rule | None = None,
     formats: Formats | None = None,
     max_bytes: int | None = None,
 ) -> PyTree:
@@ -183,7 +198,11 @@ def load(
       like: a tree whose structure to give, with arrays, ``jax.ShapeDtypeStruct`` or nodes as leaves. Where it has an
         array, the file may have a node that stands for one of that shape and dtype, or, where that is of floats of 8
         or 4 bits, of bfloat16, as which they are fitted. Nothing is ever cast. A leaf that is sharded over devices says
-        where its array goes.
+        where its array goes, or the arrays of the node that stands for it: as it along the axes they have in common.
+      sharding: the same by a rule, for leaves of which ``like`` does not say it: of a path and the
+        ``jax.ShapeDtypeStruct`` of the dense array gives a ``jax.sharding.Sharding``, or None. An array that goes to
+        several devices is read shard by shard, of several processes by each its own, and never whole in memory, but
+        masks and what is entropy-coded.
       formats: classes of your own by name, beside those of :mod:`jcompress.formats`.
       max_bytes: how many bytes of memory the arrays of the tree may take; by default 64 MiB and 256 times the size
         of the file.
@@ -194,7 +213,7 @@ def load(
     Raises:
       StorageError: if there is no such file, it is no file of jcompress, of another version, cut short, damaged,
         has a format that is not known, takes more than ``max_bytes``, or differs from ``like``. The message names the
-        file or the path, and says what was found and expected.
+        file or the path, and says what was found and expected. A sharding that does not divide its array, too.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jcompress as jc
@@ -207,7 +226,7 @@ def load(
     """
     with files.reading(path) as file, _naming(path):
         found, most = _read_manifest(file, max_bytes)
-        tree = _decoded(file, found, Decoder(formats or {}, most))
+        tree = _decoded(file, found, Decoder(formats or {}, most), like, sharding)
     return tree if like is None else fill(like, tree)
 
 
@@ -328,21 +347,21 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"found {name}")
 
 
-def _payload(file: BinaryIO, found: _Manifest) -> bytes:
-    payload = file.read(found.payload_bytes)
-    if len(payload) != found.payload_bytes or _checksum(payload) != found.checksum:
+def _payload(file: BinaryIO, found: _Manifest) -> files.Bytes:
+    payload = files.Bytes(file, found.payload_bytes)
+    if payload.checksum() != found.checksum:
         raise StorageError("the payload is damaged; restore the file from a copy")
     return payload
 
 
-def opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes]:
+def opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], np.ndarray]:
     """The manifest of a file and its payload as they are, not decoded."""
     with files.reading(path) as file, _naming(path):
         found, _ = _read_manifest(file, None)
-        return found.about, _payload(file, found)
+        return found.about, _payload(file, found)[:]
 
 
-def _decoded(file: BinaryIO, found: _Manifest, decoder: Decoder) -> PyTree:
+def _decoded(file: BinaryIO, found: _Manifest, decoder: Decoder, like: PyTree, rule: placing.Rule | None) -> PyTree:
     spec = found.about["tree"]
     decode(spec, decoder.weigh)
     coded = found.about.get("coded", False)
@@ -353,9 +372,11 @@ def _decoded(file: BinaryIO, found: _Manifest, decoder: Decoder) -> PyTree:
         )
     payload = _payload(file, found)
     reader = CodedReader(payload) if coded else PlainReader(payload)
-    tree = decode(spec, lambda leaf: decoder.read(leaf, reader.read))
-    if -(-reader.nbits // 8) != len(payload):
+    known = like is not None or rule is not None
+    places = iter(placing.places(spec, like, rule, decoder.dense)) if known else itertools.repeat(placing.anywhere)
+    tree = decode(spec, lambda leaf: decoder.read(leaf, reader, next(places)))
+    if -(-reader.nbits // 8) != payload.size:
         raise StorageError(
-            f"the manifest disagrees with the payload: it describes {reader.nbits} bits of {8 * len(payload)}"
+            f"the manifest disagrees with the payload: it describes {reader.nbits} bits of {8 * payload.size}"
         )
     return tree

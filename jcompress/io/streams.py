@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jcompress.core import Part
 from jcompress.io.manifest import StorageError
 from jcompress.numeric import coding, packing
 from jcompress.numeric.grids import Grid, grid_of
+from jcompress.numeric.processes import runs, shown_before, spans, whole
 
 
 class MissingCoderError(StorageError, ImportError):
@@ -58,6 +59,11 @@ class Store:
         """The bytes of the payload."""
         return sum(map(len, self.streams)) + -(-sum(part.nbits for part in self.parts) // 8)
 
+    @property
+    def spans(self) -> bool:
+        """Whether the arrays of some part lie on several processes, that each writes its own."""
+        return any(spans(part.array) or spans(part.where) for part in self.parts)
+
     def write(self, sink: Callable[[bytes], Any]) -> None:
         """Hand the payload to ``sink`` piece by piece."""
         for stream in self.streams:
@@ -75,7 +81,7 @@ def _coded(part: Part) -> bytes:
 def _shortest(part: Part) -> tuple[Part, bytes]:
     """A mask in the code that takes the fewest bytes once it is coded."""
     found = []
-    for code in packing.mask_alphabets(np.asarray(part.array)):
+    for code in packing.mask_alphabets(whole(part.array)):
         other = dataclasses.replace(part, width=packing.mask_count(code)[1], code=code)
         found.append((other, _coded(other)))
     return min(found, key=lambda pair: len(pair[1]))
@@ -85,26 +91,23 @@ def _grid(part: Part) -> Grid | None:
     """Where the numbers of a part stand in its array; None for gaps and choices, which stand in no place."""
     if part.code is not None:
         return grid_of(part.code.shape) if part.code.scheme == "bits" else None
-    return grid_of(part.array.shape, None if part.where is None else np.asarray(part.where))
+    return grid_of(part.array.shape, None if part.where is None else whole(part.where))
 
 
 def integers(part: Part) -> tuple[np.ndarray, int]:
     """The values of one part as they are written, and how many bits each takes."""
     x = part.array
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        raise StorageError(
-            f"{part.name}: some shards lie on other processes; gather it with "
-            "jax.experimental.multihost_utils.process_allgather(tree, tiled=True), or use jcompress.io.Checkpoints"
-        )
-    if (
-        isinstance(x, jax.Array) and x.is_fully_addressable
-    ):  # another array of the same buffers, that the copy on the host goes with it
+    if isinstance(x, jax.Array) and x.is_fully_addressable:
+        # Another array of the same buffers, that the copy on the host goes with it.
         x = jax.device_put(x, x.sharding)
-    values = np.asarray(x)
+    values = whole(x)
     if part.code is not None:
         return packing.encode_mask(values, part.code), part.width
-    if part.where is not None:
-        values = values[part.where]
+    return numbers(part, values if part.where is None else values[whole(part.where)])
+
+
+def numbers(part: Part, values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Values of a part, all or some, as they are written, and how many bits each takes."""
     if values.dtype.kind == "c" and values.dtype.itemsize == 16:
         return np.ascontiguousarray(values, np.complex128).view(np.float64), part.width // 2
     _check_fits(part, values)
@@ -124,30 +127,81 @@ def _check_fits(part: Part, values: np.ndarray) -> None:
         )
 
 
-class PlainReader:
-    """Reads the arrays of a stream of bits in order."""
-
-    def __init__(self, payload: bytes) -> None:
-        self._reader = packing.BitReader(payload)
+class Reader(Protocol):
+    """Reads the arrays of a payload in order."""
 
     @property
     def nbits(self) -> int:
         """The bits read so far."""
-        return self._reader.nbits
+
+    def read(self, part: Part) -> np.ndarray:
+        """The stored numbers of one array."""
+
+    def later(self, part: Part) -> Later | None:
+        """One array to read block by block, and nothing of it now; None if it can be read as a whole only."""
+
+
+class PlainReader:
+    """Reads the arrays of a stream of bits in order."""
+
+    def __init__(self, payload: Any) -> None:
+        self._bits = packing.BitReader(payload)
+
+    @property
+    def nbits(self) -> int:
+        """The bits read so far."""
+        return self._bits.nbits
 
     def read(self, part: Part) -> np.ndarray:
         """The stored numbers of one array."""
         count, width, dtype = _stored(part)
-        if dtype == np.complex128:
-            return self._reader.read(2 * count, width // 2, np.dtype(np.float64)).view(np.complex128)
-        return self._reader.read(count, width, dtype)
+        return _read(self._bits, count, width, dtype)
+
+    def later(self, part: Part) -> Later | None:
+        """One array to read block by block, and nothing of it now; None if it can be read as a whole only."""
+        if part.code is not None:
+            return None
+        count, width, _ = _stored(part)
+        first = self._bits.nbits
+        self._bits.seek(first + count * width)
+        return Later(part, self._bits, first)
+
+
+def _read(bits: packing.BitReader, count: int, width: int, dtype: np.dtype) -> np.ndarray:
+    if dtype == np.complex128:
+        return bits.read(2 * count, width // 2, np.dtype(np.float64)).view(np.complex128)
+    return bits.read(count, width, dtype)
+
+
+class Later:
+    """An array in a file, of which blocks are read by their slices."""
+
+    def __init__(self, part: Part, bits: packing.BitReader, first: int) -> None:
+        self.shape, self.dtype = part.array.shape, part.array.dtype
+        self._part, self._bits, self._first = part, bits, first
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        part, ends = self._part, [x.indices(n)[:2] for x, n in zip(index, self.shape, strict=True)]
+        out = np.zeros([b - a for a, b in ends], self.dtype)
+        if not out.size:
+            return out
+        starts, length = runs(self.shape, index)
+        rows, after = out.reshape(starts.size, length), self._bits.nbits
+        flat = None if part.where is None else part.where.reshape(-1)
+        places = starts if flat is None else shown_before(flat, starts)
+        for row, start, place in zip(rows, starts.tolist(), places.tolist(), strict=True):
+            self._bits.seek(self._first + place * part.width)
+            kept = np.ones(length, np.bool_) if flat is None else flat[start : start + length]
+            row[kept] = _read(self._bits, int(kept.sum()), part.width, self.dtype)
+        self._bits.seek(after)
+        return out
 
 
 class CodedReader:
     """Reads entropy-coded arrays in order."""
 
-    def __init__(self, payload: bytes) -> None:
-        self._data, self._at = memoryview(payload), 0
+    def __init__(self, payload: Any) -> None:
+        self._data, self._at = memoryview(payload[:]), 0
 
     @property
     def nbits(self) -> int:
@@ -164,6 +218,10 @@ class CodedReader:
         values, used = coding.decode(self._data[self._at :], count, width, dtype, _grid(part))
         self._at += used
         return values
+
+    def later(self, part: Part) -> Later | None:
+        """None: what is coded is read as a whole."""
+        return None
 
 
 def _stored(part: Part) -> tuple[int, int, np.dtype]:

@@ -12,6 +12,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import CalibrationWarning, Context
 from jcompress.numeric.damping import cholesky, damped
+from jcompress.numeric.processes import whole
 
 
 def check(path: str, method: Any, context: Context) -> None:
@@ -27,7 +28,7 @@ def check(path: str, method: Any, context: Context) -> None:
 def _check(path: str, method: Any, context: Context) -> None:
     read = {need.removeprefix("stats.") for need in core.needs(method) if need.startswith("stats.")}
     read = {name for name in read if getattr(context.stats, name, None) is not None}
-    found = {name: np.asarray(energy) for name in read if (energy := _energy(name, context)) is not None}
+    found = {name: whole(energy) for name in read if (energy := _energy(name, context)) is not None}
     for name, energy in found.items():
         if not np.isfinite(energy).all():
             raise ValueError(

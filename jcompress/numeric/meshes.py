@@ -141,6 +141,40 @@ def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
     return jax.device_put(x, there) if mesh_of(x) is None else _RESHARD(x, there)
 
 
+def sharding_like(shape: tuple[int, ...], sharding: NamedSharding, of: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array made from another one, by the rule of :func:`on_any_mesh`, whatever the mesh axes are.
+
+    Args:
+      shape: of the array.
+      sharding: of the other one.
+      of: the shape of that.
+    """
+    like: Any = jax.ShapeDtypeStruct(of, jnp.float32, sharding=sharding)
+    return NamedSharding(sharding.mesh, PartitionSpec(*_spec_like(shape, [like])))
+
+
+def kept(tree: Any, like: Any) -> Any:
+    """Results of which every device holds all, sharded as the array they were made from, where that is sharded.
+
+    Outside ``jit`` and with automatic axes the compiler leaves results so whose operations it cannot split.
+    """
+    sharding = getattr(like, "sharding", None) if isinstance(like, jax.Array) and _is_concrete(like) else None
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        return tree
+
+    def place(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or not _is_concrete(x) or not x.is_fully_replicated or not x.ndim:
+            return x
+        there = sharding_like(x.shape, sharding, like.shape)
+        return x if there.is_fully_replicated or x.sharding.device_set != there.device_set else jax.device_put(x, there)
+
+    return jax.tree.map(place, tree)
+
+
+def _is_concrete(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
 def _fitted(spec: Iterable[Any], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     pairs = zip(spec, shape, strict=False)
     return PartitionSpec(*(None if names is None or n % _parts(names, mesh) else names for names, n in pairs))
@@ -182,7 +216,7 @@ def _spread(spec: list[Any], shape: tuple[int, ...], like: jax.Array) -> None:
     for length, names in zip(like.shape, spec_of(like), strict=True):
         if names is None or set(_names(names)) & set(_used(spec)):
             continue
-        parts = _parts(names, mesh_of(like))
+        parts = _parts(names, _sharding_of(like).mesh)
         fits = [i for i, n in enumerate(shape) if spec[i] is None and n and n % parts == 0]
         if fits:
             moved = length in shape and like.shape.count(length) == shape.count(length)

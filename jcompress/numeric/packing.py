@@ -37,12 +37,13 @@ class BitWriter:
 
     Args:
       sink: called with the bytes of the stream, piece by piece; without one, ``getvalue`` gives them all.
+      skip: how many bits of the first byte stay 0, for others to write.
     """
 
-    def __init__(self, sink: Callable[[bytes], Any] | None = None) -> None:
+    def __init__(self, sink: Callable[[bytes], Any] | None = None, skip: int = 0) -> None:
         self._pieces: list[bytes] = []
         self._sink = sink or self._pieces.append
-        self._rest = np.zeros(0, np.uint8)
+        self._rest = np.zeros(skip, np.uint8)
         self.nbits = 0
 
     def write(self, values: np.ndarray, width: int) -> None:
@@ -78,16 +79,24 @@ class BitWriter:
 
 
 class BitReader:
-    """Reads back what :class:`BitWriter` wrote."""
+    """Reads back what :class:`BitWriter` wrote.
 
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._data = np.frombuffer(data, np.uint8)
+    Args:
+      data: the bytes, or what gives a slice of them as an array and has a ``size``.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self._data = np.frombuffer(data, np.uint8) if isinstance(data, (bytes, bytearray, memoryview)) else data
         self._at = 0
 
     @property
     def nbits(self) -> int:
         """The bits read so far."""
         return self._at
+
+    def seek(self, bit: int) -> None:
+        """Go on at another bit."""
+        self._at = bit
 
     def read(self, count: int, width: int, dtype: np.dtype) -> np.ndarray:
         """``count`` elements of ``width`` bits; narrow signed integers get their sign back.
