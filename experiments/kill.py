@@ -42,8 +42,8 @@ EVERY = 3
 def config(points: int) -> Any:
     """A small decoder, pruned on a ramp, with enough steps for so many kills."""
     found = train_decoder.get_config("tiny")
-    found.steps = EVERY * 5 * (points + 2)
-    found.update({"batch_size": 16, "log_every": EVERY, "eval_every": 0, "eval_batches": 1})
+    found.steps = EVERY * 2 * (points + 2)
+    found.update({"batch_size": 16, "log_every": 1, "eval_every": 0, "eval_batches": 1})
     found.model.update({"width": 16, "heads": 4, "head_dim": 4, "hidden": 32})
     found.data.options.update({"length": 8, "examples": 64})
     found.update({"optimizer": {"warmup": 1}, "compress": {"every": 4}, "checkpoint": {"every": EVERY, "keep": 3}})
@@ -127,25 +127,45 @@ def saved(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit())
 
 
-def torn(folder: Path) -> list[str]:
-    """The names of saves that are under way, or were."""
-    return sorted(path.name for path in folder.glob("checkpoints/*") if not path.name.isdigit())
+def torn(folder: Path) -> dict[str, int]:
+    """Saves that are under way, or were, by name, and when their folders were made."""
+    found = {}
+    for path in folder.glob("checkpoints/*"):
+        with contextlib.suppress(FileNotFoundError):  # it was finished meanwhile
+            if not path.name.isdigit():
+                found[path.name] = path.stat().st_ino
+    return found
+
+
+def steps_of(folder: Path) -> int:
+    """How many steps were told in the metrics."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def kill_once(folder: Path, points: int, rng: random.Random, saving: bool) -> dict[str, Any]:
-    """Start the run and kill it: a few saves on, within a save where wanted, else anywhere."""
-    before = max(saved(folder), default=0)
-    target, pause = before + EVERY * rng.randint(1, 3), 0.0 if saving else rng.random() * 0.3
+    """Start the run and kill it after its next save: within the one after that where wanted, else on the way there."""
+    before, old = max(saved(folder), default=0), torn(folder)
+    further, pause = rng.randrange(EVERY), 0.05 * rng.random()
     with started(8, "--worker", str(folder), "--points", str(points)) as process:
-        while process.poll() is None and max(saved(folder), default=0) < target:
+        while process.poll() is None and max(saved(folder), default=0) <= before:
             time.sleep(0.01)
-        while saving and process.poll() is None and not torn(folder):
+        target = max(saved(folder), default=0) + further
+        while process.poll() is None and (
+            steps_of(folder) < target if not saving else torn(folder).items() <= old.items()
+        ):
             time.sleep(0.001)
-        time.sleep(pause)
+        time.sleep(0.0 if saving else pause)
         process.kill()
         if process.wait() != -signal.SIGKILL:
             raise RuntimeError(f"the run ended with {process.returncode} before it could be killed")
-    return {"started_from": before, "left": max(saved(folder)), "wanted_within_a_save": saving, "torn": torn(folder)}
+    left = sorted(torn(folder).items() - old.items())
+    return {
+        "started_from": before,
+        "killed_at": steps_of(folder),
+        "saved": max(saved(folder)),
+        "torn": [name for name, _ in left],
+    }
 
 
 def experiment(points: int, seed: int, folder: Path) -> dict[str, Any]:

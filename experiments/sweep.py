@@ -269,7 +269,7 @@ def sweep(work: dict[Path, tuple[Callable[..., list[Row]], tuple]], executor: An
         try:
             rows = future.result()
         except Exception as error:  # whatever a job raises, or an engine that lost its worker
-            failed[path.stem] = f"{type(error).__name__}: {error}".splitlines()[0]
+            failed[path.stem] = f"{type(error).__name__}: {error}".splitlines()[-1].strip()
         else:
             if not path.exists():  # a worker that does not see this folder
                 write(path, json.dumps(rows) + "\n")

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import app, flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -50,7 +51,46 @@ class Result(NamedTuple):
     scores: dict[str, float]
 
 
-class Run:
+class Parts:
+    """What a config says before there are data: a task, a plan, and where every array of the state lies.
+
+    Args:
+      config: see ``experiments/configs/train_decoder.py``.
+      mesh: of devices, or an abstract one.
+      classes: of the data, where known.
+
+    Raises:
+      ValueError: for anything wrong with the config.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Any, classes: int | None = None) -> None:
+        self.config, self.mesh = config, mesh
+        self.task = tasks.build(config.model, classes)
+        params, _ = jax.eval_shape(self.task.init, jax.random.key(0))
+        spread = meshes.of_params(params, config.sharding, mesh)
+        meshes.check_batch(config.batch_size, config.accumulate, mesh)
+        known = meshes.abstract(params, jc.rules.rebuild(params, spread)) if isinstance(mesh, Mesh) else params
+        self.plan = jc.plan(known, config.compress.rules(config))
+        optimizer, chosen = steps.make_optimizer(config.optimizer, config.steps), config.compress
+        self.trainer = steps.Trainer(self.task, self.plan, chosen.how, optimizer, chosen.every, config.seed)
+        self.shapes = jax.eval_shape(self.trainer.init)
+        self.shardings = meshes.of_state(self.shapes, spread, jc.rules.leaves(params), mesh)
+
+    def __str__(self) -> str:
+        trainer, last = self.trainer, self.config.steps
+        params, _ = jax.eval_shape(self.task.init, jax.random.key(0))
+        small = jax.eval_shape(lambda x: jc.compress(x, self.plan, step=last, key=trainer.key), params)
+        count, stored = sum(x.size for x in jax.tree.leaves(params)), jc.nbits(small) / 8
+        held = meshes.bytes_on_a_device(self.shapes, self.shardings)
+        sizes = " x ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+        return (
+            f"{count:,} parameters, {4 * count / 2**20:,.1f} MiB; compressed {stored / 2**20:,.1f} MiB\n"
+            f"mesh {sizes}: {held / 2**20:,.1f} MiB of parameters, moments and what is held a device, "
+            f"{self.config.batch_size // meshes.examples_of(self.mesh)} examples of a step"
+        )
+
+
+class Run(Parts):
     """All parts of a run, checked against one another before anything is computed.
 
     Args:
@@ -59,27 +99,18 @@ class Run:
       data_dir: the folder of the data's files.
 
     Raises:
-      ValueError: for anything wrong with the config, the data or the folder. Every process raises it.
+      ValueError: for anything wrong with the config or the data.
     """
 
     def __init__(self, config: ConfigDict, workdir: str | Path, data_dir: str | None = None) -> None:
-        self.config, self.workdir = config, Path(workdir)
-        self.mesh = meshes.make_mesh(config.mesh)
+        self.workdir = Path(workdir)
         self.data = datasets.of(config.data.name, data_dir, dict(config.data.get("options", {})))
-        self.task = tasks.build(config.model, self.data.classes)
+        super().__init__(config, meshes.make_mesh(config.mesh), self.data.classes)
         if self.task.kind != self.data.kind:
             raise ValueError(
                 f"config.model.name: {config.model.name!r} reads {self.task.kind} data, but config.data.name "
                 f"{config.data.name!r} is {self.data.kind}"
             )
-        shapes, _ = jax.eval_shape(self.task.init, jax.random.key(0))
-        spread = meshes.of_params(shapes, config.sharding, self.mesh)
-        self.plan = jc.plan(meshes.abstract(shapes, jc.rules.rebuild(shapes, spread)), config.compress.rules(config))
-        optimizer = steps.make_optimizer(config.optimizer, config.steps)
-        compress = config.compress
-        self.trainer = steps.Trainer(self.task, self.plan, compress.how, optimizer, compress.every, config.seed)
-        self.shapes = jax.eval_shape(self.trainer.init)
-        self.shardings = meshes.of_state(self.shapes, spread, jc.rules.leaves(shapes), self.mesh)
         self.batches = pipeline.Batches(
             pipeline.Source(self.data.train),
             config.batch_size,
@@ -218,6 +249,12 @@ def main(argv: Sequence[str]) -> int:
     chosen = flags.FLAGS
     if len(argv) > 1:
         return runner.refuse(f"{argv[1]!r} is no flag; see --help")
+    if chosen.dry_run:
+        try:
+            print(Parts(chosen.config, meshes.make_mesh(chosen.config.mesh, chosen.dry_run)))
+        except ValueError as error:
+            return runner.refuse(error)
+        return 0
     if chosen.distributed:
         jax.distributed.initialize(chosen.coordinator, chosen.processes, chosen.process)
     # Among several processes the notice of one must reach all: jax waits for the signal then.
@@ -238,18 +275,26 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def command_line() -> None:
-    """Define the flags and run."""
-    config_flags.DEFINE_config_file("config", "experiments/configs/train_decoder.py", "the config of the run")
-    flags.DEFINE_string("workdir", None, "where to write, on all hosts the same folder; runs/<name> by default")
-    flags.DEFINE_string("data_dir", None, "folder with the files of the data, where it is not made here")
-    flags.DEFINE_bool("overwrite", False, "delete what an earlier run wrote to the workdir")
-    flags.DEFINE_bool("distributed", False, "this is one of several processes: connect them first")
-    flags.DEFINE_string("coordinator", None, "host:port of process 0; found out on TPU pods and under SLURM")
-    flags.DEFINE_integer("processes", None, "how many; found out on TPU pods and under SLURM")
-    flags.DEFINE_integer("process", None, "which one this is; found out on TPU pods and under SLURM")
-    app.run(main)
+def define(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """The flags of the command; those of the config are read from the command line too."""
+    default = "experiments/configs/train_decoder.py"
+    config_flags.DEFINE_config_file("config", default, "the config of the run", flag_values=values, sys_argv=list(argv))
+    for name, text in {
+        "workdir": "where to write, on all hosts the same folder; runs/<name> by default",
+        "data_dir": "folder with the files of the data, where it is not made here",
+        "coordinator": "host:port of process 0; found out on TPU pods and under SLURM",
+    }.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    for name, text in {
+        "processes": "how many; found out on TPU pods and under SLURM",
+        "process": "which one this is; found out on TPU pods and under SLURM",
+        "dry_run": "compute nothing: what each of so many devices would hold",
+    }.items():
+        flags.DEFINE_integer(name, None, text, flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "delete what an earlier run wrote to the workdir", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "this is one of several processes: connect them first", flag_values=values)
 
 
 if __name__ == "__main__":
-    command_line()
+    define(flags.FLAGS, sys.argv)
+    app.run(main)

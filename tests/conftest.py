@@ -83,6 +83,11 @@ LONG = (
     "benchmark_writes",
     "test_integer_benchmark",
     "test_a_resnet_is_trained_in_four_bits",
+    "test_another_mesh_goes_on_from_the_same_state",
+    "test_two_workers_of_a_dask_cluster",
+    "test_jobs_of_submitit",
+    "test_a_run_killed_at_random_points",
+    "test_two_processes_train_one_model",
     "test_quantized_training_experiment",
 )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jcompress as jc
 
@@ -20,17 +20,18 @@ BATCH = ("data", "fsdp")
 """The axes of a mesh that examples are spread over; parameters may be spread over the second as well."""
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of all processes.
+def make_mesh(sizes: Mapping[str, int], devices: int | None = None) -> Mesh | AbstractMesh:
+    """A mesh of all devices of all processes, or of so many that are not there.
 
     Args:
       sizes: ``{axis: devices}``, such as ``{"data": 1, "fsdp": -1, "tensor": 2}``; one may be -1, for the devices that
         are left. ``data`` copies the parameters, ``fsdp`` spreads them with the examples, ``tensor`` splits products.
+      devices: for a trial without devices, how many; shapes and shardings are all that the mesh is good for.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
     """
-    sizes, devices = dict(sizes), jax.device_count()
+    sizes, abstract, devices = dict(sizes), devices is not None, devices or jax.device_count()
     shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -44,10 +45,12 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
             "size, or let one be -1"
         )
     sizes |= dict.fromkeys(free, devices // known)
+    if abstract:
+        return AbstractMesh(tuple(sizes.values()), tuple(sizes))
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def of_params(params: PyTree, rules: Rules, mesh: Mesh) -> dict[str, NamedSharding]:
+def of_params(params: PyTree, rules: Rules, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """``{path: sharding}``: the first rule whose pattern matches the whole path wins, as in :func:`jcompress.plan`.
 
     Args:
@@ -74,7 +77,7 @@ def of_params(params: PyTree, rules: Rules, mesh: Mesh) -> dict[str, NamedShardi
     return found
 
 
-def _spec(path: str, shape: tuple[int, ...], spec: Sequence[Axis], mesh: Mesh) -> PartitionSpec:
+def _spec(path: str, shape: tuple[int, ...], spec: Sequence[Axis], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The axes of a leaf, known to divide it."""
     if len(spec) > len(shape):
         raise ValueError(
@@ -97,7 +100,9 @@ def _names(axis: Axis) -> tuple[str, ...]:
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def of_state(state: PyTree, params: Mapping[str, NamedSharding], shapes: Mapping[str, Any], mesh: Mesh) -> PyTree:
+def of_state(
+    state: PyTree, params: Mapping[str, NamedSharding], shapes: Mapping[str, Any], mesh: Mesh | AbstractMesh
+) -> PyTree:
     """A sharding for every array of a training state: moments, masks, codes, factors, and the parameters themselves.
 
     What belongs to a parameter has its path within its own, and is spread as the parameter along each axis, counted
@@ -129,7 +134,17 @@ def of_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, tuple(name for name in BATCH if name in mesh.shape) or None))
 
 
-def examples_of(mesh: Mesh) -> int:
+def check_batch(size: int, parts: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raise unless a batch can be cut into so many parts, and each for all devices."""
+    cut = parts * examples_of(mesh)
+    if size % cut:
+        raise ValueError(
+            f"config.batch_size={size} is no multiple of {cut} = config.accumulate x the devices along data and fsdp; "
+            f"use {max(size // cut, 1) * cut}"
+        )
+
+
+def examples_of(mesh: Mesh | AbstractMesh) -> int:
     """How many parts a batch is cut into."""
     return math.prod(mesh.shape.get(name, 1) for name in BATCH)
 
@@ -159,7 +174,7 @@ def abstract(shapes: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def bytes_on_a_device(shapes: PyTree, shardings: Iterable[NamedSharding] | PyTree) -> int:
-    """Of a tree, what one device holds."""
+def bytes_on_a_device(shapes: PyTree, shardings: PyTree) -> int:
+    """What one device holds of a tree."""
     sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
     return sum(jax.tree.leaves(sizes))

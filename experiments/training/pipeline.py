@@ -62,12 +62,7 @@ class Batches:
     ) -> None:
         import grain
 
-        cut = parts * meshes.examples_of(mesh)
-        if size % cut:
-            raise ValueError(
-                f"config.batch_size={size} is no multiple of {cut} = config.accumulate x the devices along data and "
-                f"fsdp; use {max(size // cut, 1) * cut}"
-            )
+        meshes.check_batch(size, parts, mesh)
         if len(source) < size:
             raise DataError(
                 f"found {len(source)} examples, expected a batch of {size} or more; lower config.batch_size"

@@ -99,8 +99,8 @@ def _judged(logits: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
 TASKS: dict[str, Callable[..., Task]] = {"decoder": decoder, "resnet": residual}
 
 
-def build(options: Mapping[str, Any], classes: int) -> Task:
-    """The task of ``config.model``: a ``name``, and what it takes.
+def build(options: Mapping[str, Any], classes: int | None = None) -> Task:
+    """The task of ``config.model``: a ``name``, and what it takes; ``classes`` are those of the data, where known.
 
     Raises:
       ValueError: for a name or a field that there is not.
@@ -110,6 +110,6 @@ def build(options: Mapping[str, Any], classes: int) -> Task:
     if name not in TASKS:
         raise ValueError(f"config.model.name: {name!r} is unknown; use one of {', '.join(TASKS)}")
     try:
-        return TASKS[name](classes=classes, **fields)
+        return TASKS[name](**({} if classes is None else {"classes": classes}), **fields)
     except TypeError as error:
         raise ValueError(f"config.model: {str(error).split('() ')[-1].split('__init__')[-1]}") from None
