@@ -165,6 +165,23 @@ def encoders(rows: Sequence[Row], path: Path) -> None:
     measure.pareto(points, path, score_name="mean Spearman x 100", lowest=lowest(points))
 
 
+def language(rows: Sequence[Row], path: Path) -> None:
+    """A decoder: perplexity, on a logarithmic scale, against stored megabytes, a colour a family."""
+    figure, ((axes,),) = _figure(1, 1, (9.0, 5.0))
+    groups = list(dict.fromkeys(r["group"] for r in rows))
+    for i, group in enumerate(groups):
+        own = sorted((r["bytes"] / 1e6, r["perplexity"]) for r in rows if r["group"] == group)
+        axes.plot(*zip(*own, strict=True), "os^vDP"[i // len(_COLOURS)], color=_COLOURS[i % len(_COLOURS)], label=group)
+    dense = next((r["perplexity"] for r in rows if r["name"] == "half"), None)
+    if dense is not None:
+        axes.axhline(dense, color=_INK, linestyle=":", linewidth=1)
+    axes.set(xlabel="stored MB", ylabel="perplexity", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def families(found: Sequence[Row], kind: str, path: Path, title: str) -> None:
     """Score against stored bytes and against multiply-adds, as compressed and fine-tuned, a line a family.
 

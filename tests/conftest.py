@@ -47,6 +47,7 @@ OF_METHODS = (
     "test_gptq",
     "test_integer",
     "test_llama",
+    "test_llm",
     "test_minilm",
     "test_networks",
     "test_nn",

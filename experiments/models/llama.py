@@ -80,7 +80,7 @@ class Config:
     @classmethod
     def tiny(cls, vocab: int = 256) -> Config:
         """A model for tests and notebooks, with every part that the large ones have."""
-        return cls(vocab, 32, 2, 4, 2, 8, 64, longest=128)
+        return cls(vocab, 64, 2, 4, 2, 16, 128, longest=128)
 
 
 def init(key: jax.Array, config: Config, stacked: bool = False, dtype: Any = jnp.float32) -> PyTree:
@@ -354,7 +354,13 @@ def loss(
 
 
 def losses(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Cross-entropy, in nats (batch, length - 1), of each token but the first."""
-    logits, targets = logits[:, :-1], tokens[:, 1:]
+    """Cross-entropy, in nats (batch, length - 1), of each token but the first.
+
+    Args:
+      logits: (batch, length or length - 1, vocab); those of the last token, which nothing follows, do not count.
+      tokens: (batch, length).
+    """
+    targets = tokens[:, 1:]
+    logits = logits[:, : targets.shape[1]]
     true = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - true

@@ -1,0 +1,112 @@
+"""The rows of a decoder's table, on a small random one: statistics layer by layer, made, continued, refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jcompress as jc
+from experiments import llm, runner
+from experiments.configs import llm as full
+from experiments.language import text
+from experiments.language.calibration import Calibration
+from experiments.models import llama
+
+CONFIG = llama.Config(vocab=40, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=32)
+PARAMS = llama.init(jax.random.key(0), CONFIG)
+TOKENS = np.random.default_rng(0).integers(0, 40, 400)
+WINDOWS = text.windows(TOKENS, 12, 3, "first")
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    return Calibration(PARAMS, CONFIG, WINDOWS, tmp_path_factory.mktemp("statistics"))
+
+
+def whole(windows):
+    return [(window[None, :-1],) for window in windows]
+
+
+def function(params, tokens):
+    return llama.apply(params, tokens, CONFIG)
+
+
+def test_statistics_layer_by_layer_are_those_of_the_whole(calibration):
+    found = jc.calibrate(function, PARAMS, whole(WINDOWS), statistics=["gram", "count"])
+
+    def loss(params, window):
+        return llama.losses(llama.apply(params, window[None, :-1], CONFIG), window[None]).mean()
+
+    guide = jax.jit(lambda window: jc.trace.importance(loss, PARAMS, window))
+    guided = jc.calibrate(
+        function, PARAMS, whole(WINDOWS), statistics=["gram"], where=[guide(window) for window in WINDOWS]
+    )
+    for path in ("layers/0/attention/v/kernel", "layers/1/mlp/down/kernel"):
+        plain = calibration.stats("plain", int(path[7]))[path]
+        np.testing.assert_allclose(plain.gram, found[path].gram, rtol=1e-4, atol=1e-4)
+        assert int(plain.count) == 36
+        own = calibration.stats("guided", int(path[7]))[path].gram
+        np.testing.assert_allclose(own, guided[path].gram, rtol=1e-3, atol=1e-3)
+
+
+def test_values_count_by_the_attention_paid_to_them(calibration):
+    """An error at one position of a value moves what attention gives as its weight says."""
+    path = "layers/0/attention/v/kernel"
+    plain, found = (calibration.stats(kind, 0)[path].gram for kind in ("plain", "attended"))
+    layer, total = PARAMS["layers"][0], 0.0
+    for window in WINDOWS:
+        y = llama.norm(layer["attention_norm"], llama.embed(PARAMS, window[None, :-1]), CONFIG.eps)
+        places = jnp.arange(12)
+        q, k = (llama.dense(layer["attention"][n], y).reshape(1, 12, -1, 4) for n in "qk")
+        q, k = (llama.rotate(x, places, CONFIG.theta) for x in (q, k))
+        paid = [float(jnp.sum(llama.attend(q, k, CONFIG, places, places)[..., i] ** 2)) for i in range(12)]
+        total += jnp.einsum("ti,tj->ij", y[0] * (np.array(paid) / np.mean(paid))[:, None], y[0])
+    np.testing.assert_allclose(found, total, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(found, plain, rtol=0.1)
+
+
+def test_perplexity_is_that_of_the_whole_function():
+    found = text.perplexity(PARAMS, CONFIG, WINDOWS)
+    expected = jnp.exp(llama.losses(function(PARAMS, WINDOWS[:, :-1]), WINDOWS).mean())
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    rough = text.perplexity(PARAMS, CONFIG, WINDOWS, store=jc.quantize.Int(bits=2, axis=(0, 1, 2)))
+    assert rough != found and abs(rough / found - 1) < 0.1
+    with pytest.raises(ValueError, match="the second half of the text has 200 tokens, expected 241"):
+        text.windows(TOKENS, 12, 20, "second")
+
+
+def test_rows_are_made_and_continued(tmp_path, monkeypatch):
+    method = jc.quantize.GPTQ(bits=3, group_size=16, symmetric=False)
+    rows = (full.Recipe("half", "16 bits"), full.Recipe("one", "GPTQ", method, sequential=True))
+    config = full.Config(rows, calibration=2, calibration_length=12, evaluation=2, evaluation_length=8)
+    monkeypatch.setattr(llm, "_tiny", lambda: llm.llama_files.Loaded(CONFIG, PARAMS, None))
+    only = dataclasses.replace(config, only="half")
+    runner.run(llm.Language(only, "tiny", None, str(tmp_path)))
+    first = (tmp_path / "results.jsonl").read_text()
+    shown = runner.run(llm.Language(config, "tiny", None, str(tmp_path)))
+    assert (tmp_path / "results.jsonl").read_text().startswith(first)
+    assert [line.split()[0] for line in shown.splitlines()[1:]] == ["half", "one"]
+    found = {r["name"]: r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert found["half"]["bits"] == 16 and found["one"]["bits"] == 3 + (16 + 3) / 16
+    assert found["one"]["bytes"] < found["half"]["bytes"] and found["one"]["perplexity"] > 1
+    assert (tmp_path / "table.md").exists() and (tmp_path / "pareto.png").exists()
+
+
+def test_every_row_of_the_config_has_rules_and_a_name_of_its_own():
+    config = full.get_config()
+    names = [r.name for r in config.recipes]
+    assert len(set(names)) == len(names) > 30
+    shapes = jax.eval_shape(lambda: llama.init(jax.random.key(0), llama.Config.smollm2_135m()))
+    for recipe in config.recipes:
+        part = {"layers": {"0": shapes["layers"][0]}}
+        assert len(jc.plan(part, recipe.rules)) == 9
+
+
+def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
+    assert llm.main(["--model", str(tmp_path / "none.gguf")]) == 2
+    assert "none.gguf: no such file or folder" in capsys.readouterr().err
+    assert llm.main(["--model", "tiny", "--data_dir", str(tmp_path), "--workdir", str(tmp_path)]) == 2
+    assert "wikitext2_valid.txt: no such file" in capsys.readouterr().err
