@@ -40,7 +40,7 @@ def test_statistics_layer_by_layer_are_those_of_the_whole(calibration):
     def loss(params, window):
         return llama.losses(llama.apply(params, window[None, :-1], CONFIG), window[None]).mean()
 
-    guide = jax.jit(lambda window: jc.trace.importance(loss, PARAMS, window))
+    guide = jax.jit(lambda window: jc.trace.position_weights(loss, PARAMS, window))
     guided = jc.calibrate(
         function, PARAMS, whole(WINDOWS), statistics=["gram"], where=[guide(window) for window in WINDOWS]
     )

@@ -32,8 +32,8 @@ class Calibration:
     """The dense model and what its kernels meet.
 
     ``kind`` says how positions count: ``"plain"``, all alike; ``"guided"``, by the squared gradient of the loss
-    (:func:`jcompress.trace.importance`); ``"attended"``, as plain but in the values, where a position counts by the
-    squares of the attention that is paid to it: an error there moves what attention gives by as much.
+    (:func:`jcompress.trace.position_weights`); ``"attended"``, as plain but in the values, where a position counts by
+    the squares of the attention that is paid to it: an error there moves what attention gives by as much.
 
     Args:
       params: dense, layers as a list.
@@ -103,7 +103,7 @@ class Calibration:
             return llama.losses(llama.apply(params, window[:, :-1], self.config), window).mean()
 
         def one(params: PyTree, window: jax.Array) -> dict[str, jax.Array]:
-            found = jc.trace.importance(loss, params, window)
+            found = jc.trace.position_weights(loss, params, window)
             return {kernel: found[f"layers/{kernel}/kernel"][0] for kernel in KERNELS}
 
         run = jax.jit(one)

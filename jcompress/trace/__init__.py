@@ -15,8 +15,8 @@ from jcompress.trace.execution.acceleration import accelerate as accelerate
 from jcompress.trace.execution.execute import Executed, ProductRow, Products
 from jcompress.trace.execution.weights import Policy, Range, Weight
 from jcompress.trace.recording.calibration import calibrate as calibrate
-from jcompress.trace.recording.importance import importance
 from jcompress.trace.recording.observation import observe
+from jcompress.trace.recording.positions import position_weights
 from jcompress.trace.recording.products import features
 from jcompress.trace.recording.roles import Layouts, layout
 from jcompress.trace.recording.statistics import Calibration, Outputs, Stats
@@ -42,9 +42,9 @@ __all__ = [
     "cost",
     "coupling",
     "features",
-    "importance",
     "layout",
     "mask",
     "node_products",
     "observe",
+    "position_weights",
 ]

@@ -55,8 +55,9 @@ def calibrate(
       where: which positions count, so that padding does not, or how much each does: booleans or weights by the leading
         axes of the arguments, (batch,) or (batch, time); the same for all batches, or a function of the batch that
         gives them, ``where(*batch)``, or a list with one for each. Or weights for each parameter of its own, as
-        :func:`jcompress.trace.importance` finds them from a loss. :func:`jcompress.trace.observe` says how positions
-        are followed; a parameter whose positions cannot be is unread, with the reason. The loss is not weighed.
+        :func:`jcompress.trace.position_weights` finds them from a loss. :func:`jcompress.trace.observe` says how
+        positions are followed; a parameter whose positions cannot be is unread, with the reason. The loss is not
+        weighed.
       loss: ``loss(params, *batch)``, a scalar, for ``grad`` (the mean gradient over batches), ``grad_square`` and
         ``hessian_diagonal``.
       statistics: gather these by name, whatever the plan needs, for all parameters that it does not keep dense.

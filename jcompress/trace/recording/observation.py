@@ -45,7 +45,7 @@ def observe(
         arguments: (batch,), or (batch, time). Positions are followed through the function: what is computed entry by
         entry, laid out anew, convolved at as many positions or looked up stands where its operands do, and a sum over
         positions, such as a pooled vector, counts if one of them does. Or weights by path, of each parameter's
-        products, as :func:`jcompress.trace.importance` gives them; other parameters count all positions alike.
+        products, as :func:`jcompress.trace.position_weights` gives them; other parameters count all positions alike.
 
     Returns:
       ``(outputs, calibration)``, the latter a :class:`Calibration`: a mapping from paths to :class:`Stats`, with

@@ -48,7 +48,7 @@ class Sites:
         if found[index].shape != shape:
             raise ValueError(
                 f"{path}: found weights of shape {found[index].shape} in where, expected {shape}: turns of loops, then "
-                "the axes of the product with those of outputs of size 1; jc.trace.importance makes them"
+                "the axes of the product with those of outputs of size 1; jc.trace.position_weights makes them"
             )
         return found[index][tuple(turns.values())]
 

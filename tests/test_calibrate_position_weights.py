@@ -36,7 +36,7 @@ def net(p, x, added):
 
 def test_weights_are_squared_derivatives_by_products():
     p, x = {"a": normal(0, 5, 4), "b": normal(1, 4, 5)}, normal(2, 3, 6, 5)
-    found = jc.trace.importance(lambda p, x: net(p, x, [0.0] * 3)[0], p, x)
+    found = jc.trace.position_weights(lambda p, x: net(p, x, [0.0] * 3)[0], p, x)
     first, middle, last = squares(net, p, x)
     assert [w.shape for w in found["a"]] == [(3, 6, 1)] * 2
     for a, b in zip([*found["a"], *found["b"]], [first, last, middle], strict=True):
@@ -51,7 +51,7 @@ def test_weights_are_squared_derivatives_by_products():
 def test_layers_in_a_loop_have_weights_of_their_own():
     unrolled = llama.init(jax.random.key(0), CONFIG)
     stacked = llama.stack(unrolled)
-    a, b = (jax.jit(functools.partial(jc.trace.importance, LOSS))(p, TOKENS) for p in (unrolled, stacked))
+    a, b = (jax.jit(functools.partial(jc.trace.position_weights, LOSS))(p, TOKENS) for p in (unrolled, stacked))
     fn = functools.partial(llama.apply, config=CONFIG)
     one, other = (jc.calibrate(fn, p, [TOKENS], statistics=["gram"], where=w) for p, w in ((unrolled, a), (stacked, b)))
     for name in ("attention/q/kernel", "attention/v/kernel", "attention/out/kernel", "mlp/down/kernel"):
@@ -75,7 +75,7 @@ def test_parameters_side_by_side_in_one_product():
         a, b = jnp.tanh(x @ p["a"]), jnp.tanh(x @ p["b"])
         return jnp.sum(a * b + a**2)
 
-    found, expected = jc.trace.importance(joined, p, x), jc.trace.importance(apart, p, x)
+    found, expected = jc.trace.position_weights(joined, p, x), jc.trace.position_weights(apart, p, x)
     for path in p:
         np.testing.assert_allclose(found[path][0], expected[path][0], rtol=1e-5)
     assert not np.allclose(found["a"][0], found["b"][0])
@@ -87,7 +87,7 @@ def test_experts_and_convolutions():
         return jnp.sum(jnp.sin(jnp.einsum("ebtd,edf->ebtf", jnp.stack([y, jnp.cos(y)]), p["up"])))
 
     p, x = {"k": normal(0, 3, 4, 6), "up": normal(1, 2, 6, 5)}, normal(2, 3, 7, 4)
-    found = jc.trace.importance(loss, p, x)
+    found = jc.trace.position_weights(loss, p, x)
     assert found["k"][0].shape == (3, 7, 1) and found["up"][0].shape == (2, 3, 7, 1)
     stats = jc.calibrate(lambda p, x: loss(p, x), p, [x], where=found)
     assert not stats.unread and stats["up"].gram.shape == (2, 6, 6)
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_named():
     p, x = {"w": normal(0, 4, 3)}, normal(1, 5, 4)
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     with pytest.raises(ValueError, match="expected one scalar"):
-        jc.trace.importance(fn, p, x)
+        jc.trace.position_weights(fn, p, x)
     with pytest.raises(ValueError, match=r"w: found weights of shape \(4, 1\) in where, expected \(5, 1\)"):
         jc.calibrate(fn, p, [x], where={"w": jnp.ones((4, 1))})
     with pytest.raises(ValueError, match=r"where: found weights of 'v', which is no parameter; there are w"):

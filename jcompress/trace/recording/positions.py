@@ -15,7 +15,7 @@ from jcompress.trace.recording import record, tape
 from jcompress.trace.recording.sites import Sites
 
 
-def importance(loss: Callable[..., Any], params: PyTree, *args: Any) -> dict[str, list[jax.Array]]:
+def position_weights(loss: Callable[..., Any], params: PyTree, *args: Any) -> dict[str, list[jax.Array]]:
     """How much each position of what meets a parameter matters: the squared gradient of a loss at the product.
 
     For ``y = x W`` the weight of position ``t`` is the mean over outputs of ``(dL / dy_t)**2``, divided by its mean
@@ -43,7 +43,7 @@ def importance(loss: Callable[..., Any], params: PyTree, *args: Any) -> dict[str
       >>> import jax.numpy as jnp, jcompress as jc
       >>> loss = lambda params, x: jnp.sum(x[:, :1] * (x @ params["w"]))
       >>> x = jnp.array([[0.0, 1.0], [2.0, 4.0]])
-      >>> weights = jc.trace.importance(loss, {"w": jnp.ones((2, 3))}, x)
+      >>> weights = jc.trace.position_weights(loss, {"w": jnp.ones((2, 3))}, x)
       >>> weights["w"][0].tolist()
       [[0.0], [2.0]]
       >>> stats = jc.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [x], where=weights)
@@ -53,7 +53,9 @@ def importance(loss: Callable[..., Any], params: PyTree, *args: Any) -> dict[str
     program = walk.program(loss, params, *args)
     shapes = [walk.aval(v).shape for v in program.closed.jaxpr.outvars]
     if shapes != [()]:
-        raise ValueError(f"importance: found a loss of shapes {shapes}, expected one scalar; sum it, or take its mean")
+        raise ValueError(
+            f"position_weights: found a loss of shapes {shapes}, expected one scalar; sum it, or take its mean"
+        )
     body = flow.of_program(program, set(program.paths), None)
     values = jax.tree.leaves((params, *args))
 
