@@ -12,5 +12,5 @@ def get_config() -> Config:
     """On the first 2,000 test images; --config.model=resnet56 is the deeper network."""
     return Config(
         name="cifar10", data="cifar10", data_options={"val": 0.1}, model="resnet20", rules=r".*conv\d/weight",
-        kept="conv1/weight", steps=0, finetuning=60, batch_size=64, finetuning_rate=1e-3, test=2000,
+        kept="conv1/weight", steps=0, finetuning=60, batch_size=64, test=2000,
     )  # fmt: skip

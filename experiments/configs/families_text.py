@@ -6,13 +6,17 @@ Command: python -m experiments.families --config.data=text --data_dir=<folder wi
 from __future__ import annotations
 
 from experiments.families.lab import Config
-from experiments.families.ways import MATRICES
+
+WAYS = (
+    "dense", "SVD", "whitened SVD", "chosen ranks", "SVD, 8 bits", "random factors", "ranks and bits chosen",
+    "magnitude", "magnitude, 8 bits", "units", "shared values", "shared blocks of 4", "rounding", "GPTQ",
+)  # fmt: skip
 
 
 def get_config() -> Config:
     """The transformer of the pruning experiment."""
     return Config(
-        name="text", ways=MATRICES, data="text", data_options={"length": 32, "val": 0.02}, model="transformer",
-        model_options={"width": 64, "layers": 2, "heads": 2, "longest": 32}, steps=2000, finetuning=300, batch_size=32,
-        learning_rate=4e-3, finetuning_rate=2e-3,
+        name="text", ways=WAYS, data="text", data_options={"length": 32, "val": 0.02}, model="transformer",
+        model_options={"width": 64, "layers": 2, "heads": 2, "longest": 32}, steps=2000, finetuning=150, batch_size=32,
+        learning_rate=4e-3,
     )  # fmt: skip

@@ -40,7 +40,7 @@ class Config:
     finetuning: int = 300  # steps after compression, for every way
     batch_size: int = 64
     learning_rate: float = 2e-3  # of Adam at its peak
-    finetuning_rate: float = 1e-3
+    finetuning_rate: float = 0.01  # of Adam at its peak, in root mean squares of each array: scales are small
     calibration: int = 512  # training examples for statistics
     test: int = 1_000_000  # at most so many test examples
 
@@ -104,7 +104,8 @@ class Lab:
 
     def _trained(self, seed: int) -> PyTree:
         begin = self._start(jax.random.key(seed))
-        return self._train(begin, seed, self.config.steps, self.config.learning_rate, 1)
+        pace = optax.cosine_decay_schedule(self.config.learning_rate, max(self.config.steps, 1))
+        return self._train(begin, seed, self.config.steps, optax.adam(pace), 1)
 
     def plan(self, method: Any) -> jc.Plan:
         """All that is compressed, by one method."""
@@ -140,21 +141,28 @@ class Lab:
 
     def finetuned(self, network: Network, seed: int) -> Network:
         """All that trains in the tree, trained for as many steps as any way is."""
-        config = self.config
-        tree = self._train(network.tree, seed, config.finetuning, config.finetuning_rate, 2, network.apply)
-        return network._replace(tree=tree)
+        steps, rate = self.config.finetuning, self.config.finetuning_rate
+        pace = optax.cosine_decay_schedule(rate, max(steps, 1))
+        sized = optax.scale_by_param_block_rms(min_scale=1e-6)
+        tx = optax.chain(optax.scale_by_adam(), sized, optax.scale_by_learning_rate(pace))
+        return network._replace(tree=self._train(network.tree, seed, steps, tx, 2, network.apply))
 
     def _train(
-        self, tree: PyTree, seed: int, steps: int, rate: float, order: int, apply: Callable | None = None
+        self,
+        tree: PyTree,
+        seed: int,
+        steps: int,
+        tx: optax.GradientTransformation,
+        order: int,
+        apply: Callable | None = None,
     ) -> PyTree:
         if not steps:
             return tree
 
         def build() -> Any:
-            tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
-            return tx, make_step(apply or self.apply, lambda pace: tx, _dense_of)
+            return make_step(apply or self.apply, lambda pace: tx, _dense_of)
 
-        tx, step = self.once(("step", steps, rate), build) if apply is None else build()
+        step = build() if apply is not None else self.once(("step", order), build)
         train, rest = jc.split(tree)
         state = State(widened(train), tx.init(widened(train)), jnp.zeros((), jnp.int32))
         key = jax.random.fold_in(jax.random.key(seed), order)
