@@ -8,8 +8,8 @@ from __future__ import annotations
 from experiments.families.lab import Config
 
 WAYS = (
-    "dense", "SVD", "whitened SVD", "chosen ranks", "SVD, 8 bits", "random factors", "ranks and bits chosen",
-    "magnitude", "magnitude, 8 bits", "units", "shared values", "shared blocks of 4", "rounding", "GPTQ",
+    "dense", "whitened SVD", "chosen ranks", "SVD, 8 bits", "random factors", "magnitude, 8 bits", "units",
+    "shared values", "GPTQ",
 )  # fmt: skip
 
 

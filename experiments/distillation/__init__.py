@@ -1,0 +1,1 @@
+"""Smaller networks that learn from larger ones."""
