@@ -4,9 +4,9 @@ Examples:
   python -m experiments.distillation.minilm --model_dir=<folder with model.safetensors>
     --data_dir=<folder with sentences.txt and sts2015_images.tsv>
 
-Rows, in order: the dense encoder; three of its six layers, cut out and not trained (the control); the same three
-layers taught; and these compressed, then taught once more in what their nodes let train. It writes to ``--workdir``
-``results.jsonl``, ``table.md``, ``pareto.png``, ``record.json`` and the models. Interrupted, the same command continues.
+Rows, in order: the dense encoder; three of its six layers, cut out and not trained (the control); the same three layers
+taught; and these compressed, then taught once more in what their nodes let train. It writes to ``--workdir`` the rows,
+``table.md``, ``pareto.png``, ``record.json`` and the models. Interrupted, the same command continues.
 
 Expect from the literature: a student of half of BERT's layers that starts from them keeps about 97% of its scores
 (Sanh et al. 2019, arXiv:1910.01108).
@@ -77,11 +77,10 @@ def grid(bits: int) -> Any:
 
 
 WAYS: dict[str, tuple[Any, Any]] = {
-    "8 bits": (kernels(8), grid(8)),
     "4 bits": (kernels(4), grid(4)),
     "3 bits": (kernels(3), grid(3)),
-    "3 bits, words": (kernels(3), words(4096, 8)),
-    "2 bits, words": (kernels(2), words(4096, 8)),
+    "3 bits and words": (kernels(3), words(4096, 8)),
+    "2 bits and words": (kernels(2), words(4096, 8)),
 }
 """The methods of kernels and of the table of words; all else takes 16 bits."""
 
