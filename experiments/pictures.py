@@ -225,3 +225,25 @@ def families(found: Sequence[Row], kind: str, path: Path, title: str) -> None:
     grid[0, 0].set_yticks([], minor=True)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
+
+
+def bars(rows: Sequence[tuple[str, float, float | None]], name: str, path: Path) -> None:
+    """Means with their deviations, a line each, from the best to the worst below.
+
+    Args:
+      rows: name, mean, and deviation over seeds or None.
+      name: of the axis; lower is better.
+      path: where to save the picture.
+    """
+    found = sorted(rows, key=lambda row: row[1])
+    figure, grid = _figure(1, 1, (6.0, 0.24 * len(found) + 0.8))
+    axes = grid[0, 0]
+    for i, (label, mean, std) in enumerate(found):
+        colour = {"teacher": _INK, "plain": _COLOURS[1]}.get(label, _GREY if "permuted" in label else _COLOURS[0])
+        axes.errorbar(mean, i, xerr=std or None, fmt="o", markersize=4, color=colour, linewidth=1.2)
+    axes.set_yticks(range(len(found)), [label for label, _, _ in found])
+    axes.invert_yaxis()
+    axes.set_xlabel(name)
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
