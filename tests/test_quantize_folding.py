@@ -198,7 +198,7 @@ def test_folded_scales_keep_the_function_and_serve_the_channels_that_matter(rng,
 
 
 def test_folded_scales_give_the_codes_of_nodes_that_keep_them(rng):
-    params = {"a": normal(rng, 16, 24), "bias": normal(rng, 24), "b": normal(rng, 24, 8)}
+    params = {"a": normal(rng, 16, 24), "bias": jnp.abs(normal(rng, 24)), "b": normal(rng, 24, 8)}
     x = normal(rng, 64, 16) * jnp.exp(normal(rng, 16) * 4)
 
     def fn(p, x):

@@ -294,3 +294,26 @@ def test_a_group_that_the_model_fixes_says_why(model):
 def test_schedules_of_optax_are_numbers_here():
     ramp = optax.polynomial_schedule(0.0, 0.5, power=3, transition_steps=10)
     assert int(structured.keep({"a": SCORES["a"]}, two_groups(), ramp(10))["a"].sum()) == 2
+
+
+def test_heads_and_their_channels_are_made_by_queries_keys_and_values(rng):
+    params = {name: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for name in ("q", "k", "v", "out")}
+
+    def attention(p, x):
+        q, k, v = ((x @ p[name]).reshape(*x.shape[:2], 2, 4) for name in ("q", "k", "v"))
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape) @ p["out"]
+
+    groups = jc.trace.coupling(attention, params, jnp.ones((2, 3, 8)))
+    made = {
+        (group.size, frozenset(dict(group.producers)), frozenset(dict(group.consumers)))
+        for group in groups.values()
+        if group.prunable
+    }
+    heads = (2, frozenset("qkv"), frozenset({"out"}))
+    assert made == {heads, (4, frozenset("qk"), frozenset()), (4, frozenset("v"), frozenset({"out"}))}
+    scores = structured.l1(params, groups)
+    (name,) = (name for name, group in groups.items() if {"q", "k"} == set(dict(group.members)))
+    np.testing.assert_allclose(
+        scores[name], sum(jnp.abs(params[x]).reshape(8, 2, 4).sum((0, 1)) for x in "qk"), rtol=1e-6
+    )
