@@ -23,7 +23,7 @@ import numpy as np
 import jcompress as jc
 from experiments import flags, pictures, runner, tables
 from experiments.configs import llm as config_file
-from experiments.configs.llm import Config
+from experiments.configs.llm import Config, Recipe
 from experiments.language import memory, text
 from experiments.language.calibration import Calibration
 from experiments.models import llama, llama_files
@@ -47,7 +47,7 @@ class Language:
         self.config, self.workdir = config, Path(workdir or f"runs/{config.name}")
         found = _tiny() if model == "tiny" else llama_files.load(model)
         self.model, self.params = found.config, found.params
-        tokens = _tokens(found, data_dir)
+        self.tokens = tokens = _tokens(found, data_dir)
         calibration = text.windows(tokens, config.calibration_length, config.calibration, "first")
         self.evaluation = text.windows(tokens, config.evaluation_length, config.evaluation, "second")
         self.calibration = Calibration(self.params, self.model, calibration, self.workdir / "statistics")
@@ -67,8 +67,7 @@ class Language:
         half = jc.quantize.Float("float16")
         outer = {name: x for name, x in self.params.items() if name != "layers"}
         tree = jc.compress(outer, jc.plan(outer, [(".*", half)]))
-        tree["layers"] = self.calibration.compress(recipe.rules, recipe.kind, recipe.sequential)
-        jax.block_until_ready(tree)
+        tree["layers"] = jax.block_until_ready(self._layers(recipe))
         compressed = time.monotonic() - start
         row: Row = {"group": recipe.family, "compress_seconds": round(compressed, 1), "peak_bytes": peak.bytes()}
         start = time.monotonic()
@@ -83,6 +82,13 @@ class Language:
         found = text.perplexity(jc.load(path), self.model, self.evaluation, recipe.store)
         path.unlink()
         return row | {"perplexity": found}
+
+    def _layers(self, recipe: Recipe) -> list[Any]:
+        cut = recipe.cut(self.calibration, recipe.seed) if recipe.cut else ()
+        layers = self.calibration.compress(recipe.rules, recipe.kind, recipe.sequential, cut, recipe.seed)
+        if recipe.healing is None:
+            return layers
+        return recipe.healing(self.params, layers, self.model, self.tokens, recipe.seed)
 
     def line(self, r: Row) -> str:
         return f"{r['name']:<22} {r['bytes'] / 1e6:7.1f} MB {r['bits']:5.2f} bits  perplexity {r['perplexity']:.2f}"

@@ -11,6 +11,7 @@ import jcompress as jc
 BASES = {
     "dense": lambda w: w,
     "4 bits in groups": jc.quantize.Int(bits=4, group_size=16),
+    "scales in 16 bits": jc.chain(jc.quantize.Int(bits=4, group_size=16), jc.quantize.Float("float16")),
     "4 bits, affine": jc.quantize.Int(bits=4, symmetric=False),
     "masked codes": jc.chain(jc.prune.Magnitude(sparsity=0.5), jc.quantize.Int(bits=8)),
 }

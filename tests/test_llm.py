@@ -11,9 +11,11 @@ import pytest
 import jcompress as jc
 from experiments import llm, runner
 from experiments.configs import llm as full
-from experiments.language import text
+from experiments.language import text, units
 from experiments.language.calibration import Calibration
+from experiments.language.healing import Healing
 from experiments.models import llama
+from experiments.runner import describe
 
 CONFIG = llama.Config(vocab=40, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=32)
 PARAMS = llama.init(jax.random.key(0), CONFIG)
@@ -95,6 +97,32 @@ def test_rows_are_made_and_continued(tmp_path, monkeypatch):
     assert (tmp_path / "table.md").exists() and (tmp_path / "pareto.png").exists()
 
 
+def test_units_and_layers_are_cut_to_half_of_the_multiply_adds(calibration):
+    size = sum(x.size for layer in PARAMS["layers"] for x in jax.tree.leaves(layer))
+    for cut in (units.Cut("units"), units.Cut("units", by="chance"), units.Cut("layers")):
+        layers = cut(calibration)
+        assert 0.4 < sum(x.size for layer in layers for x in jax.tree.leaves(layer)) / size < 0.6
+        assert text.perplexity({**PARAMS, "layers": layers}, CONFIG, WINDOWS) > 1
+    score, chance = (units.Cut("units", by=by)(calibration)[0]["mlp"]["down"]["kernel"] for by in ("score", "chance"))
+    assert not np.array_equal(score, chance)
+
+
+def test_healing_learns_from_the_dense_model_and_moves_nothing_else(calibration):
+    layers = calibration.compress(((".*/kernel", jc.quantize.Int(bits=2)), (".*", full.HALF)))
+    healing = Healing(steps=15, rank=2, length=16, windows=4)
+    healed = healing(PARAMS, layers, CONFIG, TOKENS, 0)
+    goal = jax.nn.softmax(function(PARAMS, WINDOWS))
+
+    def apart(layers):
+        found = jax.nn.log_softmax(function({**PARAMS, "layers": jc.materialize(layers)}, WINDOWS))
+        return float(-jnp.mean(jnp.sum(goal * found, -1)))
+
+    assert apart(healed) < apart(layers)
+    before, after = layers[1]["mlp"]["up"]["kernel"], healed[1]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(after.terms[0].codes, before.codes)
+    assert after.terms[1].u.dtype == jnp.float16
+
+
 def test_every_row_of_the_config_has_rules_and_a_name_of_its_own():
     config = full.get_config()
     names = [r.name for r in config.recipes]
@@ -102,7 +130,7 @@ def test_every_row_of_the_config_has_rules_and_a_name_of_its_own():
     shapes = jax.eval_shape(lambda: llama.init(jax.random.key(0), llama.Config.smollm2_135m()))
     for recipe in config.recipes:
         part = {"layers": {"0": shapes["layers"][0]}}
-        assert len(jc.plan(part, recipe.rules)) == 9
+        assert len(jc.plan(part, recipe.rules)) == 9 and describe(recipe)["name"]
 
 
 def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):

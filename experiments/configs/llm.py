@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jcompress as jc
+from experiments.language.healing import Healing
+from experiments.language.units import Cut
 
 KERNEL = r"layers/\d+/.*/kernel"
 HALF = jc.quantize.Float("float16")
@@ -39,6 +41,9 @@ class Recipe:
       kind: how positions count in calibration, see :class:`experiments.language.calibration.Calibration`.
       sequential: whether each layer is fitted to what the compressed ones before it give.
       store: how keys and values are cached.
+      cut: what is cut out whole, before.
+      healing: how a low rank beside each kernel is trained, afterwards.
+      seed: of what is drawn at random.
     """
 
     name: str
@@ -47,6 +52,9 @@ class Recipe:
     kind: str = "plain"
     sequential: bool = False
     store: Callable[..., Any] | None = None
+    cut: Cut | None = None
+    healing: Healing | None = None
+    seed: int = 0
 
     @property
     def rules(self) -> tuple[tuple[str, Any], ...]:
@@ -119,6 +127,27 @@ def stored(bits: int) -> Recipe:
     return Recipe(f"cache{bits}", "cache", store=Int(bits=bits, axis=(0, 1, 2), symmetric=False))
 
 
+def cut() -> Iterator[Recipe]:
+    """Half of the multiply-adds of the layers, by score and by chance."""
+    for what in ("units", "layers"):
+        yield Recipe(f"{what}50", what, cut=Cut(what))
+        yield Recipe(f"{what}50-chance", "control", cut=Cut(what, by="chance"))
+
+
+def healed(name: str, family: str, kernels: Any) -> Iterator[Recipe]:
+    """Three seeds."""
+    for seed in range(3):
+        yield Recipe(f"{name}-healed-{seed}", family, kernels, healing=Healing(), seed=seed)
+
+
+def healing() -> Iterator[Recipe]:
+    """Half of the weights, by SparseGPT and by chance, and codes of 2 bits, each with a low rank trained beside it."""
+    yield from healed("sparsegpt50", "SparseGPT, healed", jc.prune.SparseGPT(sparsity=0.5))
+    yield Recipe("random50", "control", jc.prune.Random(sparsity=0.5))
+    yield from healed("random50", "control, healed", jc.prune.Random(sparsity=0.5))
+    yield from healed("gptq2", "GPTQ, healed", gptq(2).kernels)
+
+
 def recipes() -> Iterator[Recipe]:
     """The rows, those first that say most."""
     yield Recipe("half", "16 bits")
@@ -138,6 +167,7 @@ def recipes() -> Iterator[Recipe]:
     yield Recipe("wanda50-guided", "Wanda, guided", jc.prune.Wanda(sparsity=0.5), "guided")
     yield Recipe("svd20-guided", "low rank", jc.factorize.WhitenedSVD(rank=0.8), "guided")
     yield gptq(3, "guided", sequential=True)
+    yield from (*cut(), *healing())
 
 
 def get_config() -> Config:

@@ -56,7 +56,9 @@ class Calibration:
                 run.advance(found)
         return _read(path)
 
-    def compress(self, rules: Rules, kind: str = "plain", sequential: bool = False) -> list[PyTree]:
+    def compress(
+        self, rules: Rules, kind: str = "plain", sequential: bool = False, layers: Sequence[PyTree] = (), seed: int = 0
+    ) -> list[PyTree]:
         """The layers with nodes.
 
         Args:
@@ -64,21 +66,23 @@ class Calibration:
           kind: how positions count.
           sequential: whether each layer meets what the compressed ones before it give, as
             :func:`jcompress.compress_sequentially` has it; the kernels of one layer are fitted at once.
+          layers: in place of the dense model's; for rules that need no statistics.
+          seed: of what is drawn at random.
         """
-        layers, run = [], None
+        made, run = [], None
         if sequential:
             run = _Streams(self.params, self.config, self.windows, self._weights(kind))
-        for i, layer in enumerate(self.params["layers"]):
+        for i, layer in enumerate(layers or self.params["layers"]):
             part = {"layers": {str(i): layer}}
             plan = jc.plan(part, rules)
             stats = None
             if any(need.startswith("stats") for method in plan.values() if method for need in core.needs(method)):
                 stats = self.stats(kind, i) if run is None else run.stats(kind, i, layer)
-            node = jc.compress(part, plan, key=jax.random.key(i), stats=stats)["layers"][str(i)]
+            node = jc.compress(part, plan, key=jax.random.key(1000 * seed + i), stats=stats)["layers"][str(i)]
             if run is not None:
                 run.advance(jc.materialize(node))
-            layers.append(node)
-        return layers
+            made.append(node)
+        return made
 
     def _weights(self, kind: str) -> Weights | None:
         """Of each window, by path in stacked layers: (layers, 1, positions, 1)."""

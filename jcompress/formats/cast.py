@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from jcompress import core
 from jcompress.core import Compressed
+from jcompress.formats import gating
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +36,7 @@ class Cast(Compressed):
     elementwise: ClassVar[tuple[str, ...]] = ("values",)
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
-        return self.values.astype(self.dtype)
+        return core.dense(self.values, key=key).astype(self.dtype)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Cast:
-        return dataclasses.replace(self, values=w.astype(self.stored))
+        return dataclasses.replace(self, values=gating.refitted(self.values, w.astype(self.stored)))
