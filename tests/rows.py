@@ -55,6 +55,9 @@ def statistics(shape: tuple[int, ...]) -> jc.trace.Stats:
 FACTORS: dict[str, Any] = {"exact": False, "stationary": False, "gathers": True, "empty": False}
 M, Int, SVD, KMeans, Float = jc.prune.Magnitude, jc.quantize.Int, jc.factorize.SVD, jc.share.KMeans, jc.quantize.Float
 T, F = jc.quantize.training, jc.factorize
+MIXTURE = jc.share.Mixture(
+    np.array([0.0, -1.0, 0.5, 1.5], np.float32), np.full(4, -1.0, np.float32), np.zeros(4, np.float32), zero=0.5
+)
 
 METHODS = [
     Row("magnitude", M(sparsity=0.7)),
@@ -156,6 +159,13 @@ METHODS = [
         adjusts=True, gathers="inputs",
     ),
     Row("rotation", jc.quantize.Rotation(Int(bits=2)), exact=False, adjusts=True, gathers="inputs"),
+    Row("e8p", jc.quantize.E8P(), exact=False, sums=True, adjusts=True),
+    Row("e8p-gram", jc.quantize.E8P(weigh="gram"), exact=False, adjusts=True, gathers=True),
+    Row("trellis", jc.quantize.Trellis(memory=6, block=(16, 8)), exact=False, adjusts=True, gathers=True),
+    Row(
+        "trellis-gram", jc.quantize.Trellis(memory=6, block=(2, 8), weigh="gram"), (3, 3, 4, 8), exact=False,
+        adjusts=True, gathers=True,
+    ),
     Row("adaround", jc.quantize.AdaRound(bits=4, steps=5), exact=False, gathers="inputs"),
     Row("gpfq", jc.quantize.GPFQ(bits=4, stochastic=True), exact=False, adjusts=True, gathers="inputs"),
     Row("lqer", jc.quantize.LQER(rank=2, grid=Int(bits=2)), exact=False, stationary=False, gathers=True),
@@ -229,6 +239,17 @@ METHODS = [
         "kmeans-gram-filters", KMeans(clusters=4, block=(1, 1, 2, 2), weigh="gram", price=0.05), (3, 3, 4, 8),
         exact=False, sums=True, gathers=True, adjusts=True,
     ),
+    Row(
+        "soft-kmeans", jc.share.SoftKMeans(clusters=4, iterations=5), exact=False, stationary=False, gathers=True,
+        adjusts=True,
+    ),
+    Row(
+        "soft-kmeans-blocks", jc.share.SoftKMeans(4, (2, 2), "trained", iterations=5, steps=10), exact=False,
+        stationary=False, gathers=True, adjusts=True,
+    ),
+    Row("by-mixture", jc.share.ByMixture(MIXTURE), exact=False, sums=True, adjusts=True),
+    Row("templates", jc.share.Templates(count=1), exact=False),
+    Row("tied-rows", jc.share.TiedRows(similarity=0.3), jit=False, exact=False, gathers=True),
     Row("hashed", jc.share.Hashed(ratio=0.3), exact=False, adjusts=True),
     Row("hashed-vector", jc.share.Hashed(ratio=0.5, seed=7), shape=(40,), exact=False, adjusts=True),
     Row("hashed-int8", jc.chain(jc.share.Hashed(ratio=0.3), Int(bits=8)), exact=False, adjusts=True, stationary=False),

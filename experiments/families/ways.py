@@ -82,6 +82,22 @@ class Products(jc.Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class Walks(jc.Method):
+    """A trellis code of rotated inputs, in blocks that tile the layer; GPTQ where no block does."""
+
+    bits: int
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+
+    def __call__(self, w: Any, context: Any) -> Any:
+        block = tuple(
+            max(d for d in range(1, most + 1) if n % d == 0) for n, most in zip(w.shape[-2:], (4, 64), strict=True)
+        )
+        if block[0] < 2 or math.prod(block) * self.bits < 10:
+            return Q.GPTQ(bits=max(self.bits, 2))(w, context)
+        return Q.Rotation(Q.Trellis(bits=self.bits, memory=10, block=block, weigh="gram"))(w, context)
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomFactors(jc.Method):
     """A random subspace of inputs, and the array's projection onto it, by least squares: the control of factors."""
 
@@ -168,11 +184,19 @@ FAMILIES = [
         "shared blocks, twice", SHARED,
         of(lambda k: jc.residual(S.KMeans(clusters=k, block=BLOCK), S.KMeans(clusters=k, block=BLOCK))), WORDS, "words",
     ),
+    Family(
+        "shared values, by outputs", SHARED, of(lambda k: S.KMeans(clusters=k, weigh="gram")), (8, 4, 2), "clusters",
+    ),
+    Family(
+        "shared blocks of 4, by outputs", SHARED, of(lambda k: S.KMeans(clusters=k, block=BLOCK, weigh="gram")),
+        (256, 64, 16), "words",
+    ),
     Family("hashed", SHARED, of(lambda r: S.Hashed(ratio=r)), (0.5, 0.25, 0.12, 0.06, 0.03), "share of the numbers"),
     Family("Toeplitz-like", SHARED, of(lambda r: S.Toeplitz(rank=r)), (16, 8, 4, 2, 1), "displacement rank"),
     Family("circulant", SHARED, of(lambda _: S.Circulant()), (1,), "matrix a layer"),
     Family("ACDC", SHARED, of(lambda n: S.ACDC(layers=n)), (4, 2, 1), "layers"),
     Family("rounding", BITS, of(lambda b: Q.Int(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
+    Family("trellis", BITS, of(Walks), (3, 2, 1), "bits"),
     Family("GPTQ", BITS, of(lambda b: Q.GPTQ(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
 ]  # fmt: skip
 """All of them; a config may name some."""

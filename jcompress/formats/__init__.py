@@ -7,6 +7,7 @@ from jcompress.formats.binarized import Binarized
 from jcompress.formats.bottleneck import Bottleneck
 from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
+from jcompress.formats.coded import Coded
 from jcompress.formats.complexes import Cartesian
 from jcompress.formats.fake_quantized import FakeQuantized
 from jcompress.formats.fast_product import FastProduct
@@ -26,10 +27,12 @@ from jcompress.formats.rescaled import Rescaled
 from jcompress.formats.rotated import Rotated
 from jcompress.formats.scored import Scored
 from jcompress.formats.shift_add import ShiftAdd
+from jcompress.formats.soft_codebook import SoftCodebook
 from jcompress.formats.soft_threshold import SoftThreshold
 from jcompress.formats.spectral_form import Spectral
 from jcompress.formats.squeezed import Squeezed
 from jcompress.formats.sum import Sum
+from jcompress.formats.summed_templates import Mixed
 from jcompress.formats.ternarized import Ternarized
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "Cartesian",
     "Cast",
     "Codebook",
+    "Coded",
     "FakeQuantized",
     "FastProduct",
     "Frozen",
@@ -52,6 +56,7 @@ __all__ = [
     "Latent",
     "LowRank",
     "Masked",
+    "Mixed",
     "Packed",
     "Quantized",
     "Reference",
@@ -59,6 +64,7 @@ __all__ = [
     "Rotated",
     "Scored",
     "ShiftAdd",
+    "SoftCodebook",
     "SoftThreshold",
     "Spectral",
     "Squeezed",

@@ -4,6 +4,7 @@ Features stand as in Flax, (batch, positions..., channels), and kernels as (wind
 imported when this room is first asked for.
 """
 
+from jcompress.nn.attention_sharing import SharedAttention, attention_owners, map_divergence
 from jcompress.nn.blocks import Fire, InvertedResidual, SqueezeExcite, fire, inverted_residual, squeeze_excite
 from jcompress.nn.capacity import DynamicCapacity, dynamic_capacity, entropy_saliency
 from jcompress.nn.cyclic import CyclicConv, cyclic_pool, cyclic_roll, cyclic_slice, cyclic_stack
@@ -30,6 +31,7 @@ from jcompress.nn.exits import (
 from jcompress.nn.experts import SparseExperts, balance_loss, noisy_top_k, sparse_experts
 from jcompress.nn.fast_filters import FFTConv, WinogradConv, fft_convolution, winograd_convolution
 from jcompress.nn.halting import AdaptiveSteps, adaptive_steps
+from jcompress.nn.implicit import equilibrium
 from jcompress.nn.separated import (
     DepthwiseSeparable,
     GroupedConv,
@@ -61,6 +63,7 @@ __all__ = [
     "InvertedResidual",
     "LiftConv",
     "MultiBias",
+    "SharedAttention",
     "SlimmableBatchNorm",
     "SlimmableConv",
     "SparseExperts",
@@ -69,6 +72,7 @@ __all__ = [
     "StochasticDepth",
     "WinogradConv",
     "adaptive_steps",
+    "attention_owners",
     "balance_loss",
     "calibrate_exits",
     "channel_shuffle",
@@ -83,6 +87,7 @@ __all__ = [
     "dynamic_capacity",
     "early_exit",
     "entropy_saliency",
+    "equilibrium",
     "exit_entropy",
     "exit_loss",
     "exits_at",
@@ -96,6 +101,7 @@ __all__ = [
     "gumbel_gates",
     "inverted_residual",
     "lift_convolution",
+    "map_divergence",
     "multi_bias",
     "noisy_top_k",
     "reinforce_loss",

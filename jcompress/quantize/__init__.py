@@ -23,9 +23,11 @@ from jcompress.quantize.stochastic import Stochastic
 from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Table
 from jcompress.quantize.ternary import ABCNet, Ternary
 from jcompress.quantize.training.optimizer import moments, round_gradients
+from jcompress.quantize.vector_codes import E8P, Trellis
 
 __all__ = [
     "AWQ",
+    "E8P",
     "GPFQ",
     "GPTQ",
     "HQQ",
@@ -50,6 +52,7 @@ __all__ = [
     "Stochastic",
     "Table",
     "Ternary",
+    "Trellis",
     "activations",
     "align",
     "distortions",

@@ -14,6 +14,7 @@ from jcompress.rewrite.folding import fold_norms, fold_rotations, fold_scales
 from jcompress.rewrite.growing import identity_layer, take_layers, widen
 from jcompress.rewrite.merging import merge_convolutions, merge_dense
 from jcompress.rewrite.neurons import merge_neurons
+from jcompress.rewrite.permutation import permute
 from jcompress.rewrite.reconstruction import fold_constants, liar, reconstruct
 from jcompress.rewrite.smoothing import smooth
 
@@ -33,6 +34,7 @@ __all__ = [
     "merge_dense",
     "merge_neurons",
     "p_pruning",
+    "permute",
     "reconstruct",
     "reestimate",
     "remove_layers",

@@ -186,12 +186,12 @@ def _start(rows: Rows, shown: Shown, clusters: int) -> jax.Array:
     return jnp.concatenate(found).astype(jnp.float32)
 
 
-def check_block(path: str, block: Sequence[int], shape: tuple[int, ...]) -> None:
+def check_block(path: str, block: Sequence[int], shape: tuple[int, ...], name: str = "KMeans") -> None:
     """Raise if blocks do not tile an array."""
     last = shape[max(len(shape) - len(block), 0) :]
     if len(last) < len(block) or any(n % b for n, b in zip(last, block, strict=True)):
         fits = tuple(math.gcd(n, b) for n, b in zip(last, block, strict=False))
         fix = f"use block={fits}" if last and math.prod(fits) > 1 else "choose one that does, or another method"
         raise ValueError(
-            f"{path}: KMeans found block={tuple(block)}, which does not tile the last axes of shape {shape}; {fix}"
+            f"{path}: {name} found block={tuple(block)}, which does not tile the last axes of shape {shape}; {fix}"
         )

@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
     apart: jax.Array
     weight: jax.Array
-    count: jax.Array
+    number: jax.Array
     cost: jax.Array
 
 
@@ -69,7 +69,7 @@ def refined(words: jax.Array, rows: Rows, weights: Rows, price: Any, iterations:
         i, words, offset, before, _ = state
         found = _all(words, offset, rows, weights)
         words = words + jnp.where(found.weight > 0, found.apart / jnp.where(found.weight > 0, found.weight, 1), 0)
-        return i + 1, words, _offset(found.count, worth), found.cost, found.cost < before * (1 - _FALL)
+        return i + 1, words, _offset(found.number, worth), found.cost, found.cost < before * (1 - _FALL)
 
     none = jnp.zeros(len(words), jnp.float32)
     start = (jnp.int32(0), words, none, jnp.float32(jnp.inf), jnp.array(True))

@@ -68,7 +68,7 @@ def at_step(tree: PyTree, step: Any) -> PyTree:
     """
 
     def told(x: Any) -> Any:
-        if not isinstance(x, formats.Annealed):
+        if not isinstance(x, (formats.Annealed, formats.SoftCodebook)):
             return x
         return dataclasses.replace(x, step=jnp.broadcast_to(jnp.asarray(step, jnp.int32), jnp.shape(x.step)))
 
