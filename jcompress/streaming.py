@@ -73,6 +73,7 @@ def compress_file(
     """
     apply.check_plan("compress_file", plan)
     apply.check_paths(source.shapes, plan)
+    files.check_target(path)
     folder = f"{os.fspath(path)}.parts"
     with _claimed(folder, _about(source, plan, step, key, coded)):
         parts = {name: os.path.join(folder, f"{i}.jc") for i, name in enumerate(source)}

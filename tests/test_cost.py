@@ -239,6 +239,15 @@ class TestNodes:
         with pytest.raises(ValueError, match="w: found an abstract Masked; cost reads its mask, call it outside jit"):
             jax.jit(count)(Masked(self.w, self.w > 3))
 
+    def test_a_mask_of_shapes_counts_what_its_method_keeps(self):
+        params = {"w": shape(16, 16)}
+        plan = jc.plan(
+            params, [("w", jc.chain(jc.prune.Magnitude(pattern=jc.prune.NM(2, 4)), jc.quantize.Int(bits=4)))]
+        )
+        small = jax.eval_shape(lambda p: jc.compress(p, plan), params)
+        row = jc.trace.cost(lambda p, x: x @ p["w"], params, shape(5, 16)).compressed(small).rows[0]
+        assert (row.multiply_adds, row.compressed_multiply_adds) == (5 * 256, 5 * 128)
+
 
 class TestTable:
     def test_report_has_a_column(self):

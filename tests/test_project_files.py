@@ -31,6 +31,8 @@ LAYERS = {
     "quantize": {"apply", "core", "formats", "layers", "numeric", "rules", "trace", "transforms"},
     "factorize": {"core", "formats", "layers", "numeric"},
     "share": {"core", "formats", "layers", "numeric", "rules"},
+    "__main__": {"cli"},
+    "cli": {"core", "io", "measure", "rules"},
     "streaming": {"apply", "core", "io", "rules"},
     "sequential": {"apply", "core", "formats", "rules", "trace"},
     "rewrite": {"core", "formats", "layers", "measure", "numeric", "prune", "quantize", "rules", "trace"},

@@ -20,7 +20,8 @@ from flax import nnx
 from processes_worker import spec_of, stored_tree
 
 import jcompress as jc
-from jcompress.io import StorageError, __main__, inspect, manifest
+from jcompress import cli
+from jcompress.io import StorageError, inspect, manifest
 
 W = jax.random.normal(jax.random.key(0), (32, 12))
 P, Q, F, S = jc.prune, jc.quantize, jc.factorize, jc.share
@@ -306,7 +307,7 @@ def test_the_manifest_is_small(tmp_path):
 def test_summary(tmp_path, capsys):
     tree = {"w": METHODS["mask, integers"](W), "t": (1, [2.5]), "p": Point(jnp.ones(2), None), 3: "x", "none": {}}
     jc.save(tmp_path / "x", tree, plan={"w": METHODS["int4"]}, metadata={"a": 1})
-    assert __main__.main([str(tmp_path / "x"), str(tmp_path / "missing")]) == 2
+    assert cli.main(["inspect", str(tmp_path / "x"), str(tmp_path / "missing")]) == 2
     out, err = capsys.readouterr()
     assert "w      Masked(values=Quantized(codes=uint8[32,12], scale=float32[1,12], " in out
     assert 'metadata: {"a": 1}' in out

@@ -18,7 +18,8 @@ import pytest
 from flax import nnx
 
 import jcompress as jc
-from jcompress.io import StorageError, __main__
+from jcompress import cli
+from jcompress.io import StorageError
 from jcompress.io.restore import check_paths
 
 W = jnp.arange(1.0, 33.0).reshape(8, 4)
@@ -374,25 +375,28 @@ def test_the_command_ends_in_a_sentence(tmp_path, capsys):
     (tmp_path / "damaged").write_bytes(b"jcompress 1 2 3")
     jc.save(tmp_path / "deep", nested(200, lambda x: {"a": x}, 3))
     jc.save(tmp_path / "odd", {"\ud800\x1b[2J": W}, metadata={"x": "\x1b"})
-    for name, told in {"": "found a directory", "missing": "there is no such file", "damaged": "damaged"}.items():
-        assert __main__.main([str(tmp_path / name)]) == 2
+    for name, told in {"": "no Orbax checkpoint", "missing": "there is no such file", "damaged": "damaged"}.items():
+        assert cli.main(["inspect", str(tmp_path / name)]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
         assert told in err
         assert str(tmp_path) in err
-    assert __main__.main([str(tmp_path / "deep")]) in (0, 2)
-    assert __main__.main([str(tmp_path / "odd")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "deep")]) in (0, 2)
+    assert cli.main(["inspect", str(tmp_path / "odd")]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert r"\ud800\x1b[2J" in out
 
 
 def test_the_command_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "jcompress.io", str(tmp_path)]
+    command = [sys.executable, "-m", "jcompress", "inspect", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
-    assert result.stderr == f"{tmp_path}: found a directory, expected a file; add a name to the path\n"
+    assert (
+        result.stderr
+        == f"{tmp_path}: found no safetensors file and no Orbax checkpoint in this folder; name the file\n"
+    )
 
 
 def test_a_manifest_of_an_earlier_version_is_read(tmp_path):

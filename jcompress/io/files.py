@@ -87,11 +87,8 @@ def replace(path: str | os.PathLike[str], write: Callable[[BinaryIO], _T]) -> _T
       StorageError: where no file can be written, as an ``OSError`` too. An old file is as it was then.
     """
     with told(path, "writing"):
-        target = os.path.realpath(_name(path))
-        mode = _mode(path, target)
+        target, mode = check_target(path)
         folder, name = os.path.split(target)
-        if not os.path.isdir(folder):
-            raise _MissingFileError(f"{path}: there is no directory {folder}; make it first")
         stem = _stem(name)
         _remove_stale(folder, stem)
         with _temporary(folder, stem, mode) as file:
@@ -103,6 +100,19 @@ def replace(path: str | os.PathLike[str], write: Callable[[BinaryIO], _T]) -> _T
             os.replace(file.name, target)
         _sync_folder(folder)
         return result
+
+
+def check_target(path: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """Where a file of this name would be written, and the permissions of one that is there.
+
+    Raises:
+      StorageError: where none can be, as an ``OSError`` too.
+    """
+    target = os.path.realpath(_name(path))
+    mode = _mode(path, target)
+    if not os.path.isdir(folder := os.path.dirname(target)):
+        raise _MissingFileError(f"{path}: there is no directory {folder}; make it first")
+    return target, mode
 
 
 def _mode(path: Any, target: str) -> int | None:

@@ -138,7 +138,7 @@ def _compressed(row: CostRow, leaf: Any, stored: Any) -> CostRow:
             stored_bytes=row.parameter_bytes,
             compressed_bit_operations=row.bit_operations,
         )
-    if not all(map(core.is_concrete, jax.tree.leaves(leaf))):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf)):
         raise ValueError(
             f"{row.path}: found an abstract {type(leaf).__name__}; cost reads its mask, call it outside jit"
         )
@@ -157,8 +157,8 @@ def _compressed(row: CostRow, leaf: Any, stored: Any) -> CostRow:
 def node_products(x: Any) -> list[tuple[float, int]]:
     """The products that a node (or array) stands for, each with its part of the dense multiply-adds and its bits.
 
-    A mask counts its density, factors and the terms of a sum count one after the other; codes and codebooks multiply
-    like the dense array, at their own width.
+    A mask counts its density (of shapes alone what its method keeps), factors and the terms of a sum count one after
+    the other; codes and codebooks multiply like the dense array, at their own width.
 
     Args:
       x: a node or an array.
@@ -188,7 +188,10 @@ def node_products(x: Any) -> list[tuple[float, int]]:
         return [(part * size / dense, bits) for factor, size in factors for part, bits in node_products(factor)]
     if isinstance(x, Masked):
         shape = jax.eval_shape(core.dense, x).shape
-        density = float(np.broadcast_to(np.asarray(x.mask), shape).mean()) if math.prod(shape) else 1.0
+        if isinstance(x.mask, jax.ShapeDtypeStruct):  # what its method keeps, where that is known beforehand
+            density = 1.0 if x.expected.density is None else x.expected.density
+        else:
+            density = float(np.broadcast_to(np.asarray(x.mask), shape).mean()) if math.prod(shape) else 1.0
         return [(part * density, bits) for part, bits in node_products(x.values)]
     # What is laid out like the dense array is what a kernel multiplies by: codes, indices, narrow values.
     for name in x.elementwise:
