@@ -222,7 +222,10 @@ def _foretold(node: Any, method: Any, step: Any) -> Any:
     fixed = getattr(pattern, "sparsity", None)
     if fixed is not None:
         return dataclasses.replace(node, expected=Expected(1 - fixed, getattr(pattern, "m", None)))
-    sparsity: Any = None if callable(method.sparsity) and step is None else core.value_at(method.sparsity, step)
+    sparsity: Any = method.sparsity
+    if callable(sparsity):
+        with jax.ensure_compile_time_eval():  # a step that is known gives a number under jit too
+            sparsity = sparsity(step) if step is not None and core.is_concrete(step) else None
     known = sparsity is not None and core.is_concrete(sparsity)
     expected = Expected(1 - float(sparsity)) if known else Expected()
     return dataclasses.replace(node, expected=expected)

@@ -337,3 +337,13 @@ def test_a_step_can_be_differentiated_in_reverse_mode(wrapped, method):
         low, high = (after(1.0 + change, params, state)[0] for change in (-3e-3, 3e-3))
         np.testing.assert_allclose(slope, (high - low) / 6e-3, rtol=2e-2, atol=1e-6)
         params, state = now, later
+
+
+def test_a_schedule_at_a_known_step_foretells_the_size_of_shapes():
+    shapes = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    ramp = optax.linear_schedule(0.0, 0.75, transition_steps=10)
+    sizes = [
+        jc.nbits(jax.eval_shape(lambda params, plan=plan: jc.compress(params, plan, step=20), shapes))
+        for plan in (jc.plan(shapes, [("w", jc.prune.Magnitude(sparsity=x))]) for x in (ramp, 0.75))
+    ]
+    assert sizes[0] == sizes[1] < 16 * 64 * 64

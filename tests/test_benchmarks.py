@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.benchmarks import factorize, gptq, mask_update, quantize, timing, train_step, vmap_levels
+from experiments.benchmarks import factorize, gptq, mask_update, quantize, scale, timing, train_step, vmap_levels
 from experiments.claims import lenet
 
 COMMON = ["--pairs", "2", "--out"]
@@ -54,6 +54,15 @@ def test_vmap_levels_writes_its_rows(tmp_path):
     path = tmp_path / "levels.json"
     vmap_levels.main(["--sizes", "2000", "--levels", "3", *COMMON, str(path)])
     assert len(rows(path)) == 2
+
+
+def test_scale_writes_its_rows(tmp_path):
+    path, small = tmp_path / "scale.json", ["--width", "32", "--depth", "1", "--layers", "2", "--batch", "8"]
+    some = ["--parts", "steps", "leaves", "--only", "fsdp 8: project, no"]
+    scale.main([*small, "--length", "8", "--leaves", "40", *some, *COMMON, str(path)])
+    assert len(rows(path)) == 1
+    found = json.loads(path.read_text())["settings"]["seconds_of_leaves"]
+    assert [row["what"] for row in found] == ["plan", "compress", "nbits"]
 
 
 def test_quantize_writes_its_rows(tmp_path):
