@@ -107,6 +107,10 @@ class Compressed:
         """For a field stored in fewer bits an element than its dtype has: how many."""
         return {}
 
+    def trellises(self) -> dict[str, int]:
+        """For a field whose codes follow a trellis along the last axis: how many states that has."""
+        return {}
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense array."""
@@ -306,6 +310,7 @@ class Part:
       width: bits an element.
       where: the entries stored, or ``None`` for all. A mask that spans processes stays where it is.
       code: for a boolean array, how it is coded; then ``width`` is that of the code.
+      states: of the trellis that codes follow along the last axis; 0 for none.
     """
 
     name: str
@@ -313,6 +318,7 @@ class Part:
     width: int
     where: Any = None
     code: packing.MaskCode | None = None
+    states: int = 0
 
     @functools.cached_property
     def nbits(self) -> int:
@@ -345,7 +351,7 @@ def parts(node: Compressed, where: np.ndarray | None = None, prefix: str = "", *
     """The arrays of a node as they are stored, nested nodes in place; masks are given a code, or not, for speed."""
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node))
     support = jax.eval_shape(lambda node: node.support(), node) if abstract else node.support()
-    widths = node.widths()
+    widths, trellises = node.widths(), node.trellises()
     for field in dataclasses.fields(node):  # type: ignore[arg-type]  # every format is a dataclass
         x, name = getattr(node, field.name), prefix + field.name
         if field.metadata.get("static") or x is None:
@@ -355,7 +361,8 @@ def parts(node: Compressed, where: np.ndarray | None = None, prefix: str = "", *
             inner = _both(node, support[field.name], inner)
         for suffix, y in _entries(x):
             known = getattr(node, "expected", packing.Expected())
-            yield from _parts(y, name + suffix, inner, widths.get(field.name), coded, known)
+            for part in _parts(y, name + suffix, inner, widths.get(field.name), coded, known):
+                yield dataclasses.replace(part, states=trellises.get(field.name, part.states))
 
 
 def _entries(x: Any) -> list[tuple[str, Any]]:

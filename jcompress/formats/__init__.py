@@ -9,6 +9,7 @@ from jcompress.formats.cast import Cast
 from jcompress.formats.codebook import Codebook
 from jcompress.formats.coded import Coded
 from jcompress.formats.complexes import Cartesian
+from jcompress.formats.dependent_codes import DependentCodes
 from jcompress.formats.fake_quantized import FakeQuantized
 from jcompress.formats.fast_product import FastProduct
 from jcompress.formats.frozen import Frozen
@@ -45,6 +46,7 @@ __all__ = [
     "Cast",
     "Codebook",
     "Coded",
+    "DependentCodes",
     "FakeQuantized",
     "FastProduct",
     "Frozen",

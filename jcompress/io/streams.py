@@ -91,7 +91,7 @@ def _grid(part: Part) -> Grid | None:
     """Where the numbers of a part stand in its array; None for gaps and choices, which stand in no place."""
     if part.code is not None:
         return grid_of(part.code.shape) if part.code.scheme == "bits" else None
-    return grid_of(part.array.shape, None if part.where is None else whole(part.where))
+    return grid_of(part.array.shape, None if part.where is None else whole(part.where), part.states)
 
 
 def integers(part: Part) -> tuple[np.ndarray, int]:

@@ -10,21 +10,22 @@ The bytes of an array are a header, the coded tokens, and the raw bits. They say
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jcompress.numeric import models, tokens
+from jcompress.numeric import models, tokens, walks
 from jcompress.numeric.grids import Grid, grid_of
 from jcompress.numeric.headers import HeaderReader, HeaderWriter
-from jcompress.numeric.models import ABOVE, COLUMNS, LEFT, ONE, ROWS, Model
+from jcompress.numeric.models import ABOVE, COLUMNS, LEFT, ONE, ROWS, STATE, Model
 from jcompress.numeric.packing import BitReader, BitWriter
 from jcompress.numeric.tables import MOST_SYMBOLS, Table, read_table, write_table
 from jcompress.numeric.tokens import Split
 
 RAW, CONSTANT = range(2)
-_MOST_CLASSES = 8
+_MOST_TOGETHER = 1 << 10
 
 
 def coder() -> Any:
@@ -58,7 +59,7 @@ def encode(values: np.ndarray, width: int, grid: Grid | None = None) -> bytes:
       ImportError: where the coder is not installed.
     """
     flat = _real(np.asarray(values).reshape(-1))
-    grid = grid_of((flat.size,)) if grid is None or grid.size != flat.size else grid
+    grid = _grid(flat.size, grid)
     if not flat.size or width == 0:
         return b""
     if _is_constant(flat):
@@ -67,7 +68,10 @@ def encode(values: np.ndarray, width: int, grid: Grid | None = None) -> bytes:
     best, most = None, width * np.asarray(values).size / 8
     for split in tokens.splits(flat):
         found = tokens.tokens(flat, split)
-        cost, model = models.choose(found, split.symbols, grid)
+        follows = grid.states and split.kind == tokens.DIRECT
+        cost, model = models.choose(
+            found, split.symbols, grid, walks.quantizers(found, grid, split.low) if follows else None
+        )
         cost += (tokens.raw_widths(split, flat.dtype) * np.bincount(found, minlength=split.symbols)).sum()
         if cost / 8 < most:
             best, most = (split, found, model), cost / 8
@@ -75,6 +79,10 @@ def encode(values: np.ndarray, width: int, grid: Grid | None = None) -> bytes:
     if coded is not None and 8 * len(coded) < width * np.asarray(values).size:
         return coded
     return _packed(RAW, flat, _width(flat, width))
+
+
+def _grid(count: int, grid: Grid | None) -> Grid:
+    return grid_of((count,)) if grid is None or grid.size != count else grid
 
 
 def _real(flat: np.ndarray) -> np.ndarray:
@@ -100,52 +108,75 @@ def _packed(kind: int, flat: np.ndarray, width: int) -> bytes:
 
 
 def _encode(flat: np.ndarray, grid: Grid, split: Split, found: np.ndarray, model: Model, stack: Any) -> bytes:
-    if model.kind == LEFT:
-        found, grid = _turned(found, grid), grid.turned()
-    _push(found, grid, model, stack)
+    queues = walks.parted(found, grid, model, split.low)
+    for queue, table in reversed([*zip(queues, model.tables, strict=True)]):
+        _push(queue, table, stack)
+    if model.labels.size:
+        _push(model.labels, model.label_table, stack)
     words = stack.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
     header = HeaderWriter()
     header.number(model.kind, 3)
     split.write(header)
     if model.kind != ONE:
-        header.number(len(model.tables) - 1, 3)
+        header.number(model.rows - 1, 3)
     if model.kind in (ABOVE, LEFT):
         header.golomb(model.centre, 3)
         header.golomb(model.reach, 1)
-    if model.kind in (ROWS, COLUMNS):
+    if model.kind in (ROWS, COLUMNS) or model.labels.size:
         write_table(model.label_table, None, header)
+    if model.kind in (ABOVE, LEFT, STATE):
+        for queue in queues[:-1]:
+            header.number(len(queue), flat.size.bit_length())
     before = None
     for table in model.tables:
         write_table(table, before, header)
         before = table
     header.golomb(len(words), 6)
-    return header.getvalue() + words + _raw(flat, split, _turned(found, grid) if model.kind == LEFT else found)
+    return header.getvalue() + words + _raw(flat, split, found)
 
 
-def _turned(found: np.ndarray, grid: Grid) -> np.ndarray:
-    return np.ascontiguousarray(found.reshape(grid.rows, grid.columns).T).reshape(-1)
+def _group(symbols: int, count: int) -> int:
+    """How many tokens are coded as one: a decoder's time goes by the calls, and not by the length of a table."""
+    group = 1
+    while symbols ** (2 * group) <= min(_MOST_TOGETHER, count // 8) and group < 8:
+        group *= 2
+    return group
 
 
-def _probabilities(table: Table) -> Any:
-    frequencies = table.frequencies.astype(np.float64)
-    return coder().model.Categorical(np.pad(frequencies, (0, int(frequencies.size == 1))), perfect=False)
+def _probabilities(table: Table, group: int = 1) -> Any:
+    """The model of so many tokens in one: products of doubles, which are rounded alike everywhere."""
+    alone = table.frequencies.astype(np.float64)
+    together = alone
+    for _ in range(group - 1):
+        together = np.multiply.outer(together, alone).reshape(-1)
+    return coder().model.Categorical(np.pad(together, (0, int(together.size == 1))), perfect=False)
 
 
-def _push(found: np.ndarray, grid: Grid, model: Model, stack: Any) -> None:
-    """The tokens onto the stack of the coder, last chunk and last class first."""
-    known = [_probabilities(table) for table in model.tables]
-    for first, last, part in reversed(list(grid.slices(model.kind in (ABOVE, LEFT)))):
-        symbols = found[part].astype(np.int32)
-        if model.kind == ONE:
-            stack.encode_reverse(symbols, known[0])
-            continue
-        classes = model.classes(grid, first, last, found[max(part.start - grid.columns, 0) : part.start])
-        for which in reversed(range(len(known))):
-            chosen = symbols[classes == which]
-            if chosen.size:
-                stack.encode_reverse(chosen, known[which])
-    if model.labels.size:
-        stack.encode_reverse(model.labels.astype(np.int32), _probabilities(model.label_table))
+def _push(queue: np.ndarray, table: Table, stack: Any) -> None:
+    """Tokens onto the stack of the coder: the whole groups are what a decoder meets first."""
+    symbols = len(table.levels)
+    group = _group(symbols, queue.size)
+    whole = queue.size // group * group
+    if whole < queue.size:
+        stack.encode_reverse(queue[whole:].astype(np.int32), _probabilities(table))
+    if whole:
+        grouped = queue[:whole].reshape(-1, group).astype(np.int32) @ (symbols ** np.arange(group)[::-1]).astype(
+            np.int32
+        )
+        stack.encode_reverse(grouped, _probabilities(table, group))
+
+
+def _pop(count: int, table: Table, stack: Any) -> np.ndarray:
+    """So many tokens off the stack."""
+    symbols = len(table.levels)
+    group = _group(symbols, count)
+    whole, dtype = count // group, np.uint8 if symbols <= 256 else np.uint16
+    digits = np.arange(symbols**group)[:, None] // symbols ** np.arange(group)[::-1] % symbols
+    found = (
+        digits.astype(dtype)[stack.decode(_probabilities(table, group), whole)].reshape(-1) if whole else digits[:0, 0]
+    )
+    rest = stack.decode(_probabilities(table), count - whole * group) if count > whole * group else digits[:0, 0]
+    return np.concatenate([found, rest], dtype=dtype, casting="unsafe")
 
 
 def _raw(flat: np.ndarray, split: Split, found: np.ndarray) -> bytes:
@@ -183,7 +214,7 @@ def decode(
     if jnp.issubdtype(dtype, jnp.complexfloating):
         parts, used = decode(data, 2 * count, width // 2, np.dtype(f"f{dtype.itemsize // 2}"))
         return parts.view(dtype), used
-    grid = grid_of((count,)) if grid is None or grid.size != count else grid
+    grid = _grid(count, grid)
     header = HeaderReader(data)
     kind = header.number(3)
     if kind in (RAW, CONSTANT):
@@ -195,56 +226,47 @@ def decode(
 
 def _decode(data: memoryview, header: HeaderReader, kind: int, dtype: np.dtype, grid: Grid) -> tuple[np.ndarray, int]:
     split = tokens.read_split(header, dtype)
-    model, label_table = _read_model(header, kind, split.symbols)
-    start, size = 0, header.golomb(6)
+    model, label_table, sizes = _read_model(header, kind, split.symbols, grid)
+    size = header.golomb(6)
     start = header.nbytes
     if start + size > len(data):
         raise ValueError(f"the stream ends at byte {len(data)}; byte {start + size} was wanted")
     words = bytes(data[start : start + size])
     stack = coder().stack.AnsCoder(np.frombuffer(words + b"\0" * (-size % 4), "<u4").astype(np.uint32))
-    if kind == LEFT:
-        found = _turned(_pop(grid.turned(), model, label_table, split.symbols, stack), grid.turned())
-    else:
-        found = _pop(grid, model, label_table, split.symbols, stack)
+    if label_table is not None:
+        model = dataclasses.replace(
+            model, labels=_pop(grid.columns if kind == COLUMNS else grid.rows, label_table, stack)
+        )
+    sizes = sizes or walks.sizes(grid, model)
+    queues = [_pop(n, table, stack) for n, table in zip(sizes, model.tables, strict=True)]
     if not stack.is_empty():
         raise ValueError("found more in a coded stream than its array takes")
+    found = walks.joined(queues, grid, model, split.low, np.dtype(np.uint8 if split.symbols <= 256 else np.uint16))
     values, used = _read_raw(data[start + size :], split, found, dtype)
     return values, start + size + used
 
 
-def _read_model(header: HeaderReader, kind: int, symbols: int) -> tuple[Model, Table | None]:
-    count = 1 if kind == ONE else header.number(3) + 1
+def _read_model(header: HeaderReader, kind: int, symbols: int, grid: Grid) -> tuple[Model, Table | None, list[int]]:
+    """A model without its labels, the table of these, and the lengths of its queues where they stand in the header."""
+    rows = 1 if kind == ONE else header.number(3) + 1
+    count = 2 * rows if kind == STATE else rows
     centre, reach = (header.golomb(3), header.golomb(1)) if kind in (ABOVE, LEFT) else (0, 0)
-    if kind > LEFT or centre > MOST_SYMBOLS or reach > MOST_SYMBOLS:
-        raise ValueError(f"found the model {kind} with centre {centre} and reach {reach}, which this version has not")
-    if kind in (ABOVE, LEFT) and count != (5 if reach else 3):
-        raise ValueError(f"found {count} classes of the number before, expected 3 or 5")
-    label_table = read_table(count, None, header) if kind in (ROWS, COLUMNS) else None
+    if (kind == STATE) > bool(grid.states) or centre > MOST_SYMBOLS or reach > MOST_SYMBOLS:
+        raise ValueError(f"found the model {kind} with centre {centre} and reach {reach}, which this array cannot have")
+    if kind in (ABOVE, LEFT) and (count != (5 if reach else 3) or grid.where is not None):
+        raise ValueError(f"found {count} classes of the number before, expected 3 or 5 of an array that is whole")
+    labelled = kind in (ROWS, COLUMNS) or (kind == STATE and rows > 1)
+    label_table = read_table(rows, None, header) if labelled else None
+    sizes = []
+    if kind in (ABOVE, LEFT, STATE):
+        sizes = [header.number(grid.size.bit_length()) for _ in range(count - 1)]
+        if sum(sizes) > grid.size:
+            raise ValueError(f"found {sum(sizes)} numbers in a coded stream of {grid.size}")
+        sizes.append(grid.size - sum(sizes))
     known: list[Table] = []
     for _ in range(count):
         known.append(read_table(symbols, known[-1] if known else None, header))
-    return Model(kind, known, centre=centre, reach=reach), label_table
-
-
-def _pop(grid: Grid, model: Model, label_table: Table | None, symbols: int, stack: Any) -> np.ndarray:
-    """The tokens off the stack, first chunk and first class first."""
-    known = [_probabilities(table) for table in model.tables]
-    if label_table is not None:
-        labels = stack.decode(_probabilities(label_table), grid.rows if model.kind == ROWS else grid.columns)
-        model = Model(model.kind, model.tables, labels.astype(np.uint8))
-    out = np.empty(grid.size, np.uint8 if symbols <= 256 else np.uint16)
-    for first, last, part in grid.slices(model.kind in (ABOVE, LEFT)):
-        if model.kind == ONE:
-            out[part] = stack.decode(known[0], part.stop - part.start)
-            continue
-        classes = model.classes(grid, first, last, out[max(part.start - grid.columns, 0) : part.start])
-        chunk = out[part]
-        for which, probabilities in enumerate(known):
-            here = classes == which
-            amount = int(np.count_nonzero(here))
-            if amount:
-                chunk[here] = stack.decode(probabilities, amount)
-    return out
+    return Model(kind, known, centre=centre, reach=reach), label_table, sizes
 
 
 def _read_raw(data: memoryview, split: Split, found: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:

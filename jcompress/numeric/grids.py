@@ -21,11 +21,13 @@ class Grid:
       rows: their number.
       columns: their number.
       where: the entries that are there, bool, shape (rows, columns); None for all.
+      states: of the trellis that integers follow along their rows; 0 for none.
     """
 
     rows: int
     columns: int
     where: np.ndarray | None = None
+    states: int = 0
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
@@ -38,9 +40,9 @@ class Grid:
         """How many numbers there are."""
         return int(self.starts[-1])
 
-    def chunks(self, single: bool = False) -> list[tuple[int, int]]:
-        """First and last row of each chunk, or of each row."""
-        step = 1 if single else max(_CHUNK // max(self.columns, 1), 1)
+    def chunks(self) -> list[tuple[int, int]]:
+        """First and last row of each chunk."""
+        step = max(_CHUNK // max(self.columns, 1), 1)
         edges = [*range(0, self.rows, step), self.rows]
         return list(itertools.pairwise(edges))
 
@@ -54,9 +56,9 @@ class Grid:
             return np.tile(labels, last - first)
         return labels[np.nonzero(self.where[first:last])[1]]
 
-    def slices(self, single: bool = False) -> Iterator[tuple[int, int, slice]]:
+    def slices(self) -> Iterator[tuple[int, int, slice]]:
         """First and last row of each chunk, and which of the numbers stand there."""
-        for first, last in self.chunks(single):
+        for first, last in self.chunks():
             yield first, last, slice(int(self.starts[first]), int(self.starts[last]))
 
     def turned(self) -> Grid:
@@ -64,9 +66,10 @@ class Grid:
         return Grid(self.columns, self.rows)
 
 
-def grid_of(shape: tuple[int, ...], where: np.ndarray | None = None) -> Grid:
-    """An array as a matrix: its axes are parted where rows and columns are nearest in number."""
+def grid_of(shape: tuple[int, ...], where: np.ndarray | None = None, states: int = 0) -> Grid:
+    """An array as a matrix, its axes parted where rows and columns are nearest; trellises go along the last."""
     cuts = [(max(math.prod(shape[:at]), math.prod(shape[at:])), at) for at in range(1, len(shape))]
     at = min(cuts)[1] if cuts else 0
+    at = max(len(shape) - 1, 0) if states else at
     rows, columns = math.prod(shape[:at]), math.prod(shape[at:])
-    return Grid(rows, columns, None if where is None else np.asarray(where).reshape(rows, columns))
+    return Grid(rows, columns, None if where is None else np.asarray(where).reshape(rows, columns), states)

@@ -1,22 +1,25 @@
-"""Models of a coded array: one table of frequencies, or one a class of rows, of columns, or of the number before.
+"""Models of a coded array: one table of frequencies, or one a class of numbers.
 
-Which is taken is decided by the bits that the array takes with it, tables and labels of classes counted.
+Classes are those of rows, of columns, of the number before, or of the quantizer that a trellis gives, in rows
+or all. Which is taken is decided by the bits that the array takes with it, tables and labels of classes
+counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from jcompress.numeric.grids import Grid
 from jcompress.numeric.tables import Table, fit_table, table_nbits
 
-ONE, ROWS, COLUMNS, ABOVE, LEFT = range(2, 7)
+ONE, ROWS, COLUMNS, ABOVE, LEFT, STATE = range(2, 8)
 """Kinds of models as files name them; 0 and 1 are arrays that need none."""
 CLASSES = (2, 4, 8)
 _BINS, _ROUNDS, _FEW, _LABELS = 16, 3, 2048, 8
-_NARROW, _CALLS, _CHUNK = 512, 8192, 1 << 17
+_CHUNK = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,17 +43,22 @@ class Model:
     @property
     def label_table(self) -> Table:
         """The table that the labels are coded by."""
-        return fit_table(np.bincount(self.labels, minlength=len(self.tables)))
+        return fit_table(np.bincount(self.labels, minlength=self.rows))
 
-    def classes(self, grid: Grid, first: int, last: int, before: np.ndarray) -> np.ndarray:
-        """The class of each number in a chunk of rows; ``before`` are the tokens of the row above, if any."""
-        if self.kind == ROWS:
-            return grid.by_rows(self.labels, first, last)
-        if self.kind == COLUMNS:
-            return grid.by_columns(self.labels, first, last)
-        if not before.size:
-            return np.full(grid.columns, len(self.tables) // 2, np.uint8)
-        return relative(before, self.centre, self.reach)
+    @property
+    def rows(self) -> int:
+        """How many classes of rows there are."""
+        return len(self.tables) // 2 if self.kind == STATE else len(self.tables)
+
+    def every_label(self, grid: Grid) -> np.ndarray:
+        """The class of each row, where there may be but one."""
+        return self.labels if self.labels.size else np.zeros(grid.rows, np.uint8)
+
+    @functools.cached_property
+    def relative(self) -> np.ndarray:
+        """The class of what follows each token, uint8, by its sign, or its sign and size."""
+        symbols = len(self.tables[0].levels)
+        return relative(np.arange(symbols), self.centre, self.reach)
 
 
 def relative(tokens: np.ndarray, centre: int, reach: int) -> np.ndarray:
@@ -60,17 +68,43 @@ def relative(tokens: np.ndarray, centre: int, reach: int) -> np.ndarray:
     return (sign + 1 if reach == 0 else 2 + sign + sign * (np.abs(tokens - centre) > reach)).astype(np.uint8)
 
 
-def choose(tokens: np.ndarray, symbols: int, grid: Grid) -> tuple[float, Model]:
-    """The model that takes the fewest bits, and how many they are about."""
+def choose(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None = None) -> tuple[float, Model]:
+    """The model that takes the fewest bits, and how many they are about.
+
+    Args:
+      tokens: of the array.
+      symbols: how many there are.
+      grid: where they stand.
+      quantizers: 0 or 1 for each token, where a trellis says so.
+    """
     counts = np.bincount(tokens, minlength=symbols)
     found = [_weighed(Model(ONE, []), counts[None])]
-    if tokens.size >= _FEW and symbols > 1 and grid.rows > 1:
-        found += _by_labels(tokens, symbols, grid)
-        if grid.where is None:
-            found += _by_context(tokens, counts, grid, ABOVE)
-            turned = tokens.reshape(grid.rows, grid.columns).T.reshape(-1)
-            found += _by_context(turned, counts, grid.turned(), LEFT)
-    return min(found, key=lambda pair: pair[0])
+    if tokens.size < _FEW or symbols == 1 or grid.rows == 1:
+        return found[0] if quantizers is None else min(found[0], _by_state(tokens, symbols, quantizers), key=_bits)
+    found += _by_labels(tokens, symbols, grid, quantizers)
+    if quantizers is not None:
+        found.append(_by_state(tokens, symbols, quantizers))
+    elif grid.where is None:
+        found += _by_context(tokens, counts, grid, ABOVE)
+        turned = tokens.reshape(grid.rows, grid.columns).T.reshape(-1)
+        found += _by_context(turned, counts, grid.turned(), LEFT)
+    return min(found, key=_bits)
+
+
+def _bits(found: tuple[float, Model]) -> float:
+    return found[0]
+
+
+def _by_state(
+    tokens: np.ndarray, symbols: int, quantizers: np.ndarray, labels: np.ndarray | None = None, grid: Grid | None = None
+) -> tuple[float, Model]:
+    """Classes by the quantizer, within classes of rows."""
+    classes, rows, chosen = quantizers.astype(np.int64), 1, np.zeros(0, np.uint8)
+    if labels is not None and grid is not None:
+        rows, chosen = int(labels.max()) + 1, labels
+        classes = rows * classes + grid.by_rows(labels, 0, grid.rows)
+    counts = np.bincount(classes * symbols + tokens, minlength=2 * rows * symbols).reshape(2 * rows, symbols)
+    return _weighed(Model(STATE, [], chosen), counts)
 
 
 def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
@@ -83,12 +117,14 @@ def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
         before = table
     model = dataclasses.replace(model, tables=tables)
     if model.labels.size:
-        uses = np.bincount(model.labels, minlength=len(tables))
+        uses = np.bincount(model.labels, minlength=model.rows)
         total += model.label_table.rate(uses) + table_nbits(model.label_table, None)
     return total, model
 
 
-def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid) -> list[tuple[float, Model]]:
+def _by_labels(
+    tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None
+) -> list[tuple[float, Model]]:
     """Classes of rows and of columns, the most promising number of each."""
     found = []
     for kind, histograms in zip((ROWS, COLUMNS), _histograms(tokens, symbols, grid), strict=True):
@@ -100,7 +136,9 @@ def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid) -> list[tuple[float
             told = whole - _rate(parted) - _rate(np.bincount(labels, minlength=count)[None]) - _LABELS * count
             best, gain = (labels, told) if told > gain else (best, gain)
         if best is not None:
-            found.append(_weighed(Model(kind, [], best), _counts(tokens, symbols, grid, Model(kind, [], best))))
+            found.append(_weighed(Model(kind, [], best), _counts(tokens, symbols, grid, kind, best)))
+            if quantizers is not None and kind == ROWS:
+                found.append(_by_state(tokens, symbols, quantizers, best, grid))
     return found
 
 
@@ -136,20 +174,17 @@ def _rate(counts: np.ndarray) -> float:
     return float((counts.sum(-1) * np.log2(totals)).sum() - (counts * np.log2(kept)).sum())
 
 
-def _counts(tokens: np.ndarray, symbols: int, grid: Grid, model: Model) -> np.ndarray:
+def _counts(tokens: np.ndarray, symbols: int, grid: Grid, kind: int, labels: np.ndarray) -> np.ndarray:
     """How often each token occurs in each class of rows or columns."""
-    count = int(model.labels.max()) + 1
+    count, own = int(labels.max()) + 1, grid.by_rows if kind == ROWS else grid.by_columns
     total = np.zeros(count * symbols, np.int64)
     for first, last, part in grid.slices():
-        classes = model.classes(grid, first, last, tokens[:0])
-        total += np.bincount(classes * np.int64(symbols) + tokens[part], minlength=total.size)
+        total += np.bincount(own(labels, first, last) * np.int64(symbols) + tokens[part], minlength=total.size)
     return total.reshape(count, symbols)
 
 
 def _by_context(tokens: np.ndarray, counts: np.ndarray, grid: Grid, kind: int) -> list[tuple[float, Model]]:
     """Classes by the number a row before: by its sign, and by sign and size."""
-    if grid.columns < _NARROW and grid.rows > _CALLS:
-        return []  # a decoder goes row by row
     symbols, centre = len(counts), int(np.argmax(counts))
     distances = np.bincount(np.abs(np.arange(symbols) - centre), counts)
     distances[0] = 0

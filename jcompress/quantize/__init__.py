@@ -4,6 +4,7 @@ from jcompress.quantize import distortions, ranges, training
 from jcompress.quantize.adaround import AdaRound
 from jcompress.quantize.alignment import align
 from jcompress.quantize.awq import AWQ
+from jcompress.quantize.dependent import Dependent
 from jcompress.quantize.floating import Float
 from jcompress.quantize.floats import Float4, Float8
 from jcompress.quantize.gpfq import GPFQ
@@ -24,6 +25,7 @@ from jcompress.quantize.tables import NF4, AdditivePowersOfTwo, PowersOfTwo, Tab
 from jcompress.quantize.ternary import ABCNet, Ternary
 from jcompress.quantize.training.optimizer import moments, round_gradients
 from jcompress.quantize.vector_codes import E8P, Trellis
+from jcompress.quantize.water_filling import WaterFilling
 
 __all__ = [
     "AWQ",
@@ -40,6 +42,7 @@ __all__ = [
     "ABCNet",
     "AdaRound",
     "AdditivePowersOfTwo",
+    "Dependent",
     "FixedPoint",
     "Float",
     "Float4",
@@ -53,6 +56,7 @@ __all__ = [
     "Table",
     "Ternary",
     "Trellis",
+    "WaterFilling",
     "activations",
     "align",
     "distortions",

@@ -82,7 +82,7 @@ class RateDistortion(Method):
         steps = jnp.clip(zero - near, -_NEAR, _NEAR)
         tried = [near + jnp.clip(steps, -k, k) for k in range(_NEAR + 1)]
         choices = jnp.stack([*tried, jnp.broadcast_to(zero, near.shape)])
-        errors = self._importance(w, context) * (wanted - choices) ** 2
+        errors = importance(self.weigh, context) * (wanted - choices) ** 2
         places = jnp.clip(choices - low, 0, high - low).astype(jnp.int32)
         counted = jnp.ones(w.shape) if context.where is None else jnp.broadcast_to(context.where, w.shape)
 
@@ -95,9 +95,11 @@ class RateDistortion(Method):
         codes = jnp.take_along_axis(choices, best[None], 0)[0].astype(node.codes.dtype)
         return dataclasses.replace(node, codes=codes).project(w, context.where)
 
-    def _importance(self, w: jax.Array, context: Context) -> jax.Array:
-        if self.weigh is None:
-            return jnp.ones((), jnp.float32)
-        h = jnp.maximum(getattr(context.stats, self.weigh).astype(jnp.float32), 0)
-        mean = jnp.mean(h)
-        return jnp.where(mean > 0, h / jnp.where(mean > 0, mean, 1), 1.0)
+
+def importance(weigh: str | None, context: Context) -> jax.Array:
+    """How much each weight matters by a statistic, its mean 1; 1 for None."""
+    if weigh is None:
+        return jnp.ones((), jnp.float32)
+    h = jnp.maximum(getattr(context.stats, weigh).astype(jnp.float32), 0)
+    mean = jnp.mean(h)
+    return jnp.where(mean > 0, h / jnp.where(mean > 0, mean, 1), 1.0)
