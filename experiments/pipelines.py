@@ -1,0 +1,359 @@
+"""From a dense network to the smallest file, stage by stage, each stage on disk.
+
+    python -m experiments.pipelines --data=mnist --model=lenet_300_100 --data_dir=D
+    python -m experiments.pipelines --data=mnist --model=lenet5 --data_dir=D
+
+A stage is a function from a tree to a tree of nodes, ``stage(bench, tree, seed)``; a pipeline is a list of them
+(:data:`PIPELINES`). What each stage gave is saved, plain and coded, and its row has both sizes and the error on the
+last 5,000 training images, by which everything is chosen. Only the last stage's row has the error on the test images.
+Stopped, the same command goes on after the last stage on disk; a stage whose file is there is not made again.
+
+Expect, with ``lenet_300_100`` on MNIST-60k: ``results/pipelines/``, with published numbers beside each row.
+What the order of distillation, pruning, quantization and an early exit does: ``experiments/orders.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jcompress as jc
+from experiments import data as datasets
+from experiments import flags, runner, tables
+from experiments.lab import Lab, batches, cross_entropy, steps_in
+from experiments.workdir import Row, Rows, write
+
+PyTree = Any
+T = jc.quantize.training
+HELD_OUT = {"mnist": 5000 / 60000}
+
+
+class Bench(Lab):
+    """A model, its data, and a loop that trains whatever a stage gives it.
+
+    Args:
+      model: its name.
+      load: ``load(seed) -> Data``, with a split to choose by.
+      batch_size: examples a step.
+      scale: of all epochs.
+    """
+
+    def __init__(
+        self, model: str, load: Callable[[int], datasets.Data], batch_size: int = 128, scale: float = 1.0
+    ) -> None:
+        super().__init__(model, load)
+        self.batch_size, self.scale = batch_size, scale
+
+    def steps(self, epochs: float) -> int:
+        """Steps in so many epochs of the training split."""
+        return steps_in(self.scale * epochs, len(self.load(0).train), self.batch_size)
+
+    def fit(
+        self, name: Any, start: PyTree, held: PyTree, loss: Any, tx: Any, epochs: float, seed: int, soft: Any
+    ) -> Any:
+        """Train ``start``; returns it and the state of the optimizer.
+
+        Args:
+          name: of what is compiled; one for all calls of one loss and optimizer.
+          start: leaves to train.
+          held: passed through to the loss.
+          loss: ``loss(train, held, x, y, targets, key)``, a scalar.
+          tx: an optax transform.
+          epochs: how long.
+          seed: of the order of examples and of noise.
+          soft: targets of all training examples, or None.
+        """
+
+        def one(train: PyTree, state: Any, held: PyTree, data: tuple, index: Any, key: Any) -> tuple:
+            batch = [None if x is None else x[index] for x in data]
+            grads = jax.grad(loss, allow_int=True)(train, held, *batch, key)
+            updates, state = tx.update(grads, state, train)
+            return optax.apply_updates(train, updates), state
+
+        step, split = self.once(("step", name), lambda: jax.jit(one, donate_argnums=(0, 1))), self.load(0).train
+        data, key = (jnp.asarray(split.x), jnp.asarray(split.y), soft), jax.random.key(seed)
+        train = jax.tree.map(jnp.copy, start)
+        state = self.once(("init", name), lambda: jax.jit(tx.init))(train)
+        for i, index in zip(range(self.steps(epochs)), batches(key, len(split), self.batch_size), strict=False):
+            train, state = step(train, state, held, data, index, jax.random.fold_in(key, i))
+        return train, state
+
+    def targets(self, params: PyTree) -> jax.Array:
+        """The network's outputs on all training examples, (n, classes)."""
+        split, apply = self.load(0).train, self.once("apply", lambda: jax.jit(self.apply))
+        return jnp.concatenate([apply(params, split.x[i : i + 5000]) for i in range(0, len(split), 5000)])
+
+    def hard(self, params: PyTree, x: Any, y: Any, targets: Any) -> jax.Array:
+        """Cross entropy, and of what a teacher said where there is one."""
+        logits = self.apply(params, x)
+        own = cross_entropy(logits, y).mean()
+        return own if targets is None else own / 2 + jc.distill.soft_targets(logits, targets, temperature=2.0)
+
+
+Stage = Callable[[Bench, PyTree, int], PyTree]
+
+
+def dense(bench: Bench, tree: PyTree, seed: int, *, epochs: float) -> PyTree:
+    """A network trained from scratch, with decoupled weight decay."""
+    tx = optax.adamw(_falling(bench, 1e-3, epochs), weight_decay=1e-2)
+
+    def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
+        return bench.hard(train, x, y, targets)
+
+    return bench.fit(("dense", epochs), bench.start(seed), None, loss, tx, epochs, seed, None)[0]
+
+
+def prune(bench: Bench, tree: PyTree, seed: int, *, sparsity: dict[str, float], epochs: float) -> PyTree:
+    """Magnitudes along a cubic ramp over the first half, the dense network its own teacher."""
+    params, half = jc.materialize(tree), bench.steps(epochs) // 2
+    rules = [
+        (f"{layer}/kernel", jc.prune.Magnitude(optax.polynomial_schedule(0.0, s, 3, half)))
+        for layer, s in sparsity.items()
+    ]
+    plan = jc.plan(params, rules)
+    tx = optax.chain(optax.adam(_falling(bench, 1e-3, epochs)), jc.project(plan, every=20))
+
+    def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
+        return bench.hard(train, x, y, targets)
+
+    name = ("prune", epochs, *sparsity.items())
+    params, state = bench.fit(name, params, None, loss, tx, epochs, seed + 1, bench.targets(params))
+    return jc.nodes(params, state)
+
+
+def share(bench: Bench, tree: PyTree, seed: int, *, clusters: dict[str, int], epochs: float) -> PyTree:
+    """A codebook for what each mask keeps, its values trained (Han, Mao & Dally 2016, arXiv:1510.00149)."""
+    params, layers = jc.materialize(tree), clusters.items()
+    rules = [(f"{x}/kernel", jc.chain(jc.prune.Nonzero(), jc.share.KMeans(n, exact=True))) for x, n in layers]
+    train, held = jc.split(jc.compress(params, jc.plan(params, rules)))
+    tx = optax.adam(_falling(bench, 3e-4, epochs))
+
+    def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
+        return bench.hard(jc.materialize(jc.merge(train, held)), x, y, targets)
+
+    name = ("share", epochs, *clusters.items())
+    tuned, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 2, bench.targets(params))
+    return _halved(jc.merge(tuned, held))
+
+
+def learn(bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float) -> PyTree:
+    """Integers, steps and densities trained for loss and bits (Oktay et al. 2020, arXiv:1906.06624)."""
+    params = jc.materialize(tree)
+    plan = jc.plan(params, [(".*/kernel", T.EntropyPenalized(levels=15)), (".*", None)])
+    train, held = jc.split(jc.compress(params, plan))
+    rates = {"values": 0.03, "log_step": 1e-3, "density": 1e-2, "dense": 5e-4}
+    named = {name: optax.adam(_falling(bench, rate, epochs)) for name, rate in rates.items()}
+    tx = optax.multi_transform(named, functools.partial(_named, rates=rates))
+
+    def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
+        tree = jc.merge(train, held)
+        return bench.hard(jc.materialize(tree), x, y, targets) + price * T.rate(tree, key)
+
+    name = ("learn", price, epochs)
+    trained, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 3, bench.targets(params))
+    return _halved(jc.finalize(jc.merge(trained, held)))
+
+
+def self_distil(bench: Bench, tree: PyTree, seed: int, *, bits: int, epochs: float) -> PyTree:
+    """Straight-through training in few bits by the dense network's own outputs (O'Neill & Dutta 2023, 2307.05972)."""
+    params = jc.materialize(tree)
+    plan = jc.plan(params, [(".*/kernel", jc.quantize.Int(bits=bits, clip="mse")), (".*", None)])
+    tx = optax.adam(_falling(bench, 3e-4, epochs))
+
+    def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
+        logits = bench.apply(jc.simulate(train, plan), x)
+        return jc.distill.soft_targets(logits, targets, temperature=2.0) + cross_entropy(logits, y).mean() / 2
+
+    trained, _ = bench.fit(("sdq", bits, epochs), params, None, loss, tx, epochs, seed + 4, bench.targets(params))
+    return _halved(jc.compress(trained, plan))
+
+
+def code(bench: Bench, tree: PyTree, seed: int, *, price: float) -> PyTree:
+    """After training only: what is not zero on a trellis, by error and bits."""
+    params = jc.materialize(tree)
+    grid = jc.quantize.Int(bits=5, axis=None)
+    return _halved(
+        jc.compress(params, jc.plan(params, [(".*/kernel", jc.quantize.Dependent(price, grid)), (".*", None)]))
+    )
+
+
+def _named(train: PyTree, rates: dict[str, float]) -> PyTree:
+    def name(path: Any, _: Any) -> str:
+        last = str(getattr(path[-1], "name", ""))
+        return last if last in rates else "dense"
+
+    return jax.tree_util.tree_map_with_path(name, train)
+
+
+def _falling(bench: Bench, peak: float, epochs: float) -> optax.Schedule:
+    return optax.cosine_decay_schedule(peak, bench.steps(epochs), alpha=0.01)
+
+
+def _halved(tree: PyTree) -> PyTree:
+    """All floats that are stored in 16 bits: scales, codebooks, biases."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Named stages, and the published figures that its row stands beside."""
+
+    stages: dict[str, Stage]
+    published: str = ""
+
+
+def _start(epochs: float, pruned: float, sparsity: dict[str, float]) -> dict[str, Stage]:
+    return {
+        "dense": functools.partial(dense, epochs=epochs),
+        "prune": functools.partial(prune, sparsity=sparsity, epochs=pruned),
+    }
+
+
+_MLP = {"dense_0": 0.94, "dense_1": 0.92, "head": 0.7}
+_CAFFE = {"conv_0": 0.3, "conv_1": 0.88, "dense_0": 0.97, "head": 0.8}
+_PAPERS = {
+    "lenet_300_100": ("Deep Compression 40x at 1.58", "entropy-penalized 124x at 1.8"),
+    "lenet5": ("Deep Compression 39x at 0.74", "entropy-penalized 606x at 0.9"),
+}
+
+
+def pipelines(model: str) -> dict[str, Pipeline]:
+    """The pipelines of one model; those that begin alike share the files of their beginnings."""
+    sparsity = _MLP if model == "lenet_300_100" else _CAFFE
+    start, (deep, penalized) = _start(8, 8, sparsity), _PAPERS[model]
+    shared = functools.partial(share, clusters=dict.fromkeys(sparsity, 16), epochs=2)
+    return {
+        "deep compression": Pipeline({**start, "share": shared}, deep),
+        "learned, mild": Pipeline({**start, "learn mildly": functools.partial(learn, price=3e-6, epochs=8)}, deep),
+        "learned": Pipeline({**start, "learn": functools.partial(learn, price=1e-5, epochs=8)}, penalized),
+        "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
+        "self-distilled": Pipeline(
+            {"dense": start["dense"], "4 bits": functools.partial(self_distil, bits=4, epochs=4)}
+        ),
+    }
+
+
+class Staged:
+    """All pipelines of one model, a row for each stage and seed, as the runner takes them."""
+
+    keys = ("seed", "stages")
+
+    def __init__(self, args: Any) -> None:
+        held = HELD_OUT.get(args.data)
+        load = functools.partial(_load, args.data, args.data_dir, held)
+        self.bench = Bench(args.model, load, scale=args.epochs)
+        self.pipelines = pipelines(args.model)
+        self.workdir = Path(args.workdir or f"runs/pipelines/{args.data}_{args.model}")
+        self.seeds = args.seeds
+        self.setting = {
+            "data": str(self.bench.load(0)),
+            "epochs": args.epochs,
+            "ways": {
+                name: {stage: _told(make) for stage, make in p.stages.items()} for name, p in self.pipelines.items()
+            },
+        }
+
+    def todo(self) -> Iterator[Row]:
+        for seed in range(self.seeds):
+            done = set()
+            for pipeline in self.pipelines.values():
+                names = list(pipeline.stages)
+                for i in range(1, len(names) + 1):
+                    stages = " > ".join(names[:i])
+                    if stages not in done:
+                        done.add(stages)
+                        yield {"seed": seed, "stages": stages}
+
+    def measure(self, rows: Rows, seed: int, stages: str) -> Row:
+        """Run the last of these stages on what the one before left on disk, and save what it gives."""
+        *before, last = stages.split(" > ")
+        stage = next(
+            p.stages[last] for p in self.pipelines.values() if [*p.stages][: len(before) + 1] == [*before, last]
+        )
+        tree = jc.load(self._file(seed, before)) if before else None
+        tree = stage(self.bench, tree, 100 * seed)
+        path = self._file(seed, [*before, last])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plain, coded = jc.save(path.with_suffix(".plain"), tree), jc.save(path, tree, coded=True)
+        path.with_suffix(".plain").unlink()
+        final = any([*p.stages] == [*before, last] for p in self.pipelines.values())
+        return {"plain": plain, "bytes": coded, **self._judged(jc.load(path), final)}
+
+    def _judged(self, tree: PyTree, final: bool) -> Row:
+        data = self.bench.load(0)
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), jc.materialize(tree))
+        row = {"validation": 100 * (1 - self.bench.evaluate(params, data.val).accuracy)}
+        return row | ({"test": 100 * (1 - self.bench.evaluate(params, data.test).accuracy)} if final else {})
+
+    def _file(self, seed: int, stages: Sequence[str]) -> Path:
+        name = "-".join(stages).replace(" ", "_").replace(",", "")
+        return self.workdir / "models" / f"{seed}-{name}.jc"
+
+    def line(self, row: Row) -> str:
+        ratio = 4 * self.bench.size / row["bytes"]
+        return f"seed {row['seed']}, {row['stages']}: {row['bytes']:,} bytes, {ratio:.1f}x, {row['validation']:.2f}%"
+
+    def finish(self, rows: list[Row]) -> tuple[str, Any]:
+        cells = table(rows, self.bench.size, {" > ".join(p.stages): p.published for p in self.pipelines.values()})
+        write(self.workdir / "table.md", tables.markdown(cells) + "\n")
+        return tables.aligned(cells), None
+
+
+def table(rows: Sequence[Row], size: int, published: dict[str, str]) -> list[list[str]]:
+    """Means over seeds, the head first; ``size`` in numbers of the dense network."""
+    found = [
+        [
+            "stages",
+            "seeds",
+            "bytes, plain",
+            "bytes, coded",
+            "smaller",
+            "validation error, %",
+            "test error, %",
+            "published",
+        ]
+    ]
+    for stages in dict.fromkeys(row["stages"] for row in rows):
+        own = [row for row in rows if row["stages"] == stages]
+        plain, coded = (sum(row[name] for row in own) / len(own) for name in ("plain", "bytes"))
+        errors = [_spread([row[name] for row in own if name in row]) for name in ("validation", "test")]
+        told = published.get(stages, "")
+        found.append(
+            [stages, str(len(own)), f"{plain:,.0f}", f"{coded:,.0f}", f"{4 * size / coded:.1f}x", *errors, told]
+        )
+    return found
+
+
+def _spread(values: list[float]) -> str:
+    return tables.spread(*tables.mean_std(values)) if values else ""
+
+
+def _told(stage: Any) -> Any:
+    """What tells a stage from another of the same name."""
+    return {"does": stage.func.__name__, **stage.keywords}
+
+
+def _load(name: str, folder: str | None, held: float | None, seed: int) -> datasets.Data:
+    return datasets.load(name, folder, 0, val=held)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = flags.parser(__doc__, "runs/pipelines/<data>_<model>")
+    parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
+    parser.add_argument("--model", choices=["lenet_300_100", "lenet5"], default="lenet_300_100")
+    parser.add_argument("--seeds", type=flags.positive, default=3)
+    parser.add_argument("--epochs", type=float, default=1.0, help="scale of all epochs, to try things out")
+    args = parser.parse_args(argv)
+    return runner.main(lambda signals: Staged(args), args.overwrite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
