@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import DependentCodes
 from jcompress.formats.quantized import spread
@@ -73,6 +74,7 @@ class Dependent(Method):
         """The statistic that weighs, and what the grid needs."""
         return super().needs if self.weigh is None else (*super().needs, f"stats.{self.weigh}")
 
+    @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> DependentCodes:
         """The node for one array."""
         found = self.grid(w, context)
