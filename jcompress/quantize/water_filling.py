@@ -24,7 +24,7 @@ from jcompress.quantize import dependent as rounding
 class WaterFilling(Method):
     """Round the inputs of a layer in turn as :class:`GPTQ` does, each in a step of its own, and pay for bits.
 
-    The sweep is that of Frantar et al. (2022, arXiv:2210.17323), the steps are those of Gaussian sources (Cover & Thomas
+    The sweep is that of Frantar et al. (2022, arXiv:2210.17323), the steps those of Gaussian sources (Cover & Thomas
     2006, section 10.3).
 
     With ``U^T U = H^-1``, ``H`` the Gram matrix of the inputs, an error ``e`` of input ``j`` costs the outputs ``(e /
