@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -247,6 +247,8 @@ def _trained(
 def main(argv: Sequence[str]) -> int:
     """The command; its exit code is 0, 2 after one line on what is wrong, or 128 and the number of a signal."""
     chosen = flags.FLAGS
+    if not chosen["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # checkpoints tell much
     if len(argv) > 1:
         return runner.refuse(f"{argv[1]!r} is no flag; see --help")
     if chosen.dry_run:
