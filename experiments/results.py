@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import flags, minilm, prune, tables
+from experiments import flags, llm, minilm, prune, tables
 from experiments.families import __main__ as families
 from experiments.quantization import training
 from experiments.runner import refuse
@@ -49,6 +49,10 @@ def draw(folder: Path) -> list[Path]:
         found, config = rows(path, families.Comparison.keys), families.config_of(path.stem)
         kind, (table, picture) = "text" if path.stem == "text" else "image", beside(path)
         families.finish(found, kind, config.finetuning, table, picture, f"{config.model}, {path.stem}")
+        made.append(picture)
+    for path in sorted((folder / "llm").glob("*.jsonl")):
+        table, picture = beside(path)
+        llm.finish(rows(path, llm.Language.keys), table, picture)
         made.append(picture)
     models = folder / "zoo" / "models.jsonl"
     zoo.finish(rows(models, ("package", "model")), models.with_suffix(".md"))

@@ -52,6 +52,19 @@ def test_gguf_there_and_back(tmp_path):
     assert tokenizer.decode(tokenizer.encode("the öre").ids) == "the öre"
 
 
+def test_nodes_are_renamed_with_the_columns_of_their_codes():
+    plan = jc.plan(PARAMS, [(".*/(q|k|up)/kernel", jc.quantize.Int(bits=4, group_size=8)), (".*", None)])
+    tree = jc.compress(PARAMS, plan)
+    expected = dict(llama_files.to_arrays(jc.materialize(tree), CONFIG, "gguf"))
+    found = llama_files.renamed(tree, CONFIG)
+    assert isinstance(found["blk.1.attn_q.weight"], jc.formats.Quantized) and set(found) == set(expected)
+    for name, leaf in found.items():
+        dense = jc.core.dense(leaf)
+        np.testing.assert_array_equal(
+            dense.T if dense.ndim > 1 and name != "token_embd.weight" else dense, expected[name]
+        )
+
+
 def test_a_folder_of_the_hub(tmp_path):
     model = {"model_type": "llama", "vocab_size": 270, "hidden_size": 16, "num_hidden_layers": 2, "rms_norm_eps": 1e-6}
     model |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "rope_theta": 1000.0}

@@ -107,6 +107,15 @@ def others(bits: int) -> Iterator[Recipe]:
     yield Recipe(f"lqer{bits}", "low-rank correction", jc.quantize.LQER(rank=16, grid=grid(bits)))
 
 
+def vectors() -> Iterator[Recipe]:
+    """Two bits without a codebook: a lattice, and walks on a trellis, of rotated kernels and for the outputs."""
+    turned = jc.quantize.Rotation
+    for kind in ("plain", "attended"):
+        end = "" if kind == "plain" else f"-{kind}"
+        yield Recipe(f"lattice2{end}", "lattice", turned(jc.quantize.E8P(weigh="gram")), kind)
+        yield Recipe(f"trellis2{end}", "trellis", turned(jc.quantize.Trellis(memory=10, weigh="gram")), kind)
+
+
 def pruned(name: str, method: Any, family: str, kind: str = "plain") -> Recipe:
     """Half of the weights, or a pattern."""
     return Recipe(name, family, method, kind)
@@ -156,6 +165,7 @@ def recipes() -> Iterator[Recipe]:
     yield from half[:3]
     yield from (rounded(2), gptq(2), gptq(2, "attended"))
     yield from patterns[0][:3]
+    yield from vectors()
     yield from others(3)
     yield from (stored(8), stored(4))
     yield Recipe("svd20", "low rank", jc.factorize.WhitenedSVD(rank=0.8))

@@ -56,6 +56,12 @@ _HUB = {
     "mlp/down/kernel": "mlp.down_proj.weight",
 }
 
+LAYOUTS = {
+    "(token_embd|model.embed_tokens).weight": jc.Layout(inputs=(-1,), outputs=(-2,)),
+    ".*": jc.Layout(inputs=(-2,), outputs=(-1,)),
+}
+"""What the axes of renamed leaves are."""
+
 
 class Loaded(NamedTuple):
     """A decoder with its parameters and what makes its tokens.
@@ -151,6 +157,23 @@ def to_arrays(params: PyTree, config: llama.Config, which: str) -> Iterator[tupl
         order = interleaved(config, path) if which == "gguf" else None
         x = x if order is None else x[:, order]
         yield called[path], np.ascontiguousarray(x.T if path.endswith("kernel") else x)
+
+
+def renamed(params: PyTree, config: llama.Config, which: str = "gguf") -> dict[str, Any]:
+    """Leaves by their names in files, nodes as they are: what ``jcompress.io.export_gguf`` takes with :data:`LAYOUTS`.
+
+    Kernels stay (in, out); for GGUF the columns of q and k change places, codes and scales alike.
+
+    Args:
+      params: arrays, or nodes all of whose arrays have the outputs last; layers as a list.
+      config: the model.
+      which: ``"gguf"``, or ``"hub"``.
+    """
+    found = {}
+    for path, leaf in jc.paths(params):
+        order = interleaved(config, path) if which == "gguf" else None
+        found[names(config, which)[path]] = leaf if order is None else jax.tree.map(lambda x, o=order: x[..., o], leaf)
+    return found
 
 
 def _stored(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
