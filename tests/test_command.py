@@ -214,7 +214,7 @@ def test_usage(capsys):
         assert error.value.code == status
     found = capsys.readouterr()
     assert "register-python-argcomplete" in found.out
-    assert all(name in found.out for name in ("inspect", "plan", "compress", "diff", "report"))
+    assert all(name in found.out for name in ("inspect", "plan", "compress", "diff", "report", "export"))
 
 
 STOPS = """

@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     _plan(commands)
     _compress(commands)
     _compare(commands)
+    _export(commands)
     return top
 
 
@@ -83,12 +84,28 @@ def _compare(commands: Any) -> None:
     found.add_argument("after", metavar="AFTER", help="a file of jc.save, made of it")
 
 
+def _export(commands: Any) -> None:
+    found = _command(commands, "export", "write a file that other programs read")
+    found.add_argument("source", metavar="SOURCE", help="a file of jc.save, or any other that inspect shows")
+    found.add_argument("--output", "-o", required=True, metavar="PATH", help="the file or folder to write")
+    formats = ("safetensors", "compressed-tensors", "gguf")
+    found.add_argument("--to", required=True, choices=formats, help="the format; safetensors holds dense arrays")
+    found.add_argument(
+        "--like", metavar="ORIGINAL", help="the model it was made of: its metadata and other files go along"
+    )
+    found.add_argument(
+        "--kind", metavar="KIND", help="how GGUF keeps dense kernels: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K"
+    )
+    found.add_argument("--layout", choices=("in-out", "out-in"), default="out-in", help="of the kernels of the source")
+
+
 _PLACES = {
     "inspect": "listing",
     "plan": "planning",
     "compress": "planning",
     "diff": "comparing",
     "report": "comparing",
+    "export": "exporting",
 }
 
 

@@ -1,8 +1,10 @@
 """Storage: one file for a compressed model, checkpoints for training, and nodes in exported functions."""
 
 from jcompress.io.checkpoint import Checkpoints
+from jcompress.io.compressed_tensors import export_compressed_tensors
 from jcompress.io.export import register_export
 from jcompress.io.gguf import read_gguf, write_gguf
+from jcompress.io.gguf_nodes import export_gguf
 from jcompress.io.manifest import StorageError
 from jcompress.io.reading import read_tensors
 from jcompress.io.safetensors import read_safetensors, write_safetensors
@@ -16,6 +18,8 @@ __all__ = [
     "Checkpoints",
     "StorageError",
     "Tensors",
+    "export_compressed_tensors",
+    "export_gguf",
     "inspect",
     "read_gguf",
     "read_safetensors",

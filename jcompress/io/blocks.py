@@ -165,3 +165,96 @@ DECODED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q6_K": _q6_k,
 }
 """Kinds of blocks whose numbers are known here."""
+
+
+def _bytes(*parts: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.ascontiguousarray(x).view(np.uint8) for x in parts], axis=-1)
+
+
+def _pairs(codes: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`_nibbles`."""
+    half = codes.shape[-1] // 2
+    return (codes[..., :half] | codes[..., half:] << 4).astype(np.uint8)
+
+
+def pack(kind: str, codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None = None) -> np.ndarray:
+    """Blocks of 32 codes that are known, as bytes.
+
+    Args:
+      kind: ``"Q8_0"``, ``"Q4_0"``, ``"Q4_1"``, ``"Q5_0"`` or ``"Q5_1"``.
+      codes: (blocks, 32); of the symmetric kinds signed, of the others from 0.
+      scale: (blocks,), float16.
+      minimum: (blocks,), float16, of the affine kinds.
+    """
+    scale = scale[:, None].astype(np.float16)
+    if kind == "Q8_0":
+        return _bytes(scale, codes.astype(np.int8))
+    head = (scale,) if minimum is None else (scale, minimum[:, None].astype(np.float16))
+    codes = (codes + {"Q4_0": 8, "Q5_0": 16}.get(kind, 0)).astype(np.uint8)
+    if kind in ("Q5_0", "Q5_1"):
+        head = (*head, np.packbits(codes >> 4 & 1, axis=-1, bitorder="little"))
+    return _bytes(*head, _pairs(codes & 15))
+
+
+RANGES = {"Q8_0": (-128, 127), "Q4_0": (-8, 7), "Q5_0": (-16, 15), "Q4_1": (0, 15), "Q5_1": (0, 31)}
+"""The codes that kinds of 32 hold."""
+AFFINE = ("Q4_1", "Q5_1")
+
+
+def encode(x: np.ndarray, kind: str) -> np.ndarray:
+    """The bytes of numbers rounded to a kind: by the largest magnitude of a block, or its least and greatest.
+
+    Args:
+      x: floating, its last axis a multiple of the block.
+      kind: ``"Q8_0"``, ``"Q4_0"``, ``"Q4_1"``, ``"Q4_K"``, or a plain one.
+    """
+    if kind in PLAIN:
+        return np.ascontiguousarray(x, np.dtype(jnp.dtype(PLAIN[kind]))).reshape(-1).view(np.uint8)
+    x = np.asarray(x, np.float32).reshape(-1, KINDS[kind].block)
+    return ENCODED[kind](x).reshape(-1)
+
+
+def _over(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Quotients, zero where the scale is."""
+    return x * np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+
+
+def _to_q8_0(x: np.ndarray) -> np.ndarray:
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    return pack("Q8_0", np.round(_over(x, scale)), scale[:, 0])
+
+
+def _to_q4_0(x: np.ndarray) -> np.ndarray:
+    largest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)
+    scale = largest / -8
+    return pack("Q4_0", np.clip(np.floor(_over(x, scale) + 0.5), -8, 7), scale[:, 0])
+
+
+def _to_q4_1(x: np.ndarray) -> np.ndarray:
+    least = x.min(-1, keepdims=True)
+    scale = (x.max(-1, keepdims=True) - least) / 15
+    return pack("Q4_1", np.clip(np.floor(_over(x - least, scale) + 0.5), 0, 15), scale[:, 0], least[:, 0])
+
+
+def _to_q4_k(x: np.ndarray) -> np.ndarray:
+    x = x.reshape(-1, 8, 32)
+    minima = -np.minimum(x.min(-1), 0)
+    scales = (x.max(-1) + minima) / 15
+    wide = [(np.maximum(y.max(-1, keepdims=True), 0) / 63).astype(np.float16) for y in (scales, minima)]
+    few = [
+        np.clip(np.round(_over(y, z.astype(np.float32))), 0, 63) for y, z in zip((scales, minima), wide, strict=True)
+    ]
+    scale, least = (y * z.astype(np.float32) for y, z in zip(few, wide, strict=True))
+    codes = np.clip(np.round(_over(x + least[..., None], scale[..., None])), 0, 15).astype(np.uint8)
+    s, m = (y.astype(np.uint8) for y in few)
+    packed = _bytes(s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4)
+    return _bytes(*wide, packed, _pairs(codes.reshape(-1, 4, 64)).reshape(-1, 128))
+
+
+ENCODED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Q8_0": _to_q8_0,
+    "Q4_0": _to_q4_0,
+    "Q4_1": _to_q4_1,
+    "Q4_K": _to_q4_k,
+}
+"""Kinds of blocks that numbers are rounded to here."""
