@@ -110,6 +110,49 @@ def test_heads_and_places_of_a_unit_move_together(rng):
     np.testing.assert_allclose(fn(new, x), fn(params, x), rtol=1e-3, atol=1e-3)
 
 
+def test_groups_of_a_norm_and_heads_stay_together(rng):
+    """Channels move within the groups of a norm, and dimensions alike in all heads."""
+
+    def drawn(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {
+        "a": {"kernel": drawn(4, 16), "scale": drawn(16)},
+        **{name: {"kernel": drawn(16, 16)} for name in ("q", "k", "v", "o")},
+        "b": {"kernel": drawn(16, 8)},
+    }
+
+    def fn(params, x):
+        h = (x @ params["a"]["kernel"]).reshape(*x.shape[:-1], 4, 4)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5)
+        h = h.reshape(*x.shape[:-1], 16) * params["a"]["scale"]
+        q, k, v = ((h @ params[name]["kernel"]).reshape(*h.shape[:-1], 4, 4) for name in "qkv")
+        y = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k)), v)
+        return jax.nn.relu(y.reshape(h.shape) @ params["o"]["kernel"]) @ params["b"]["kernel"]
+
+    x = drawn(5, 4)
+    new, orders = jc.rewrite.permute(params, jc.trace.coupling(fn, params, x), block=2)
+    assert any((order != np.arange(len(order))).any() for order in orders.values())
+    np.testing.assert_allclose(fn(new, x), fn(params, x), rtol=1e-3, atol=1e-3)
+
+
+def test_units_that_a_constant_tells_apart_stay_where_they_are(rng):
+    _, params, x = network(rng)
+    gains = jnp.linspace(1.0, 3.0, 48)
+
+    def told(params, x):
+        """Of the group inside, units differ by their place; the residual group is free."""
+        h = jax.nn.relu(x @ params["in"]["kernel"] + params["in"]["bias"])
+        return (h + jax.nn.gelu(h @ params["up"]["kernel"] * gains) @ params["down"]["kernel"]) @ params["out"][
+            "kernel"
+        ]
+
+    groups = jc.trace.coupling(told, params, x)
+    new, orders = jc.rewrite.permute(params, groups, block=BLOCK, fn=lambda p: told(p, x))
+    assert [len(order) for order in orders.values()] == [32]
+    np.testing.assert_allclose(told(new, x), told(params, x), rtol=2e-3, atol=2e-3)
+
+
 def test_a_block_of_one_input_has_no_order():
     with pytest.raises(ValueError, match="block=1 must be at least 2"):
         jc.rewrite.permute({}, {}, block=1)

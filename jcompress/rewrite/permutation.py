@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,13 @@ from jcompress.layers.groups import Group
 
 
 def permute(
-    params: PyTree, groups: Mapping[str, Group], block: int = 8, *, swaps: int = 2_000, key: jax.Array | None = None
+    params: PyTree,
+    groups: Mapping[str, Group],
+    block: int = 8,
+    *,
+    fn: Callable[[PyTree], Any] | None = None,
+    swaps: int = 2_000,
+    key: jax.Array | None = None,
 ) -> tuple[PyTree, dict[str, np.ndarray]]:
     """Reorder units so that inputs that stand in one block of a kernel vary together (Martinez et al. 2021).
 
@@ -24,13 +31,15 @@ def permute(
     its kernels of ``log det cov`` is lowered: the best of three orders to begin with (as it is, by energy, those that
     are alike together), then random exchanges of two units, kept where they lower it.
 
-    A function that tells units apart by their place, by a constant of one number a unit or by a rotary embedding, is
-    another one afterwards: leave such groups out, and compare outputs.
+    A function that tells units apart by their place, by a constant of one number a unit (statistics of a norm that it
+    closes over, a rotary embedding), would be another one afterwards. Pass ``fn``, and groups that it tells apart are
+    left as they are.
 
     Args:
       params: a pytree of arrays.
       groups: from ``jc.trace.coupling``; all prunable ones are treated whose size the block divides.
       block: inputs of a word.
+      fn: of parameters alone, ``lambda p: apply(p, x)``: what it gives must stay within 1e-3 of its largest number.
       swaps: exchanges that are tried, a group.
       key: for the exchanges; ``jax.random.key(0)`` by default.
 
@@ -57,24 +66,38 @@ def permute(
     if block < 2:
         raise ValueError(f"permute: block={block} must be at least 2; a word of one input has no order")
     found, orders = units.leaves(params), {}
+    outputs = None if fn is None else jax.jit(fn)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.key(0) if key is None else key)).ravel())
     for name in units.prunable(groups):
         group = groups[name]
         places = {m: units.positions(group.maps[m], group.size) for m in group.members}
         movable = all((table < len(group.maps[m])).all() for m, table in places.items())
-        if not group.size or group.size % block or not movable:
+        if not group.size or group.size % block or not movable or group.arguments:
             continue
         readers = [m for m in group.consumers if _is_whole(group.maps[m], group.size)]
         kernels = [_rows(found[path], axis, group.maps[path, axis]) for path, axis in readers]
         if not kernels:
             continue
         order = _searched([_Moments.of(x) for x in kernels], group.size, block, swaps, rng)
-        orders[name] = order
+        changed: dict[str, Any] = {}
         for path, axis in group.members:
             index, table = np.arange(len(group.maps[path, axis])), places[path, axis]
             index[table] = table[order]  # occurrences of a unit keep their order
-            found[path] = jnp.take(found[path], jnp.asarray(index), axis=axis)
+            changed[path] = jnp.take(changed.get(path, found[path]), jnp.asarray(index), axis=axis)
+        moved = units.replace(params, found | changed)
+        if outputs is None or _alike_outputs(outputs(params), outputs(moved)):
+            orders[name], found = order, found | changed
     return units.replace(params, found), orders
+
+
+def _alike_outputs(before: PyTree, after: PyTree) -> bool:
+    """Whether outputs are the same but for rounding."""
+
+    def near(a: Any, b: Any) -> bool:
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        return bool(np.all(np.abs(a - b) <= 1e-3 * np.abs(a).max(initial=0.0) + 1e-12))
+
+    return all(jax.tree.leaves(jax.tree.map(near, before, after)))
 
 
 def _is_whole(index: np.ndarray, size: int) -> bool:

@@ -85,4 +85,4 @@ class SoftKMeans(Method):
             None, None, step, clusters=self.clusters, ndim=w.ndim, block=tuple(self.block), gradient=self.gradient,
             iterations=self.iterations, temperatures=self.temperatures, steps=self.steps,
         )  # fmt: skip
-        return empty.project(w, context.where)
+        return empty.project(jnp.copy(w), context.where)  # the input may be donated
