@@ -9,8 +9,9 @@ other levels are jobs of their own. Each job writes its rows to a file of its ow
 stopped or lost a worker goes on by the same command. The engine is whatever has ``submit(function, *arguments)`` and
 gives things with ``result()``: an executor of ``concurrent.futures``, that of a Dask cluster or of SLURM.
 
-Expect on the digits, LeNet-300-100, 3 seeds, test accuracy of 96 to 98 percent up to 95 percent sparsity and from 3
-bits up, in about a minute on two CPU cores.
+Expect on the digits, LeNet-300-100, 3 seeds, with ``--config.finetune_epochs=2``: test accuracy of 97.5 percent dense,
+98.2 +- 0.3 at 80 percent sparsity (4.4x) and 93.5 +- 1.5 at 90, 97.6 +- 0.4 in 2 bits (12.8x), 97.4 with four shared
+values (14.2x); 42 CPU seconds.
 """
 
 from __future__ import annotations

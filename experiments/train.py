@@ -9,8 +9,8 @@ SLURM. It writes checkpoints, ``metrics.jsonl``, ``record.json`` and, at the end
 to the workdir. Stopped by a signal it saves first; killed, it goes on from the last checkpoint by the same command, on
 the same or another number of devices.
 
-Expect of the tiny decoder on synthetic bytes, 80 percent pruned, a test loss that falls from 5.6 below 2 nats in 300
-steps, in about a minute on two CPU cores; see ``docs/guides/scale.md``.
+Expect of the tiny decoder on synthetic bytes, 80 percent pruned, a test loss of 0.90 nats after 300 steps (5.6 at the
+start), 91 percent of the bytes right, and 134 kB stored of 362 kB dense; see ``docs/guides/scale.md``.
 """
 
 from __future__ import annotations
