@@ -29,6 +29,7 @@ from jcompress.projection import ProjectState, project
 from jcompress.rules import Plan, paths, plan
 from jcompress.sequential import compress_sequentially
 from jcompress.share.tying import tie
+from jcompress.stored_stats import StoredStats, load_stats, save_stats
 from jcompress.streaming import compress_file
 from jcompress.trace import accelerate, calibrate, shrink
 from jcompress.transforms import nodes
@@ -46,6 +47,7 @@ __all__ = [
     "Method",
     "Plan",
     "ProjectState",
+    "StoredStats",
     "__version__",
     "accelerate",
     "budget",
@@ -62,6 +64,7 @@ __all__ = [
     "io",
     "lc",
     "load",
+    "load_stats",
     "materialize",
     "measure",
     "merge",
@@ -78,6 +81,7 @@ __all__ = [
     "residual",
     "rewrite",
     "save",
+    "save_stats",
     "search",
     "share",
     "shrink",

@@ -17,7 +17,7 @@ from jcompress.formats import Masked, Sum
 from jcompress.formats.arranged import restored
 from jcompress.layers import observed, relaying
 from jcompress.numeric.alike import each
-from jcompress.numeric.meshes import kept, on_any_mesh, typed_like
+from jcompress.numeric.meshes import kept, on_any_mesh, on_its_mesh, typed_like
 from jcompress.numeric.packing import Expected
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
@@ -163,7 +163,8 @@ def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: M
     def like(ws: dict[str, Any], *_: Any) -> dict[str, Any]:
         return {path: w if (own := layouts[path]) is None else _seen(w, own) for path, w in ws.items()}
 
-    nodes = on_any_mesh(fitted, like)({path: w for path, (w, _) in found.items()}, own, methods)
+    with on_its_mesh(found[unit[0]][0]):
+        nodes = on_any_mesh(fitted, like)({path: w for path, (w, _) in found.items()}, own, methods)
     return {path: kept(node, found[path][0]) for path, node in nodes.items()}
 
 

@@ -47,7 +47,8 @@ def compress_file(
       path: the file to write. An existing one is replaced at the end.
       step: as in :func:`jcompress.compress`.
       key: as in :func:`jcompress.compress`.
-      stats: ``{path: statistics}`` for methods that need them.
+      stats: ``{path: statistics}`` for methods that need them; those of :func:`jcompress.load_stats` are read leaf by
+        leaf.
       metadata: as in :func:`jcompress.save`.
       coded: as in :func:`jcompress.save`.
       progress: called with a path, how many leaves are done, and how many there are.
@@ -75,20 +76,26 @@ def compress_file(
     apply.check_paths(source.shapes, plan)
     files.check_target(path)
     folder = f"{os.fspath(path)}.parts"
-    with _claimed(folder, _about(source, plan, step, key, coded)):
+    with _claimed(folder, _about(source, plan, step, key, coded, stats)):
         parts = {name: os.path.join(folder, f"{i}.jc") for i, name in enumerate(source)}
         done = 0
         for unit in plan.units(source):
             if not all(os.path.exists(parts[name]) for name in unit):
-                leaves = {name: _array(source, name, plan) for name in unit}
-                for name, leaf in _fitted(leaves, plan, step, key, stats).items():
-                    joining.save_part(parts[name], leaf, coded=coded)
+                _compress_unit(source, unit, plan, parts, coded, step, key, stats)
             done += len(unit)
             if progress is not None:
                 progress(unit[-1], done, len(source))
         size = joining.join(path, parts, plan=plan, metadata=metadata, coded=coded)
     shutil.rmtree(folder)
     return size
+
+
+def _compress_unit(
+    source: io.Tensors, unit: list[str], plan: Plan, parts: Mapping[str, str], coded: bool, *known: Any
+) -> None:
+    """Read, compress and write what is decided together; arrays are let go before nodes are written."""
+    for name, leaf in _fitted({name: _array(source, name, plan) for name in unit}, plan, *known).items():
+        joining.save_part(parts[name], leaf, coded=coded)
 
 
 def _array(source: io.Tensors, name: str, plan: Plan) -> Any:
@@ -107,7 +114,7 @@ def _fitted(leaves: dict[str, Any], plan: Plan, step: Any, key: Any, stats: Any)
     return apply.compress(leaves, part, step, key, known)
 
 
-def _about(source: io.Tensors, plan: Plan, step: Any, key: Any, coded: bool) -> dict[str, Any]:
+def _about(source: io.Tensors, plan: Plan, step: Any, key: Any, coded: bool, stats: Any) -> dict[str, Any]:
     """What tells one job from another."""
     arrays = {name: [source.kinds[name], list(x.shape)] for name, x in source.shapes.items()}
     kept: dict[str, Any] = {
@@ -117,6 +124,7 @@ def _about(source: io.Tensors, plan: Plan, step: Any, key: Any, coded: bool) -> 
         "values": plans.values(plan),
     }
     kept |= {"layouts": {name: repr(x) for name, x in plan.layouts.items()}, "coded": coded}
+    kept |= {"stats": getattr(stats, "stamp", stats is not None)}
     kept |= {"step": repr(step), "key": None if key is None else np.asarray(jax.random.key_data(key)).tolist()}
     return json.loads(json.dumps(kept))
 

@@ -79,6 +79,7 @@ LONG = (
     "test_notebook_runs[structured]",
     "test_the_site_builds",
     "test_two_processes",
+    "test_the_process_takes_a_few_arrays",
     "test_a_users_whole_loop_on_an_explicit_mesh",
     "test_benchmarks",
     "benchmark_writes",

@@ -12,7 +12,7 @@ from processes_worker import stored_tree
 import jcompress as jc
 
 WORKER = pathlib.Path(__file__).parent / "processes_worker.py"
-LONG_CASES = ["checkpoints", "verbs", "verbs on explicit axes"]
+LONG_CASES = ["checkpoints", "verbs"]
 
 
 def run_together(case, folder, count=2, seconds=300):

@@ -31,6 +31,7 @@ LAYERS = {
     "quantize": {"apply", "core", "formats", "layers", "numeric", "rules", "trace", "transforms"},
     "factorize": {"core", "formats", "layers", "numeric"},
     "share": {"core", "formats", "layers", "numeric", "rules"},
+    "stored_stats": {"core", "io", "trace"},
     "__main__": {"cli"},
     "cli": {"core", "io", "measure", "rules"},
     "streaming": {"apply", "core", "io", "rules"},

@@ -121,6 +121,25 @@ def test_the_sketch_of_a_decomposition_moves_thin_matrices_and_the_exact_one_all
     assert len(moved[False]) == sum(axis is not None for axis in spec)
 
 
+@pytest.mark.parametrize("spec", [P("model", None), P(None, "model")], ids=str)
+def test_rounding_input_by_input_moves_a_matrix_there_and_back(spec):
+    """Known is the mesh inside ``jax.set_mesh``, and outside ``jit``."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    alone, x = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 64), (128, 64)))
+    params = {"w": jax.device_put(alone, NamedSharding(mesh, spec))}
+    plan = jc.plan(params, [("w", jc.quantize.GPTQ(bits=4, group_size=16, block_size=16))])
+    stats = jc.calibrate(lambda p, x: x @ p["w"], {"w": alone}, [x], plan=plan)
+    expected = jc.compress({"w": alone}, plan, stats=stats)["w"]
+    found = jc.compress(params, plan, stats=stats)["w"]
+    assert found.codes.sharding.is_equivalent_to(params["w"].sharding, 2)
+    assert np.mean(np.asarray(found.codes) != np.asarray(expected.codes)) < 0.01
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda p: jc.compress(p, plan, stats=stats)).lower(params).compile()
+    gathers = [size for name, size in collectives(program.as_text()) if name == "all-gather"]
+    assert max(gathers, default=0) < alone.size / 4
+
+
 F = jc.factorize
 KERNEL, MATRIX = (3, 3, 64, 32), (128, 64)
 # Of an array of the shape, sharded along each of its axes: whether all of it is gathered.

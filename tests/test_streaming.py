@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -137,6 +138,106 @@ def test_memory_holds_a_few_arrays(tmp_path):
     tracemalloc.stop()
     assert peak < 6 * rows.nbytes
     assert len(jc.load(tmp_path / "a")) == 24
+
+
+BOUNDED = """
+import pathlib, sys
+import numpy as np
+import jcompress as jc
+
+folder, method = pathlib.Path(sys.argv[1]), {"int": jc.quantize.Int(bits=8), "mask": jc.prune.Magnitude(sparsity=0.7)}
+
+
+def status(name):
+    return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(name))
+
+
+source = jc.io.read_tensors(folder / "one")
+plan = jc.plan(source.tree, [(".*", method[sys.argv[2]])])
+jc.compress_file(source, plan, folder / "warm")  # compiled
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = status("VmRSS")
+source = jc.io.read_tensors(folder / "many")
+jc.compress_file(source, jc.plan(source.tree, [(".*", method[sys.argv[2]])]), folder / "small")
+print((status("VmHWM") - before) / source.sizes["w0"])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are read from Linux")
+@pytest.mark.parametrize("method", ["int", "mask"])
+def test_the_process_takes_a_few_arrays(tmp_path, method):
+    rows = RNG.normal(size=(2048, 2048)).astype(np.float32)
+    for name, count in (("one", 1), ("many", 8)):
+        shapes = {f"w{i}": jax.ShapeDtypeStruct(rows.shape, rows.dtype) for i in range(count)}
+        write_safetensors(tmp_path / name, Tensors(shapes, lambda name, start, stop: rows[start:stop]))
+    command = [sys.executable, "-c", BOUNDED, str(tmp_path), method]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back at once
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert float(found.stdout) <= 5
+
+
+KILLED = """
+import os, signal, sys, jcompress as jc
+source = jc.io.read_tensors(sys.argv[1])
+plan = jc.plan(source.tree, [(".*/kernel", jc.quantize.Int(bits=3))])
+kill = lambda name, done, total: done == 3 and os.kill(os.getpid(), signal.SIGKILL)
+jc.compress_file(source, plan, sys.argv[2], metadata="m", progress=kill)
+"""
+
+
+def test_it_goes_on_after_it_was_killed(source, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "model.safetensors"), str(tmp_path / "a")]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    done = [name for name in os.listdir(tmp_path / "a.parts") if name.endswith(".jc")]
+    assert len(done) == 3 and not os.path.exists(tmp_path / "a")
+    plan = jc.plan(source.tree, [(".*/kernel", METHODS["int3"])])
+    jc.compress_file(source, plan, tmp_path / "a", metadata="m")
+    in_memory(source, plan, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def calibrated(tmp_path):
+    """A model of two layers, stacked and not, a plan that needs Gram matrices, and its statistics."""
+    params = {"w": RNG.normal(size=(3, 8, 8)).astype(np.float32), "out": RNG.normal(size=(8, 4)).astype(np.float32)}
+    write_safetensors(tmp_path / "model.safetensors", params)
+
+    def fn(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0] @ p["out"]
+
+    plan = jc.plan(params, [(".*", jc.quantize.GPTQ(bits=4))])
+    return params, plan, jc.calibrate(fn, params, [RNG.normal(size=(32, 8)).astype(np.float32)])
+
+
+def test_stored_statistics_serve_from_file_to_file(tmp_path):
+    params, plan, stats = calibrated(tmp_path)
+    jc.save_stats(tmp_path / "stats", stats)
+    again = jc.load_stats(tmp_path / "stats")
+    assert list(again) == list(stats) and again.levels == stats.levels
+    for path in stats:
+        assert jax.tree.structure(again[path]) == jax.tree.structure(stats[path])
+        for a, b in zip(jax.tree.leaves(again[path]), jax.tree.leaves(stats[path]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    source = read_tensors(tmp_path / "model.safetensors")
+    jc.compress_file(source, plan, tmp_path / "a", stats=again)
+    jc.save(tmp_path / "b", jc.compress(params, plan, stats=stats), plan=plan)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_statistics_that_are_none(tmp_path):
+    params, plan, stats = calibrated(tmp_path)
+    with pytest.raises(StorageError, match="no such file"):
+        jc.load_stats(tmp_path / "stats")
+    jc.save_stats(tmp_path / "stats", stats)
+    again = jc.load_stats(tmp_path / "stats")
+    os.truncate(tmp_path / "stats" / "0.jc", 100)
+    with pytest.raises(StorageError, match=r"0\.jc"):
+        jc.compress(params, plan, stats=again)
+    jc.save(tmp_path / "stats" / "0.jc", {"gram": np.ones(2), "other": 3})
+    with pytest.raises(StorageError, match="other fields than those of Stats"):
+        again[next(iter(stats))]
+    jc.save(tmp_path / "stats" / "index.jc", {"w": np.ones(2)})
+    with pytest.raises(StorageError, match="no statistics"):
+        jc.load_stats(tmp_path / "stats")
 
 
 FULL = """

@@ -7,6 +7,7 @@ comes out gets its type by one rule.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -153,8 +154,32 @@ def sharding_like(shape: tuple[int, ...], sharding: NamedSharding, of: tuple[int
     return NamedSharding(sharding.mesh, PartitionSpec(*_spec_like(shape, [like])))
 
 
+def by_outputs(w: jax.Array) -> jax.Array:
+    """A matrix (inputs, outputs) whose inputs every device has whole, for its share of the outputs.
+
+    So what goes input by input moves the matrix once, there and back. Known is the mesh inside ``jax.set_mesh`` and
+    inside :func:`on_its_mesh` only; elsewhere the matrix is left as it is.
+    """
+    mesh = None if _ENTER is None else jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or mesh.explicit_axes or getattr(mesh, "manual_axes", ()):
+        return w
+    names: tuple[str, ...] = ()
+    for name in mesh.axis_names:
+        names = (*names, name) if divides((*names, name), w.shape[-1], mesh) else names
+    return jax.lax.with_sharding_constraint(w, PartitionSpec(None, names)) if names else w
+
+
+def on_its_mesh(x: Any) -> contextlib.AbstractContextManager[Any]:
+    """The mesh that an array is spread over, known to what is compiled inside; nothing where another one is known."""
+    sharding = x.sharding if isinstance(x, jax.Array) and _is_concrete(x) else None
+    if _ENTER is None or not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        return contextlib.nullcontext()
+    known = not jax.sharding.get_abstract_mesh().empty or sharding.mesh.explicit_axes
+    return contextlib.nullcontext() if known else _ENTER(sharding.mesh.abstract_mesh)
+
+
 def kept(tree: Any, like: Any) -> Any:
-    """Results of which every device holds all, sharded as the array they were made from, where that is sharded.
+    """Results sharded as the array they were made from: those of its shape, and those of which every device holds all.
 
     Outside ``jit`` and with automatic axes the compiler leaves results so whose operations it cannot split.
     """
@@ -163,10 +188,12 @@ def kept(tree: Any, like: Any) -> Any:
         return tree
 
     def place(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or not _is_concrete(x) or not x.is_fully_replicated or not x.ndim:
+        if not isinstance(x, jax.Array) or not _is_concrete(x) or not x.ndim:
             return x
         there = sharding_like(x.shape, sharding, like.shape)
-        return x if there.is_fully_replicated or x.sharding.device_set != there.device_set else jax.device_put(x, there)
+        moves = x.is_fully_replicated or (x.shape == like.shape and not x.sharding.is_equivalent_to(there, x.ndim))
+        known = x.sharding.device_set == there.device_set and not there.is_fully_replicated
+        return jax.device_put(x, there) if moves and known else x
 
     return jax.tree.map(place, tree)
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jcompress.numeric.meshes import by_outputs
+
 HIGHEST = lax.Precision.HIGHEST
 _PANEL = 16
 """Inputs whose errors are spread one by one; those of a panel, then of a block, by matrix products."""
@@ -63,7 +65,8 @@ def sweep(
     more = -(-k // block) * block - k
     # Inputs that fill up the last block: weights of zero that nothing moves.
     factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag(jnp.pad(jnp.zeros(k), (0, more), constant_values=1.0))
-    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), (w, known))
+    known = {name: by_outputs(x) if x.shape == w.shape else x for name, x in known.items()}
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), (by_outputs(w), known))
     whole = [dataclasses.replace(d, span=min(d.span, block)) for d in decisions]
     inside = tuple(span for span in spans if span < block)
     values, made = _blocks(padded[0], padded[1], factor, fix, whole, (block, *inside))

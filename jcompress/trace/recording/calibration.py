@@ -150,7 +150,7 @@ def _zeros_like(once: Callable[..., State], args: tuple) -> Callable[..., State]
 
 
 def _is_sharded(tree: PyTree) -> bool:
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and core.is_concrete(x)]
     return any(len(x.sharding.device_set) > 1 for x in arrays)
 
 
