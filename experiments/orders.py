@@ -106,7 +106,7 @@ class Orders:
     def _train(self, order: str, params: PyTree, epochs: float, seed: int, optimizer: Any) -> PyTree:
         """Train under what these stages fix; the last one says how."""
         quantized = jc.plan(params, [(KERNELS, _grid())], layout=None) if "Q" in order else None
-        soft = self.bench.targets(jc.load(self._file(seed, ""))) if order.endswith("D") else None
+        soft = jc.load(self._file(seed, "")) if order.endswith("D") else None
         tx = optimizer(optax.cosine_decay_schedule(1e-3, self.bench.steps(epochs), alpha=0.01))
         tx = optax.chain(tx, jc.project(self._masks(params, order, epochs), every=20)) if "P" in order else tx
         if order.endswith("E"):  # the head alone
@@ -137,9 +137,7 @@ class Orders:
         return f"seed {row['seed']}, {row['order'] or 'dense'}: {row['bytes']:,} bytes, {row['validation']:.2f}%"
 
     def finish(self, rows: list[Row]) -> tuple[str, Any]:
-        both = [table(rows), interactions(rows)]
-        write(self.workdir / "table.md", "\n\n".join(map(tables.markdown, both)) + "\n")
-        return "\n\n".join(map(tables.aligned, both)), None
+        return publish(rows, self.workdir / "table.md"), None
 
 
 def _only(name: str) -> optax.GradientTransformation:
@@ -206,6 +204,13 @@ def _threshold(late: np.ndarray, early: np.ndarray | None, y: np.ndarray) -> flo
     alone = _judged(late, None, y, None)[0]
     tried = [float(x) for x in 1 - np.geomspace(0.5, 1e-4, 60)]
     return next((t for t in tried if _judged(late, early, y, t)[0] <= alone + LOST), 1.0)
+
+
+def publish(rows: Sequence[Row], path: Path) -> str:
+    """Write both tables; return them as text."""
+    both = [table(rows), interactions(rows)]
+    write(path, "\n\n".join(map(tables.markdown, both)) + "\n")
+    return "\n\n".join(map(tables.aligned, both))
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

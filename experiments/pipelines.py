@@ -44,20 +44,26 @@ class Bench(Lab):
       load: ``load(seed) -> Data``, with a split to choose by.
       batch_size: examples a step.
       scale: of all epochs.
+      shift: pixels by which training images are moved at most, each by its own, zeros where nothing was.
     """
 
     def __init__(
-        self, model: str, load: Callable[[int], datasets.Data], batch_size: int = 128, scale: float = 1.0
+        self,
+        model: str,
+        load: Callable[[int], datasets.Data],
+        batch_size: int = 128,
+        scale: float = 1.0,
+        shift: int = 0,
     ) -> None:
         super().__init__(model, load)
-        self.batch_size, self.scale = batch_size, scale
+        self.batch_size, self.scale, self.shift = batch_size, scale, shift
 
     def steps(self, epochs: float) -> int:
         """Steps in so many epochs of the training split."""
         return steps_in(self.scale * epochs, len(self.load(0).train), self.batch_size)
 
     def fit(
-        self, name: Any, start: PyTree, held: PyTree, loss: Any, tx: Any, epochs: float, seed: int, soft: Any
+        self, name: Any, start: PyTree, held: PyTree, loss: Any, tx: Any, epochs: float, seed: int, teacher: PyTree
     ) -> Any:
         """Train ``start``; returns it and the state of the optimizer.
 
@@ -68,34 +74,40 @@ class Bench(Lab):
           loss: ``loss(train, held, x, y, targets, key)``, a scalar.
           tx: an optax transform.
           epochs: how long.
-          seed: of the order of examples and of noise.
-          soft: targets of all training examples, or None.
+          seed: of the order of examples, of shifts and of noise.
+          teacher: parameters of the model whose outputs are the targets, or None.
         """
 
-        def one(train: PyTree, state: Any, held: PyTree, data: tuple, index: Any, key: Any) -> tuple:
-            batch = [None if x is None else x[index] for x in data]
-            grads = jax.grad(loss, allow_int=True)(train, held, *batch, key)
+        def one(train: PyTree, state: Any, held: PyTree, teacher: PyTree, x: Any, y: Any, key: Any) -> tuple:
+            x = shifted(x, self.shift, key)
+            targets = None if teacher is None else self.apply(teacher, x)
+            grads = jax.grad(loss)(train, held, x, y, targets, key)
             updates, state = tx.update(grads, state, train)
             return optax.apply_updates(train, updates), state
 
         step, split = self.once(("step", name), lambda: jax.jit(one, donate_argnums=(0, 1))), self.load(0).train
-        data, key = (jnp.asarray(split.x), jnp.asarray(split.y), soft), jax.random.key(seed)
-        train = jax.tree.map(jnp.copy, start)
+        train, key = jax.tree.map(jnp.copy, start), jax.random.key(seed)
         state = self.once(("init", name), lambda: jax.jit(tx.init))(train)
-        for i, index in zip(range(self.steps(epochs)), batches(key, len(split), self.batch_size), strict=False):
-            train, state = step(train, state, held, data, index, jax.random.fold_in(key, i))
+        order = batches(key, len(split), self.batch_size)
+        for i, index in zip(range(self.steps(epochs)), order, strict=False):
+            own = jax.random.fold_in(key, i)
+            train, state = step(train, state, held, teacher, split.x[index], split.y[index], own)
         return train, state
-
-    def targets(self, params: PyTree) -> jax.Array:
-        """The network's outputs on all training examples, (n, classes)."""
-        split, apply = self.load(0).train, self.once("apply", lambda: jax.jit(self.apply))
-        return jnp.concatenate([apply(params, split.x[i : i + 5000]) for i in range(0, len(split), 5000)])
 
     def hard(self, params: PyTree, x: Any, y: Any, targets: Any) -> jax.Array:
         """Cross entropy, and of what a teacher said where there is one."""
         logits = self.apply(params, x)
         own = cross_entropy(logits, y).mean()
         return own if targets is None else own / 2 + jc.distill.soft_targets(logits, targets, temperature=2.0)
+
+
+def shifted(x: jax.Array, most: int, key: jax.Array) -> jax.Array:
+    """Images, each moved by up to so many pixels in both directions."""
+    if not most:
+        return x
+    wide = jnp.pad(x, ((0, 0), (most, most), (most, most), (0, 0)))
+    starts = jax.random.randint(key, (len(x), 2), 0, 2 * most + 1)
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), x.shape[1:]))(wide, starts)
 
 
 Stage = Callable[[Bench, PyTree, int], PyTree]
@@ -125,7 +137,7 @@ def prune(bench: Bench, tree: PyTree, seed: int, *, sparsity: dict[str, float], 
         return bench.hard(train, x, y, targets)
 
     name = ("prune", epochs, *sparsity.items())
-    params, state = bench.fit(name, params, None, loss, tx, epochs, seed + 1, bench.targets(params))
+    params, state = bench.fit(name, params, None, loss, tx, epochs, seed + 1, params)
     return jc.nodes(params, state)
 
 
@@ -140,7 +152,7 @@ def share(bench: Bench, tree: PyTree, seed: int, *, clusters: dict[str, int], ep
         return bench.hard(jc.materialize(jc.merge(train, held)), x, y, targets)
 
     name = ("share", epochs, *clusters.items())
-    tuned, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 2, bench.targets(params))
+    tuned, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 2, params)
     return _halved(jc.merge(tuned, held))
 
 
@@ -158,7 +170,7 @@ def learn(bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float)
         return bench.hard(jc.materialize(tree), x, y, targets) + price * T.rate(tree, key)
 
     name = ("learn", price, epochs)
-    trained, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 3, bench.targets(params))
+    trained, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 3, params)
     return _halved(jc.finalize(jc.merge(trained, held)))
 
 
@@ -172,7 +184,7 @@ def self_distil(bench: Bench, tree: PyTree, seed: int, *, bits: int, epochs: flo
         logits = bench.apply(jc.simulate(train, plan), x)
         return jc.distill.soft_targets(logits, targets, temperature=2.0) + cross_entropy(logits, y).mean() / 2
 
-    trained, _ = bench.fit(("sdq", bits, epochs), params, None, loss, tx, epochs, seed + 4, bench.targets(params))
+    trained, _ = bench.fit(("sdq", bits, epochs), params, None, loss, tx, epochs, seed + 4, params)
     return _halved(jc.compress(trained, plan))
 
 
@@ -249,13 +261,14 @@ class Staged:
     def __init__(self, args: Any) -> None:
         held = HELD_OUT.get(args.data)
         load = functools.partial(_load, args.data, args.data_dir, held)
-        self.bench = Bench(args.model, load, scale=args.epochs)
-        self.pipelines = pipelines(args.model)
+        self.bench = Bench(args.model, load, scale=args.epochs, shift=args.shift)
+        self.model, self.pipelines = args.model, pipelines(args.model)
         self.workdir = Path(args.workdir or f"runs/pipelines/{args.data}_{args.model}")
         self.seeds = args.seeds
         self.setting = {
             "data": str(self.bench.load(0)),
             "epochs": args.epochs,
+            "shift": args.shift,
             "ways": {
                 name: {stage: _told(make) for stage, make in p.stages.items()} for name, p in self.pipelines.items()
             },
@@ -302,9 +315,19 @@ class Staged:
         return f"seed {row['seed']}, {row['stages']}: {row['bytes']:,} bytes, {ratio:.1f}x, {row['validation']:.2f}%"
 
     def finish(self, rows: list[Row]) -> tuple[str, Any]:
-        cells = table(rows, self.bench.size, {" > ".join(p.stages): p.published for p in self.pipelines.values()})
-        write(self.workdir / "table.md", tables.markdown(cells) + "\n")
-        return tables.aligned(cells), None
+        return publish(rows, self.model, self.workdir / "table.md"), None
+
+
+SIZES = {"lenet_300_100": 266_610, "lenet5": 431_080}
+"""Parameters at 28 x 28 pixels."""
+
+
+def publish(rows: Sequence[Row], model: str, path: Path) -> str:
+    """Write the table of a model; return it as text."""
+    told = {" > ".join(p.stages): p.published for p in pipelines(model).values()}
+    cells = table(rows, SIZES[model], told)
+    write(path, tables.markdown(cells) + "\n")
+    return tables.aligned(cells)
 
 
 def table(rows: Sequence[Row], size: int, published: dict[str, str]) -> list[list[str]]:
@@ -350,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--model", choices=["lenet_300_100", "lenet5"], default="lenet_300_100")
     parser.add_argument("--seeds", type=flags.positive, default=3)
+    parser.add_argument("--shift", type=int, default=0, help="pixels by which training images are moved at most")
     parser.add_argument("--epochs", type=float, default=1.0, help="scale of all epochs, to try things out")
     args = parser.parse_args(argv)
     return runner.main(lambda signals: Staged(args), args.overwrite)

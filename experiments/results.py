@@ -3,7 +3,8 @@
     python -m experiments.results
 
 A folder there holds what a run's ``--workdir`` held, without the networks: rows, table and picture, under the name of
-the config. To publish a run, copy its ``results.jsonl`` there as ``<name>.jsonl`` and run this.
+the config. To publish a run, copy its ``results.jsonl`` there as ``<name>.jsonl`` and run this. ``index.md`` and
+``index.html`` there have all records on one page: see :mod:`experiments.page`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import flags, llm, minilm, prune, tables
+from experiments import flags, llm, minilm, orders, page, pipelines, prune, tables
+from experiments.codec import __main__ as codec
 from experiments.families import __main__ as families
 from experiments.quantization import training
 from experiments.runner import refuse
@@ -62,6 +64,12 @@ def draw(folder: Path) -> list[Path]:
     made.append(picture)
     table, picture = beside(quantization / "training.json")
     training.finish(json.loads((quantization / "training.json").read_text())["rows"], table, picture)
+    for path in sorted((folder / "pipelines").glob("*.jsonl")):
+        pipelines.publish(rows(path, pipelines.Staged.keys), path.stem, beside(path)[0])
+    for path in sorted((folder / "codec").glob("*.jsonl")):
+        beside(path)[0].write_text(tables.markdown(codec.table(rows(path, codec.Comparison.keys))) + "\n")
+    for path in sorted((folder / "orders").glob("*.jsonl")):
+        orders.publish(rows(path, orders.Orders.keys), beside(path)[0])
     return [*made, picture]
 
 
@@ -74,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="the folder with the rows")
     try:
-        print("\n".join(map(str, draw(parser.parse_args(argv).folder))))
+        folder = parser.parse_args(argv).folder
+        print("\n".join(map(str, draw(folder))))
+        page.write(folder)
     except (ValueError, OSError, ImportError) as error:
         return refuse(error)
     return 0

@@ -69,13 +69,13 @@ class Comparison:
 
     def _ours(self, subject: Network, states: int, step: float) -> Row:
         parts = self._parts(subject)
-        start = time.perf_counter()
+        start = time.process_time()
         tree = jax.block_until_ready(subject.compressed(step, 0.1, states, parts))
-        fitted, path = time.perf_counter(), self.workdir / f"{subject.name.replace(' ', '_')}.jc"
+        fitted, path = time.process_time(), self.workdir / f"{subject.name.replace(' ', '_')}.jc"
         size = jc.save(path, tree, coded=True)
-        saved = time.perf_counter()
+        saved = time.process_time()
         again = jc.load(path)
-        loaded = time.perf_counter()
+        loaded = time.process_time()
         seconds = {"fit": fitted - start, "encode": saved - fitted, "decode": loaded - saved}
         return {"bytes": size, "times": seconds, **self._judged(subject, jc.materialize(again))}
 

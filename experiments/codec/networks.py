@@ -70,13 +70,14 @@ class Network:
 
     def compressed(self, step: float, price: float, states: int, parts: Mapping[str, Any]) -> PyTree:
         """The tree, compiled once for all steps and prices."""
-        return self._compiled(states)(jnp.float32(step), jnp.float32(price), dict(parts))
+        compiled = self._compiled(states)
+        return compiled(self.params, self.stats, jnp.float32(step), jnp.float32(price), dict(parts))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  # networks live as long as the command
     def _compiled(self, states: int) -> Callable[..., PyTree]:
-        def compress(step: Any, price: Any, parts: dict[str, Any]) -> PyTree:
+        def compress(params: PyTree, stats: Any, step: Any, price: Any, parts: dict[str, Any]) -> PyTree:
             plan = jc.plan(self.params, self.rules(step, price, states, parts), layout=self.layout)
-            return jc.compress(self.params, plan, stats=self.stats)
+            return jc.compress(params, plan, stats=stats)
 
         return jax.jit(compress)
 

@@ -169,14 +169,14 @@ def _push(queue: np.ndarray, table: Table, stack: Any) -> None:
 def _pop(count: int, table: Table, stack: Any) -> np.ndarray:
     """So many tokens off the stack."""
     symbols = len(table.levels)
-    group = _group(symbols, count)
-    whole, dtype = count // group, np.uint8 if symbols <= 256 else np.uint16
-    digits = np.arange(symbols**group)[:, None] // symbols ** np.arange(group)[::-1] % symbols
-    found = (
-        digits.astype(dtype)[stack.decode(_probabilities(table, group), whole)].reshape(-1) if whole else digits[:0, 0]
-    )
-    rest = stack.decode(_probabilities(table), count - whole * group) if count > whole * group else digits[:0, 0]
-    return np.concatenate([found, rest], dtype=dtype, casting="unsafe")
+    group, dtype = _group(symbols, count), np.uint8 if symbols <= 256 else np.uint16
+    whole, found = count // group, []
+    if group > 1:
+        digits = np.arange(symbols**group)[:, None] // symbols ** np.arange(group)[::-1] % symbols
+        found.append(digits.astype(dtype)[stack.decode(_probabilities(table, group), whole)].reshape(-1))
+    if rest := count - whole * group if group > 1 else count:
+        found.append(stack.decode(_probabilities(table), rest))
+    return np.concatenate([*found, np.zeros(0, dtype)], dtype=dtype, casting="unsafe")
 
 
 def _raw(flat: np.ndarray, split: Split, found: np.ndarray) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_LONGEST = 64
+_LONGEST, _PIECE = 64, 256
 
 
 class HeaderWriter:
@@ -34,12 +34,24 @@ class HeaderReader:
     """Reads back what :class:`HeaderWriter` wrote."""
 
     def __init__(self, data: memoryview) -> None:
-        self._data, self._at = data, 0
+        self._data, self._at, self._text, self._read = data, 0, "", 0
 
     @property
     def nbytes(self) -> int:
         """The bytes read so far, the last one whole."""
         return -(-self._at // 8)
+
+    def _take(self, width: int) -> str:
+        """The next bits as text; bytes become text a piece at a time."""
+        end = self._at + width
+        while end > len(self._text):
+            piece = self._data[self._read : self._read + _PIECE]
+            if not piece:
+                raise ValueError(f"the stream ends at bit {8 * len(self._data)}; bit {end} was wanted")
+            self._text += format(int.from_bytes(piece, "big"), f"0{8 * len(piece)}b")
+            self._read += len(piece)
+        found, self._at = self._text[self._at : end], end
+        return found
 
     def number(self, width: int) -> int:
         """The next ``width`` bits as a number.
@@ -47,21 +59,19 @@ class HeaderReader:
         Raises:
           ValueError: where the stream ends before.
         """
-        end = self._at + width
-        if end > 8 * len(self._data):
-            raise ValueError(f"the stream ends at bit {8 * len(self._data)}; bit {end} was wanted")
-        value = int.from_bytes(self._data[self._at // 8 : -(-end // 8)], "big") >> (-end % 8)
-        self._at = end
-        return value & ((1 << width) - 1)
+        return int(self._take(width) or "0", 2)
 
     def golomb(self, order: int = 0) -> int:
         """The next number of any size; at most 64 bits and what ``order`` adds."""
-        zeros = 0
-        while not self.number(1):
-            zeros += 1
-            if zeros > _LONGEST:
-                raise ValueError(f"found a number of more than {_LONGEST} bits in the header of a coded array")
-        return (1 << (zeros + order) | self.number(zeros + order)) - (1 << order)
+        first = self._at
+        one = self._text.find("1", first, first + _LONGEST + 1)
+        if one < 0:  # beyond what was made text so far, or too long
+            while self._take(1) == "0":
+                if self._at - first > _LONGEST:
+                    raise ValueError(f"found a number of more than {_LONGEST} bits in the header of a coded array")
+            one = self._at - 1
+        self._at = one
+        return int(self._take(one - first + 1 + order), 2) - (1 << order)
 
 
 def shortest_golomb(values: np.ndarray, orders: int) -> tuple[int, int]:

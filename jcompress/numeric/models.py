@@ -20,6 +20,8 @@ ONE, ROWS, COLUMNS, ABOVE, LEFT, STATE = range(2, 8)
 CLASSES = (2, 4, 8)
 _BINS, _ROUNDS, _FEW, _LABELS = 16, 3, 2048, 8
 _CHUNK = 1 << 17
+_WEIGHED, _ENTRY = 2, 3.0
+"""How many candidates get tables, and about the bits of an entry."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,33 +80,39 @@ def choose(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray 
       quantizers: 0 or 1 for each token, where a trellis says so.
     """
     counts = np.bincount(tokens, minlength=symbols)
-    found = [_weighed(Model(ONE, []), counts[None])]
-    if tokens.size < _FEW or symbols == 1 or grid.rows == 1:
-        return found[0] if quantizers is None else min(found[0], _by_state(tokens, symbols, quantizers), key=_bits)
-    found += _by_labels(tokens, symbols, grid, quantizers)
+    found = [(Model(ONE, []), counts[None])]
     if quantizers is not None:
         found.append(_by_state(tokens, symbols, quantizers))
-    elif grid.where is None:
-        found += _by_context(tokens, counts, grid, ABOVE)
-        turned = tokens.reshape(grid.rows, grid.columns).T.reshape(-1)
-        found += _by_context(turned, counts, grid.turned(), LEFT)
-    return min(found, key=_bits)
+    if tokens.size >= _FEW and symbols > 1 and grid.rows > 1:
+        found += _by_labels(tokens, symbols, grid, quantizers)
+        if quantizers is None and grid.where is None:
+            found += _by_context(tokens, counts, grid, ABOVE)
+            turned = tokens.reshape(grid.rows, grid.columns).T.reshape(-1)
+            found += _by_context(turned, counts, grid.turned(), LEFT)
+    likely = sorted(found, key=lambda pair: _estimate(*pair))[:_WEIGHED]
+    return min((_weighed(*pair) for pair in likely), key=lambda pair: pair[0])
 
 
-def _bits(found: tuple[float, Model]) -> float:
-    return found[0]
+Candidate = tuple[Model, np.ndarray]
+"""A model without its tables, and the counts of tokens in each of its classes."""
+
+
+def _estimate(model: Model, counts: np.ndarray) -> float:
+    """About the bits of a candidate, at a few for each entry of its tables."""
+    labels = _rate(np.bincount(model.labels)[None]) if model.labels.size else 0.0
+    return _rate(counts) + _ENTRY * np.count_nonzero(counts) + labels
 
 
 def _by_state(
     tokens: np.ndarray, symbols: int, quantizers: np.ndarray, labels: np.ndarray | None = None, grid: Grid | None = None
-) -> tuple[float, Model]:
+) -> Candidate:
     """Classes by the quantizer, within classes of rows."""
     classes, rows, chosen = quantizers.astype(np.int64), 1, np.zeros(0, np.uint8)
     if labels is not None and grid is not None:
         rows, chosen = int(labels.max()) + 1, labels
         classes = rows * classes + grid.by_rows(labels, 0, grid.rows)
     counts = np.bincount(classes * symbols + tokens, minlength=2 * rows * symbols).reshape(2 * rows, symbols)
-    return _weighed(Model(STATE, [], chosen), counts)
+    return Model(STATE, [], chosen), counts
 
 
 def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
@@ -122,9 +130,7 @@ def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
     return total, model
 
 
-def _by_labels(
-    tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None
-) -> list[tuple[float, Model]]:
+def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None) -> list[Candidate]:
     """Classes of rows and of columns, the most promising number of each."""
     found = []
     for kind, histograms in zip((ROWS, COLUMNS), _histograms(tokens, symbols, grid), strict=True):
@@ -134,9 +140,11 @@ def _by_labels(
             labels = _clusters(histograms, count)
             parted = np.stack([histograms[labels == c].sum(0) for c in range(count)])
             told = whole - _rate(parted) - _rate(np.bincount(labels, minlength=count)[None]) - _LABELS * count
-            best, gain = (labels, told) if told > gain else (best, gain)
+            if told <= gain:
+                break  # more classes serve no better
+            best, gain = labels, told
         if best is not None:
-            found.append(_weighed(Model(kind, [], best), _counts(tokens, symbols, grid, kind, best)))
+            found.append((Model(kind, [], best), _counts(tokens, symbols, grid, kind, best)))
             if quantizers is not None and kind == ROWS:
                 found.append(_by_state(tokens, symbols, quantizers, best, grid))
     return found
@@ -183,22 +191,22 @@ def _counts(tokens: np.ndarray, symbols: int, grid: Grid, kind: int, labels: np.
     return total.reshape(count, symbols)
 
 
-def _by_context(tokens: np.ndarray, counts: np.ndarray, grid: Grid, kind: int) -> list[tuple[float, Model]]:
+def _by_context(tokens: np.ndarray, counts: np.ndarray, grid: Grid, kind: int) -> list[Candidate]:
     """Classes by the number a row before: by its sign, and by sign and size."""
     symbols, centre = len(counts), int(np.argmax(counts))
     distances = np.bincount(np.abs(np.arange(symbols) - centre), counts)
     distances[0] = 0
     far = np.cumsum(distances)
     reach = max(int(np.searchsorted(far, far[-1] / 2)), 1)
-    joint = np.zeros(5 * symbols, np.int64)
+    joint, classes = np.zeros(5 * symbols, np.int64), relative(np.arange(symbols), centre, reach).astype(np.int64)
     joint[2 * symbols :][:symbols] += np.bincount(tokens[: grid.columns], minlength=symbols)
     for start in range(grid.columns, tokens.size, _CHUNK):
         now = tokens[start : start + _CHUNK]
-        before = relative(tokens[start - grid.columns : start - grid.columns + now.size], centre, reach)
-        joint += np.bincount(before * np.int64(symbols) + now, minlength=joint.size)
+        before = classes[tokens[start - grid.columns : start - grid.columns + now.size]]
+        joint += np.bincount(before * symbols + now, minlength=joint.size)
     fine = joint.reshape(5, symbols)
     coarse = np.stack([fine[0] + fine[1], fine[2], fine[3] + fine[4]])
     return [
-        _weighed(Model(kind, [], centre=centre, reach=0), coarse),
-        _weighed(Model(kind, [], centre=centre, reach=reach), fine),
+        (Model(kind, [], centre=centre, reach=0), coarse),
+        (Model(kind, [], centre=centre, reach=reach), fine),
     ]
