@@ -65,6 +65,19 @@ def test_nodes_are_renamed_with_the_columns_of_their_codes():
         )
 
 
+def test_codes_are_exported_as_they_are(tmp_path):
+    config = llama.Config.tiny()
+    params = llama.init(jax.random.key(0), config)
+    plan = jc.plan(params, [(".*/kernel", jc.quantize.Int(bits=4, group_size=32, symmetric=False)), (".*", None)])
+    tree, path = jc.compress(params, plan), tmp_path / "small.gguf"
+    renamed = llama_files.renamed(tree, config)
+    jc.io.export_gguf(path, renamed, metadata=llama_files.described(config), layout=llama_files.LAYOUTS)
+    found = llama_files.load(path)
+    assert llama.dataclasses.replace(found.config, eps=config.eps) == config and found.tokenizer is None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found.params, jc.materialize(tree))
+    assert set(jc.io.read_gguf(path).kinds.values()) == {"Q4_1", "F32"}
+
+
 def test_a_folder_of_the_hub(tmp_path):
     model = {"model_type": "llama", "vocab_size": 270, "hidden_size": 16, "num_hidden_layers": 2, "rms_norm_eps": 1e-6}
     model |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "rope_theta": 1000.0}

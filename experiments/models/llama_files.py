@@ -58,7 +58,7 @@ _HUB = {
 
 LAYOUTS = {
     "(token_embd|model.embed_tokens).weight": jc.Layout(inputs=(-1,), outputs=(-2,)),
-    ".*": jc.Layout(inputs=(-2,), outputs=(-1,)),
+    "(?!.*norm).*": jc.Layout(inputs=(-2,), outputs=(-1,)),
 }
 """What the axes of renamed leaves are."""
 
@@ -222,6 +222,24 @@ def config_of_gguf(metadata: Mapping[str, Any], tied: bool = True, source: Any =
         tied=tied,
         longest=int(get("context_length", 2048)),
     )
+
+
+def described(config: llama.Config) -> dict[str, Any]:
+    """Metadata of a GGUF file with this model and no vocabulary: what :func:`config_of_gguf` reads."""
+    found = {
+        "block_count": config.layers,
+        "context_length": config.longest,
+        "embedding_length": config.width,
+        "feed_forward_length": config.hidden,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.theta,
+        "vocab_size": config.vocab,
+    }
+    return {"general.architecture": "llama"} | {f"llama.{name}": x for name, x in found.items()}
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any], config: llama.Config, source: Any = "metadata") -> Any:
