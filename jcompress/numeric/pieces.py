@@ -17,7 +17,12 @@ from jcompress.numeric.meshes import is_explicit
 _PARTS, _PIECES, _SMALL, _LARGE = 64, 64, 1 << 12, 1 << 18
 
 
-def totals(call: Callable[..., Any], *arrays: jax.Array) -> Any:
+def added(a: Any, b: Any) -> Any:
+    """The sums of two pytrees."""
+    return jax.tree.map(operator.add, a, b)
+
+
+def totals(call: Callable[..., Any], *arrays: jax.Array, combine: Callable[[Any, Any], Any] = added) -> Any:
     """The sum of ``call(*pieces)`` over pieces of arrays of one shape, its results of a fixed shape.
 
     A piece takes a part of each of up to 64 spans of an axis: where that axis is sharded over a power of two devices,
@@ -26,6 +31,7 @@ def totals(call: Callable[..., Any], *arrays: jax.Array) -> Any:
     Args:
       call: gives a pytree of arrays, whose shapes do not depend on those of the pieces.
       *arrays: of one shape; all but the first may have more axes behind.
+      combine: what is done with the results of two pieces, which leaves zeros without effect: they are added.
 
     Returns:
       The pytree of sums.
@@ -40,7 +46,7 @@ def totals(call: Callable[..., Any], *arrays: jax.Array) -> Any:
         return call(*(own(i) for own in take))
 
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, 0))
-    return lax.fori_loop(0, number, lambda i, total: jax.tree.map(operator.add, total, piece(i)), start)
+    return lax.fori_loop(0, number, lambda i, total: combine(total, piece(i)), start)
 
 
 def mapped(call: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

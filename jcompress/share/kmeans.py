@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -15,21 +14,23 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import Codebook
-from jcompress.formats.codebook import cluster_totals
 from jcompress.numeric import scaling
 from jcompress.numeric.batches import batches
 from jcompress.numeric.blocks import blocked
-from jcompress.numeric.pieces import mapped, totals
 from jcompress.share import outputs, vectors, weighted
 from jcompress.share.optimal import optimal_codebook
+from jcompress.share.scalars import cluster_means, nearest, scalar_codebook
 
 
 @dataclasses.dataclass(frozen=True)
 class KMeans(Method):
     """Give every weight one of a few shared values (Han et al. 2016, arXiv:1510.00149), or every block one of a few.
 
-    Minimizes ``sum (w - codebook[index])**2`` by Lloyd's algorithm from a linear start, or exactly: in one
-    dimension the optimum is a shortest path (Wang & Song 2011), found by dynamic programming.
+    Minimizes ``sum (w - codebook[index])**2``. In one dimension clusters are intervals, and the optimum is a shortest
+    path (Wang & Song 2011; Gronlund et al. 2017, arXiv:1701.07204): it is found by dynamic programming on a histogram
+    whose bins are narrow where weights crowd, within a percent of the least error, and then every shared value becomes
+    the mean of its weights. Above 512 clusters the start has the point density of high resolution, and Lloyd's
+    algorithm goes on from there.
 
     With a block, words are vectors (product quantization: Jegou et al. 2011; Gong et al. 2014, arXiv:1412.6115; of
     networks: Stock et al. 2020, arXiv:1907.05686): ``(8, 1)`` for 8 inputs of one output, ``(4, 4)`` for squares,
@@ -41,9 +42,10 @@ class KMeans(Method):
       clusters: the number of shared values or words, at most 65,536.
       scope: ``"leaf"``, a codebook for each leaf, or ``"global"``, one for all leaves of the rule: the first
         one's node owns it, and the others refer to it.
-      iterations: the most rounds of Lloyd's algorithm; it stops when no value moves.
-      exact: whether to find the optimum. That runs on the host and needs the values, so it works outside ``jit`` only,
-        and gathers a sharded leaf.
+      iterations: the most rounds of Lloyd's algorithm; it stops when no value moves. Of single values they run on the
+        histogram.
+      exact: whether to find the optimum of the values themselves, in float64. That runs on the host, so it works
+        outside ``jit`` only, and gathers a sharded leaf.
       block: the lengths of a block along the last axes, the inputs and outputs; () for single values.
       weigh: how much an error matters. A statistic of each weight, ``"hessian_diagonal"`` or ``"grad_square"``:
         ``sum h (w - c)**2``, with weighted means (Choi et al. 2017, arXiv:1612.01543). Or ``"gram"``, the error of the
@@ -59,7 +61,8 @@ class KMeans(Method):
 
     With weights or a price it starts from the codebook without them and never leads away from it in what it minimizes.
 
-    Memory beyond the indices is small, for one leaf and for many of a rule: totals are taken a piece at a time.
+    Memory beyond the indices is small, for one leaf and for many of a rule: counts and totals are taken a piece at a
+    time. Of sharded leaves only counts, totals and codebooks move between devices.
     Where a mask stands around the array, only kept weights count. An array with fewer distinct values than
     clusters is represented exactly.
 
@@ -136,15 +139,14 @@ class KMeans(Method):
             codebook, unit = self._optimum(xs, wheres, contexts[0].path), scaling.ONE
         else:
             unit = scaling.unit(xs)
-            codebook = _lloyd(*_batched(xs, wheres), unit, self.clusters, self.iterations)
-        return [
-            Codebook(
-                mapped(lambda x: _nearest(unit.divide(x), codebook).astype(self._index_dtype), w),
-                self._shared(unit.multiply(codebook).astype(w.dtype), len(arrays)),
-                self.clusters,
-                w.ndim,
+            codebook = scalar_codebook(
+                [(x, where) for x, _, where in _triples(xs, xs, wheres)], unit, self.clusters, self.iterations
             )
-            for w in arrays
+        indices = [_indices(w, codebook, unit, self._index_dtype) for w in arrays]
+        codebook = _means(codebook, _triples(xs, indices, wheres), unit)
+        return [
+            Codebook(index, self._shared(unit.multiply(codebook).astype(w.dtype), len(arrays)), self.clusters, w.ndim)
+            for index, w in zip(indices, arrays, strict=True)
         ]
 
     def _fit_blocks(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Codebook]:
@@ -221,66 +223,16 @@ class KMeans(Method):
         return jnp.asarray(optimal_codebook(np.concatenate(kept), self.clusters))
 
 
-def _batched(xs: list[jax.Array], wheres: list[jax.Array | None]) -> tuple[list[jax.Array], list[jax.Array | None]]:
-    """Many leaves as few arrays, which need not compile as many loops."""
+def _triples(xs: list[jax.Array], indices: list[jax.Array], wheres: list[jax.Array | None]) -> list[Any]:
+    """Values, their indices and masks: many leaves as few arrays, which need not compile as many loops."""
     layout = batches(xs)
     if len(layout) == len(xs):
-        return xs, wheres
+        return list(zip(xs, indices, wheres, strict=True))
     if all(where is None for where in wheres):
-        return [b.pack(xs) for b in layout], [None] * len(layout)
+        return [(b.pack(xs), b.pack(indices), None) for b in layout]
     shown = [jnp.ones(x.shape, jnp.bool_) if where is None else where for x, where in zip(xs, wheres, strict=True)]
-    return [b.pack(xs) for b in layout], [b.pack(shown) for b in layout]
+    return [(b.pack(xs), b.pack(indices), b.pack(shown)) for b in layout]
 
 
-@partial(jax.jit, static_argnames=("clusters", "iterations"))
-def _lloyd(
-    xs: list[jax.Array], wheres: list[jax.Array | None], unit: scaling.Unit, clusters: int, iterations: int
-) -> jax.Array:
-    """A sorted codebook, in units, that no round of Lloyd's algorithm moves, or that of the last round."""
-
-    def step(state: tuple) -> tuple:
-        i, codebook, _ = state
-
-        def of_one(x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            def piece(x: jax.Array, *shown: jax.Array) -> tuple[jax.Array, jax.Array]:
-                x = unit.divide(x)
-                return cluster_totals(x, _nearest(x, codebook), clusters, *shown)
-
-            return totals(piece, x, *([] if where is None else [where]))
-
-        found = [of_one(x, where) for x, where in zip(xs, wheres, strict=True) if x.size]
-        total, count = (sum(column) for column in zip(*found, strict=True))
-        means = jnp.where(count > 0, total / jnp.maximum(count, 1.0), codebook)
-        return i + 1, jnp.sort(means), jnp.any(means != codebook)
-
-    def moving(state: tuple) -> jax.Array:
-        return (state[0] < iterations) & state[2]
-
-    start = (jnp.int32(0), _linear_start(xs, wheres, unit, clusters), jnp.array(True))
-    return jax.lax.while_loop(moving, step, start)[1]
-
-
-def _linear_start(xs: list[jax.Array], wheres: list[jax.Array | None], unit: scaling.Unit, clusters: int) -> jax.Array:
-    """Values spaced evenly from the smallest weight to the largest."""
-    pairs = [(x, True if where is None else where) for x, where in zip(xs, wheres, strict=True)]
-    low = jnp.stack([jnp.min(x, where=where, initial=jnp.inf).astype(jnp.float32) for x, where in pairs]).min()
-    high = jnp.stack([jnp.max(x, where=where, initial=-jnp.inf).astype(jnp.float32) for x, where in pairs]).max()
-    low, high = (unit.divide(jnp.where(low <= high, end, 0.0)) for end in (low, high))
-    if clusters == 1:
-        return ((low + high) / 2)[None]
-    parts = jnp.arange(clusters) / (clusters - 1)
-    return low * (1 - parts) + high * parts
-
-
-def _nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The index of the nearest value of a sorted codebook, int32: a search that is elementwise, so it is not stored."""
-    middles = (codebook[1:] + codebook[:-1]) / 2
-    if middles.size <= 16:
-        return sum(((x > m).astype(jnp.int32) for m in middles), start=jnp.zeros(x.shape, jnp.int32))
-    step = 1 << (middles.size.bit_length() - 1)
-    padded = jnp.concatenate([middles, jnp.full(2 * step - middles.size, jnp.inf)])
-    found = jnp.zeros(x.shape, jnp.int32)
-    while step:
-        found = found + jnp.where(x > padded[found + (step - 1)], step, 0)
-        step //= 2
-    return found
+_indices = jax.jit(nearest, static_argnames="dtype")
+_means = jax.jit(cluster_means)
