@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcompress.numeric.crowding import UPPER, Bins, Pair, crowding, to_key, upper
+from jcompress.numeric.crowding import Bins, Pair, crowding
 from jcompress.numeric.pieces import mapped, totals
 from jcompress.numeric.scaling import Unit
-from jcompress.share.intervals import Moments, best_intervals
+from jcompress.share.intervals import best_intervals
 
 MOST_EXACT = 512
 """The most clusters that the dynamic program is run for: its time grows with their square."""
-_FEW, _LARGE = 17, 1 << 16
+_UNROLLED, _MANY, _SMALL = 16, 1 << 9, 1 << 16
 
 
 def scalar_codebook(pairs: Sequence[Pair], unit: Unit, clusters: int, iterations: int) -> jax.Array:
@@ -40,7 +40,7 @@ def scalar_codebook(pairs: Sequence[Pair], unit: Unit, clusters: int, iterations
 
 def histogram(pairs: Sequence[Pair], unit: Unit, clusters: int) -> Bins:
     """The histogram that a codebook of so many values, in units, is found on."""
-    return crowding(pairs, unit, 4 * _groups(clusters), clusters)
+    return crowding(pairs, unit, max(4 * _groups(clusters), 1 << 12), clusters)
 
 
 @partial(jax.jit, static_argnames=("clusters", "iterations"))
@@ -61,45 +61,44 @@ def histogram_codebook(bins: Bins, clusters: int, iterations: int) -> jax.Array:
 
 def _groups(clusters: int) -> int:
     """How many points the dynamic program sees: a power of two, eight for each cluster at least."""
-    return min(max(1 << (8 * clusters - 1).bit_length(), 1 << 10), 1 << 13)
+    return min(max(1 << (8 * clusters - 1).bit_length(), 1 << 9), 1 << 12)
 
 
 def _optimal(points: jax.Array, weight: jax.Array, clusters: int) -> jax.Array:
     """The best codebook whose clusters end between groups of bins; of few bins each is a group."""
-    size, shown = _groups(clusters), weight > 0
-    order = jnp.argsort(~shown, stable=True)
+    size = _groups(clusters)
+    order = jnp.argsort(weight == 0, stable=True)
     points, weight = points[order], weight[order]
-    group = jnp.where(weight > 0, _grouping(points, weight, size), size)
-    joint = grouped(points, weight, group, size)
-    found = best_intervals(joint.mean, joint.weight, clusters)
-    return _filled(found.mean, found.weight > 0)
+    mean, total = grouped(points, weight, _grouping(points, weight, size), size)
+    mean, total = grouped(mean, total, best_intervals(mean, total, clusters), clusters)
+    return _filled(mean, total > 0)
 
 
 def _grouping(points: jax.Array, weight: jax.Array, size: int) -> jax.Array:
-    """At most ``size`` groups of points that follow one another, of one span where they are not points alone."""
-    links = jnp.cbrt(weight[1:] + weight[:-1]) * jnp.square(jnp.cbrt(points[1:] - points[:-1]))
-    links = jnp.where(
-        weight[1:] > 0, links / jnp.maximum(jnp.max(links, where=weight[1:] > 0, initial=0.0), 1e-30), 0.0
-    )
-    few = jnp.sum(weight > 0) <= size
+    """Less than ``size`` groups of points that follow one another, of alike spans where they are not points alone."""
+    shown = weight[1:] > 0
+    span = jnp.where(shown, jnp.cbrt((weight[1:] + weight[:-1]) * jnp.square(points[1:] - points[:-1])), 0.0)
+    span = lax.optimization_barrier(span / jnp.maximum(span.max(), jnp.finfo(jnp.float32).tiny))
 
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         middle = jnp.sqrt(ends[0] * ends[1])
-        fits = jnp.sum(jnp.minimum(links / middle, 1.0)) <= size - 2
+        fits = jnp.sum(jnp.minimum(span / middle, 1.0)) <= size - 2
         return jnp.where(fits, ends[0], middle), jnp.where(fits, middle, ends[1])
 
-    _, unit = lax.fori_loop(0, 30, halve, (jnp.float32(1e-30), jnp.float32(points.size)))
-    steps = jnp.where(few, weight[1:] > 0, jnp.minimum(links / unit, 1.0))
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.floor(jnp.cumsum(steps)).astype(jnp.int32)])
+    _, unit = lax.fori_loop(0, 24, halve, (jnp.float32(1e-30), jnp.float32(points.size)))
+    steps = jnp.where(jnp.sum(shown) <= size - 2, shown, jnp.minimum(span / unit, 1.0))
+    group = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.floor(jnp.cumsum(steps)).astype(jnp.int32)])
+    return jnp.minimum(group, size - 2)
 
 
-def grouped(points: jax.Array, weight: jax.Array, group: jax.Array, size: int) -> Moments:
-    """Weight and mean of each group. A group of one point has it as its mean, to the bit."""
+def grouped(points: jax.Array, weight: jax.Array, group: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and weight of each group. A group of one point has it as its mean, to the bit."""
+    group = jnp.where(weight > 0, group, size)
     first = jnp.full(size, jnp.inf).at[group].min(points, mode="drop")
     first = jnp.where(jnp.isfinite(first), first, 0.0)
-    near = first.at[group].get(mode="clip")
-    total, count = (jnp.zeros(size).at[group].add(x, mode="drop") for x in (weight * (points - near), weight))
-    return Moments(count, moved(first, total, count), jnp.zeros(size))
+    apart = points - first.at[group].get(mode="clip")
+    total, count = (jnp.zeros(size).at[group].add(x, mode="drop") for x in (weight * apart, weight))
+    return moved(first, total, count), count
 
 
 def _spread(bins: Bins, clusters: int) -> jax.Array:
@@ -158,39 +157,34 @@ def cluster_means(
 
 
 def nearest(x: jax.Array, codebook: jax.Array, unit: Unit, dtype: Any = jnp.int32) -> jax.Array:
-    """The index of the nearest value of an ascending codebook, in units; in the middle of two, the lower one.
-
-    Large arrays look up a bucket of their upper bits first, and search between the few values whose middles lie in it.
-    """
+    """The index of the nearest value of an ascending codebook, in units; in the middle of two, the lower one."""
     middles = codebook[:-1] + (codebook[1:] - codebook[:-1]) / 2
-    if middles.size < _FEW:
-        start = jnp.zeros((), dtype)
-        return mapped(lambda x: sum(((unit.divide(x) > m).astype(dtype) for m in middles), start=start), x)
-    keys = to_key(middles)
-    if x.size < _LARGE:
-        return _searched(keys, to_key(unit.divide(x))).astype(dtype)
-    bucket = jnp.searchsorted(keys, jnp.arange(1 << UPPER, dtype=jnp.uint32) << (32 - UPPER)).astype(jnp.int32)
-    steps = 32 - lax.clz(jnp.max(jnp.diff(bucket, append=keys.size)))
-    padded = jnp.concatenate([keys, jnp.full(keys.size + 1, 0xFFFFFFFF, jnp.uint32)])
-
-    def piece(x: jax.Array) -> jax.Array:
-        key = to_key(unit.divide(x))
-
-        def halve(i: jax.Array, found: jax.Array) -> jax.Array:
-            step = jnp.int32(1) << (steps - 1 - i)
-            return found + jnp.where(key > padded.at[found + step - 1].get(mode="promise_in_bounds"), step, 0)
-
-        return lax.fori_loop(0, steps, halve, bucket.at[upper(key)].get(mode="promise_in_bounds")).astype(dtype)
-
-    return mapped(piece, x)
+    if x.size < _SMALL and middles.size > _UNROLLED:
+        return _searched(middles, unit.divide(x)).astype(dtype)
+    if middles.size >= _MANY:
+        return mapped(lambda x: jnp.searchsorted(middles, unit.divide(x)).astype(dtype), x)
+    return mapped(lambda x: _above(middles, unit.divide(x), dtype), x)
 
 
-def _searched(keys: jax.Array, key: jax.Array) -> jax.Array:
-    """How many of some ascending keys lie below each key, without a loop: many small leaves compile fast."""
-    step = 1 << (keys.size.bit_length() - 1)
-    padded = jnp.concatenate([keys, jnp.full(2 * step - keys.size, 0xFFFFFFFF, jnp.uint32)])
-    found = jnp.zeros(key.shape, jnp.int32)
+def _above(bounds: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """How many of some bounds lie below each entry, compared one after the other: a CPU does many entries at once."""
+    step = min(_UNROLLED, bounds.size)
+    bounds = jnp.pad(bounds, (0, -bounds.size % max(step, 1)), constant_values=jnp.inf)
+
+    def chunk(i: jax.Array, found: jax.Array) -> jax.Array:
+        own = lax.optimization_barrier(lax.dynamic_slice_in_dim(bounds, i * step, step))
+        return sum(((x > own[u]).astype(dtype) for u in range(step)), start=found)
+
+    start = jnp.zeros(x.shape, dtype)
+    return lax.fori_loop(0, bounds.size // step, chunk, start) if bounds.size > step else chunk(0, start)
+
+
+def _searched(bounds: jax.Array, x: jax.Array) -> jax.Array:
+    """The same by halves, without a loop: many small leaves compile fast."""
+    step = 1 << (bounds.size.bit_length() - 1)
+    padded = jnp.concatenate([bounds, jnp.full(2 * step - bounds.size, jnp.inf, bounds.dtype)])
+    found = jnp.zeros(x.shape, jnp.int32)
     while step:
-        found = found + jnp.where(key > padded.at[found + step - 1].get(mode="promise_in_bounds"), step, 0)
+        found = found + jnp.where(x > padded.at[found + step - 1].get(mode="promise_in_bounds"), step, 0)
         step //= 2
     return found
