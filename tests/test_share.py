@@ -1,4 +1,4 @@
-"""Codebooks: Lloyd's algorithm and the exact optimum."""
+"""Codebooks of scalars: near the optimum, and the optimum."""
 
 import itertools
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jcompress as jc
 from jcompress.formats.codebook import cluster_totals
+from jcompress.share.intervals import best_intervals
 from jcompress.share.optimal import optimal_codebook
 
 KMeans = jc.share.KMeans
@@ -41,6 +42,49 @@ def test_lloyd_never_beats_the_exact_optimum_and_comes_near(rng):
     exact, lloyd = (error_of(w, KMeans(clusters=8, exact=e)(w).codebook) for e in (True, False))
     assert exact <= lloyd * (1 + 1e-6)
     assert lloyd < 1.2 * exact
+
+
+WEIGHTS = {
+    "normal": lambda rng: rng.normal(size=(96, 64)),
+    "heavy tails": lambda rng: rng.standard_t(2, size=(96, 64)),
+    "far outliers": lambda rng: rng.normal(size=(96, 64)) * np.where(rng.random((96, 64)) < 1e-3, 1e4, 1.0),
+    "around one": lambda rng: 1 + 0.01 * rng.normal(size=(96, 64)),
+    "two crowds": lambda rng: np.where(rng.random((96, 64)) < 0.5, 3 + 1e-3 * rng.normal(size=(96, 64)), 0.1),
+    "integers": lambda rng: rng.integers(-300, 300, size=(96, 64)),
+    "of 16 bits": lambda rng: np.asarray(jnp.asarray(rng.normal(size=(96, 64)), jnp.bfloat16), np.float32),
+}
+
+
+@pytest.mark.parametrize("clusters", [16, 256])
+def test_the_error_is_within_a_percent_of_the_least(rng, clusters):
+    fit = jax.jit(KMeans(clusters))
+    for name, draw in WEIGHTS.items():
+        w = np.asarray(draw(rng), np.float32)
+        least = error_of(w.ravel(), optimal_codebook(w, clusters))
+        assert error_of(w.ravel(), fit(w).codebook) <= 1.01 * least + 1e-9 * np.square(w).sum(), name
+
+
+def test_it_is_as_good_for_slices_of_a_scan_and_a_vmap(rng):
+    w = jnp.asarray(rng.standard_t(3, size=(2, 64, 48)), jnp.float32)
+    least = [error_of(x.ravel(), optimal_codebook(x, 12)) for x in w]
+    many = jax.vmap(KMeans(12))(w).codebook
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, KMeans(12)(x).codebook), 0, w)
+    for found in (many, scanned):
+        for x, codebook, best in zip(w, found, least, strict=True):
+            assert error_of(x.ravel(), codebook) <= 1.01 * best
+
+
+def test_intervals_of_points_are_the_best(rng):
+    points, weight = np.sort(rng.normal(size=32)).astype(np.float32), rng.integers(1, 9, size=32).astype(np.float32)
+    weight[20:] = 0
+    values = np.repeat(points[:20], weight[:20].astype(int))
+    for clusters in (1, 2, 5, 20, 24):
+        place = np.repeat(
+            best_intervals(jnp.asarray(points), jnp.asarray(weight), clusters)[:20], weight[:20].astype(int)
+        )
+        error = sum(np.square(own - own.mean()).sum() for own in (values[place == k] for k in np.unique(place)))
+        assert len(np.unique(place)) <= clusters
+        np.testing.assert_allclose(error, error_of(values, optimal_codebook(values, clusters)), rtol=1e-4, atol=1e-6)
 
 
 def test_lloyd_stops_at_a_fixed_point(rng):

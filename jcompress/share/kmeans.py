@@ -28,9 +28,9 @@ class KMeans(Method):
 
     Minimizes ``sum (w - codebook[index])**2``. In one dimension clusters are intervals, and the optimum is a shortest
     path (Wang & Song 2011; Gronlund et al. 2017, arXiv:1701.07204): it is found by dynamic programming on a histogram
-    whose bins are narrow where weights crowd, within a percent of the least error, and then every shared value becomes
-    the mean of its weights. Above 512 clusters the start has the point density of high resolution, and Lloyd's
-    algorithm goes on from there.
+    whose bins are narrow where weights crowd, as a rule within a percent of the least error, and then every shared
+    value becomes the mean of its weights. Above 512 clusters the start has the point density of high resolution, and
+    Lloyd's algorithm goes on from there.
 
     With a block, words are vectors (product quantization: Jegou et al. 2011; Gong et al. 2014, arXiv:1412.6115; of
     networks: Stock et al. 2020, arXiv:1907.05686): ``(8, 1)`` for 8 inputs of one output, ``(4, 4)`` for squares,
@@ -62,7 +62,8 @@ class KMeans(Method):
     With weights or a price it starts from the codebook without them and never leads away from it in what it minimizes.
 
     Memory beyond the indices is small, for one leaf and for many of a rule: counts and totals are taken a piece at a
-    time. Of sharded leaves only counts, totals and codebooks move between devices.
+    time. Of sharded leaves only counts, a histogram of 4,096 bins to 16,384 by the number of clusters, totals and
+    codebooks move between devices.
     Where a mask stands around the array, only kept weights count. An array with fewer distinct values than
     clusters is represented exactly.
 
