@@ -193,8 +193,8 @@ class KMeans(Method):
             weights = [self._rows(h) for h in weighted.importance(self.weigh, arrays, contexts)]
             rows = [self._rows(unit.divide(w)) for w in arrays]
             words, places = weighted.refined(words, rows, weights, self.price, self.iterations)
-            found = zip(places, indices, strict=True)
-            indices = [place.reshape(index.shape).astype(index.dtype) for place, index in found]
+            pairs = zip(places, indices, strict=True)
+            indices = [place.reshape(index.shape).astype(index.dtype) for place, index in pairs]
         words = unit.multiply(words).reshape(core.dense(nodes[0].codebook).shape)
         return [
             dataclasses.replace(node, indices=index, codebook=self._shared(words.astype(w.dtype), len(arrays)))
