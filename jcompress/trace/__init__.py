@@ -13,6 +13,7 @@ from jcompress.trace.coupled.resize import Shrunk
 from jcompress.trace.coupled.resize import shrink as shrink
 from jcompress.trace.execution.acceleration import accelerate as accelerate
 from jcompress.trace.execution.execute import Executed, ProductRow, Products
+from jcompress.trace.execution.kernels import Kernels
 from jcompress.trace.execution.weights import Policy, Range, Weight
 from jcompress.trace.recording.calibration import calibrate as calibrate
 from jcompress.trace.recording.observation import observe
@@ -29,6 +30,7 @@ __all__ = [
     "Executed",
     "Group",
     "Groups",
+    "Kernels",
     "Layouts",
     "Outputs",
     "Policy",

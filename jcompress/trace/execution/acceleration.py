@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.trace.core.contraction import Product
+from jcompress.trace.execution import integers
 from jcompress.trace.execution.execute import Executed
 from jcompress.trace.execution.grouped import Grouped
+from jcompress.trace.execution.kernels import Kernels
 from jcompress.trace.execution.weights import Weight
 
 
-def accelerate(fn: Callable[..., Any]) -> Executed:
+def accelerate(fn: Callable[..., Any], *, kernels: Kernels | None = None) -> Executed:
     """The function run on compressed parameters without making them dense where there is a shorter way.
 
     ``x @ w`` is ``(x @ u) @ v`` for a :class:`~jcompress.formats.LowRank` node that is thin enough to cost less,
@@ -26,7 +28,10 @@ def accelerate(fn: Callable[..., Any]) -> Executed:
     Circulant matrices and a :class:`~jcompress.formats.FastProduct` multiply by fast transforms where they are large.
     Of a mask that hides whole blocks, and whose values are known where the function is compiled
     (``jax.jit(lambda x: fast_fn(tree, x))``), the kept blocks are multiplied, where they are few enough to be faster.
-    All other nodes are made dense, and ``report`` says which. Activations stay as they are;
+    On a CPU up to four rows of an activation meet codes as integers of about the digits that float32 has. Rows that a
+    function looks up in a table of codes are all that is made dense of it. A node of :func:`jcompress.pack` is sliced
+    by loops as it is, and unpacked where it is multiplied.
+    All other nodes are made dense, and ``report`` says which. Activations stay as they are otherwise;
     :func:`jcompress.quantize.activations` multiplies integers.
 
     The function is traced and run equation by equation, loops and ``remat`` staying what they are, so call it under
@@ -35,6 +40,8 @@ def accelerate(fn: Callable[..., Any]) -> Executed:
 
     Args:
       fn: any JAX function of ``(params, *args)``.
+      kernels: :class:`jcompress.trace.Kernels`, to let products be made by kernels where those are faster; it keeps
+        what it measured, so give one to all functions. None for none.
 
     Returns:
       An :class:`Executed`: ``fast_fn(tree, *args)``, where the tree has the paths of ``params`` and holds nodes or
@@ -55,17 +62,22 @@ def accelerate(fn: Callable[..., Any]) -> Executed:
       a     dot_general  2x16   dense: a factor
       b     dot_general  16x4   dense: groups along the contraction, for a small weight
     """
-    return Executed(fn, WeightsOnly())
+    return Executed(fn, WeightsOnly(kernels))
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsOnly:
     """Products of activations as they are with codes, scaled afterwards."""
 
+    kernels: Kernels | None = None
     by_blocks: ClassVar[bool] = True
 
     def multiply(self, product: Product, x: jax.Array, w: Weight, axes: tuple[int, ...]) -> tuple[jax.Array, str]:
         """The product, and how it was made."""
+        if self.kernels is not None and (made := self.kernels.product(product, x, w)) is not None:
+            return made
+        if (made := integers.product(product, x, w)) is not None:
+            return made
         if isinstance(w, Grouped):
             return w.by_blocks(product, x)
         if not w.has_scale_of_outputs(product):

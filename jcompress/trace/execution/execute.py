@@ -11,15 +11,18 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import PyTree
+from jcompress.formats import Packed
 from jcompress.trace.core import flow, walk
 from jcompress.trace.core.bodies import Bodies, Call, Custom, Remat, ShardMap
 from jcompress.trace.core.contraction import Product
 from jcompress.trace.core.flow import Body, Step
-from jcompress.trace.core.kinds import Contraction, Linear, weight_side
+from jcompress.trace.core.kinds import Contraction, Linear, Lookup, weight_side
 from jcompress.trace.core.layouts import SideBySide
 from jcompress.trace.core.loops import Scan, While
 from jcompress.trace.core.views import Derived, Joined, Kind, View, parameters
+from jcompress.trace.execution import rows
 from jcompress.trace.execution.blocks import of_blocks
+from jcompress.trace.execution.compact import Compact, of_packed
 from jcompress.trace.execution.operands import dense, is_operand, of_leaf
 from jcompress.trace.execution.weights import Policy, Range, Weight, side_by_side
 
@@ -118,13 +121,17 @@ class Executed:
         return found[0]
 
     def _run(self, tree: PyTree, args: tuple) -> tuple[Any, Products]:
+        packed = {path: x for path, x in walk.leaves(tree) if isinstance(x, Packed)}
         tree = core.untie(tree, whole=False)
         leaves = walk.leaves(tree)
         shapes = jax.tree.map(walk.shape_of, tree, is_leaf=core.is_node)
         program = walk.program(self.fn, shapes, *args)
         # A policy that changes activations sees every product, those of blocks too.
         blocks: Any = of_blocks if getattr(self.policy, "by_blocks", False) else lambda path, x: None
-        values: list[Any] = [blocks(path, x) or of_leaf(path, x, self.ranges.get(path, {})) for path, x in leaves]
+        values: list[Any] = []
+        for path, x in leaves:
+            known = dict(self.ranges.get(path, {}))
+            values.append(of_packed(path, packed.get(path), known) or blocks(path, x) or of_leaf(path, x, known))
         run = _Run(self.policy, frozenset(path for path, x in leaves if core.is_node(x)))
         outs = run.arrays(flow.of_program(program), [*values, *jax.tree.leaves(args)])
         return jax.tree.unflatten(program.out_tree, outs), Products(tuple(run.rows.values()), tuple(run.notes))
@@ -155,6 +162,8 @@ class _Run:
             return self._held(step, step.flow, values)
         if isinstance(step.flow, Contraction):
             return [self._product(step, step.flow, values)]
+        if isinstance(step.flow, Lookup) and (found := _looked_up(step, values)) is not None:
+            return [found]
         return self._laid_out(step, values) or walk.bind(step.eqn, [dense(x) for x in values])
 
     def _laid_out(self, step: Step, values: list[Any]) -> Sequence[Any] | None:
@@ -223,6 +232,15 @@ class _Run:
         if isinstance(holds, While):
             return [*before, *middle, *map(dense, last)]
         return [*before, *map(dense, middle), *(x.stacked() if is_operand(x) else x for x in last)]
+
+
+def _looked_up(step: Step, values: Sequence[Any]) -> jax.Array | None:
+    """Rows of a table, of which no others are made dense; None where it is no table of codes, or no rows are read."""
+    table = values[0]
+    if not isinstance(table, (Weight, Compact)) or len(values) != 2 or is_operand(values[1]):
+        return None
+    lookup = rows.of_lookup(step.eqn, walk.aval(step.eqn.invars[0]).shape, values[1])
+    return None if lookup is None else table.looked_up(lookup)
 
 
 def _changed(kind: Kind) -> str:

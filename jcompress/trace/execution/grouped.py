@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jcompress import core
 from jcompress.formats import Quantized
 from jcompress.formats.quantized import spread
 from jcompress.numeric import meshes
@@ -17,6 +18,7 @@ from jcompress.trace.core.contraction import Dot, Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
+from jcompress.trace.execution.rows import Lookup
 from jcompress.trace.execution.weights import Shared, Weight, static
 
 ROWS = 128
@@ -45,7 +47,9 @@ class Grouped(Weight):
         form = dataclasses.replace(leaf, codes=None, scale=None, zero=None)
         scale = Shared(leaf.scales(), constant=frozenset())
         shared = "a scale for each block" if isinstance(leaf.group_size, tuple) else "groups along the contraction"
-        return cls(leaf.codes, scale, zero, dtype=leaf.dtype, form=form, note=shared, **known)
+        whole = jnp.issubdtype(leaf.codes.dtype, jnp.integer) and leaf.table is None and leaf.bits > 1
+        bits = leaf.bits if whole else None
+        return cls(leaf.codes, scale, zero, dtype=leaf.dtype, form=form, note=shared, bits=bits, **known)
 
     @property
     def node(self) -> Quantized:
@@ -87,11 +91,31 @@ class Grouped(Weight):
         form = dataclasses.replace(self.form, group_axis=turned if len(turned) > 1 else turned[0])
         known = {name: getattr(self, name) for name in ("scale", "zero")}
         known = {k: x and dataclasses.replace(x, array=x.array.transpose(order)) for k, x in known.items()}
-        return [dataclasses.replace(self, values=self.values.transpose(order), form=form, **known)]
+        values = self.values.transpose(order)
+        return [dataclasses.replace(self, values=values, form=form, packed=None, **known)]
 
     def told(self, how: str, product: Product) -> str:
         """How a product was made, and why it was not made with codes."""
         return f"{how}: {self.note}" if self.note else how
+
+    def looked_up(self, lookup: Lookup, values: jax.Array | None = None) -> jax.Array:
+        """As for :class:`Weight`."""
+        node, along = self.node, self._axes()
+        unit = 1 if along == (-1,) else self._group(0)
+        if along == (-1,) or len(along) == 1:
+            size = node.group_size if along == (-1,) else None
+            known = {
+                name: x if x is None else lookup.taken(x, unit)
+                for name, x in (("scale", node.scale), ("zero", node.zero))
+            }
+            values = lookup.taken(node.codes) if values is None else values
+            return lookup.restored(dataclasses.replace(node, codes=values, group_size=size, **known).materialize())
+        return lookup.restored(lookup.taken(self.dense()))
+
+    def group_of(self, axis: int) -> int | None:
+        """How many codes along an axis share a scale, where that is all that says which; else None."""
+        is_one = isinstance(self.form.group_size, int) and self._axes() == (axis - self.values.ndim,)
+        return self.form.group_size if is_one and self.bits is not None else None  # type: ignore[return-value]
 
     def by_blocks(self, product: Product, x: jax.Array) -> tuple[jax.Array, str]:
         """The product, one block of the weight after the other made dense, multiplied and added up."""
@@ -162,3 +186,21 @@ class Grouped(Weight):
 
         node = self.node
         return dataclasses.replace(node, codes=taken(node.codes), scale=taken(node.scale), zero=taken(node.zero))
+
+
+def of_codes(leaf: Quantized, **known: Any) -> Weight | None:
+    """The operand of codes; None where they are a node themselves, or zero points of groups are."""
+    if core.is_node(leaf.codes):
+        return None
+    if leaf.group_size is not None:
+        return None if core.is_node(leaf.zero) else Grouped.of(leaf, **known)
+    scale = leaf.scales()
+    constant = frozenset(d for d, n in enumerate(scale.shape) if n == 1)
+    codes: Any = leaf.codes
+    bits = leaf.bits if jnp.issubdtype(codes.dtype, jnp.integer) else None
+    if leaf.table is not None or core.is_node(leaf.zero):
+        return Weight(leaf.levels(jnp.float32), Shared(scale, constant=constant), None, dtype=leaf.dtype, **known)
+    if leaf.bits == 1 and leaf.zero is None:
+        codes = 2 * codes + 1
+    zero = None if leaf.zero is None else Shared(leaf.zero, constant=constant)
+    return Weight(codes, Shared(scale, constant=constant), zero, dtype=leaf.dtype, bits=bits, **known)

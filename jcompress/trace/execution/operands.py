@@ -18,10 +18,11 @@ from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
 from jcompress.trace.execution.blocks import Blocks
+from jcompress.trace.execution.compact import Compact
 from jcompress.trace.execution.fast import Fast, of_fast
-from jcompress.trace.execution.grouped import Grouped
+from jcompress.trace.execution.grouped import Grouped, of_codes
 from jcompress.trace.execution.networks import Network, of_factors, of_network
-from jcompress.trace.execution.weights import Multiply, Range, Shared, Tell, Weight, static
+from jcompress.trace.execution.weights import Multiply, Range, Tell, Weight, static
 
 
 @jax.tree_util.register_dataclass
@@ -119,12 +120,12 @@ class Terms:
         return sum(rest, first)
 
 
-Operand = Weight | Factors | Terms | Network | Fast | Blocks
+Operand = Weight | Factors | Terms | Network | Fast | Blocks | Compact
 
 
 def is_operand(x: Any) -> bool:
     """Whether a value is a weight in a form of its own."""
-    return isinstance(x, (Weight, Factors, Terms, Network, Fast, Blocks))
+    return isinstance(x, (Weight, Factors, Terms, Network, Fast, Blocks, Compact))
 
 
 def dense(x: Any) -> Any:
@@ -135,11 +136,8 @@ def dense(x: Any) -> Any:
 def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Operand:
     """A leaf of the tree in the form in which it is multiplied."""
     known: dict[str, Any] = {"ranges": dict(ranges), "path": path}
-    if isinstance(leaf, Quantized) and not core.is_node(leaf.codes):
-        if leaf.group_size is None:
-            return _of_codes(leaf, known)
-        if not core.is_node(leaf.zero):
-            return Grouped.of(leaf, **known)
+    if isinstance(leaf, Quantized) and (found := of_codes(leaf, **known)) is not None:
+        return found
     if isinstance(leaf, Masked) and isinstance(leaf.values, Quantized):
         inner = of_leaf(path, leaf.values, ranges)
         if isinstance(inner, Grouped) and (masked := inner.masked(leaf.mask)) is not None:
@@ -152,8 +150,8 @@ def of_leaf(path: str, leaf: Any, ranges: Mapping[tuple[int, ...], Range]) -> Op
         if isinstance(u, Weight) and isinstance(v, Weight):
             u, v = (dataclasses.replace(w, note=w.note or "a factor") for w in (u, v))
             return Factors(u, v)
-    if (found := of_network(path, leaf) or of_fast(path, leaf)) is not None:
-        return found
+    if (other := of_network(path, leaf) or of_fast(path, leaf)) is not None:
+        return other
     if isinstance(leaf, Arranged) and isinstance(leaf.inner, LowRank) and _is_thin(leaf.inner):
         factors = _of_arranged(path, leaf, ranges)
         if factors is not None:
@@ -189,19 +187,6 @@ def _of_arranged(path: str, leaf: Arranged, ranges: Mapping[tuple[int, ...], Ran
 
 def _named(leaf: Any) -> str:
     return type(leaf.inner if isinstance(leaf, Arranged) else leaf).__name__
-
-
-def _of_codes(leaf: Quantized, known: dict[str, Any]) -> Weight:
-    scale = leaf.scales()
-    constant = frozenset(d for d, n in enumerate(scale.shape) if n == 1)
-    codes: Any = leaf.codes
-    bits = leaf.bits if jnp.issubdtype(codes.dtype, jnp.integer) else None
-    if leaf.table is not None or core.is_node(leaf.zero):
-        return Weight(leaf.levels(jnp.float32), Shared(scale, constant=constant), None, dtype=leaf.dtype, **known)
-    if leaf.bits == 1 and leaf.zero is None:
-        codes = 2 * codes + 1
-    zero = None if leaf.zero is None else Shared(leaf.zero, constant=constant)
-    return Weight(codes, Shared(scale, constant=constant), zero, dtype=leaf.dtype, bits=bits, **known)
 
 
 def _is_low_rank(term: Any) -> bool:

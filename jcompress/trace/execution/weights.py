@@ -16,6 +16,7 @@ from jcompress.trace.core.contraction import Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast
 from jcompress.trace.core.views import Joined, Kind, View
+from jcompress.trace.execution.rows import Lookup
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
@@ -140,6 +141,7 @@ class Weight:
       zero: the same for zero points.
       ranges: for each set of contracted axes (negative), the lowest and highest value of the activation that meets
         them; those under ``()`` are for any.
+      packed: the codes as :class:`~jcompress.formats.Bits`, where they lie so in memory.
       dtype: of what it stands for.
       bits: of integer codes; None where ``values`` are no integers.
       path: the parameter.
@@ -156,6 +158,7 @@ class Weight:
     scale: Shared | None = None
     zero: Shared | None = None
     ranges: dict[tuple[int, ...], Range] = dataclasses.field(default_factory=dict)
+    packed: Any = None
     dtype: Any = static()
     bits: int | None = static(None)
     path: str = static("")
@@ -174,7 +177,8 @@ class Weight:
 
     def coded(self, codes: jax.Array, scale: jax.Array, bits: int) -> Weight:
         """The weight with codes made for it: ``scale`` times ``codes``, of the same rank."""
-        return dataclasses.replace(self, values=codes, scale=Shared(scale, constant=frozenset()), bits=bits)
+        shared = Shared(scale, constant=frozenset())
+        return dataclasses.replace(self, values=codes, scale=shared, bits=bits, packed=None)
 
     def range_of(self, axes: tuple[int, ...]) -> Range | None:
         """What is known of an activation that is summed with these axes of the parameter."""
@@ -196,7 +200,9 @@ class Weight:
         shape, values = self.values.shape, walk.bind(eqn, [self.values])
         known = jax.tree.map(lambda x: x.laid_out(eqn, shape, kinds), self.known(), is_leaf=_is_shared)
         return [
-            dataclasses.replace(self, values=x, **jax.tree.map(lambda xs, i=i: xs[i], known, is_leaf=_is_list))
+            dataclasses.replace(
+                self, values=x, packed=None, **jax.tree.map(lambda xs, i=i: xs[i], known, is_leaf=_is_list)
+            )
             for i, x in enumerate(values)
         ]
 
@@ -208,11 +214,25 @@ class Weight:
         """In a form of which every array has the leading axis, to be sliced by a loop."""
         n = len(self.values)
         known = jax.tree.map(lambda x: x.stacked(n), self.known(), is_leaf=_is_shared)
-        return dataclasses.replace(self, **known)
+        return dataclasses.replace(self, packed=None, **known)
 
     def product(self, product: Product, x: jax.Array, multiply: Multiply, tell: Tell) -> jax.Array:
         """The product with an activation."""
         return multiply(product, x, self)
+
+    def looked_up(self, lookup: Lookup, values: jax.Array | None = None) -> jax.Array:
+        """Rows of it, of which nothing else is made dense.
+
+        Args:
+          lookup: which.
+          values: those rows of the values, where they were found otherwise.
+        """
+        values = lookup.taken(self.values) if values is None else values
+        known = {
+            name: x and dataclasses.replace(x, array=lookup.taken(x.array))
+            for name, x in (("scale", self.scale), ("zero", self.zero))
+        }
+        return lookup.restored(dataclasses.replace(self, values=values, **known).dense())
 
     def told(self, how: str, product: Product) -> str:
         """How a product was made, and why it was not made with codes."""
@@ -254,7 +274,7 @@ def side_by_side(weights: Sequence[Any], step: Step) -> Weight | None:
         if all(axes in w.ranges and w.ranges[axes].low.array.shape[dim] == 1 for w in weights)
     }
     bits = None if first.bits is None else max(w.bits for w in weights)
-    known = {"scale": scale, "zero": zero, "ranges": ranges}
+    known = {"scale": scale, "zero": zero, "ranges": ranges, "packed": None}
     return None if scale is None else dataclasses.replace(first, values=values, bits=bits, **known)
 
 

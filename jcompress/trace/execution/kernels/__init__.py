@@ -2,3 +2,7 @@
 
 They are written in Pallas. Where nothing else is said a kernel is made for both kinds of device.
 """
+
+from jcompress.trace.execution.kernels.choice import Kernels
+
+__all__ = ["Kernels"]

@@ -7,7 +7,6 @@ and the small results are put in their order outside.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,39 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jcompress.trace.execution.kernels.platforms import Target, divisor, padded, precision_of
-
-WIDTHS = (1, 2, 4, 8)
-"""Bits a code of which a byte holds whole ones."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """How the codes of a matrix are to be read.
-
-    Attributes:
-      bits: 1, 2, 4 or 8 a code.
-      signed: whether they are two's complements, or count from zero.
-      group: entries along the contraction that share a scale, a power of two; None for one scale an output, which is
-        then applied by the caller.
-      length: codes along the last axis; what fills up the last byte is not counted.
-    """
-
-    bits: int
-    signed: bool
-    group: int | None
-    length: int
-
-    @property
-    def phases(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.bits
-
-    def levels(self, few: jax.Array, phase: int, dtype: Any) -> jax.Array:
-        """The codes of one phase of int32 bytes, as floats."""
-        if self.signed:  # the top bit is the sign: up to the end of the word, and back
-            return ((few << (32 - self.bits * (phase + 1))) >> (32 - self.bits)).astype(dtype)
-        return ((few >> (self.bits * phase)) & (2**self.bits - 1)).astype(dtype)
+from jcompress.trace.execution.kernels.platforms import Codes, Target, divisor, padded, precision_of
 
 
 def by_rows(

@@ -1,4 +1,4 @@
-"""What a kernel is made for: sizes of blocks, and how it is compiled."""
+"""What a kernel is made for, sizes of blocks and how it is compiled, and what it reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton
+
+WIDTHS = (1, 2, 4, 8)
+"""Bits a code of which a byte holds whole ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """How the codes of a matrix are to be read.
+
+    Attributes:
+      bits: 1, 2, 4 or 8 a code.
+      signed: whether they are two's complements, or count from zero.
+      group: entries along the contraction that share a scale, a power of two; None for one scale an output, which is
+        then applied by the caller.
+      length: codes along the last axis; what fills up the last byte is not counted.
+    """
+
+    bits: int
+    signed: bool
+    group: int | None
+    length: int
+
+    @property
+    def phases(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.bits
+
+    def levels(self, few: jax.Array, phase: int, dtype: Any) -> jax.Array:
+        """The codes of one phase of int32 bytes, as floats."""
+        if self.signed:  # the top bit is the sign: up to the end of the word, and back
+            return ((few << (32 - self.bits * (phase + 1))) >> (32 - self.bits)).astype(dtype)
+        return ((few >> (self.bits * phase)) & (2**self.bits - 1)).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +65,8 @@ class Target:
     def options(self) -> dict[str, Any]:
         """For ``pallas_call``. Of two compilers for GPUs the one whose kernels are those of a TPU, too, is Triton."""
         if self.name == "gpu":
+            from jax.experimental.pallas import triton
+
             return {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=3)}
         return {"interpret": self.name == "interpret"}
 
