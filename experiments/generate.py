@@ -34,8 +34,8 @@ PyTree = Any
 INT = jc.quantize.Int
 RULES: dict[str, Any] = {
     "dense": [],
-    "8 bits": [(".*/kernel|embed/embedding", INT(bits=8, group_size=32))],
-    "4 bits": [("embed/embedding", INT(bits=8, group_size=32)), (".*/kernel", INT(bits=4, group_size=32))],
+    "8 bits": [(".*/kernel|embed/embedding", INT(bits=8))],
+    "4 bits": [("embed/embedding", INT(bits=8)), (".*/kernel", INT(bits=4, group_size=32))],
 }
 
 
@@ -62,7 +62,7 @@ class Sampling:
 
 
 class Generator:
-    """A decoder under ``jc.accelerate``, compiled once for a prompt's length and once for decoding.
+    """A decoder under ``jc.accelerate``, compiled once for a prompt's length and once for one token.
 
     Args:
       config: the model.
@@ -87,40 +87,34 @@ class Generator:
         self.step = fast(
             lambda params, tokens, cache: llama.apply(params, tokens, config, cache=cache, store=self.store)
         )
-        self.prefill = jax.jit(self._prefill, donate_argnames="cache")
-        self.decode = jax.jit(self._decode, static_argnames="count", donate_argnames="cache")
+        self.prefill = jax.jit(self._next, donate_argnames="cache")
+        self.decode = jax.jit(self._next, donate_argnames="cache")
 
     def empty(self, params: PyTree, batch: int) -> PyTree:
         """A cache without tokens."""
         stacked = isinstance(params["layers"], dict)
         return llama.init_cache(self.config, batch, self.length, stacked, store=self.store)
 
-    def _prefill(self, params: PyTree, tokens: jax.Array, cache: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+    def _next(self, params: PyTree, tokens: jax.Array, cache: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        """The token (batch, 1) after these, and the cache with them in it; the old cache's memory is used again."""
         logits, cache = self.step(params, tokens, cache)
-        return self.sampling(logits[:, -1], key), cache
+        return self.sampling(logits[:, -1], key)[:, None], cache
 
-    def _decode(
-        self, params: PyTree, token: jax.Array, cache: PyTree, key: jax.Array, *, count: int
-    ) -> tuple[jax.Array, PyTree]:
-        batch = token.shape[0]
+    def decoded(
+        self, decode: Callable[..., Any], params: PyTree, token: jax.Array, cache: PyTree, key: jax.Array, count: int
+    ) -> list[jax.Array]:
+        """Tokens one after the other, fewer where all texts have ended.
 
-        def unfinished(state: tuple) -> jax.Array:
-            i, _, done, _, _ = state
-            return (i < count) & ~done.all()
-
-        def one(state: tuple) -> tuple:
-            i, token, done, tokens, cache = state
-            logits, cache = self.step(params, token[:, None], cache)
-            token = self.sampling(logits[:, -1], jax.random.fold_in(key, i))
-            if self.stop is not None:
-                token = jnp.where(done, self.stop, token)
-                done = done | (token == self.stop)
-            return i + 1, token, done, jax.lax.dynamic_update_index_in_dim(tokens, token, i, axis=1), cache
-
-        first = jnp.zeros((batch,), bool) if self.stop is None else token == self.stop
-        filled = jnp.full((batch, count), 0 if self.stop is None else self.stop, jnp.int32)
-        *_, tokens, cache = jax.lax.while_loop(unfinished, one, (0, token, first, filled, cache))
-        return tokens, cache
+        Each step is a call of its own. Inside one loop XLA for CPUs would widen codes before it, once, and keep what
+        it got, in the memory that codes are to save; and what is in a loop it runs on one core.
+        """
+        made = []
+        for i in range(count):
+            token, cache = decode(params, token, cache, jax.random.fold_in(key, i))
+            made.append(token)
+            if self.stop is not None and bool((jnp.concatenate(made, axis=1) == self.stop).any(1).all()):
+                break
+        return made
 
     def __call__(self, params: PyTree, tokens: jax.Array, count: int, key: jax.Array) -> jax.Array:
         """Tokens that follow a prompt.
@@ -132,15 +126,13 @@ class Generator:
           key: of the random choices.
 
         Returns:
-          int32 (batch, count).
+          int32 (batch, count), or fewer where all texts ended; what a text has behind its end means nothing.
         """
         if tokens.shape[1] + count > self.length:
             raise ValueError(f"{tokens.shape[1]} + {count} tokens do not fit into a cache of {self.length}")
         first, rest = jax.random.split(key)
         token, cache = self.prefill(params, tokens, self.empty(params, tokens.shape[0]), first)
-        if count == 1:
-            return token[:, None]
-        return jnp.concatenate([token[:, None], self.decode(params, token, cache, rest, count=count - 1)[0]], axis=1)
+        return jnp.concatenate([token, *self.decoded(self.decode, params, token, cache, rest, count - 1)], axis=1)
 
 
 def cache_in(bits: int) -> Callable[[jax.Array], Any]:
@@ -179,7 +171,7 @@ def sides(params: PyTree, config: llama.Config, names: Sequence[str]) -> dict[st
     return found
 
 
-NAMES = ("dense", "dense, stacked", "8 bits, stacked", "4 bits, stacked", "4 bits, stacked packed")
+NAMES = ("dense", "8 bits", "4 bits", "4 bits, packed", "dense, stacked", "4 bits, stacked")
 
 
 def nbytes(tree: PyTree) -> int:
@@ -202,10 +194,10 @@ def measured(
     key, runs, rows, first = jax.random.key(0), {}, [], {}
     for name, tree in trees.items():
         token, cache = generator.prefill(tree, prompt, generator.empty(tree, 1), key)
-        compiled = generator.decode.lower(tree, token, cache, key, count=count).compile()
+        compiled = generator.decode.lower(tree, token, cache, key).compile()
         memory = compiled.memory_analysis()
         rows.append({"name": name, "parameters": nbytes(tree), "temporary": int(memory.temp_size_in_bytes)})
-        runs[name] = functools.partial(_turn, compiled, generator, tree, prompt, key)
+        runs[name] = functools.partial(_turn, compiled, generator, tree, prompt, key, count)
         first[name] = runs[name]()[1]
         print(f"{name}: compiled", file=sys.stderr)
     times: dict[str, list[float]] = {name: [] for name in (*runs, *others)}
@@ -226,12 +218,12 @@ def measured(
 
 
 def _turn(
-    compiled: Any, generator: Generator, tree: PyTree, prompt: jax.Array, key: jax.Array
+    compiled: Any, generator: Generator, tree: PyTree, prompt: jax.Array, key: jax.Array, count: int
 ) -> tuple[float, jax.Array]:
     token, cache = jax.block_until_ready(generator.prefill(tree, prompt, generator.empty(tree, 1), key))
     start = time.perf_counter()
-    tokens, _ = jax.block_until_ready(compiled(tree, token, cache, key))
-    return time.perf_counter() - start, tokens
+    tokens = jax.block_until_ready(generator.decoded(compiled, tree, token, cache, key, count))
+    return time.perf_counter() - start, jnp.concatenate(tokens, axis=1)
 
 
 def llama_cpp(file: str, prompt: Sequence[int], count: int, length: int) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from jcompress.trace.execution.weights import Shared, Weight
 
 ROWS = 4
 """Each row widens the codes anew: of more rows a dense copy is made."""
-TERMS = (64, 32, 16)
-"""Products that are added in int32, and their sums as floats: 64 at most where a loop adds them, 32 where the sum is
-written out, and 16 of codes of more than 4 bits, which leave the activation fewer."""
+TERMS = (32, 16)
+"""Products that are written out and added in int32, their sums as floats; 16 of codes of more than 4 bits, which leave
+the activation fewer."""
+TERMS_TURNED = (32,)
+"""The same where inputs lie side by side: the loop that adds so many is written out, and no other one."""
 
 
 def product(product: Product, x: jax.Array, w: Weight) -> tuple[jax.Array, str] | None:
@@ -77,8 +79,8 @@ def _group(product: Product, x: jax.Array, w: Weight) -> tuple[int, bool, int] |
 
 def terms_of(size: int, turned: bool, bits: int) -> int | None:
     """How many products of a group are added as integers at a time."""
-    most = 16 if bits > 4 else 64 if turned else 32
-    return next((n for n in TERMS if n <= most and size % n == 0), None)
+    choice = TERMS_TURNED if turned else TERMS[1:] if bits > 4 else TERMS
+    return next((n for n in choice if size % n == 0), None)
 
 
 def multiplied(

@@ -43,6 +43,9 @@ class Kernels:
       found: what was measured: for each product the seconds of a kernel (None where it was refused) and of the plain
         product.
 
+    Raises:
+      ValueError: for another ``when``.
+
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> params, x = {"w": jnp.eye(64, 128)}, jnp.ones((1, 64))
