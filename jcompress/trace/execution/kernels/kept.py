@@ -57,6 +57,32 @@ def by_groups(x: jax.Array, values: jax.Array, mask: jax.Array, keep: int, of: i
     return out.sum(0)[:rows, :outputs]
 
 
+def compact(w: np.ndarray, keep: int, of: int) -> tuple[np.ndarray, np.ndarray]:
+    """The kept values of a matrix, and a bit for each entry, as :func:`by_groups` reads them.
+
+    Args:
+      w: (inputs, outputs), zero where it is not kept.
+      keep: entries a group at most.
+      of: the size of a group along the inputs, which divides eight.
+
+    Returns:
+      ``(values, mask)``.
+
+    Raises:
+      ValueError: if a group keeps more.
+    """
+    inputs, outputs = w.shape
+    w = np.pad(w, ((0, -inputs % ROWS), (0, 0)))
+    grouped = w.reshape(-1, of, outputs)
+    shown = grouped != 0
+    if (shown.sum(1) > keep).any():
+        raise ValueError(f"found a group of {of} that keeps more than {keep} of {of} entries; give the pattern it has")
+    order = np.argsort(~shown, axis=1, kind="stable")[:, :keep]  # kept ones first, in their order
+    values = np.take_along_axis(grouped, order, axis=1)
+    values = values.reshape(-1, ROWS // of * keep, outputs).transpose(1, 0, 2)
+    return values, np.packbits(shown.reshape(-1, ROWS, outputs), axis=1, bitorder="little")[:, 0]
+
+
 def _groups_kernel(x_ref: Any, values_ref: Any, mask_ref: Any, out_ref: Any, *, keep: int, of: int) -> None:
     bits, precision = mask_ref[...].astype(jnp.int32), precision_of(x_ref.dtype)
     total = jnp.zeros(out_ref.shape[1:], jnp.float32)
@@ -92,17 +118,23 @@ def by_blocks(x: jax.Array, blocks: jax.Array, inputs: np.ndarray, counts: np.nd
     Returns:
       float32 (rows, outputs).
     """
-    rows, size = x.shape[0], blocks.shape[-1]
+    run = walked if target.name == "gpu" else _fetched
+    return run(x, blocks, np.asarray(inputs, np.int32), np.asarray(counts, np.int32), target)
+
+
+def _split(x: jax.Array, size: int, target: Target) -> jax.Array:
+    """The activation in blocks of inputs, (blocks, rows, size)."""
     x = padded(padded(x, 0, target.rows), 1, size)
-    own = x.reshape(x.shape[0], -1, size).transpose(1, 0, 2)
-    run = _walked if target.name == "gpu" else _fetched
-    return run(own, blocks, np.asarray(inputs, np.int32), np.asarray(counts, np.int32), target)[:rows]
+    return x.reshape(x.shape[0], -1, size).transpose(1, 0, 2)
 
 
-def _walked(x: jax.Array, blocks: jax.Array, inputs: np.ndarray, counts: np.ndarray, target: Target) -> jax.Array:
-    _, m, size = x.shape
+def walked(x: jax.Array, blocks: jax.Array, inputs: np.ndarray, counts: np.ndarray, target: Target) -> jax.Array:
+    """:func:`by_blocks`, a program a column of blocks."""
+    rows, size = x.shape[0], blocks.shape[-1]
+    x = _split(x, size, target)
+    m = x.shape[1]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    places = [jnp.asarray(starts), jnp.asarray(inputs)]
+    places = [jnp.asarray(starts), jnp.asarray(inputs, jnp.int32)]
     whole = [pl.BlockSpec(a.shape, lambda j, n=a.ndim: (0,) * n) for a in (*places, x, blocks)]
     return pl.pallas_call(
         _walked_kernel,
@@ -111,7 +143,7 @@ def _walked(x: jax.Array, blocks: jax.Array, inputs: np.ndarray, counts: np.ndar
         out_specs=pl.BlockSpec((m, size), lambda j: (0, j)),
         out_shape=jax.ShapeDtypeStruct((m, len(counts) * size), jnp.float32),
         **target.options,
-    )(*places, x, blocks)
+    )(*places, x, blocks)[:rows]
 
 
 def _walked_kernel(starts_ref: Any, inputs_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any) -> None:
@@ -126,7 +158,9 @@ def _walked_kernel(starts_ref: Any, inputs_ref: Any, x_ref: Any, w_ref: Any, out
 
 
 def _fetched(x: jax.Array, blocks: jax.Array, inputs: np.ndarray, counts: np.ndarray, target: Target) -> jax.Array:
-    _, m, size = x.shape
+    given, size = x.shape[0], blocks.shape[-1]
+    x = _split(x, size, target)
+    m = x.shape[1]
     # A column that keeps nothing has a step, too, with a block of zeros that stands behind the others.
     takes = np.maximum(counts, 1)
     columns = np.repeat(np.arange(len(counts), dtype=np.int32), takes)
@@ -152,7 +186,7 @@ def _fetched(x: jax.Array, blocks: jax.Array, inputs: np.ndarray, counts: np.nda
         out_shape=jax.ShapeDtypeStruct((len(counts), m, size), jnp.float32),
         **target.options,
     )(*map(jnp.asarray, (which, rows, columns, first)), x, held)
-    return out.transpose(1, 0, 2).reshape(m, -1)
+    return out.transpose(1, 0, 2).reshape(m, -1)[:given]
 
 
 def _fetched_kernel(which: Any, rows: Any, columns: Any, first: Any, x_ref: Any, w_ref: Any, out_ref: Any) -> None:
