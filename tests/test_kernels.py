@@ -130,6 +130,16 @@ def of_codes(run, how, at):
     return lambda x, data, scale=None, zero=None: run(x, data, scale, zero, how, at)
 
 
+def test_kept_blocks_of_a_tree():
+    node = jc.prune.Magnitude(sparsity=0.75, pattern=jc.prune.Block((16, 16)))(array(96, 64))
+    for fn, inputs in ((lambda w, x: x @ w, 96), (lambda w, x: jnp.einsum("bo,io->bi", x, w), 64)):
+        x = array(3, inputs, seed=1)
+        fast = jc.accelerate(fn, kernels=jc.trace.Kernels("interpret"))
+        y, products = fast._run(node, (x,))
+        assert [row.how for row in products.rows] == ["kernel: 25% of its blocks of 16x16"]
+        np.testing.assert_allclose(y, fn(node.materialize(), x), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(("target", "platform"), DEVICES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_kernels_lower_for_their_devices(target, platform, dtype):

@@ -35,12 +35,14 @@ class Blocks:
       kept: bytes of a boolean matrix, an entry a block.
       size: of the blocks, which are square.
       path: the parameter.
+      kernels: that may multiply it, as for :func:`jcompress.accelerate`.
     """
 
     values: Any
     kept: bytes = static()
     size: int = static()
     path: str = static("")
+    kernels: Any = static(None)
 
     @property
     def mask(self) -> np.ndarray:
@@ -73,6 +75,9 @@ class Blocks:
             return multiply(product, x, self._weight("for another product than of matrices"))
         if not core.is_concrete(self.values):
             return multiply(product, x, self._weight("inside a loop"))
+        if self.kernels is not None and (made := self.kernels.blocks(product, x, self.values, self.mask)) is not None:
+            tell(self.values.shape, made[1])
+            return made[0]
         (axis,), (summed,) = product.contracted, product.summed
         share, rows = float(self.mask.mean()), x.size // max(self.values.shape[axis], 1)
         if share > (0.5 if rows <= FEW else WORTH[self.size]):
@@ -101,7 +106,7 @@ class Blocks:
         return y.transpose(1, 0, 2).reshape(*x.shape[:-1], -1)
 
 
-def of_blocks(path: str, leaf: Any) -> Blocks | None:
+def of_blocks(path: str, leaf: Any, kernels: Any = None) -> Blocks | None:
     """The operand of a masked matrix whose mask is known and hides whole blocks; None for another leaf."""
     if not isinstance(leaf, Masked) or core.is_node(leaf.values):
         return None
@@ -117,5 +122,5 @@ def of_blocks(path: str, leaf: Any) -> Blocks | None:
         kept = blocks.any((1, 3))
         if (blocks.all((1, 3)) == kept).all() and kept.mean() <= 0.5:
             with jax.ensure_compile_time_eval():
-                return Blocks(leaf.materialize(), kept=kept.tobytes(), size=size, path=path)
+                return Blocks(leaf.materialize(), kept=kept.tobytes(), size=size, path=path, kernels=kernels)
     return None

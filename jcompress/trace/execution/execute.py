@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -127,7 +128,9 @@ class Executed:
         shapes = jax.tree.map(walk.shape_of, tree, is_leaf=core.is_node)
         program = walk.program(self.fn, shapes, *args)
         # A policy that changes activations sees every product, those of blocks too.
-        blocks: Any = of_blocks if getattr(self.policy, "by_blocks", False) else lambda path, x: None
+        blocks: Any = lambda path, x: None  # noqa: E731
+        if getattr(self.policy, "by_blocks", False):
+            blocks = functools.partial(of_blocks, kernels=getattr(self.policy, "kernels", None))
         values: list[Any] = []
         for path, x in leaves:
             known = dict(self.ranges.get(path, {}))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcompress.numeric import meshes
 from jcompress.trace.core.contraction import Product
@@ -101,6 +102,42 @@ class Kernels:
         if not self.pays((name, *product_key(product, x)), kernel, plain, (x, data, scale, zero)):
             return None
         return rows.with_derivative_of(plain, kernel, x, data, scale, zero), f"kernel: {name}"
+
+    def blocks(
+        self, product: Product, x: jax.Array, values: jax.Array, mask: np.ndarray
+    ) -> tuple[jax.Array, str] | None:
+        """A product with the kept blocks of a matrix by a kernel, and how; None where there is none, or it is slower.
+
+        Args:
+          product: of the activation and the matrix.
+          x: the activation.
+          values: the matrix, of known values.
+          mask: boolean, an entry a block.
+        """
+        target, few = self.target, rows.of(product, x, values.ndim)
+        if target is None or few is None or few.x.shape[0] > ROWS or not mask.any():
+            return None
+        size, mask = values.shape[0] // mask.shape[0], mask.T if few.turned else mask
+        inputs = np.concatenate([np.flatnonzero(column) for column in mask.T])
+        with jax.ensure_compile_time_eval():
+            w = values.T if few.turned else values
+            held = w.reshape(mask.shape[0], size, mask.shape[1], size).transpose(2, 0, 1, 3)[mask.T]
+
+        def kernel(x: jax.Array) -> jax.Array:
+            from jcompress.trace.execution.kernels import kept
+
+            own = rows.of(product, x, 2)
+            assert own is not None
+            near = own.x if own.x.dtype == jnp.bfloat16 else own.x.astype(jnp.float32)
+            return own.restored(kept.by_blocks(near, held, inputs, mask.sum(0), target))
+
+        def plain(x: jax.Array) -> jax.Array:
+            return product.apply(x, values)
+
+        name = f"{mask.mean():.0%} of its blocks of {size}x{size}"
+        if not self.pays((name, values.shape, *product_key(product, x)), kernel, plain, (x,)):
+            return None
+        return rows.with_derivative_of(plain, kernel, x), f"kernel: {name}"
 
     def pays(self, key: tuple[Any, ...], kernel: Callable[..., Any], plain: Callable[..., Any], operands: Any) -> bool:
         """Whether a kernel is to be used: measured once for each key.
