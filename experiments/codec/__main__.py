@@ -32,7 +32,7 @@ from experiments.codec.networks import Network
 from experiments.workdir import Row, Rows, write
 
 STEPS = (0.35, 0.5, 0.7, 1.0)
-QUANTIZERS = (-38, -36, -34, -32, -30, -28)
+QUANTIZERS = (-38, -34, -30, -26, -24, -22, -20, -18, -16, -14)
 WORKER = Path(__file__).with_name("worker.py")
 
 
