@@ -104,7 +104,7 @@ class Grouped(Weight):
         unit = 1 if along == (-1,) else self._group(0)
         if along == (-1,) or len(along) == 1:
             size = node.group_size if along == (-1,) else None
-            known = {
+            known: dict[str, Any] = {
                 name: x if x is None else lookup.taken(x, unit)
                 for name, x in (("scale", node.scale), ("zero", node.zero))
             }

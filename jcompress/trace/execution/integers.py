@@ -41,7 +41,7 @@ def product(product: Product, x: jax.Array, w: Weight) -> tuple[jax.Array, str] 
     scale, zero = (None if s is None else s.array for s in (w.scale, w.zero))
 
     def plain(x: jax.Array, codes: jax.Array, scale: jax.Array, zero: Any) -> jax.Array:
-        known = {
+        known: dict[str, Any] = {
             name: s and Shared(a, constant=s.constant)
             for name, s, a in (("scale", w.scale, scale), ("zero", w.zero, zero))
         }

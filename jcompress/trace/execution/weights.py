@@ -228,7 +228,7 @@ class Weight:
           values: those rows of the values, where they were found otherwise.
         """
         values = lookup.taken(self.values) if values is None else values
-        known = {
+        known: dict[str, Any] = {
             name: x and dataclasses.replace(x, array=lookup.taken(x.array))
             for name, x in (("scale", self.scale), ("zero", self.zero))
         }

@@ -78,7 +78,7 @@ class Kernels:
         scale, zero = (None if s is None else s.array for s in (w.scale, w.zero))
 
         def plain(x: jax.Array, data: jax.Array, scale: jax.Array, zero: Any) -> jax.Array:
-            known = {
+            known: dict[str, Any] = {
                 k: s and Shared(a, constant=s.constant)
                 for k, s, a in (("scale", w.scale, scale), ("zero", w.zero, zero))
             }
@@ -91,7 +91,7 @@ class Kernels:
             from jcompress.trace.execution.kernels import codes  # pallas is loaded where a kernel is
 
             flat = data.reshape(data.shape[0], -1).view(jnp.uint8)
-            made = codes.by_columns if few.turned else codes.by_rows
+            made: Callable[..., jax.Array] = codes.by_columns if few.turned else codes.by_rows
             near = few.x if few.x.dtype == jnp.bfloat16 else few.x.astype(jnp.float32)
             y = made(near, flat, *((scale, zero) if own else (None, None)), held, target)
             return few.restored(y if own else y * scale.reshape(1, -1).astype(jnp.float32))
