@@ -72,11 +72,9 @@ class Mixed(Compressed):
         return [node._refitted(a, templates.astype(ws[0].dtype)) for node, a in zip(nodes, weights, strict=True)]
 
     def _refitted(self, weights: jax.Array, templates: jax.Array) -> Mixed:
-        found = {"weights": weights, "templates": templates}
-        for name, new in found.items():
-            old = getattr(self, name)
-            found[name] = old.project(new) if core.is_node(old) else new
-        return dataclasses.replace(self, **found)
+        own = self.weights.project(weights) if core.is_node(self.weights) else weights
+        shared = self.templates.project(templates) if core.is_node(self.templates) else templates
+        return dataclasses.replace(self, weights=own, templates=shared)
 
 
 def spanned(ws: Sequence[jax.Array], count: int, ndim: int) -> tuple[list[jax.Array], jax.Array]:

@@ -94,7 +94,8 @@ class Mixture:
           match: a regular expression for the whole paths of the weights.
         """
         found = rules.matching(params, match, "Mixture: match").values()
-        return -sum(jnp.sum(jax.nn.logsumexp(self.log_densities(x), axis=-1)) for x in found)
+        parts = [jnp.sum(jax.nn.logsumexp(self.log_densities(x), axis=-1)) for x in found]
+        return -jnp.sum(jnp.stack(parts))
 
     def merged(self, divergence: float = 1e-2) -> Mixture:
         """The mixture with components put together while that changes it little; outside ``jit`` only.
@@ -120,8 +121,8 @@ class Mixture:
             share[i], mean[i], variance[i] = total[i, j], center[i, j], spread[i, j]
             share, mean, variance = (np.delete(x, j) for x in (share, mean, variance))
         logits = np.log(np.maximum(share, 1e-30))
-        found = [jnp.asarray(x, jnp.float32) for x in (mean, 0.5 * np.log(variance), logits)]
-        return Mixture(*found, zero=float(min(share[0], 1.0)))
+        means, logs, logits = (jnp.asarray(x, jnp.float32) for x in (mean, 0.5 * np.log(variance), logits))
+        return Mixture(means, logs, logits, zero=float(min(share[0], 1.0)))
 
 
 def _joined(share: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -168,7 +169,7 @@ class ByMixture(Method):
         dtype = jnp.uint8 if components <= 256 else jnp.uint16
         places = [jnp.argmax(self.mixture.log_densities(w), axis=-1).astype(dtype) for w in arrays]
         if self.refit:
-            found = [_sums(*one, components, c) for *one, c in zip(arrays, places, contexts, strict=True)]
+            found = [_sums(w, at, components, c) for w, at, c in zip(arrays, places, contexts, strict=True)]
             total, count = (sum(column) for column in zip(*found, strict=True))
             centers = jnp.where((count > 0) & (jnp.arange(components) > 0), total / jnp.maximum(count, 1), centers)
         many = len(arrays) > 1
