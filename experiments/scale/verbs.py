@@ -63,6 +63,7 @@ WHY = {
     "GPTQ": "inputs are rounded one after another: each device takes all inputs of its outputs, there and back",
     "SparseGPT": "as GPTQ",
     "Wanda": "scores are compared within an output: where inputs are spread, thresholds of all outputs are summed",
+    "SVD, randomized": "a sketch of a few columns more than the rank is orthogonalized whole, twice",
     "calibrate": "inputs meet all their weights, and the statistic is summed over the batch",
 }
 TRAINED = ("Magnitude", "Magnitude, global", "Int", "KMeans, global")
@@ -168,11 +169,16 @@ def _kept(call: Callable, args: tuple, out: Any, params: Any) -> bool:
 def finish(rows: Sequence[Row], path: Path) -> str:
     """Write the table, one line a verb and method; return it."""
     found = {tuple(row[key] for key in KEYS): row for row in rows}
-    head = ["verb", "method", *(f"{s}, {a}" for s in SHARDINGS for a in AXES), "why"]
+    columns = [(s, a) for s in SHARDINGS for a in AXES if any((x["sharding"], x["axes"]) == (s, a) for x in rows)]
+    head = ["verb", "method", *(f"{s}, {a}" for s, a in columns), "why"]
     cells = [head]
     for verb, method in dict.fromkeys((row["verb"], row["method"]) for row in rows):
-        line = [_cell(found.get((verb, method, s, a))) for s in SHARDINGS for a in AXES]
-        moves = any(x["gathered"] >= 0.5 for x in found.values() if (x["verb"], x["method"]) == (verb, method))
+        line = [_cell(found.get((verb, method, s, a))) for s, a in columns]
+        moves = any(
+            x["gathered"] >= 0.1 or x["bytes_per_parameter"] >= 1
+            for x in found.values()
+            if (x["verb"], x["method"]) == (verb, method)
+        )
         why = WHY.get(method, WHY.get(verb, "")) if moves else ""
         cells.append([verb, method, *line, why])
     text = tables.markdown(cells, (0, 1, len(head) - 1)) + "\n"

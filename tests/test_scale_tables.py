@@ -1,0 +1,45 @@
+"""What is read of compiled programs, and the tables made of it."""
+
+import shutil
+
+import jax
+import pytest
+
+from experiments.scale import large, programs, verbs
+from experiments.workdir import Rows
+
+HLO = """
+%body (p: s32[]) -> s32[] {
+  %g = f32[80]{0} all-gather(%q), replica_groups=[2,4]<=[8], dimensions={0}
+  %h = bf16[8]{0} all-reduce(%q), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %w = (s32[], f32[2]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %x.1 = (f32[1,64]{1,0}, /*index=1*/f32[1,64]{1,0}) all-to-all(%a, %b), replica_groups=mesh['a'=2,'b'=4] {'b'}
+}
+"""
+
+
+def test_collectives_are_counted_with_their_loops_and_groups():
+    found = programs.traffic(HLO)
+    assert found.by_kind == {"all-gather": 5 * 80 * 4 * 3 / 4, "all-reduce": 5 * 2 * 16 / 2, "all-to-all": 512 * 3 / 4}
+    assert found.nbytes == sum(found.by_kind.values()) and found.largest == 80 and not found.loops
+    unknown = programs.traffic(HLO.replace("known_trip_count", "other"))
+    assert unknown.loops and unknown.by_kind["all-gather"] == 240
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="there meshes are told otherwise")
+def test_a_verb_is_measured():
+    found = {(verb, method): make for verb, method, make in verbs.verbs("both", "automatic")}
+    row = verbs.measure("compress", "Magnitude, 2:4", "both", "automatic", found["compress", "Magnitude, 2:4"])
+    assert row["kept"] and row["bytes_per_parameter"] < 0.01 and row["gathered"] == 0
+
+
+@pytest.mark.parametrize("module", [verbs, large], ids=["verbs", "large"])
+def test_tables_are_those_of_their_rows(module, tmp_path):
+    name = module.__name__.rsplit(".", 1)[-1]
+    keys = verbs.KEYS if module is verbs else ("model", "job", "what")
+    shutil.copy(module.RESULTS / f"{name}.jsonl", tmp_path)
+    text = module.finish(list(Rows(tmp_path / f"{name}.jsonl", keys)), tmp_path / f"{name}.md")
+    assert text == (module.RESULTS / f"{name}.md").read_text()
