@@ -60,7 +60,7 @@ COMPRESSED = {
 }
 WHY = {
     "SVD": "an exact decomposition is no sum over shards: one gather of the array",
-    "GPTQ": "inputs are rounded one after another: each device takes all inputs of its outputs, there and back",
+    "GPTQ": "inputs are rounded one after another: each device takes all inputs of its outputs; inside `jit` codes stay so, outside they go back",
     "SparseGPT": "as GPTQ",
     "Wanda": "scores are compared within an output: where inputs are spread, thresholds of all outputs are summed",
     "SVD, randomized": "a sketch of a few columns more than the rank is orthogonalized whole, twice",
@@ -174,11 +174,8 @@ def finish(rows: Sequence[Row], path: Path) -> str:
     cells = [head]
     for verb, method in dict.fromkeys((row["verb"], row["method"]) for row in rows):
         line = [_cell(found.get((verb, method, s, a))) for s, a in columns]
-        moves = any(
-            x["gathered"] >= 0.1 or x["bytes_per_parameter"] >= 1
-            for x in found.values()
-            if (x["verb"], x["method"]) == (verb, method)
-        )
+        own = [x for x in found.values() if (x["verb"], x["method"]) == (verb, method)]
+        moves = any(x["gathered"] >= 0.1 or x["bytes_per_parameter"] >= 1 for x in own)
         why = WHY.get(method, WHY.get(verb, "")) if moves else ""
         cells.append([verb, method, *line, why])
     text = tables.markdown(cells, (0, 1, len(head) - 1)) + "\n"
