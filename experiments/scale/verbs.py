@@ -60,7 +60,7 @@ COMPRESSED = {
 }
 WHY = {
     "SVD": "an exact decomposition is no sum over shards: one gather of the array",
-    "GPTQ": "inputs are rounded one after another: each device takes all inputs of its outputs; inside `jit` codes stay so, outside they go back",
+    "GPTQ": "each device takes all inputs of its outputs; codes stay so inside `jit`, and go back outside",
     "SparseGPT": "as GPTQ",
     "Wanda": "scores are compared within an output: where inputs are spread, thresholds of all outputs are summed",
     "SVD, randomized": "a sketch of a few columns more than the rank is orthogonalized whole, twice",
