@@ -83,13 +83,15 @@ class Network:
 
 
 class Pruned(Network):
-    """LeNet-300-100 with 5% of its weights, from a file; judged by cross entropy on the last 5,000 training images."""
+    """A pruned LeNet-300-100 from a file; judged by cross entropy on the last 5,000 training images."""
 
-    name, kernels = "LeNet-300-100 at 5%", ".*/kernel"
+    kernels = ".*/kernel"
 
     def __init__(self, path: Path, data_dir: str) -> None:
         self.lab = Lab("lenet_300_100", lambda seed: datasets.load("mnist", data_dir, val=5000 / 60000))
         self.params = jax.tree.map(np.asarray, jc.materialize(jc.load(path)))
+        kept = [(np.count_nonzero(x), x.size) for x in jax.tree.leaves(self.params)]
+        self.name = f"LeNet-300-100 at {sum(n for n, _ in kept) / sum(n for _, n in kept):.0%}"
         self.data = self.lab.load(0)
         kernels = jc.plan(self.params, [(self.kernels, Q.WaterFilling()), (".*", None)])
         batches = [self.data.train.x[i : i + 500] for i in range(0, 5000, 500)]
