@@ -43,7 +43,9 @@ def main(source: str, target: str, steps: str) -> None:
     made = {}
     for qp in json.loads(steps):
         start = time.process_time()
-        stream = nnc.compress(dict(arrays), qp=qp, return_bitstream=True, verbose=False, bitstream_path="/dev/null")
+        stream = nnc.compress(
+            dict(arrays), qp=qp, row_skipping=True, return_bitstream=True, verbose=False, bitstream_path="/dev/null"
+        )
         middle = time.process_time()
         found = nnc.decompress(stream)
         made[f"{qp}/seconds"] = np.array([middle - start, time.process_time() - middle])
