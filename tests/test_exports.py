@@ -230,3 +230,36 @@ def test_the_command_exports(tmp_path, monkeypatch, capsys):
     assert cli.main(["diff", "a.jc", "a.gguf", "--tolerance", "0.001"]) == 0
     assert cli.main(["export", "model", "--to", "safetensors", "--kind", "Q8_0", "-o", "c"]) == 2
     assert "expected gguf" in capsys.readouterr().err
+
+
+def test_a_program_of_nodes_for_three_platforms(tmp_path):
+    pytest.importorskip("flatbuffers")
+    w = jax.random.normal(jax.random.key(1), (256, 256))
+    small = jc.compress({"w": w}, jc.plan({"w": w}, [("w", Q.Int(bits=4, group_size=32))]))
+
+    def fn(params, x):
+        return jnp.tanh(x @ jc.materialize(params)["w"])
+
+    size = jc.io.export_stablehlo(tmp_path / "fn", fn, small, W @ jnp.ones((64, 256)))
+    assert size == os.path.getsize(tmp_path / "fn") < 20_000  # no weight is in it
+    again = jc.io.load_stablehlo(tmp_path / "fn")
+    x = jax.random.normal(jax.random.key(2), (16, 256))
+    np.testing.assert_allclose(again(small, x), jax.jit(fn)(small, x), rtol=1e-6, atol=1e-6)
+    (tmp_path / "noise").write_bytes(b"noise")
+    with pytest.raises(StorageError, match="noise: found no program"):
+        jc.io.load_stablehlo(tmp_path / "noise")
+
+
+def test_onnx_runs_elsewhere(tmp_path):
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    small = {"w": Q.Int(bits=8)(W)}
+
+    def fn(params, x):
+        return jnp.tanh(x @ jc.materialize(params)["w"])
+
+    x = jax.random.normal(jax.random.key(2), (3, 16))
+    jc.io.export_onnx(tmp_path / "fn.onnx", fn, small, x)
+    session = runtime.InferenceSession(str(tmp_path / "fn.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: np.asarray(x)})
+    np.testing.assert_allclose(found, fn(small, x), rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ from jcompress.io.export import register_export
 from jcompress.io.gguf import read_gguf, write_gguf
 from jcompress.io.gguf_nodes import export_gguf
 from jcompress.io.manifest import StorageError
+from jcompress.io.programs import export_onnx, export_stablehlo, load_stablehlo
 from jcompress.io.reading import read_tensors
 from jcompress.io.safetensors import read_safetensors, write_safetensors
 from jcompress.io.sizes import nbits as nbits
@@ -20,7 +21,10 @@ __all__ = [
     "Tensors",
     "export_compressed_tensors",
     "export_gguf",
+    "export_onnx",
+    "export_stablehlo",
     "inspect",
+    "load_stablehlo",
     "read_gguf",
     "read_safetensors",
     "read_tensors",
