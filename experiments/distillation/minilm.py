@@ -77,10 +77,10 @@ def grid(bits: int) -> Any:
 
 
 WAYS: dict[str, tuple[Any, Any]] = {
+    "3 bits and words": (kernels(3), words(256, 8)),
+    "2 bits and words": (kernels(2), words(256, 8)),
     "4 bits": (kernels(4), grid(4)),
     "3 bits": (kernels(3), grid(3)),
-    "3 bits and words": (kernels(3), words(4096, 8)),
-    "2 bits and words": (kernels(2), words(4096, 8)),
 }
 """The methods of kernels and of the table of words; all else takes 16 bits."""
 
