@@ -134,14 +134,14 @@ def path(
     """Codes of the cheapest path, and which quantizer each is of, int32 (length, rows)."""
     size, sign = jnp.abs(x), jnp.where(x < 0, -1, 1)
     costs, codes = [], []
-    for quantizer in (0, 1):
-        near = jnp.floor(size + (1 + quantizer) / 2)
+    for half in (0, 1):
+        near = jnp.floor(size + (1 + half) / 2)
         tried = [jnp.clip(near + k, 0, most) for k in (-2, -1, 0, 1)] + [jnp.zeros_like(near)]
         found = []
         for m in tried:
             code = sign * m.astype(jnp.int32)
-            level = m - jnp.where(m > 0, quantizer / 2, 0)
-            found.append((h * (size - level) ** 2 + prices[quantizer, code + most], code))
+            level = m - jnp.where(m > 0, half / 2, 0)
+            found.append((h * (size - level) ** 2 + prices[half, code + most], code))
         cost, code = (jnp.stack(column) for column in zip(*found, strict=True))
         for odd in (0, 1):
             own = jnp.where(code & 1 == odd, cost, jnp.inf)

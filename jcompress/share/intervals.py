@@ -77,8 +77,8 @@ def _errors(points: jax.Array, weight: jax.Array, longest: int) -> jax.Array:
     points, weight = jnp.concatenate([lead, points, lead[:1]]), jnp.concatenate([lead, weight, lead[:1]])
 
     def longer(i: jax.Array, state: tuple[Moments, jax.Array]) -> tuple[Moments, jax.Array]:
-        own = (lax.dynamic_slice_in_dim(x, longest - 1 - i, n + 1) for x in (weight, points))
-        now = state[0].joined(Moments(*own, none))
+        heavy, place = (lax.dynamic_slice_in_dim(x, longest - 1 - i, n + 1) for x in (weight, points))
+        now = state[0].joined(Moments(heavy, place, none))
         error = jnp.where(jnp.arange(n + 1) <= i, jnp.inf, now.error)
         return now, lax.dynamic_update_index_in_dim(state[1], error, i, 0)
 

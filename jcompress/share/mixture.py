@@ -121,8 +121,9 @@ class Mixture:
             share[i], mean[i], variance[i] = total[i, j], center[i, j], spread[i, j]
             share, mean, variance = (np.delete(x, j) for x in (share, mean, variance))
         logits = np.log(np.maximum(share, 1e-30))
-        means, logs, logits = (jnp.asarray(x, jnp.float32) for x in (mean, 0.5 * np.log(variance), logits))
-        return Mixture(means, logs, logits, zero=float(min(share[0], 1.0)))
+        fields = (jnp.asarray(x, jnp.float32) for x in (mean, 0.5 * np.log(variance), logits))
+        means, deviations, scores = fields
+        return Mixture(means, deviations, scores, zero=float(min(share[0], 1.0)))
 
 
 def _joined(share: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -171,7 +171,7 @@ def _above(bounds: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     step = min(_UNROLLED, bounds.size)
     bounds = jnp.pad(bounds, (0, -bounds.size % max(step, 1)), constant_values=jnp.inf)
 
-    def chunk(i: jax.Array, found: jax.Array) -> jax.Array:
+    def chunk(i: Any, found: jax.Array) -> jax.Array:
         own = lax.optimization_barrier(lax.dynamic_slice_in_dim(bounds, i * step, step))
         return sum(((x > own[u]).astype(dtype) for u in range(step)), start=found)
 
