@@ -143,10 +143,10 @@ def path(
             level = m - jnp.where(m > 0, half / 2, 0)
             found.append((h * (size - level) ** 2 + prices[half, code + most], code))
         cost, code = (jnp.stack(column) for column in zip(*found, strict=True))
-        for odd in (0, 1):
-            own = jnp.where(code & 1 == odd, cost, jnp.inf)
+        for parity in (0, 1):
+            own = jnp.where(code & 1 == parity, cost, jnp.inf)
             if seen is not None:
-                own = jnp.where(seen, own, jnp.inf if odd else 0.0)
+                own = jnp.where(seen, own, jnp.inf if parity else 0.0)
             costs.append(jnp.min(own, axis=0))
             best = jnp.take_along_axis(code, jnp.argmin(own, axis=0)[None], axis=0)[0]
             codes.append(best if seen is None else jnp.where(seen, best, 0))
