@@ -57,7 +57,7 @@ def product(product: Product, x: jax.Array, w: Weight) -> tuple[jax.Array, str] 
         return jax.lax.platform_dependent(*operands, cpu=fast, default=plain)
 
     y = rows.with_derivative_of(plain, either, x, w.values, scale, zero)
-    shared = f"codes in groups of {size}" if own else f"{w.values.dtype} codes, scaled after the product"
+    shared = "codes in groups" if own else f"{w.values.dtype} codes, scaled after the product"
     return y, f"{shared}, summed as integers for few rows"
 
 
