@@ -151,6 +151,6 @@ def path(
             best = jnp.take_along_axis(code, jnp.argmin(own, axis=0)[None], axis=0)[0]
             codes.append(best if seen is None else jnp.where(seen, best, 0))
     cost = jnp.stack(costs, axis=1).reshape(x.shape[0], 2, 2, x.shape[1])
-    chosen_from, parity = dependent.cheapest(cost, states)
+    quantizer, odd = dependent.cheapest(cost, states)
     every = jnp.stack(codes, axis=0)
-    return jnp.take_along_axis(every, (2 * chosen_from + parity)[None], axis=0)[0], chosen_from
+    return jnp.take_along_axis(every, (2 * quantizer + odd)[None], axis=0)[0], quantizer
