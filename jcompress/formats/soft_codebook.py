@@ -14,7 +14,7 @@ from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats import gating
 from jcompress.formats.codebook import Codebook
-from jcompress.numeric import soft_clusters
+from jcompress.numeric import scaling, soft_clusters
 from jcompress.numeric.blocks import blocked, unblocked
 from jcompress.numeric.soft_clusters import Gradient
 
@@ -68,31 +68,34 @@ class SoftCodebook(Compressed):
         values, codebook = core.dense(self.values, key=key), core.dense(self.codebook, key=key)
         if not values.size:
             return values
-        rows = self._rows(values)
+        unit = scaling.unit([jax.lax.stop_gradient(values)])
+        rows = unit.divide(self._rows(values))
         call = self._nearest if key is None else self._soft
-        made = jax.vmap(call)(*self._by_layer(rows, codebook))
+        made = unit.multiply(jax.vmap(call)(*self._by_layer(rows, unit.divide(codebook))))
         return unblocked(made.reshape(rows.shape), self.block or (1,)).astype(values.dtype).reshape(values.shape)
 
     def words(self) -> jax.Array:
         """The words, float32 (..., clusters, entries of a block)."""
-        codebook = core.dense(self.codebook)
-        return jax.vmap(self._fixed)(*self._by_layer(self._rows(core.dense(self.values)), codebook)).reshape(
-            codebook.shape
-        )
+        values, codebook = core.dense(self.values), core.dense(self.codebook)
+        unit = scaling.unit([jax.lax.stop_gradient(values)])
+        found = jax.vmap(self._fixed)(*self._by_layer(unit.divide(self._rows(values)), unit.divide(codebook)))
+        return unit.multiply(found).reshape(codebook.shape)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> SoftCodebook:
         """The values become ``w``; words start at rows spread over the array."""
         x = w if where is None else jnp.where(where, w, jnp.zeros_like(w))
-        rows = self._rows(x)
-        start = jax.vmap(self._start)(rows.reshape(math.prod(self._lead), -1, rows.shape[-1]))
+        unit = scaling.unit([x])
+        rows = unit.divide(self._rows(x))
+        start = unit.multiply(jax.vmap(self._start)(rows.reshape(math.prod(self._lead), -1, rows.shape[-1])))
         codebook = start.reshape(*self._lead, self.clusters, rows.shape[-1])
         values = gating.refitted(self.values, w)
         return dataclasses.replace(self, values=values, codebook=gating.refitted(self.codebook, codebook))
 
     def finalize(self) -> Codebook:
         values, words = core.dense(self.values), self.words() if self.values.size else core.dense(self.codebook)
-        rows = self._rows(values)
-        x, book = rows.reshape(math.prod(self._lead), -1, rows.shape[-1]), words.reshape(-1, *words.shape[-2:])
+        rows, unit = self._rows(values), scaling.unit([values])
+        x = unit.divide(rows).reshape(math.prod(self._lead), -1, rows.shape[-1])
+        book = unit.divide(words).reshape(-1, *words.shape[-2:])
         places = jax.vmap(_places)(x, book).reshape(rows.shape[:-1])
         places = places.reshape(values.shape) if not self.block else places
         words = words if self.block else words[..., 0]
