@@ -82,6 +82,9 @@ class StoredStats(Mapping):
       stamp: what tells them from others.
       unread: as :class:`jcompress.trace.Calibration` has it; ``notes`` and ``levels`` too.
 
+    Raises:
+      StorageError: if the folder holds no such statistics, or one of its files is damaged.
+
     Example:
       >>> import tempfile, jax.numpy as jnp, jcompress as jc
       >>> stats = jc.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [jnp.ones((4, 2))])

@@ -36,6 +36,10 @@ METHODS = {
     "hashed": jc.share.Hashed(ratio=0.5),
     "fast_product": jc.share.ACDC(),
     "shift_add": jc.factorize.LCC(),
+    "coded": jc.quantize.E8P(),
+    "dependent": jc.quantize.Dependent(),
+    "soft_codebook": jc.share.SoftKMeans(clusters=4, iterations=2),
+    "mixed": jc.share.Templates(count=1),
     "latent": jc.quantize.training.EntropyPenalized(),
     "arranged": jc.factorize.SVD(rank=2),
 }

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcompress.numeric.crowding import Bins, Pair, crowding
+from jcompress.numeric.crowded import Bins, Pair, crowding
 from jcompress.numeric.pieces import mapped, totals
 from jcompress.numeric.scaling import Unit
 from jcompress.share.intervals import best_intervals
