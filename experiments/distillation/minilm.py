@@ -8,8 +8,9 @@ Rows, in order: the dense encoder; three of its six layers, cut out and not trai
 taught; and these compressed, then taught once more in what their nodes let train. It writes to ``--workdir`` the rows,
 ``table.md``, ``pareto.png``, ``record.json`` and the models. Interrupted, the same command continues.
 
-Expect from the literature: a student of half of BERT's layers that starts from them keeps about 97% of its scores
-(Sanh et al. 2019, arXiv:1910.01108).
+Found in one run, of one seed: mean Spearman 0.8849 dense, 0.8130 cut, 0.8792 taught; the compressed rows are still to
+be run. Expect from the literature: a student of half of BERT's layers that starts from them keeps about 97% of its
+scores (Sanh et al. 2019, arXiv:1910.01108).
 """
 
 from __future__ import annotations
