@@ -60,7 +60,8 @@ def chosen(name: str, group: Group, members: Members, match: str, found: Mapping
     Args:
       name: of the group, for error messages.
       group: the group.
-      members: ``"all"``, ``"producers"``, ``"consumers"``, or ``"kernels"``: producers of two axes or more.
+      members: ``"all"``, ``"producers"``, ``"consumers"``, or ``"kernels"``: producers of two axes or more,
+        or all members if there is no producer.
       match: a regular expression that must match the whole path.
       found: the parameters by their paths.
     """
@@ -69,6 +70,8 @@ def chosen(name: str, group: Group, members: Members, match: str, found: Mapping
     listed = {"all": group.members, "consumers": group.consumers}.get(members, group.producers)
     picked = [(path, axis) for path, axis in listed if re.fullmatch(match, path)]
     if members == "kernels":
+        # Channels of heads are made by queries and keys, and summed over where these meet: all of them count.
+        picked = picked or [(path, axis) for path, axis in group.members if re.fullmatch(match, path)]
         picked = [(path, axis) for path, axis in picked if np.ndim(leaf(found, path, name)) > 1]
     if not picked:
         raise ValueError(

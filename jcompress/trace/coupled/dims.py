@@ -193,15 +193,7 @@ def _turn(leaf: Dim, kind: str, sizes: Sequence[int]) -> list[Dim]:
 
 def as_concat(d: Dim, sizes: Sequence[int]) -> list[Dim]:
     """Consecutive pieces of a dimension, of these sizes."""
-    return _alike(d, _pieces(find(d), [whole(n) for n in sizes]))
-
-
-def _alike(d: Dim, parts: list[Dim]) -> list[Dim]:
-    """Parts of a dimension under another name have other names too."""
-    return list(alias(parts)) if d.kind == "link" else parts
-
-
-def _pieces(d: Dim, sizes: list[int]) -> list[Dim]:
+    d, sizes = find(d), [whole(n) for n in sizes]
     if 0 in sizes:
         left = as_concat(d, [n for n in sizes if n]) if d.size else []
         return [left.pop(0) if n else Dim(0) for n in sizes]
@@ -250,10 +242,7 @@ def _regroup(parts: list[Dim], sizes: Sequence[int]) -> list[Dim]:
 
 def as_product(d: Dim, sizes: Sequence[int]) -> list[Dim]:
     """Factors of a dimension, of these sizes, the outermost first."""
-    return _alike(d, _factors(find(d), [whole(n) for n in sizes]))
-
-
-def _factors(d: Dim, sizes: list[int]) -> list[Dim]:
+    d, sizes = find(d), [whole(n) for n in sizes]
     wanted = [n for n in sizes if n != 1]
     if len(wanted) <= 1:
         found = [d] if wanted else []
