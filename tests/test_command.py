@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -241,3 +243,8 @@ def test_an_interrupted_command_goes_on(folder, capsys):
     run(capsys, *arguments)
     assert not os.path.exists("a.jc.parts")
     assert len(jc.load("a.jc")) == 3
+
+
+def test_help_and_wrong_arguments_need_no_jax():
+    code = "import sys, jcompress_command as c; c.parser().format_help(); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -52,8 +52,7 @@ class Calibration:
             self.folder.mkdir(parents=True, exist_ok=True)
             run = _Streams(self.params, self.config, self.windows, self._weights(kind))
             for i, found in enumerate(self.params["layers"]):
-                _write(self.folder / f"{kind}-{i}.npz", run.stats(kind, i, found))
-                run.advance(found)
+                _write(self.folder / f"{kind}-{i}.npz", run.stats(kind, i, found, advance=True))
         return _read(path)
 
     def compress(
@@ -121,12 +120,13 @@ class _Streams:
         self.config, self.weights = config, weights
         self.x = [llama.embed(params, window[None, :-1]) for window in windows]
 
-    def stats(self, kind: str, i: int, layer: PyTree) -> jc.trace.Calibration:
-        """What the kernels of a layer meet, summed over windows."""
+    def stats(self, kind: str, i: int, layer: PyTree, advance: bool = False) -> jc.trace.Calibration:
+        """What the kernels of a layer meet, summed over windows; then, if wanted, go behind this layer."""
         found = None
         for n, x in enumerate(self.x):
             where = None if self.weights is None else {f"{k}/kernel": w[i] for k, w in self.weights[n].items()}
-            found = _met(layer, x, where, found, self.config, kind)
+            y, found = _met(layer, x, where, found, self.config, kind)
+            self.x[n] = y if advance else x
         assert found is not None
         return jc.trace.Calibration({f"layers/{i}/{path}": stats for path, stats in found.items()})
 
@@ -136,14 +136,17 @@ class _Streams:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"), donate_argnums=3)
-def _met(layer: PyTree, x: jax.Array, where: Any, before: Any, config: llama.Config, kind: str) -> jc.trace.Calibration:
+def _met(
+    layer: PyTree, x: jax.Array, where: Any, before: Any, config: llama.Config, kind: str
+) -> tuple[jax.Array, jc.trace.Calibration]:
+    """The residual stream behind a layer, and what its kernels met."""
     places = jnp.arange(x.shape[1], dtype=jnp.int32)
     if kind == "attended":
         where = {"attention/v/kernel": _received(layer, x, config, places)}
     wanted = {f"{kernel}/kernel": ("gram", "count") for kernel in KERNELS}
     run = functools.partial(llama.block, config=config, positions=places)
-    found = jc.trace.observe(run, layer, x, statistics=wanted, where=where)[1]
-    return found if before is None else before.merge(found)
+    (y, _), found = jc.trace.observe(run, layer, x, statistics=wanted, where=where)
+    return y, found if before is None else before.merge(found)
 
 
 def _received(layer: PyTree, x: jax.Array, config: llama.Config, places: jax.Array) -> jax.Array:

@@ -10,8 +10,8 @@ import numpy as np
 
 import jcompress as jc
 from jcompress import io
-from jcompress.cli.main import DIFFERENT, SAME, say, table
 from jcompress.io import reading
+from jcompress_command import DIFFERENT, SAME, say, table
 
 
 def diff(given: argparse.Namespace) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 
 import jcompress as jc
 from jcompress import io
-from jcompress.cli.main import SAME, say
 from jcompress.core import Layout
 from jcompress.io import files, reading
 from jcompress.io.tensors import parsed
 from jcompress.measure.units import in_bytes
+from jcompress_command import SAME, say
 
 
 def export(given: argparse.Namespace) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from jcompress import io
-from jcompress.cli.main import FAILED, SAME, say, say_error, table
 from jcompress.io import orbax, reading
 from jcompress.io.manifest import StorageError, join, too_deep
 from jcompress.measure.units import in_bytes
+from jcompress_command import FAILED, SAME, say, say_error, table
 
 _LONGEST = 60
 

@@ -13,11 +13,11 @@ import jax
 
 import jcompress as jc
 from jcompress import core, io
-from jcompress.cli.main import SAME, say
 from jcompress.cli.rules import PlanFile, layouts_of, read_rules
 from jcompress.io import reading
 from jcompress.measure.units import in_bytes
 from jcompress.rules import Plan
+from jcompress_command import SAME, say
 
 
 def plan(given: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 _CHUNK = 1 << 15
+_WIDEST_GAP = 16
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
 
@@ -30,6 +31,30 @@ def _to_bits(values: np.ndarray, width: int) -> np.ndarray:
     little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
     rows = np.unpackbits(little.view(np.uint8).reshape(values.size, -1), axis=1, bitorder="little")
     return rows[:, :width].reshape(-1)
+
+
+def _to_bytes(values: np.ndarray, width: int) -> np.ndarray:
+    """Unsigned integers, a multiple of eight of them, as a stream of bits in whole bytes."""
+    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+    if width % 8 == 0:
+        return little.view(np.uint8).reshape(values.size, -1)[:, : width // 8].reshape(-1)
+    if width > 8:
+        return np.packbits(_to_bits(values, width), bitorder="little")
+    eight = values.reshape(-1, 8)
+    word = np.zeros(len(eight), "<u8")
+    for i in range(8):
+        word |= (eight[:, i] & ((1 << width) - 1)).astype(np.uint64) << np.uint64(i * width)
+    return word.view(np.uint8).reshape(-1, 8)[:, :width].reshape(-1)
+
+
+def _of_bytes(data: np.ndarray, width: int, unsigned: np.dtype) -> np.ndarray:
+    """Integers of 1 to 8 bits from a stream of bits in whole bytes, a multiple of ``width`` of them."""
+    word = np.zeros((data.size // width, 8), np.uint8)
+    word[:, :width] = data.reshape(-1, width)
+    found, most = np.zeros((len(word), 8), unsigned.newbyteorder("<")), np.uint64((1 << width) - 1)
+    for i in range(8):
+        found[:, i] = word.view("<u8")[:, 0] >> np.uint64(i * width) & most
+    return found.reshape(-1)
 
 
 class BitWriter:
@@ -56,17 +81,23 @@ class BitWriter:
             self._append(unsigned(flat[start : start + _CHUNK]), width)
 
     def _append(self, chunk: np.ndarray, width: int) -> None:
-        if self._rest.size == 0 and width == 8 * chunk.dtype.itemsize:
-            self._sink(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False).tobytes())
+        even = chunk.size if width % 8 == 0 else chunk.size // 8 * 8
+        if even and width:
+            self._append_bytes(_to_bytes(chunk[:even], width))
+        if even == chunk.size:
             return
-        if self._rest.size == 0 and width % 8 == 0:
-            little = np.ascontiguousarray(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False))
-            self._sink(little.view(np.uint8).reshape(chunk.size, -1)[:, : width // 8].tobytes())
-            return
-        bits = np.concatenate([self._rest, _to_bits(chunk, width)])
+        bits = np.concatenate([self._rest, _to_bits(chunk[even:], width)])
         whole = bits.size // 8 * 8
         self._sink(np.packbits(bits[:whole], bitorder="little").tobytes())
         self._rest = bits[whole:]
+
+    def _append_bytes(self, data: np.ndarray) -> None:
+        """Whole bytes, moved behind the bits that wait."""
+        if shift := self._rest.size:
+            last = np.packbits(self._rest, bitorder="little")
+            self._rest = np.unpackbits(data[-1:], bitorder="little")[8 - shift :]
+            data = (data << shift) | np.concatenate([last, data[:-1] >> (8 - shift)])
+        self._sink(data.tobytes())
 
     def close(self) -> None:
         """End the stream; the last byte is filled up with zeros."""
@@ -128,6 +159,10 @@ class BitReader:
             whole = np.zeros((count, unsigned.itemsize), np.uint8)
             whole[:, : width // 8] = window.reshape(count, -1)
             return whole.reshape(-1).view(unsigned.newbyteorder("<"))
+        if width <= 8 and count % 8 == 0:
+            if skip:
+                window = (window[:-1] >> skip) | (window[1:] << (8 - skip))
+            return _of_bytes(window, width, unsigned)
         bits = np.unpackbits(window, bitorder="little")[skip : skip + count * width].reshape(count, width)
         wide = np.zeros((count, 8 * unsigned.itemsize), np.uint8)
         wide[:, :width] = bits
@@ -159,7 +194,9 @@ def mask_code(mask: np.ndarray) -> MaskCode:
     """The cheapest of the codes for ``mask``; ties go to the simplest."""
     core = _drop_constant_axes(mask)
     codes = [MaskCode("bits", core.shape, core.size)]
-    codes += _gap_codes(core)
+    # A gap takes its width at least: where many are kept, wide ones cannot be the cheapest.
+    kept = int(np.count_nonzero(core))
+    codes += _gap_codes(core, min((core.size - 1) // kept, _WIDEST_GAP) if kept else 1)
     codes += _choice_codes(core)
     return min(codes, key=lambda code: code.nbits)
 
@@ -167,7 +204,7 @@ def mask_code(mask: np.ndarray) -> MaskCode:
 def mask_alphabets(mask: np.ndarray) -> list[MaskCode]:
     """The codes for ``mask`` that an entropy coder may do well with: gaps are as wide as makes them few."""
     core = _drop_constant_axes(mask)
-    gaps = min(_gap_codes(core), key=lambda code: (code.nbits // code.width, code.width))
+    gaps = min(_gap_codes(core, _WIDEST_GAP), key=lambda code: (code.nbits // code.width, code.width))
     return [MaskCode("bits", core.shape, core.size), gaps, *_choice_codes(core)]
 
 
@@ -189,8 +226,8 @@ def _gaps(mask: np.ndarray) -> Iterator[np.ndarray]:
         last = int(places[-1]) if places.size else last
 
 
-def _gap_codes(mask: np.ndarray) -> Iterable[MaskCode]:
-    widths = range(1, 17)
+def _gap_codes(mask: np.ndarray, widest: int) -> Iterable[MaskCode]:
+    widths = range(1, widest + 1)
     numbers = dict.fromkeys(widths, 0)
     for gaps in _gaps(mask):
         longest = int(gaps.max(initial=0))
@@ -239,6 +276,11 @@ def encode_mask(mask: np.ndarray, code: MaskCode) -> np.ndarray:
 def _numbers(groups: np.ndarray, n: int) -> np.ndarray:
     """The combinatorial number system: the subset {p_1 < ... < p_n} has the number sum of C(p_i, i)."""
     m = groups.shape[-1]
+    if m <= 8 and len(groups) > 1 << m:
+        every = _subsets(np.arange(math.comb(m, n)), n, m)
+        table = np.zeros(1 << m, np.uint64)
+        table[np.packbits(every, axis=-1, bitorder="little")[:, 0]] = np.arange(len(every))
+        return table[np.packbits(groups, axis=-1, bitorder="little")[:, 0]]
     kept = np.nonzero(groups)[1].reshape(-1, n)
     table = np.array([[math.comb(p, i + 1) for i in range(n)] for p in range(m)], np.uint64)
     return table.reshape(m, n)[kept, np.arange(n)].sum(-1, dtype=np.uint64)
@@ -293,6 +335,8 @@ def _unescape(values: np.ndarray, top: int) -> np.ndarray:
 
 def _subsets(numbers: np.ndarray, n: int, m: int) -> np.ndarray:
     """The subsets of ``m`` that the numbers stand for, as rows of a mask."""
+    if (count := math.comb(m, n)) < numbers.size and numbers.max() < count:
+        return _subsets(np.arange(count), n, m)[numbers]
     rest = numbers.astype(np.uint64).copy()
     out = np.zeros((rest.size, m), np.bool_)
     left = np.full(rest.size, n)

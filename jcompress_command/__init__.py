@@ -1,5 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The parser of the command, and what becomes of errors: one sentence, and an exit status."""
+"""The command ``jcompress``: its parser, and what becomes of errors: one sentence, and an exit status.
+
+It lies beside the package, not in it, so that help, completion and wrong arguments need no JAX.
+"""
 
 from __future__ import annotations
 
