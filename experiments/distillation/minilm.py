@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import jcompress as jc
 from experiments import flags, pictures, runner, tables
+from experiments.compress import dtypes_of, narrowed, widened
 from experiments.models import minilm
 from experiments.quantization import sts
 from experiments.workdir import Row, Rows, write
@@ -145,10 +146,12 @@ def learn(
     every layer (Jiao et al. 2020, arXiv:1909.10351).
     """
     train, held = jc.split(tree)
+    dtypes = dtypes_of(train)
+    train = widened(train)  # Adam's epsilon is nothing in 16 bits
 
     def loss(train: PyTree, held: PyTree, batch: Batch) -> jax.Array:
         x, mask, states, ends = batch
-        found = encoder.states(jc.materialize(jc.merge(train, held)), x, mask)
+        found = encoder.states(jc.materialize(jc.merge(narrowed(train, dtypes), held)), x, mask)
         own = encoder.pool(found[-1], mask)
         pairs = zip(found[1:], (state.astype(jnp.float32) for state in states), strict=True)
         errors = [jnp.square(a - b).sum() / jnp.square(b).sum() for a, b in pairs]
@@ -169,7 +172,7 @@ def learn(
             mean = float(value) if number == 0 else 0.98 * mean + 0.02 * float(value)
             bar.update()
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-    return jc.merge(train, held)
+    return jc.merge(narrowed(train, dtypes), held)
 
 
 class Halving:
