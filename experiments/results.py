@@ -17,6 +17,8 @@ from pathlib import Path
 
 from experiments import flags, llm, minilm, orders, page, pipelines, prune, tables
 from experiments.codec import __main__ as codec
+from experiments.distillation import losses, studies
+from experiments.distillation import minilm as halves
 from experiments.families import __main__ as families
 from experiments.quantization import training
 from experiments.runner import refuse
@@ -56,6 +58,7 @@ def draw(folder: Path) -> list[Path]:
         table, picture = beside(path)
         llm.finish(rows(path, llm.Language.keys), table, picture)
         made.append(picture)
+    made += _distillation(folder / "distillation")
     models = folder / "zoo" / "models.jsonl"
     zoo.finish(rows(models, ("package", "model")), models.with_suffix(".md"))
     quantization = folder / "quantization"
@@ -71,6 +74,23 @@ def draw(folder: Path) -> list[Path]:
     for path in sorted((folder / "orders").glob("*.jsonl")):
         orders.publish(rows(path, orders.Orders.keys), beside(path)[0])
     return [*made, picture]
+
+
+def _distillation(folder: Path) -> list[Path]:
+    made = []
+    for path in sorted(folder.glob("losses_*.jsonl")):
+        table, picture = beside(path)
+        losses.finish(
+            rows(path, losses.Schools.keys), "text" if path.stem == "losses_text" else "image", table, picture
+        )
+        made.append(picture)
+    for path in sorted(folder.glob("studies_*.jsonl")):
+        studies.finish(rows(path, studies.Studies.keys), beside(path)[0])
+    for path in sorted(folder.glob("minilm.jsonl")):
+        table, picture = beside(path)
+        halves.finish(rows(path, halves.Halving.keys), table, picture)
+        made.append(picture)
+    return made
 
 
 def beside(path: Path) -> tuple[Path, Path]:

@@ -176,7 +176,7 @@ class Schools:
             theirs, goals = self._layers(lab.apply, teacher, x)
             return term(Seen(logits, theirs, layers, goals, train, y, key)) + 0.0 * logits.sum()
 
-        sizes = [optax.global_norm(jax.jit(jax.grad(f))(*args)["student"])
+        sizes = [optax.tree.norm(jax.jit(jax.grad(f))(*args)["student"])
                  for f, args in ((hard, (begin, few, data.y[: config.batch_size])),
                                  (soft, (begin, teacher, few, data.y[: config.batch_size], key)))]  # fmt: skip
         weight = float(jnp.where(sizes[1] > 0, sizes[0] / sizes[1], 0.0))
