@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jcompress import core
 from jcompress.core import Compressed
 from jcompress.measure.ratios import compression_ratio
+from jcompress.numeric.counting import counted
 
 _KINDS = {"mask": "index", "codebook": "codebook", "scale": "scale", "zero": "scale"}
 """What the arrays under a field are for; those under any other field are values."""
@@ -115,7 +116,7 @@ def measure(w: Any, leaf: Any, before: Any = None, after: Any = None) -> Measure
     if is_abstract(w) or is_abstract(leaf):
         return _measured_from_shapes(w, leaf, bits, dense_bits)
     norms = jax.device_get(_norms(w, leaf))
-    unit, counted = float(norms.unit) ** 2, jnp.issubdtype(w.dtype, jnp.inexact)
+    unit, is_counted = float(norms.unit) ** 2, jnp.issubdtype(w.dtype, jnp.inexact)
     return Measured(
         size=math.prod(w.shape),
         nonzeros=int(norms.nonzeros),
@@ -123,7 +124,7 @@ def measure(w: Any, leaf: Any, before: Any = None, after: Any = None) -> Measure
         dense_bits=dense_bits,
         square=unit * float(norms.square),
         error=unit * float(norms.error),
-        counted=bool(counted),
+        counted=bool(is_counted),
     )
 
 
@@ -156,7 +157,7 @@ def _norms(w: Any, leaf: Any) -> _Norms:
     largest = jnp.maximum(jnp.max(jnp.abs(x), initial=0), jnp.max(jnp.abs(y), initial=0))
     unit = jnp.where(largest > 0, largest, 1)
     return _Norms(
-        nonzeros=jnp.sum(value != 0, dtype=jnp.uint32),
+        nonzeros=counted(value != 0),
         unit=unit,
         square=jnp.sum(jnp.abs(x / unit) ** 2),
         error=jnp.sum(jnp.abs(x / unit - y / unit) ** 2),
@@ -202,7 +203,7 @@ def make_row(path: str, shape: tuple[int, ...], dtype: str, method: str, measure
         f"{kind}_bytes": sum(m.bits[kind] for m in measured) / 8 for kind in ("value", "index", "codebook", "scale")
     }
     stored, before = sum(kinds.values()), sum(m.dense_bits for m in measured) / 8
-    counted = measured if len(measured) == 1 else [m for m in measured if m.counted]
+    chosen = measured if len(measured) == 1 else [m for m in measured if m.counted]
     return Row(
         path=path,
         shape=tuple(shape),
@@ -215,7 +216,7 @@ def make_row(path: str, shape: tuple[int, ...], dtype: str, method: str, measure
         **kinds,
         dense_bytes=before,
         ratio=compression_ratio(before, stored),
-        relative_error=_relative(sum(m.error for m in counted), sum(m.square for m in counted)),
+        relative_error=_relative(sum(m.error for m in chosen), sum(m.square for m in chosen)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +31,50 @@ class Count(NamedTuple):
         return cls(value >> 16, value & 0xFFFF)
 
     @classmethod
-    def total(cls, counts: Sequence[jax.Array]) -> Count:
-        """The sum of many uint32 counts, as two numbers."""
-        low = sum(((c & 0xFFFF) for c in counts), jnp.uint32(0))
-        high = sum(((c >> 16) for c in counts), jnp.uint32(0))
+    def near(cls, value: jax.Array) -> Count:
+        """The count of a float32 scalar, which is an integer, as two numbers."""
+        high = jnp.floor(value / 65536)
+        return cls(high.astype(jnp.uint32), (value - high * 65536).astype(jnp.uint32))
+
+    @classmethod
+    def total(cls, counts: Sequence[jax.Array | Count]) -> Count:
+        """The sum of up to 2**16 uint32 counts, or of some in either form, as two numbers."""
+        found = [(c if isinstance(c, Count) else Count(None, c)).within() for c in counts]
+        low, high = (sum(column, jnp.uint32(0)) for column in zip(*((c.low, c.high) for c in found), strict=True))
         return cls(high + (low >> 16), low & 0xFFFF)
 
-    def within(self, most: int) -> Count:
+    def within(self, most: int = 1 << 47) -> Count:
         """The same in the form for counts up to ``most``."""
-        if self.high is None or most >= 1 << 31:
-            return self
-        return Count(None, (self.high << 16) | self.low)
+        if most >= 1 << 31:
+            return Count.of(self.low) if self.high is None else self
+        return self if self.high is None else Count(None, (self.high << 16) | self.low)
 
-    def like(self, *counts: int | jax.Array) -> Count:
-        """The sum of integers, or of uint32 scalars, in the form of this one."""
+    def like(self, *counts: int | jax.Array | Count) -> Count:
+        """The sum of integers, of uint32 scalars or of counts, in the form of this one."""
+        found = [Count.of(c) if isinstance(c, int) else c for c in counts]
+        if self.high is not None:
+            return Count.total(found)
+        bare = [c.within(0).low if isinstance(c, Count) else c.astype(jnp.uint32) for c in found]
+        return Count(None, sum(bare, jnp.uint32(0)))
+
+    def sum(self) -> Count:
+        """Of a vector: the sum."""
+        return Count(None, jnp.sum(self.low, dtype=jnp.uint32)) if self.high is None else _summed([self])[0]
+
+    def before(self) -> Count:
+        """Of a vector: the sums of all before each."""
         if self.high is None:
-            return Count(None, sum((jnp.asarray(c, jnp.uint32) for c in counts), jnp.uint32(0)))
-        return Count.of(counts[0]) if len(counts) == 1 else Count.total([jnp.asarray(c, jnp.uint32) for c in counts])
+            return Count(None, jnp.cumsum(self.low, dtype=jnp.uint32) - self.low)
+        through = lax.associative_scan(lambda a, b: Count.total([a, b]), self)
+        return Count(*(jnp.pad(x[:-1], (1, 0)) for x in through))
+
+    def real(self) -> jax.Array:
+        """The same as float32."""
+        low = self.low.astype(jnp.float32)
+        return low if self.high is None else self.high.astype(jnp.float32) * 65536 + low
+
+    def __int__(self) -> int:
+        return (0 if self.high is None else int(self.high) << 16) + int(self.low)
 
     def reaches(self, other: Count) -> jax.Array:
         """``self >= other``."""
@@ -143,13 +170,71 @@ def reduce_together(
 _PARTS, _LARGE = 8, 1 << 16
 
 
-def count_true(mask: jax.Array) -> jax.Array:
-    """How many are True, as a uint32 scalar.
+MOST = (1 << 32) - 2
+"""How many entries can be numbered and counted in 32 bits, two numbers left free."""
+
+
+def rows(shape: tuple[int, ...]) -> int:
+    """How many leading axes must be left apart so that what lies behind them can be counted in 32 bits; mostly 0."""
+    return next(k for k in range(len(shape) + 1) if math.prod(shape[k:]) < MOST)
+
+
+def count_together(flags: Sequence[jax.Array]) -> list[jax.Array | Count]:
+    """The sums of several same-shaped arrays of uint32 zeros and ones, in one read.
+
+    Uint32 scalars, or counts of two numbers where an array has too many entries: rows of it are counted by themselves.
+    """
+    shape, nothing = flags[0].shape, jnp.uint32(0)
+    leading = rows(shape)
+    if not leading:
+        return list(reduce_together(flags, [nothing] * len(flags), [lax.add] * len(flags)))
+    return list(sums_of(lax.optimization_barrier(counts_behind(flags, leading))))
+
+
+def sums_of(numbers: Sequence[jax.Array]) -> list[Count]:
+    """The sum of each of several same-shaped uint32 arrays, exactly."""
+    return _summed([Count.of(x) for x in numbers])
+
+
+def _summed(counts: Sequence[Count]) -> list[Count]:
+    words: Any = [word for x in counts for word in x]
+    sums = lax.reduce(words, [jnp.uint32(0)] * len(words), _carried, tuple(range(words[0].ndim)))
+    return [Count(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
+
+
+def filled(total: Count, room: Count) -> Count:
+    """As much as each of a vector can take of a total, in order."""
+    room = pick(total.reaches(room), room, total)
+    left = total.left_after(room.before())
+    return pick(left.reaches(room), room, left)
+
+
+def counts_behind(flags: Sequence[jax.Array], leading: int) -> list[jax.Array]:
+    """The sums of same-shaped arrays of uint32 zeros and ones over all but their first axes."""
+
+    def step(a: list, b: list) -> list:
+        return [lax.add(x, y) for x, y in zip(a, b, strict=True)]
+
+    return list(lax.reduce(list(flags), [jnp.uint32(0)] * len(flags), step, tuple(range(leading, flags[0].ndim))))
+
+
+def _carried(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+    """The sums of pairs of words, of 16 bits the lower."""
+    found = []
+    for i in range(0, len(a), 2):
+        low = a[i + 1] + b[i + 1]
+        found += [a[i] + b[i] + (low >> 16), low & 0xFFFF]
+    return found
+
+
+def counted(mask: jax.Array) -> Count:
+    """How many are True, in the form for counts up to the size of the mask.
 
     One of two sums of the same read: the sum alone XLA would, on a CPU, take of 32-bit integers that it writes out.
     """
     flags = mask.astype(jnp.uint32)
-    return lax.optimization_barrier(reduce_together([flags, 1 - flags], [jnp.uint32(0)] * 2, [lax.add] * 2))[0]
+    found = lax.optimization_barrier(count_together([flags, 1 - flags]))[0]
+    return (found if isinstance(found, Count) else Count(None, found)).within(mask.size)
 
 
 def mean_where(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -21,14 +21,20 @@ from jax import lax
 
 from jcompress.numeric.batches import Batch, apart, batches
 from jcompress.numeric.counting import (
+    MOST,
     Count,
-    count_true,
+    count_together,
+    counted,
+    counts_behind,
+    filled,
     magnitude_bits,
     ordered_bits,
     pick,
     reduce_together,
+    rows,
+    sums_of,
 )
-from jcompress.numeric.meshes import is_explicit
+from jcompress.numeric.meshes import is_explicit, on_any_mesh
 
 _PROBES, _FEW, _MARGIN, _STALLED, _LANES = 5, 2_000, 0.25, 0.7, 16
 _FAR, _CLOSE = (-1.0, 0.0, 0.0, 0.0, 1.0), (0.0, -1.0, 0.0, 1.0, 0.0)
@@ -224,8 +230,7 @@ def _reached(values: Sequence[_Values], s: _Search, ties: bool) -> list[Count]:
             level, tied, *known = lax.optimization_barrier((s.level, s.tied, *s.probes))
             places = jnp.where(bits > level, _top(bits.dtype), x.places(level).astype(bits.dtype))
             bits = jnp.where(tied, jnp.where(bits < level, 0, places), bits)
-        flags = [(bits >= probe).astype(jnp.uint32) for probe in known]
-        counts.append(reduce_together(flags, [jnp.uint32(0)] * _PROBES, [lax.add] * _PROBES))
+        counts.append(count_together([(bits >= probe).astype(jnp.uint32) for probe in known]))
     return [s.low_count.like(*column) for column in zip(*counts, strict=True)]
 
 
@@ -304,7 +309,7 @@ def _drawn(shape: tuple[int, ...], rare: int) -> jax.Array:
 
 def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, largest: jax.Array) -> _Search:
     """From the smallest to the largest of those to choose from, or all that rank 0 where those are too few."""
-    total = wanted.like(*(jnp.uint32(x.size) if x.among is None else count_true(x.among) for x in values))
+    total = wanted.like(*(x.size if x.among is None else counted(x.among) for x in values))
     none, everything = wanted.like(0), wanted.like(sum(x.size for x in values))
     enough = total.reaches(wanted) & ~total.equals(none)
     return _Search.of(
@@ -359,7 +364,7 @@ def _deviations(part: jax.Array) -> jax.Array:
 
 def keep_largest(
     scores: Sequence[jax.Array],
-    count: int | jax.Array,
+    count: int | jax.Array | Count,
     *,
     among: Sequence[jax.Array] | None = None,
     by: Callable[[jax.Array], jax.Array] | None = None,
@@ -386,25 +391,19 @@ def keep_largest(
       >>> a.tolist(), b.tolist()
       ([False, True], [False, True])
     """
-    _check_sizes(scores)
     if not sum(x.size for x in scores):
         return [jnp.zeros(x.shape, jnp.bool_) for x in scores]
-    layout = batches(scores) if sum(x.size for x in scores) < _LAST else tuple(Batch((i,)) for i in range(len(scores)))
+    layout = batches(scores) if sum(x.size for x in scores) < MOST else tuple(Batch((i,)) for i in range(len(scores)))
     # A known number as NumPy's, which outside ``jit`` need not be sent to a device by itself.
-    halves: Any = (np.uint32(count >> 16), np.uint32(count & 0xFFFF)) if isinstance(count, int) else Count.of(count)
-    wanted = Count(*halves)
-    return _keep(list(scores), None if among is None else list(among), wanted, by, layout)
+    halves: Any = (np.uint32(count >> 16), np.uint32(count & 0xFFFF)) if isinstance(count, int) else _wide(count)
+    return _keep(list(scores), None if among is None else list(among), Count(*halves), by, layout)
 
 
-def _check_sizes(scores: Sequence[jax.Array]) -> None:
-    for x in scores:
-        if x.size >= _LAST:
-            raise ValueError(
-                f"an array of {x.size} scores is too large to count in 32 bits; treat its layers apart with jc.stacked"
-            )
+def _wide(count: jax.Array | Count) -> Count:
+    return count.within() if isinstance(count, Count) else Count.of(count)
 
 
-def keep_random(among: jax.Array, count: int | jax.Array, key: jax.Array) -> jax.Array:
+def keep_random(among: jax.Array, count: int | jax.Array | Count, key: jax.Array) -> jax.Array:
     """A mask of exactly ``count`` entries, drawn from those where ``among`` is True.
 
     Every entry gets a random rank when it is read, a function of its index and the key that is one to one but for the
@@ -418,8 +417,11 @@ def keep_random(among: jax.Array, count: int | jax.Array, key: jax.Array) -> jax
     Returns:
       A boolean mask in the shape of ``among``.
     """
-    _check_sizes([among])
-    return _draw(among, Count.of(count), key) if among.size else jnp.zeros(among.shape, jnp.bool_)
+    return (
+        _draw(among, Count.of(count) if isinstance(count, int) else _wide(count), key)
+        if among.size
+        else jnp.zeros(among.shape, jnp.bool_)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("by", "layout"))
@@ -436,7 +438,7 @@ def _keep(
     packed = [batch.pack(scores) for batch in layout]
     values = _floats(packed, None if among is None else [batch.pack(among) for batch in layout], bits)
     sizes = [math.prod(shape) for shape in shapes]
-    if sum(sizes) >= _LAST:
+    if sum(sizes) >= MOST:
         return _in_turn(values, _ranked(values, wanted, bits(jnp.ones((), dtype)), dtype), wanted)
     wanted = wanted.within(sum(sizes))
     places = np.cumsum([0, *sizes[::-1]])[:0:-1].tolist()
@@ -455,24 +457,31 @@ def _keep(
     ]
 
 
+_TOP = (1 << 32) - 2
+"""The largest random rank."""
+
+
 @jax.jit
 def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
     (first, second), wanted = jax.random.bits(key, (2,), jnp.uint32), wanted.within(among.size)
 
+    leading = rows(among.shape)
+
     def rank(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-        like = jax.typeof(mask).sharding if is_explicit(mask) else None
-        mixed = _mixed(_mixed(_falling_rank(mask.shape, first, like)) + second)
-        return jnp.where(mask, jnp.clip(mixed, jnp.uint32(1), jnp.uint32(_LAST)), jnp.uint32(0))
+        like = jax.typeof(mask).sharding if is_explicit(mask) and not leading else None
+        if leading:  # rows of one order each
+            first = first ^ _mixed(_falling_rank(mask.shape[:leading], second)).reshape(_behind(mask.shape, leading))
+        mixed = _mixed(_mixed(_falling_rank(mask.shape[leading:], first, like)) + second)
+        return jnp.where(mask, jnp.clip(mixed, jnp.uint32(1), jnp.uint32(_TOP)), jnp.uint32(0))
 
     values = [_Values(rank, (among, first, second), among.shape, among)]
-    start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_LAST))
+    start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_TOP))
     start = start._replace(margin=jnp.float32(0.0))
     start = start.probing(_interpolated(start, wanted))
+    if leading:
+        return _in_turn(values, _search(values, start, wanted), wanted)[0]
     found = _search(values, start, wanted, places=among.size)
     return _reaching(values[0], *found.ended(wanted))
-
-
-_LAST = (1 << 32) - 2
 
 
 def _mixed(x: jax.Array) -> jax.Array:
@@ -483,21 +492,52 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 def _in_turn(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
-    """Masks of more values than can be numbered: one array after another keeps its ties, as long as any are wanted."""
+    """Masks of more values than can be numbered: one array after another keeps its ties, as long as any are wanted.
+
+    An array that has too many by itself goes row by row; ties of one row at most are kept in part.
+    """
     level, left = found.low, wanted.left_after(found.high_count)
     masks = []
     for x in values:
-        above, reached = (count_true(op(x.bits(level), level)) for op in (operator.gt, operator.ge))
-        ties = Count.of(reached - above)
-        taken = pick(left.reaches(ties), ties, left)
-        goal = Count.total([above, (jnp.asarray(taken.high) << 16) + taken.low])
-        low, high = jnp.zeros_like(level), jnp.full_like(level, x.size + 1)
-        start = _Search.of(low, Count.of(reached), high, Count.of(above))
-        start = start._replace(level=level)
-        own = _search([x], start.probing(_interpolated(start, goal)), goal, places=x.size)
-        masks.append(_reaching(x, *own.ended(goal)))
-        left = left.left_after(taken)
+        leading = rows(x.shape)
+        inner, shape = x.shape[leading:], _behind(x.shape, leading)
+        flags = (x.bits(level) == level).astype(jnp.uint32)
+        ties, _ = lax.optimization_barrier(counts_behind([flags, 1 - flags], leading))  # one sum: as in ``counted``
+        taken, left = _taken(ties, left)
+        part = (taken > 0) & (taken < ties)
+        first = jnp.full((1,) * len(x.shape), math.prod(inner), jnp.uint32)
+        ranked = x._replace(first=first, inner=inner)
+        cut = _last_place(ranked, level, part.reshape(shape), *(jnp.sum(jnp.where(part, y, 0)) for y in (ties, taken)))
+        cut = jnp.where(taken == 0, math.prod(inner) + 1, jnp.where(part, cut, 0)).astype(jnp.uint32)
+        masks.append(_reaching(ranked, level, cut.reshape(shape).astype(level.dtype)))
     return masks
+
+
+def _behind(shape: tuple[int, ...], leading: int) -> tuple[int, ...]:
+    """The first axes of a shape, and as many of length 1 as there are others."""
+    return (*shape[:leading], *[1] * (len(shape) - leading))
+
+
+@on_any_mesh
+def _taken(ties: jax.Array, left: Count) -> tuple[jax.Array, Count]:
+    """How many ties each row takes of those that are left, in order, and what is left for others."""
+    taken = filled(left, Count.of(ties.reshape(-1))).within(0).low
+    return taken.reshape(ties.shape), left.left_after(*sums_of([taken]))
+
+
+def _last_place(x: _Values, level: jax.Array, part: jax.Array, ties: jax.Array, taken: jax.Array) -> jax.Array:
+    """The place of the last tie that is taken, in the row where ``part`` is True."""
+
+    def rank(*known: jax.Array) -> jax.Array:
+        *arrays, level, part = known
+        places = x.places(level)
+        return jnp.where(part & (x.rank(*arrays) == level), places, jnp.zeros_like(places))
+
+    own = _Values(rank, (*x.arrays, level, part), x.shape, None)
+    low, high = jnp.uint32(1), jnp.full((), math.prod(x.inner or ()) + 1, jnp.uint32)
+    goal = Count.of(taken)
+    start = _Search.of(low, Count.of(ties), high, Count.of(jnp.zeros_like(ties)))
+    return _search([own], start.probing(_interpolated(start, goal)), goal).low
 
 
 def _reaching(x: _Values, level: jax.Array, cut: jax.Array) -> jax.Array:
@@ -511,6 +551,6 @@ def _falling_rank(shape: tuple[int, ...], first: jax.Array, sharding: Any = None
     rank, stride = first, 1
     for axis in reversed(range(len(shape))):
         place = lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
-        rank = rank - place * jnp.uint32(stride)
+        rank = rank - place * np.uint32(stride & 0xFFFFFFFF)  # uint32 wraps: more entries have their numbers again
         stride *= shape[axis]
     return rank

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
+from jcompress.numeric.counting import Count
 from jcompress.prune.dynamic import leaves
 from jcompress.prune.dynamic.leaves import Leaf
 
@@ -116,7 +117,7 @@ class RigL:
         return leaves.each(one, found), memory
 
 
-def _dropped(leaf: Leaf, fraction: Any) -> tuple[jax.Array, jax.Array]:
+def _dropped(leaf: Leaf, fraction: Any) -> tuple[jax.Array, Count]:
     """What is left of the active weights, and how many were dropped."""
     number = leaves.part(leaf.mask, fraction)
     return leaves.drop_smallest(leaf, number), number

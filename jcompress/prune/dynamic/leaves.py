@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress.numeric import alike
-from jcompress.numeric.counting import count_true
+from jcompress.numeric.counting import Count, counted, filled, pick
 from jcompress.numeric.threshold import keep_largest, keep_random
 
 T = TypeVar("T")
@@ -101,39 +101,48 @@ def each(call: Callable[..., T], found: Sequence[Leaf], *others: Sequence[Any]) 
     return alike.each(one, list(zip(bare, *others, strict=True)), [leaf.kind for leaf in found])
 
 
-def part(mask: jax.Array, fraction: Any) -> jax.Array:
-    """``floor(fraction * count)`` of a mask, as a uint32 scalar no larger than the count."""
-    total = count_true(mask)
-    wanted = jnp.floor(jnp.asarray(fraction, jnp.float32) * total.astype(jnp.float32))
-    return jnp.minimum(jnp.maximum(wanted, 0).astype(jnp.uint32), total)
+Number = jax.Array | Count
+"""A uint32 scalar, or a count that may be larger."""
 
 
-def drop_smallest(leaf: Leaf, number: jax.Array) -> jax.Array:
+def part(mask: jax.Array, fraction: Any) -> Count:
+    """``floor(fraction * count)`` of a mask, no larger than the count."""
+    total = counted(mask)
+    wanted = jnp.floor(jnp.asarray(fraction, jnp.float32) * total.real())
+    found = total.like(Count.near(jnp.maximum(wanted, 0)))
+    return pick(total.reaches(found), found, total)
+
+
+def drop_smallest(leaf: Leaf, number: Number) -> jax.Array:
     """The active weights without the ``number`` of smallest magnitude."""
-    return keep_largest([leaf.w], count_true(leaf.mask) - number, among=[leaf.mask], by=jnp.abs)[0]
+    total = counted(leaf.mask)
+    return keep_largest([leaf.w], total.left_after(total.like(number)), among=[leaf.mask], by=jnp.abs)[0]
 
 
-def grow_largest(survivors: jax.Array, values: jax.Array, number: jax.Array) -> jax.Array:
+def grow_largest(survivors: jax.Array, values: jax.Array, number: Number) -> jax.Array:
     """The survivors and the ``number`` of other weights whose values are largest in magnitude."""
     return survivors | keep_largest([values], number, among=[~survivors], by=jnp.abs)[0]
 
 
-def grow_random(survivors: jax.Array, key: jax.Array | None, number: jax.Array) -> jax.Array:
+def grow_random(survivors: jax.Array, key: jax.Array | None, number: Number) -> jax.Array:
     """The survivors and ``number`` of the other weights, drawn at random."""
     if key is None:
         raise ValueError("the rule draws at random and has no key; give sparse(..., key=jax.random.key(0))")
     return survivors | keep_random(~survivors, number, key)
 
 
-def apportion(total: jax.Array, shares: jax.Array, room: jax.Array) -> jax.Array:
+def apportion(total: Number, shares: jax.Array, room: Number) -> Any:
     """Integers in proportion to ``shares``, none above its ``room``, that add up to ``total`` exactly.
 
     What one cannot take goes to the others in proportion; the rounding's remainder goes in order.
 
     Args:
-      total: uint32 scalar, at most the sum of ``room``.
+      total: uint32 scalar or count, at most the sum of ``room``.
       shares: non-negative float32 vector; equal shares if all are zero.
-      room: uint32 vector.
+      room: uint32 vector or counts, as the total.
+
+    Returns:
+      A vector like ``room``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,8 +150,10 @@ def apportion(total: jax.Array, shares: jax.Array, room: jax.Array) -> jax.Array
       >>> leaves.apportion(jnp.uint32(10), jnp.array([1.0, 3.0, 1.0]), jnp.array([9, 4, 9], jnp.uint32)).tolist()
       [3, 4, 3]
     """
+    if not isinstance(room, Count) or not isinstance(total, Count):
+        return apportion(Count(None, total), shares, Count(None, room)).low
     shares = jnp.where(jnp.sum(shares) > 0, shares, 1.0)
-    wanted, limit = total.astype(jnp.float32), room.astype(jnp.float32)
+    wanted, limit = total.real(), room.real()
 
     def share(_: int, given: jax.Array) -> jax.Array:
         open_shares = jnp.where(given < limit, shares, 0.0)
@@ -152,14 +163,9 @@ def apportion(total: jax.Array, shares: jax.Array, room: jax.Array) -> jax.Array
 
     # Each round fills one at least, or gives all away.
     given = jax.lax.fori_loop(0, shares.size, share, jnp.zeros_like(limit))
-    floors = jnp.minimum(jnp.floor(given).astype(jnp.uint32), room)
+    floors = room.like(Count.near(jnp.floor(given)))
+    floors = pick(room.reaches(floors), floors, room)
     # Sums in float32 may be off either way: take back what is too much, then fill up in order.
-    floors = _filled(total, floors)
-    return floors + _filled(total - jnp.sum(floors, dtype=jnp.uint32), room - floors)
-
-
-def _filled(total: jax.Array, room: jax.Array) -> jax.Array:
-    """As much as each can take of ``total``, in order."""
-    room = jnp.minimum(room, total)
-    before = jnp.cumsum(room, dtype=jnp.uint32) - room
-    return jnp.minimum(room, jnp.where(total > before, total - before, 0))
+    floors = filled(total, floors)
+    rest = total.left_after(floors.sum())
+    return floors.like(floors, filled(rest, room.left_after(floors)))

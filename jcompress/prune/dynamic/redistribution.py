@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jcompress import core
-from jcompress.numeric.counting import count_true, mean_where
+from jcompress.numeric.counting import Count, counted, mean_where
 from jcompress.prune.dynamic import leaves
 from jcompress.prune.dynamic.leaves import Leaf
 
@@ -92,8 +92,8 @@ class DSR(leaves.Exchange):
         if not found:
             return [], [], memory
         survivors = [leaf.mask & (jnp.abs(leaf.w).astype(jnp.float32) >= memory) for leaf in found]
-        active = jnp.sum(jnp.stack([count_true(leaf.mask) for leaf in found])).astype(jnp.float32)
-        remaining = jnp.stack([count_true(x) for x in survivors]).astype(jnp.float32)
+        active = jnp.sum(_numbers([leaf.mask for leaf in found]).real())
+        remaining = _numbers(survivors).real()
         share = (active - jnp.sum(remaining)) / jnp.maximum(active, 1)
         fraction = core.value_at(self.fraction, found[0].step)
         factor = jnp.where(share < fraction * (1 - self.tolerance), 2.0, 1.0)
@@ -109,9 +109,15 @@ def _momentum(leaf: Leaf) -> jax.Array:
     return leaf.momentum
 
 
-def _shared_out(found: Sequence[Leaf], survivors: list[jax.Array], shares: jax.Array) -> list[jax.Array]:
+def _shared_out(found: Sequence[Leaf], survivors: list[jax.Array], shares: jax.Array) -> list[Count]:
     """How many each leaf is to grow, of as many as were dropped in all."""
-    left = jnp.stack([count_true(x) for x in survivors])
-    before = jnp.stack([count_true(leaf.mask) for leaf in found])
-    room = jnp.array([x.size for x in survivors], jnp.uint32) - left
-    return list(leaves.apportion(jnp.sum(before - left, dtype=jnp.uint32), shares, room))
+    left, before = _numbers(survivors), _numbers([leaf.mask for leaf in found])
+    dropped = before.left_after(left).sum()
+    given = leaves.apportion(dropped, shares, _numbers([~x for x in survivors]))
+    return [jax.tree.map(lambda x, i=i: x[i], given) for i in range(len(found))]
+
+
+def _numbers(masks: Sequence[jax.Array]) -> Count:
+    """How many of each are True, in a form that holds their sum."""
+    counts = [counted(x).within(sum(x.size for x in masks)) for x in masks]
+    return jax.tree.map(lambda *x: jnp.stack(x), *counts)

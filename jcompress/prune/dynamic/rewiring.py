@@ -13,7 +13,7 @@ from jcompress import core, rules, transforms
 from jcompress.core import PyTree
 from jcompress.formats import Masked
 from jcompress.numeric.alike import each
-from jcompress.numeric.counting import count_true
+from jcompress.numeric.counting import Count, counted
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.dynamic import entries
 from jcompress.prune.dynamic.held import Masks, initial, lay
@@ -130,9 +130,9 @@ def _walk(
 def _reactivated(state: RewiringState, alive: dict[str, jax.Array], scope: Scope) -> dict[str, jax.Array]:
     """As many masks True as before, what is missing drawn at random."""
     scores = {path: jnp.where(x, 2.0, jax.random.uniform(_key(state, path, 1), x.shape)) for path, x in alive.items()}
-    numbers = [count_true(state.masks[path]) for path in alive]
+    numbers = [counted(state.masks[path]) for path in alive]
     if scope == "global" and alive:
-        chosen = keep_largest(list(scores.values()), sum(numbers[1:], numbers[0]))
+        chosen = keep_largest(list(scores.values()), Count.total(numbers))
     else:
         items = list(zip(scores.values(), numbers, strict=True))
         chosen = each(lambda _, item: keep_largest([item[0]], item[1])[0], items, list(map(rules.kind, scores)))

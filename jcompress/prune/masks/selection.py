@@ -14,6 +14,7 @@ from jcompress import core
 from jcompress.core import Context
 from jcompress.formats import Masked
 from jcompress.numeric import scaling
+from jcompress.numeric.counting import MOST, Count
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.masks.patterns import NM, Pattern, Shared
 
@@ -84,14 +85,19 @@ def check(method: Selection, path: str, shape: tuple[int, ...]) -> None:
         method.pattern.check(path, shape)
 
 
-def kept(size: int, sparsity: Any) -> int | jax.Array:
+def kept(size: int, sparsity: Any) -> Any:
     """How many of ``size`` stay: ``size - round(sparsity * size)``, exact for a sparsity known now.
 
     A traced sparsity is rounded in float32, so past 2**24 parameters its count may be off by ``size * 2**-24``.
+
+    Returns:
+      An integer, for a traced sparsity a uint32 scalar, and of more than 32 bits hold a count of two numbers.
     """
     if core.is_concrete(sparsity):
         return size - round(float(sparsity) * size)
-    return jnp.uint32(size) - jnp.round(sparsity.astype(jnp.float32) * size).astype(jnp.uint32)
+    cut = Count.near(jnp.round(sparsity.astype(jnp.float32) * float(size)))
+    left = Count.of(size).left_after(cut)
+    return left if size >= MOST else left.within(0).low
 
 
 def fit(

@@ -13,6 +13,7 @@ from jax import lax
 
 from jcompress import core
 from jcompress.core import PyTree
+from jcompress.numeric.counting import Count, pick
 from jcompress.numeric.threshold import keep_largest
 from jcompress.prune.masks import selection
 from jcompress.prune.scores import network
@@ -266,15 +267,17 @@ def _doubled(x: Any) -> Any:
     return jnp.asarray(x, jnp.float64) if core.is_trainable(x) else x
 
 
-def _counts(size: int, sparsity: Any, rounds: int) -> jax.Array:
+def _counts(size: int, sparsity: Any, rounds: int) -> Count:
     """How many weights stay after each round; after the last exactly those of the sparsity."""
     density = 1 - jnp.asarray(sparsity, jnp.float32)
     levels = density ** (jnp.arange(1, rounds + 1) / rounds)
-    counts = jnp.round(levels * size).astype(jnp.uint32)
-    return jnp.maximum(counts, selection.kept(size, sparsity)).at[-1].set(selection.kept(size, sparsity))
+    counts, last = Count.near(jnp.round(levels * float(size))), selection.kept(size, sparsity)
+    last = last if isinstance(last, Count) else Count.of(last)
+    counts = pick(counts.reaches(last), counts, last)
+    return pick(jnp.arange(rounds) == rounds - 1, last, counts)
 
 
-def _rounds(flow: Callable[..., jax.Array], weights: Scores, counts: jax.Array) -> tuple[Scores, jax.Array, jax.Array]:
+def _rounds(flow: Callable[..., jax.Array], weights: Scores, counts: Count) -> tuple[Scores, jax.Array, jax.Array]:
     """Masks, whether the flow was finite, and whether it was so with the inputs as they are, or scores scale alike."""
 
     def prune(k: jax.Array, state: tuple) -> tuple:
@@ -283,13 +286,13 @@ def _rounds(flow: Callable[..., jax.Array], weights: Scores, counts: jax.Array) 
         value, grads = jax.value_and_grad(flow)(left, scale)
         # What is cut already comes after all that is left, of which no score is negative.
         scores = [jnp.where(masks[path], _narrow(w * grads[path], value), -1) for path, w in left.items()]
-        kept = dict(zip(weights, keep_largest(scores, counts[k]), strict=True))
+        kept = dict(zip(weights, keep_largest(scores, jax.tree.map(lambda x: x[k], counts)), strict=True))
         found = _moved(found._replace(scale=_balanced(found.scale, value)), value)
         return kept, found, finite & jnp.isfinite(value)
 
     everything = {path: jnp.ones(w.shape, jnp.bool_) for path, w in weights.items()}
     start = (everything, _in_range(flow, weights), jnp.array(True))
-    masks, found, finite = lax.fori_loop(0, len(counts), prune, start)
+    masks, found, finite = lax.fori_loop(0, len(counts.low), prune, start)
     return masks, finite, finite & (found.homogeneous | (found.scale.inputs == 0))
 
 
