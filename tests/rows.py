@@ -211,6 +211,7 @@ METHODS = [
     Row("tensor-train", F.TensorTrain(rank=4), (3, 3, 4, 8), **FACTORS),
     Row("tensor-train-matrix", F.TensorTrain(rank=4, shape=((2, 8), (8, 1))), **FACTORS),
     Row("tensor-train-tolerance", F.TensorTrain(tolerance=0.3), jit=False, **FACTORS),
+    Row("tensor-train-best-order", F.TensorTrain(rank=0.5, order="best"), (3, 3, 4, 8), jit=False, **FACTORS),
     Row("tensor-ring", F.TensorRing(rank=2, sweeps=3), (3, 3, 4, 8), **FACTORS),
     Row("kronecker", F.Kronecker(shape=(4, 2), terms=2), **FACTORS),
     Row("monarch", F.Monarch(blocks=4), **FACTORS),

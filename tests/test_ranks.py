@@ -1,5 +1,7 @@
 """Ranks that depend on the values: planted ones are found, bounds are kept, the errors."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,94 @@ def test_bounds_are_kept_by_small_ranks(method):
     assert sizes == sorted(set(sizes)) and sizes[0] < 0.6 * 32 * w.size
 
 
+def tails(w, part):
+    """What is left by each rank of an unfolding: squared, from rank 1."""
+    rest = [i for i in range(w.ndim) if i not in part]
+    matrix = w.transpose(*part, *rest).reshape(int(np.prod([w.shape[i] for i in part])), -1)
+    squares = np.linalg.svd(matrix, compute_uv=False) ** 2
+    return np.array([squares[r:].sum() for r in range(1, len(squares) + 1)])
+
+
+def orders(w):
+    """For each order of the modes, its sizes and what the unfoldings along it leave."""
+    known = {part: tails(w, part) for n in range(1, w.ndim) for part in itertools.combinations(range(w.ndim), n)}
+    for order in itertools.permutations(range(w.ndim)):
+        yield [w.shape[i] for i in order], [known[tuple(sorted(order[:n]))] for n in range(1, w.ndim)]
+
+
+def count(sizes, ranks):
+    edges = [1, *ranks, 1]
+    return sum(a * n * b for a, n, b in zip(edges, sizes, edges[1:], strict=False))
+
+
+def train_of(order, ranks, sizes, decibel=np.inf, seed=0):
+    """A train along an order of the modes, in white noise."""
+    rng = np.random.default_rng(seed)
+    edges = [1, *ranks, 1]
+    w = np.ones((1, 1))
+    for mode, a, b in zip(order, edges, edges[1:], strict=False):
+        w = np.tensordot(w, rng.normal(size=(a, sizes[mode], b)), 1)
+    w = w.reshape([sizes[i] for i in order]).transpose(np.argsort(order))
+    return w + rng.normal(size=w.shape) * np.sqrt(np.mean(w**2) * 10 ** (-decibel / 10))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_best_order_is_that_of_brute_force(seed):
+    w = train_of((2, 0, 3, 1), (2, 4, 2), (3, 4, 5, 6), 10, seed)
+    norm, x = (w**2).sum(), jnp.asarray(w, jnp.float32)
+    limit = 0.3**2 * norm / 3
+    fewest = min(count(sizes, [int((t > limit).sum()) + 1 for t in left]) for sizes, left in orders(w))
+    node = F.TensorTrain(tolerance=0.3, order="best")(x)
+    assert node.nbits() // 32 <= fewest
+    assert float(jnp.linalg.norm((node.materialize() - x).ravel())) <= 0.3 * np.sqrt(norm) * 1.0001
+
+    allowed = 0.4 * w.size
+    limits = [t for _, left in orders(w) for tail in left for t in tail]
+    least = min(
+        most
+        for sizes, left in orders(w)
+        for most in limits
+        if count(sizes, [int((t > most * (1 + 1e-9)).sum()) + 1 for t in left]) <= allowed
+    )
+    node = F.TensorTrain(rank=0.4, order="best")(x)
+    assert node.nbits() // 32 <= allowed
+    assert float(jnp.sum((node.materialize() - x) ** 2)) <= 3 * least * 1.0001
+
+    bounds = {tuple(sizes): sum(t[min(2, len(t)) - 1] for t in left) for sizes, left in orders(w)}
+    terms = F.TensorTrain(rank=2, order="best")(x).factors
+    found = tuple(y.shape[1 if i else 0] for i, y in enumerate(terms))
+    np.testing.assert_allclose(bounds[found], min(bounds.values()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"rank": "evbmf"}, {"tolerance": 0.17}])
+def test_a_planted_order_is_found_with_its_ranks(options):
+    order, sizes = (2, 0, 3, 1), (8, 9, 10, 11)
+    w = jnp.asarray(train_of(order, (3, 4, 2), sizes, 20), jnp.float32)
+    node = F.TensorTrain(order="best", **options)(w)
+    shapes = [x.shape for x in node.factors]
+    assert shapes in ([(10, 3), (3, 8, 4), (4, 11, 2), (2, 9)], [(9, 2), (2, 11, 4), (4, 8, 3), (3, 10)])
+    as_it_is = F.TensorTrain(**options)(w)
+    assert as_it_is.nbits() > 2 * node.nbits() and node.shape == w.shape
+
+
+def test_modes_of_axes_are_ordered_too():
+    """A dense layer whose modes are a train in an order that pairs nothing."""
+    w = train_of((3, 0, 2, 1), (2, 3, 2), (4, 6, 5, 4), 30).reshape(24, 20)
+    shape = ((4, 6), (5, 4))
+    node = F.TensorTrain(rank="evbmf", shape=shape, order="best")(jnp.asarray(w, jnp.float32))
+    assert [x.shape for x in node.factors] in (
+        [(4, 2), (2, 4, 3), (3, 5, 2), (2, 6)],
+        [(6, 2), (2, 5, 3), (3, 4, 2), (2, 4)],
+    )
+    given = F.TensorTrain(tolerance=0.1, shape=shape, order=(3, 0, 2, 1))(jnp.asarray(w, jnp.float32))
+    for found in (node, given):
+        assert found.shape == (24, 20) and np.linalg.norm(found.materialize() - w) < 0.1 * np.linalg.norm(w)
+    layers = {"w": jnp.asarray(np.stack([w, w[::-1]]), jnp.float32)}
+    method = F.TensorTrain(rank=0.3, shape=shape, order="best")
+    plan = jc.plan(layers, [("w", method)], layout={"w": jc.Layout(batch=0, inputs=1, outputs=2)})
+    assert jc.compress(layers, plan)["w"].shape == (2, 24, 20)
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
@@ -89,6 +179,10 @@ def test_bounds_are_kept_by_small_ranks(method):
         (lambda: F.Tucker(), "Tucker needs a rank"),
         (lambda: F.TensorTrain(tolerance=1.0), r"TensorTrain: tolerance=1.0 is outside \(0, 1\)"),
         (lambda: F.Tucker(energy=0), r"Tucker: energy=0 is outside \(0, 1\]"),
+        (lambda: F.TensorTrain(rank=2, order="any"), "TensorTrain: order='any' is unknown; use 'best'"),
+        (lambda: F.TensorRing(rank=2, order="best"), "TensorRing: found order='best'"),
+        (lambda: F.TensorTrain(rank=2, order="best")(jnp.ones((1,) * 11)), "11 modes .* too many for order=best"),
+        (lambda: jax.jit(F.TensorTrain(rank=2, order="best"))(jnp.ones((4, 4))), "TensorTrain chooses its rank"),
         (lambda: F.SVD(rank="vbmf"), "SVD: rank='vbmf' is unknown; use 'evbmf'"),
         (lambda: F.BlockTerm(ranks="evbmf"), "BlockTerm: ranks='evbmf' depends on the values"),
         (lambda: F.SVD(rank="evbmf", randomized=True), "SVD: randomized=True needs a rank"),

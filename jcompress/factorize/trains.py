@@ -14,12 +14,15 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Context, Method
+from jcompress.factorize import mode_order
 from jcompress.factorize.rank_choice import Choice, check_concrete
 from jcompress.factorize.subspaces import across, check_filled, check_rank, is_share, largest, leading
 from jcompress.formats.network import TensorNetwork, refitted
 from jcompress.numeric import scaling
 
 _MODES, _BONDS = "abcdefghijklm", "nopqrstuvwxyz"
+_MOST = 10  # modes; all orders of them take some 500 unfoldings
+BEST = "best"
 _HIGH = jax.lax.Precision.HIGHEST
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
@@ -42,8 +45,11 @@ class TensorTrain(Method):
       rank: the largest rank, or the share of the numbers that is kept, in (0, 1); or ``"evbmf"``, for each bond that of
         most evidence in noise (:func:`jcompress.factorize.evbmf`).
       shape: the modes of the inputs and of the outputs, such as ``((4, 8, 8), (8, 8, 4))``; or None.
-      order: without ``shape``, the axes in the order of the train, such as ``(-2, 0, 1, -1)``, which makes a chain of
-        1x1, d x 1, 1 x d and 1x1 convolutions (Gabor & Zdunek 2022). By default as they are.
+      order: the axes in the order of the train, such as ``(-2, 0, 1, -1)``, which makes a chain of 1x1, d x 1, 1 x d
+        and 1x1 convolutions (Gabor & Zdunek 2022). By default as they are. With ``shape``, the modes (window, inputs,
+        outputs), a core each. ``"best"`` takes that of all orders whose bound, from the singular values of all
+        unfoldings, is least: the fewest numbers for a tolerance, an energy or evidence; the least error of the worst
+        unfolding for a share of the numbers, each bond with a rank of its own; the least error for one rank.
       tolerance: instead of a rank, the relative error that must not be exceeded, in (0, 1).
       energy: instead of a rank, the part of the squared norm to keep, in (0, 1]. Ranks that depend on the values are
         found outside ``jit`` only. Of stacked layers, what the worst one needs.
@@ -61,19 +67,19 @@ class TensorTrain(Method):
 
     rank: int | float | Literal["evbmf"] | None = None
     shape: Shape | None = None
-    order: tuple[int, ...] | None = None
+    order: tuple[int, ...] | Literal["best"] | None = None
     tolerance: float | None = None
     energy: float | None = None
 
     def __post_init__(self) -> None:
         Choice.of("TensorTrain", self.rank, self.energy, self.tolerance)
-        if self.shape is not None and self.order is not None:
-            raise ValueError("TensorTrain: found a shape and an order of axes; a TT-matrix pairs its modes by itself")
+        if isinstance(self.order, str) and self.order != BEST:
+            raise ValueError(f"TensorTrain: order={self.order!r} is unknown; use {BEST!r}, or each axis once")
 
     @property
     def whole(self) -> bool:  # type: ignore[override]  # of the instance here
         """Whether stacked layers come as one array: where ranks depend on the values, all get the same ones."""
-        return Choice.of("TensorTrain", self.rank, self.energy, self.tolerance) is not None
+        return self.order == BEST or Choice.of("TensorTrain", self.rank, self.energy, self.tolerance) is not None
 
     def check(self, path: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Raise if the modes do not fit the array."""
@@ -82,16 +88,24 @@ class TensorTrain(Method):
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> TensorNetwork:
         """The node for one array."""
         modes = _modes("TensorTrain", context.path, w.shape[context.batch :], self.shape, self.order)
-        choice = Choice.of("TensorTrain", self.rank, self.energy, self.tolerance)
-        if choice is None:
+        if not self.whole:
             return _train(w, modes, modes.ranks(self.rank))
         check_concrete("TensorTrain", context.path, w)
-        layers = w.reshape(-1, *w.shape[context.batch :])
-        ranks = [max(column) for column in zip(*(_ranks_for(x, modes, choice) for x in layers), strict=True)]
+        modes, ranks = self._chosen(w.reshape(-1, *w.shape[context.batch :]), modes)
         train = partial(_train, modes=modes, ranks=ranks)
         for _ in range(context.batch):
             train = jax.vmap(train)
         return train(w)
+
+    def _chosen(self, layers: jax.Array, modes: Modes) -> tuple[Modes, list[int]]:
+        """The order of the modes and the ranks, the same for all layers."""
+        choice, given = Choice.of("TensorTrain", self.rank, self.energy, self.tolerance), None
+        if self.order == BEST:
+            given = _best(layers, modes, choice or self.rank)
+            modes = dataclasses.replace(modes, cores=tuple(modes.cores[i] for i in given.order))
+        if choice is None:
+            return modes, given.ranks if given and is_share(self.rank) else modes.ranks(self.rank)
+        return modes, [max(column) for column in zip(*(_ranks_for(x, modes, choice) for x in layers), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +138,10 @@ class TensorRing(Method):
 
     def __post_init__(self) -> None:
         check_rank("TensorRing", self.rank)
+        if isinstance(self.order, str):
+            raise ValueError(
+                f"TensorRing: found order={self.order!r}, expected each axis once; a ring has no best order"
+            )
         if self.shape is not None and self.order is not None:
             raise ValueError("TensorRing: found a shape and an order of axes; give one of them")
 
@@ -197,27 +215,57 @@ class Modes:
         return bonds(int(rank))
 
 
-def _modes(name: str, path: str, shape: tuple[int, ...], given: Shape | None, order: tuple[int, ...] | None) -> Modes:
+def _modes(
+    name: str, path: str, shape: tuple[int, ...], given: Shape | None, order: tuple[int, ...] | str | None
+) -> Modes:
     ndim = len(shape)
     if ndim < 2:
         raise ValueError(f"{path}: {name} needs two axes or more, found shape {shape}; keep it dense")
     check_filled(name, path, shape)
     if given is None:
-        places = tuple(range(ndim)) if order is None else tuple(a % ndim for a in order)
-        if sorted(places) != list(range(ndim)):
-            raise ValueError(f"{path}: {name} found order={order} for shape {shape}, expected each axis once")
-        return Modes(shape, tuple((i,) for i in places), (1,) * ndim)
+        return Modes(shape, _alone(name, path, shape, order), (1,) * ndim)
     inputs, outputs = given
-    if len(inputs) != len(outputs) or math.prod(inputs) != shape[-2] or math.prod(outputs) != shape[-1]:
+    if (
+        (order is None and len(inputs) != len(outputs))
+        or math.prod(inputs) != shape[-2]
+        or math.prod(outputs) != shape[-1]
+    ):
         raise ValueError(
             f"{path}: {name} found modes {inputs} and {outputs}, with products {math.prod(inputs)} and "
             f"{math.prod(outputs)}, for {shape[-2]} inputs and {shape[-1]} outputs; give as many of either that "
             "multiply to them"
         )
     window, n = tuple(range(ndim - 2)), len(inputs)
+    cut, merged = (*shape[:-2], *inputs, *outputs), (*[1] * len(window), n, len(outputs))
+    if order is not None:
+        return Modes(cut, _alone(name, path, cut, order), merged)
     pairs = tuple((ndim - 2 + i, ndim - 2 + n + i) for i in range(n))
     cores = (window, *pairs) if window else pairs
-    return Modes((*shape[:-2], *inputs, *outputs), cores, (*[1] * len(window), n, n))
+    return Modes(cut, cores, merged)
+
+
+def _alone(
+    name: str, path: str, shape: tuple[int, ...], order: tuple[int, ...] | str | None
+) -> tuple[tuple[int, ...], ...]:
+    """A core for each mode, in their order."""
+    ndim = len(shape)
+    if len(shape) > (_MOST if order == BEST else len(_MODES)):
+        raise ValueError(f"{path}: {name} found {ndim} modes {shape}, too many for order={order}; merge or order them")
+    places = range(ndim) if order is None or isinstance(order, str) else [a % ndim for a in order]
+    if sorted(places) != list(range(ndim)):
+        raise ValueError(f"{path}: {name} found order={order} for modes {shape}, expected each of them once")
+    return tuple((i,) for i in places)
+
+
+def _best(layers: jax.Array, modes: Modes, wanted: Any) -> mode_order.Ordered:
+    """The best order of the modes at ranks that are chosen, a share of the numbers, or one rank."""
+    whole = np.asarray(scaling.unit([layers]).divide(layers)).reshape(-1, *modes.shape)
+    known = mode_order.unfoldings(list(whole))
+    if isinstance(wanted, Choice):
+        return mode_order.of_choice(modes.shape, known, wanted)
+    if is_share(wanted):
+        return mode_order.of_numbers(modes.shape, known, wanted * math.prod(modes.shape))
+    return mode_order.of_rank(modes.shape, known, wanted)
 
 
 def _train(w: jax.Array, modes: Modes, ranks: list[int]) -> TensorNetwork:
