@@ -39,6 +39,7 @@ FAMILIES = {
     "svd": lambda share: F.SVD(rank=share),
     "whitened svd": lambda share: F.WhitenedSVD(rank=share, damping=1e-2),
     "tensor train": lambda share: F.TensorTrain(rank=share, order=ORDER),
+    "tensor train, best order": lambda share: F.TensorTrain(rank=share, order="best"),
     "tucker-2": lambda share: F.Tucker(ranks=share),
     "whitened tucker-2": lambda share: F.Whitened(F.Tucker(ranks=share)),
     "cp": lambda share: F.CP(rank=share),

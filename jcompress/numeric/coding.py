@@ -149,7 +149,8 @@ def _probabilities(table: Table, group: int = 1) -> Any:
     together = alone
     for _ in range(group - 1):
         together = np.multiply.outer(together, alone).reshape(-1)
-    return coder().model.Categorical(np.pad(together, (0, int(together.size == 1))), perfect=False)
+    together = together if together.size > 1 else np.append(together, 0.0)
+    return coder().model.Categorical(together, perfect=False)
 
 
 def _push(queue: np.ndarray, table: Table, stack: Any) -> None:

@@ -65,6 +65,10 @@ class HeaderReader:
         """The next number of any size; at most 64 bits and what ``order`` adds."""
         first = self._at
         one = self._text.find("1", first, first + _LONGEST + 1)
+        end = 2 * one - first + 1 + order
+        if one >= 0 and end <= len(self._text):  # most of them: a table has many
+            self._at = end
+            return int(self._text[one:end], 2) - (1 << order)
         if one < 0:  # beyond what was made text so far, or too long
             while self._take(1) == "0":
                 if self._at - first > _LONGEST:

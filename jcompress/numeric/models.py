@@ -138,7 +138,7 @@ def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndar
         whole = _rate(histograms.sum(0, keepdims=True))
         for count in CLASSES:
             labels = _clusters(histograms, count)
-            parted = np.stack([histograms[labels == c].sum(0) for c in range(count)])
+            parted = _summed(histograms, labels, count)
             told = whole - _rate(parted) - _rate(np.bincount(labels, minlength=count)[None]) - _LABELS * count
             if told <= gain:
                 break  # more classes serve no better
@@ -171,9 +171,14 @@ def _clusters(histograms: np.ndarray, count: int) -> np.ndarray:
     labels = np.empty(len(histograms), np.uint8)
     labels[order] = np.arange(len(order)) * count // max(len(order), 1)
     for _ in range(_ROUNDS):
-        parted = np.stack([histograms[labels == c].sum(0) for c in range(count)]) + 0.1
+        parted = _summed(histograms, labels, count) + 0.1
         labels = np.argmin(-histograms @ np.log2(parted / parted.sum(1, keepdims=True)).T, axis=1).astype(np.uint8)
     return np.unique(labels, return_inverse=True)[1].astype(np.uint8).reshape(-1)
+
+
+def _summed(histograms: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """The histogram of each class; whole numbers in float64, where products are fast."""
+    return (labels == np.arange(count)[:, None]).astype(np.float64) @ histograms
 
 
 def _rate(counts: np.ndarray) -> float:

@@ -76,8 +76,9 @@ def _differences(table: Table, before: Table | None) -> np.ndarray:
     """What is written: each level less the one before, and less the same difference in the table before."""
     there = np.flatnonzero(table.levels)
     levels = table.levels[there] - (0 if before is None else _filled(before, table.steps)[there])
-    changes = np.diff(levels, prepend=0)
-    return np.where(changes < 0, -2 * changes - 1, 2 * changes)
+    changes = levels.copy()
+    changes[1:] -= levels[:-1]
+    return (changes << 1) ^ (changes >> 63)  # 0, -1, 1, -2, ... in the order of their sizes
 
 
 def _filled(table: Table, steps: int) -> np.ndarray:

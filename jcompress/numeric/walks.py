@@ -6,7 +6,9 @@ before, a decoder has all queues, and takes from them what it finds to be due: b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +28,26 @@ def parted(tokens: np.ndarray, grid: Grid, model: Model, low: int) -> list[np.nd
     """The tokens of each class in the order in which a decoder takes them; ``low`` is the number of token 0."""
     if model.kind == ONE:
         return [tokens]
+    if _is_labelled(grid, model):
+        return [tokens.reshape(grid.rows, -1)[place].reshape(-1) for place in _places(model)]
     if model.kind == LEFT:
         tokens, grid = turned(tokens, grid), grid.turned()
     classes = _classes(tokens, grid, model, low)
     if model.kind == STATE:
         tokens, classes = (_by_columns(x, grid) for x in (tokens, classes))
     return [tokens[classes == c] for c in range(len(model.tables))]
+
+
+def _is_labelled(grid: Grid, model: Model) -> bool:
+    """Whether classes are whole rows or whole columns."""
+    return model.kind in (ROWS, COLUMNS) and grid.where is None
+
+
+def _places(model: Model) -> Iterator[Any]:
+    """The rows or columns of each class, as an index."""
+    for c in range(len(model.tables)):
+        mask = model.labels == c
+        yield mask if model.kind == ROWS else (slice(None), mask)
 
 
 def _classes(tokens: np.ndarray, grid: Grid, model: Model, low: int) -> np.ndarray:
@@ -49,8 +65,11 @@ def sizes(grid: Grid, model: Model) -> list[int]:
     """How many tokens there are of each class of rows or columns."""
     if model.kind == ONE:
         return [grid.size]
-    classes = _classes(np.zeros(0, np.uint8), grid, model, 0)
-    return np.bincount(classes, minlength=len(model.tables)).tolist()
+    if model.kind == ROWS:
+        counts = np.diff(grid.starts)
+    else:
+        counts = np.full(grid.columns, grid.rows) if grid.where is None else np.count_nonzero(grid.where, axis=0)
+    return [int(counts[model.labels == c].sum()) for c in range(len(model.tables))]
 
 
 def quantizers(tokens: np.ndarray, grid: Grid, low: int) -> np.ndarray:
@@ -113,6 +132,11 @@ def joined(queues: list[np.ndarray], grid: Grid, model: Model, low: int, dtype: 
         return turned(_row_by_row(queues, grid.turned(), model, dtype), grid.turned())
     if model.kind == ABOVE:
         return _row_by_row(queues, grid, model, dtype)
+    if _is_labelled(grid, model):
+        whole = np.empty((grid.rows, grid.columns), dtype)
+        for place, own in zip(_places(model), queues, strict=True):
+            whole[place] = own.reshape(whole[place].shape)
+        return whole.reshape(-1)
     queue = Queues(queues, dtype)
     found = (
         _along_rows(queue, grid, model, low) if model.kind == STATE else queue.take(_classes(queues[0], grid, model, 0))
@@ -122,8 +146,15 @@ def joined(queues: list[np.ndarray], grid: Grid, model: Model, low: int, dtype: 
 
 
 def _row_by_row(queues: list[np.ndarray], grid: Grid, model: Model, dtype: np.dtype) -> np.ndarray:
-    rows = _wide_rows(queues, grid, model, dtype) if grid.columns >= _WIDE else _narrow_rows(queues, grid, model)
-    return np.array([*rows], dtype).reshape(-1)
+    if grid.columns >= _WIDE:
+        return np.array([*_wide_rows(queues, grid, model, dtype)], dtype).reshape(-1)
+    rows = _narrow_rows(queues, grid, model)
+    # Bytes are made from numbers much faster than arrays are.
+    return np.frombuffer(bytearray().join(map(bytes, rows)), dtype) if dtype == np.uint8 else _flat(rows, dtype)
+
+
+def _flat(rows: Iterable[list[int]], dtype: np.dtype) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype)
 
 
 def _wide_rows(queues: list[np.ndarray], grid: Grid, model: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -137,17 +168,15 @@ def _wide_rows(queues: list[np.ndarray], grid: Grid, model: Model, dtype: np.dty
 
 def _narrow_rows(queues: list[np.ndarray], grid: Grid, model: Model) -> Iterator[list[int]]:
     """As :func:`_wide_rows`, token by token, which is faster for few columns."""
-    queue = [iter(x.tolist()) for x in queues]
-    first = queue[len(queue) // 2].__next__
-    after = [queue[c].__next__ for c in model.relative.tolist()]
-    try:
-        row = [first() for _ in range(grid.columns)]
+    queue = [iter(x.tobytes() if x.dtype == np.uint8 else x.tolist()) for x in queues]
+    after = [queue[c] for c in model.relative.tolist()].__getitem__
+    due: Iterable[Iterator[int]] = [queue[len(queue) // 2]] * grid.columns
+    for _ in range(grid.rows):
+        row = list(map(next, due))  # ends early with the queue that does, and runs in C
+        if len(row) < grid.columns:
+            raise ValueError("found fewer numbers in a coded stream than its array takes")
+        due = map(after, row)
         yield row
-        for _ in range(1, grid.rows):
-            row = [after[x]() for x in row]
-            yield row
-    except StopIteration:
-        raise ValueError("found fewer numbers in a coded stream than its array takes") from None
     if any(next(x, None) is not None for x in queue):
         raise ValueError("found more in a coded stream than its array takes")
 
