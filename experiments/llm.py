@@ -85,7 +85,9 @@ class Language:
 
     def _layers(self, recipe: Recipe) -> list[Any]:
         cut = recipe.cut(self.calibration, recipe.seed) if recipe.cut else ()
-        layers = self.calibration.compress(recipe.rules, recipe.kind, recipe.sequential, cut, recipe.seed)
+        layers = self.calibration.compress(
+            recipe.rules(self.calibration), recipe.kind, recipe.sequential, cut, recipe.seed
+        )
         if recipe.healing is None:
             return layers
         return recipe.healing(self.params, layers, self.model, self.tokens, recipe.seed)

@@ -14,6 +14,7 @@ from experiments.configs import llm as full
 from experiments.language import text, units
 from experiments.language.calibration import Calibration
 from experiments.language.healing import Healing
+from experiments.language.mixture import Mixture
 from experiments.models import llama
 from experiments.runner import describe
 
@@ -130,7 +131,18 @@ def test_every_row_of_the_config_has_rules_and_a_name_of_its_own():
     shapes = jax.eval_shape(lambda: llama.init(jax.random.key(0), llama.Config.smollm2_135m()))
     for recipe in config.recipes:
         part = {"layers": {"0": shapes["layers"][0]}}
-        assert len(jc.plan(part, recipe.rules)) == 9 and describe(recipe)["name"]
+        assert len(jc.plan(part, recipe.rules())) == 9 and describe(recipe)["name"]
+
+
+def test_bits_are_mixed_at_the_bytes_of_three(calibration):
+    methods = tuple(jc.quantize.Int(bits=bits, group_size=16, symmetric=False) for bits in (2, 3, 4))
+    found = dict(Mixture(methods, 1, length=12)(calibration, "plain"))
+    assert len(found) == 14 and len({method.bits for method in found.values()}) > 1
+
+    def size(rules):
+        return jc.nbits(calibration.compress((*rules, (".*", full.HALF))))
+
+    assert size(tuple(found.items())) <= size(((full.KERNEL, methods[1]),))
 
 
 def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jcompress as jc
+from experiments.language.calibration import KERNEL, Calibration, Rules
 from experiments.language.healing import Healing
+from experiments.language.mixture import Mixture
 from experiments.language.units import Cut
 
-KERNEL = r"layers/\d+/.*/kernel"
 HALF = jc.quantize.Float("float16")
 Int, NM = jc.quantize.Int, jc.prune.NM
 
@@ -43,6 +44,7 @@ class Recipe:
       store: how keys and values are cached.
       cut: what is cut out whole, before.
       healing: how a low rank beside each kernel is trained, afterwards.
+      mixture: which method each kernel gets, in place of ``kernels``.
       seed: of what is drawn at random.
     """
 
@@ -54,12 +56,15 @@ class Recipe:
     store: Callable[..., Any] | None = None
     cut: Cut | None = None
     healing: Healing | None = None
+    mixture: Mixture | None = None
     seed: int = 0
 
-    @property
-    def rules(self) -> tuple[tuple[str, Any], ...]:
-        """For layers: kernels, and all else in 16 bits."""
-        return ((KERNEL, jc.chain(self.kernels, HALF)), (".*", HALF)) if self.kernels else ((".*", HALF),)
+    def rules(self, calibration: Calibration | None = None) -> tuple[tuple[str, Any], ...]:
+        """For layers: kernels, and all else in 16 bits; a mixture is chosen by the calibration."""
+        found: Rules = ((KERNEL, self.kernels),) if self.kernels else ()
+        if self.mixture is not None and calibration is not None:
+            found = self.mixture(calibration, self.kind)
+        return (*((path, jc.chain(method, HALF)) for path, method in found), (".*", HALF))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +136,14 @@ def pruning() -> Iterator[Recipe]:
         yield pruned(f"sparsegpt{name}-guided", prune.SparseGPT(**amount), "SparseGPT, guided", "guided")
 
 
+def mixed(kind: str) -> Recipe:
+    """2, 3 and 4 bits at the bytes of 3."""
+    methods = tuple(gptq(bits).kernels for bits in (2, 3, 4))
+    return Recipe(
+        "mixed3" + ("" if kind == "plain" else f"-{kind}"), "mixed bits", kind=kind, mixture=Mixture(methods, 1)
+    )
+
+
 def stored(bits: int) -> Recipe:
     """Keys and values in codes, a scale a token and head."""
     return Recipe(f"cache{bits}", "cache", store=Int(bits=bits, axis=(0, 1, 2), symmetric=False))
@@ -171,6 +184,7 @@ def recipes() -> Iterator[Recipe]:
     yield Recipe("svd20", "low rank", jc.factorize.WhitenedSVD(rank=0.8))
     yield from patterns[1][:3]
     yield from (rounded(4), gptq(4), gptq(4, "attended"))
+    yield mixed("attended")
     yield from (*others(4), *others(2))
     yield from (gptq(3, "guided"), clipped(3), gptq(2, "guided"), clipped(2), gptq(4, "guided"))
     yield from (half[3], patterns[0][3], patterns[1][3])

@@ -7,6 +7,7 @@ used as soon as they are gathered.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jcompress import core
 
 PyTree = Any
 KERNELS = ("attention/q", "attention/k", "attention/v", "attention/out", "mlp/gate", "mlp/up", "mlp/down")
+KERNEL = r"layers/\d+/.*/kernel"
 LAYOUT = jc.Layout(inputs=(-2,), outputs=(-1,))
 NAMES = ("gram", "count")
 Weights = list[dict[str, np.ndarray]]
@@ -61,7 +63,8 @@ class Calibration:
         """The layers with nodes.
 
         Args:
-          rules: as for ``jcompress.plan``, of paths such as ``layers/0/attention/q/kernel``.
+          rules: as for ``jcompress.plan``, of paths such as ``layers/0/attention/q/kernel``; for each layer those that
+            match some path of it.
           kind: how positions count.
           sequential: whether each layer meets what the compressed ones before it give, as
             :func:`jcompress.compress_sequentially` has it; the kernels of one layer are fitted at once.
@@ -73,7 +76,8 @@ class Calibration:
             run = _Streams(self.params, self.config, self.windows, self._weights(kind))
         for i, layer in enumerate(layers or self.params["layers"]):
             part = {"layers": {str(i): layer}}
-            plan = jc.plan(part, rules)
+            own = [path for path, _ in jc.paths(part)]
+            plan = jc.plan(part, [rule for rule in rules if any(re.fullmatch(rule[0], path) for path in own)])
             stats = None
             if any(need.startswith("stats") for method in plan.values() if method for need in core.needs(method)):
                 stats = self.stats(kind, i) if run is None else run.stats(kind, i, layer)
