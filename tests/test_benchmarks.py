@@ -6,7 +6,18 @@ import math
 import numpy as np
 import pytest
 
-from experiments.benchmarks import factorize, gptq, mask_update, quantize, scale, timing, train_step, vmap_levels
+from experiments.benchmarks import (
+    coder,
+    factorize,
+    gptq,
+    mask_update,
+    quantize,
+    scale,
+    timing,
+    train_step,
+    two_bits,
+    vmap_levels,
+)
 from experiments.claims import lenet
 
 COMMON = ["--pairs", "2", "--out"]
@@ -69,6 +80,22 @@ def test_quantize_writes_its_rows(tmp_path):
     path = tmp_path / "quantize.json"
     quantize.main(["--width", "66", "--depth", "1", "--only", "int8", *COMMON, str(path)])
     assert "jcompress" in {r["right"] for r in rows(path)}
+
+
+def test_the_coder_writes_its_rows(tmp_path):
+    path = tmp_path / "coder.json"
+    assert coder.main(["--side", "128", "--repeats", "1", "--out", str(path)]) == 0
+    found = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert len(found) == 3 and all(0 <= row["above"] < 0.01 for row in found.values())
+    assert found["bfloat16 weights"]["of stored"] < 0.68
+
+
+def test_two_bits_writes_its_rows(tmp_path):
+    path = tmp_path / "two_bits.json"
+    assert two_bits.main(["--seeds", "1", "--size", "32", "--memories", "6", "--out", str(path)]) == 0
+    found = {(row["what"], row["code"]): row for row in json.loads(path.read_text())["rows"]}
+    assert 0.0625 < found["Gaussian", "E8P"]["error"] < found["Gaussian", "four values"]["error"] < 0.12
+    assert found["outputs", "E8P"]["error"] < found["outputs", "GPTQ, clipped"]["error"]
 
 
 def test_a_ratio_is_the_median_of_paired_ratios():

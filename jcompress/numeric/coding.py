@@ -25,7 +25,7 @@ from jcompress.numeric.tables import MOST_SYMBOLS, Table, read_table, write_tabl
 from jcompress.numeric.tokens import Split
 
 RAW, CONSTANT = range(2)
-_MOST_TOGETHER = 1 << 10
+_MOST_TOGETHER = 1 << 8
 
 
 def coder() -> Any:

@@ -61,14 +61,23 @@ class HeaderReader:
         """
         return int(self._take(width) or "0", 2)
 
+    def golombs(self, count: int, order: int) -> list[int]:
+        """So many of them, as the entries of a table; those that are text already without a call for each."""
+        found, text, first, base = [], self._text, self._at, 1 << order
+        for _ in range(count):
+            one = text.find("1", first, first + _LONGEST + 1)
+            end = 2 * one - first + 1 + order
+            if one < 0 or end > len(text):
+                break
+            found.append(int(text[one:end], 2) - base)
+            first = end
+        self._at = first
+        return found + [self.golomb(order) for _ in range(count - len(found))]
+
     def golomb(self, order: int = 0) -> int:
         """The next number of any size; at most 64 bits and what ``order`` adds."""
         first = self._at
         one = self._text.find("1", first, first + _LONGEST + 1)
-        end = 2 * one - first + 1 + order
-        if one >= 0 and end <= len(self._text):  # most of them: a table has many
-            self._at = end
-            return int(self._text[one:end], 2) - (1 << order)
         if one < 0:  # beyond what was made text so far, or too long
             while self._take(1) == "0":
                 if self._at - first > _LONGEST:

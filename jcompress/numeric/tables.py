@@ -52,9 +52,9 @@ class Table:
         if not self.levels.any():
             return np.ones(len(self.levels), np.int64)
         exponents = np.maximum(self.levels - 1, 0)
-        octaves = exponents // self.steps
+        octaves = exponents >> self.steps.bit_length() - 1
         down = np.minimum(octaves.max(initial=0) - octaves, 40)
-        values = np.maximum(_powers()[exponents % self.steps * (_FINEST // self.steps)] >> down, 1)
+        values = np.maximum(_powers()[(exponents & self.steps - 1) * (_FINEST // self.steps)] >> down, 1)
         return np.where(self.levels > 0, values, 0)
 
     def rate(self, counts: np.ndarray) -> float:
@@ -129,8 +129,8 @@ def read_table(symbols: int, before: Table | None, header: HeaderReader) -> Tabl
         raise ValueError("found a table of frequencies that refers to none, or in steps too fine")
     reference = _filled(before, steps).tolist() if refers and before is not None else [0] * symbols
     levels, last = [], 0
-    for at in range(symbols):
-        number = header.golomb(order) - gaps
+    for at, written in enumerate(header.golombs(symbols, order)):
+        number = written - gaps
         if number < 0:
             levels.append(0)
             continue
