@@ -174,6 +174,20 @@ def groups(width: int, size: int = 64) -> tuple:
     return *(functools.partial(side, node, x) for side in sides), extra
 
 
+def kept_only(width: int, rows: int) -> tuple:
+    """Only what a 2:4 mask keeps, inputs gathered for each output, beside what ``accelerate`` does of the mask."""
+    rng = np.random.default_rng(0)
+    w, x = jnp.asarray(decaying(rng, width, width)), jnp.asarray(rng.normal(size=(rows, width)), jnp.float32)
+    node = jc.prune.Magnitude(pattern=jc.prune.NM(2, 4))(w)
+    places = jnp.argsort(~np.asarray(node.mask), axis=0, stable=True)[: width // 2]
+    values = jnp.take_along_axis(node.materialize(), places, axis=0)
+    fast = jc.accelerate(lambda w, x: x @ w)
+    gathered, ours = jax.jit(lambda v, i, x: jnp.einsum("rko,ko->ro", x[:, i], v)), jax.jit(fast)
+    difference = float(jnp.abs(gathered(values, places, x) - ours(node, x)).max())
+    extra = {"difference": difference, "how": fast.report(node, x).rows[0].how}
+    return functools.partial(gathered, values, places, x), functools.partial(ours, node, x), extra
+
+
 def whole_transformer(method: Any, width: int, depth: int) -> tuple:
     _, fn, params, args = transformer(width, depth, 8, 8, 128)
     return executed(fn, params, [(".*/kernel|head", method), (".*", None)], *args)
@@ -228,6 +242,9 @@ def cases(args: argparse.Namespace) -> Iterator[timing.Case]:
     yield Case(label, "accelerate", "made dense", lambda: one_product(method, width, 256, inside=True), ">= 0.95")
     label = f"4-bit groups at batch 1, {2 * n} x {2 * n}"
     yield Case(label, "accelerate", "made dense", lambda: groups(2 * n), ">= 1")
+    for rows in (1, 16):
+        label = f"2:4, only what is kept, {2 * n} x {2 * n}, {rows} rows"
+        yield Case(label, "gathered", "accelerate", functools.partial(kept_only, 2 * n, rows))
     label = "transformer, matrices at 25%"
     yield Case(label, "factors", "dense", lambda: whole_transformer(F.SVD(rank=0.25), n, 2), ">= 1.8")
     label = "CNN, Tucker-2 at 30%"

@@ -26,15 +26,14 @@ from experiments.environment import environment
 from experiments.workdir import write
 
 Q = jc.quantize
-SHAPES = {16: (128, 16)}
-"""Of Gaussian weights for a memory of the trellis; else 512 x 64."""
+SHAPE = 512, 64
+"""Of Gaussian weights."""
 
 
-def gaussian(memories: Sequence[int]) -> dict[str, tuple[Any, tuple[int, int]]]:
-    """Codes of Gaussian weights, and how many weights each is tried on."""
-    trellises = {f"trellis, memory {m}": (Q.Trellis(memory=m), SHAPES.get(m, (512, 64))) for m in memories}
-    values = jc.share.KMeans(clusters=4, exact=True)
-    return {"four values": (values, (512, 64)), "E8P": (Q.E8P(), (512, 64)), **trellises}
+def gaussian(memories: Sequence[int]) -> dict[str, Any]:
+    """Codes of Gaussian weights."""
+    trellises = {f"trellis, memory {m}": Q.Trellis(memory=m) for m in memories}
+    return {"four values": jc.share.KMeans(clusters=4, exact=True), "E8P": Q.E8P(), **trellises}
 
 
 def outputs(memories: Sequence[int]) -> dict[str, Any]:
@@ -45,9 +44,9 @@ def outputs(memories: Sequence[int]) -> dict[str, Any]:
     return {name: Q.Rotation(method) for name, method in methods.items()}
 
 
-def mean_squared(method: Any, shape: tuple[int, int], seed: int) -> tuple[float, float]:
+def mean_squared(method: Any, seed: int) -> tuple[float, float]:
     """The error of Gaussian weights, and bits a weight."""
-    w = jax.random.normal(jax.random.key(seed), shape)
+    w = jax.random.normal(jax.random.key(seed), SHAPE)
     node = method(w)
     return float(jnp.mean(jnp.square(node.materialize() - w))), node.nbits() / w.size
 
@@ -79,8 +78,8 @@ def rows(args: Any) -> list[dict[str, Any]]:
     """All of them."""
     memories = [int(x) for x in args.memories.split(",")]
     found = []
-    for name, (method, shape) in gaussian(memories).items():
-        found.append(row("Gaussian", name, lambda seed, m=method, s=shape: mean_squared(m, s, seed), args.seeds))
+    for name, method in gaussian(memories).items():
+        found.append(row("Gaussian", name, lambda seed, m=method: mean_squared(m, seed), args.seeds))
     for name, method in outputs(memories).items():
         found.append(row("outputs", name, lambda seed, m=method: of_outputs(m, args.size, seed), args.seeds))
     return found

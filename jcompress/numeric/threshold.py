@@ -1,9 +1,8 @@
 """The exact k-th largest of many values, without sorting and without moving them.
 
-Floats are ordered like their bit patterns, so the threshold is an integer that can be searched for. Every
-step of the search counts how many values reach each of five probes in a single read, and a count is a sum:
-under sharding only scalars cross devices. Probes are interpolated where that makes progress and divide the
-bit pattern evenly where it does not, so the search always ends, and ends exactly.
+Floats are ordered like their bit patterns, so the threshold is an integer that can be searched for
+(:mod:`~jcompress.numeric.bracketing`). Every step of the search counts how many values reach each of five
+probes in a single read, and a count is a sum: under sharding only scalars cross devices.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jcompress.numeric.batches import Batch, apart, batches
+from jcompress.numeric.bracketing import Search, interpolated, search, top
 from jcompress.numeric.counting import (
     MOST,
     Count,
@@ -35,157 +35,6 @@ from jcompress.numeric.counting import (
     sums_of,
 )
 from jcompress.numeric.meshes import is_explicit, on_any_mesh
-
-_PROBES, _FEW, _MARGIN, _STALLED, _LANES = 5, 2_000, 0.25, 0.7, 16
-_FAR, _CLOSE = (-1.0, 0.0, 0.0, 0.0, 1.0), (0.0, -1.0, 0.0, 1.0, 0.0)
-
-
-def _top(dtype: Any) -> np.ndarray:
-    """The largest unsigned integer, which is no rank and no place."""
-    return ~np.zeros((), dtype)
-
-
-class _Search(NamedTuple):
-    """``low`` reaches the wanted count, ``high`` does not; the answer is the last integer that does.
-
-    All are scalars but ``probes``, those of the next read. ``margin`` is how far off the wanted place the outer probes
-    lie, in brackets; where it is large the probes divide the bracket evenly. First ranks are searched. If none has just
-    the wanted count, ``level``, the largest integer until then, is the last that reaches it, and what is searched and
-    counted from there on are the places of the ties at this level.
-    """
-
-    probes: Any
-    low: jax.Array
-    low_count: Count
-    high: jax.Array
-    high_count: Count
-    margin: jax.Array
-    reads: jax.Array
-    level: jax.Array
-
-    @classmethod
-    def of(cls, low: jax.Array, low_count: Count, high: jax.Array, high_count: Count, reads: int = 0) -> _Search:
-        """A bracket of ranks, before there are probes."""
-        margin, level = jnp.float32(_MARGIN), jnp.full_like(low, _top(low.dtype))
-        return cls(None, low, low_count, high, high_count, margin, jnp.uint32(reads), level)
-
-    @property
-    def tied(self) -> jax.Array:
-        """Whether places are searched."""
-        return self.level != _top(self.level.dtype)
-
-    def exact(self, wanted: Count) -> jax.Array:
-        return self.low_count.equals(wanted)
-
-    def narrowed(self, counts: Sequence[Count], wanted: Count) -> _Search:
-        """The bracket that the counts of the probes leave."""
-        low, low_count, high, high_count = self.low, self.low_count, self.high, self.high_count
-        found = [(count.reaches(wanted), probe, count) for probe, count in zip(self.probes, counts, strict=True)]
-        for reached, probe, count in found:
-            low, low_count = jnp.where(reached, probe, low), pick(reached, count, low_count)
-        for reached, probe, count in found[::-1]:
-            high, high_count = jnp.where(reached, high, probe), pick(reached, high_count, count)
-        within = found[0][0] & ~found[-1][0]
-        shrunk = (high - low) <= (self.high - self.low) // 4
-        margin = jnp.where(within, jnp.maximum(0.4 * self.margin, 0.02), jnp.minimum(1.5 * self.margin, 0.5))
-        margin = jnp.where(within | shrunk, margin, _STALLED)
-        return _Search(None, low, low_count, high, high_count, margin, self.reads + 1, self.level)
-
-    def turned(self, wanted: Count, places: int) -> _Search:
-        """On to the ties, of all ``places``, where no other rank is left and this one has too many."""
-        turns = (self.high - self.low <= 1) & ~self.exact(wanted) & ~self.tied
-        return self._replace(
-            low=jnp.where(turns, 0, self.low),
-            high=jnp.where(turns, places + 1, self.high),
-            margin=jnp.where(turns, _MARGIN, self.margin),
-            level=jnp.where(turns, self.low, self.level),
-        )
-
-    def probing(self, offsets: jax.Array) -> _Search:
-        """With probes at rising offsets from ``low``: strictly increasing inside the bracket where there is room."""
-        unsigned, room = self.low.dtype, self.high - self.low - 1
-        limit, middle = float(jnp.iinfo(unsigned).max) * 0.999, _PROBES // 2
-        i = np.minimum(np.arange(offsets.size), _PROBES - 1).astype(unsigned)
-        step = jnp.clip(jnp.floor(offsets), 0.0, limit).astype(unsigned)
-        # One more from probe to probe, about the middle one, which stays where it is.
-        step = jnp.maximum(step + i, i + 1 + middle) - middle
-        # Where later probes find no room they fall on the last integer, and count it again.
-        return self._replace(probes=self.low + jnp.minimum(step, room + 1 - jnp.minimum(_PROBES - i, room)))
-
-    def ended(self, wanted: Count) -> tuple[jax.Array, jax.Array]:
-        """The level, and the place of the last that is wanted at this level."""
-        cut = jnp.where(self.exact(wanted), self.low, self.high)
-        return jnp.where(self.tied, self.level, self.low), jnp.where(self.tied, cut, 0)
-
-    def packed(self) -> jax.Array:
-        """One vector of integers: the probes, the rest, and last of all 0."""
-        margin, lane = lax.bitcast_convert_type(self.margin, jnp.uint32), np.arange(_LANES)
-        packed = jnp.resize(self.probes, (_LANES,)) * (lane < _PROBES)
-        for i, x in enumerate(jax.tree.leaves(self._replace(probes=None, margin=margin))):
-            packed = jnp.where(lane == _PROBES + i, x.astype(packed.dtype), packed)
-        return packed
-
-    def unpacked(self, packed: jax.Array) -> _Search:
-        """The search in a vector, of the same dtypes as this one; the probes as scalars."""
-        bare = self._replace(probes=None)
-        structure: Any = jax.tree.structure(bare)
-        found: _Search = jax.tree.unflatten(structure, list(packed[_PROBES : _PROBES + structure.num_leaves]))
-        margin = lax.bitcast_convert_type(found.margin.astype(jnp.uint32), jnp.float32)
-        found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, bare)
-        return found._replace(probes=list(packed[:_PROBES]), margin=margin)
-
-
-def _interpolated(
-    s: _Search, wanted: Count, curve: Callable[[Count], jax.Array] | None = None, length: int = _PROBES
-) -> jax.Array:
-    """Five offsets: two close about the place where the count should be met, two farther out, and the place itself.
-
-    The place is where ``curve`` of the count, taken as straight between the ends of the bracket, meets the wanted one;
-    among few values, and among ties, the counts themselves. They are the first of a vector of some ``length``.
-    """
-    inside = jnp.maximum(s.low_count.minus(s.high_count), 1.0)
-    centre = part = jnp.clip(s.low_count.minus(wanted) / inside, 0.0, 1.0)
-    if curve is not None:
-        low, place, high = curve(s.low_count), curve(wanted), curve(s.high_count)
-        curved = jnp.clip((low - place) / jnp.maximum(low - high, 1e-9), 0.0, 1.0)
-        centre = jnp.where((inside > _FEW) & ~s.tied, curved, part)
-    noise = jnp.sqrt(part * (1 - part) / inside) + 0.5 / inside
-    wide = jnp.maximum(s.margin, 2 * noise)
-    even = (inside <= _PROBES + 1) | (s.margin > 0.3)
-    shapes = (_FAR, _CLOSE, np.arange(1, 6) / (_PROBES + 1))
-    far, close, evenly = (np.resize(np.asarray(x, np.float32), length) for x in shapes)
-    near = jnp.clip(centre + far * wide + close * noise, 0.0, 1.0)
-    return jnp.where(even, evenly, near) * (s.high - s.low).astype(jnp.float32)
-
-
-def _search(
-    values: Sequence[_Values],
-    start: _Search,
-    wanted: Count,
-    curve: Callable[[Count], jax.Array] | None = None,
-    places: int | None = None,
-) -> _Search:
-    """Narrow the bracket until it holds one integer or its low end has exactly the wanted count.
-
-    With ``places``, so many of them, ties are searched as well.
-    """
-
-    def is_open(packed: jax.Array) -> jax.Array:
-        s = start.unpacked(packed)
-        room = s.high - s.low > 1
-        return ~s.exact(wanted) & (room if places is None else room | ~s.tied)
-
-    def narrow(packed: jax.Array) -> jax.Array:
-        # Every lane computes all of the turn, with numbers of its own by adding a zero that the compiler does not know:
-        # so it makes one program of it. Of scalars it would make a dozen, and each takes as long to compile.
-        s, nil = start.unpacked(packed), jnp.minimum(packed, packed[-1])
-        counts = _reached(values, s, places is not None)
-        s, counts, goal = jax.tree.map(lambda x: x + nil.astype(x.dtype), (s, counts, wanted))
-        s = s.narrowed(counts, goal)
-        s = s if places is None else s.turned(goal, places)
-        return s.probing(_interpolated(s, goal, curve, _LANES)).packed()
-
-    return start.unpacked(lax.while_loop(is_open, narrow, start.packed()))
 
 
 class _Values(NamedTuple):
@@ -218,7 +67,7 @@ class _Values(NamedTuple):
         return _falling_rank(inner, lax.optimization_barrier((first, *later_than))[0])
 
 
-def _reached(values: Sequence[_Values], s: _Search, ties: bool) -> list[Count]:
+def _reached(values: Sequence[_Values], s: Search, ties: bool) -> list[Count]:
     """How many ranks reach each probe, or ranks above the level and places of ties at it.
 
     The barrier keeps XLA from hoisting the ranks into a copy.
@@ -228,7 +77,7 @@ def _reached(values: Sequence[_Values], s: _Search, ties: bool) -> list[Count]:
         bits, known = x.bits(*s.probes), s.probes
         if ties:
             level, tied, *known = lax.optimization_barrier((s.level, s.tied, *s.probes))
-            places = jnp.where(bits > level, _top(bits.dtype), x.places(level).astype(bits.dtype))
+            places = jnp.where(bits > level, top(bits.dtype), x.places(level).astype(bits.dtype))
             bits = jnp.where(tied, jnp.where(bits < level, 0, places), bits)
         counts.append(count_together([(bits >= probe).astype(jnp.uint32) for probe in known]))
     return [s.low_count.like(*column) for column in zip(*counts, strict=True)]
@@ -262,9 +111,7 @@ def _floats(
     return [_Values(bits_among, (x, mask), x.shape, mask) for x, mask in zip(scores, among, strict=True)]
 
 
-def _start(
-    values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any
-) -> tuple[_Search, jax.Array, jax.Array]:
+def _start(values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any) -> tuple[Search, jax.Array, jax.Array]:
     """One read: the bracket from the smallest to the largest, and mean and deviation of the bits between.
 
     Mean and deviation are those of the exponents of some 30,000 values, drawn by a hash of their index. They only
@@ -291,10 +138,10 @@ def _start(
     # The middle of an octave, from which its values are a twelfth of a squared octave away.
     mean = octaves.astype(jnp.float32) / n + 0.5
     deviation = jnp.sqrt(jnp.maximum(squares.astype(jnp.float32) / n - (mean - 0.5) ** 2, 0.0) + 1 / 12)
-    search = _bracket(values, wanted, smallest, largest)
+    bracket = _bracket(values, wanted, smallest, largest)
     # In bits above the low end; that of bits of 16 is far below 2**24, that of 32 is known to a few octaves anyway.
-    centre = (mean + lowest) * float(1 << mantissa) - search.low.astype(jnp.float32)
-    return search, centre, deviation * float(1 << mantissa)
+    centre = (mean + lowest) * float(1 << mantissa) - bracket.low.astype(jnp.float32)
+    return bracket, centre, deviation * float(1 << mantissa)
 
 
 _OCTAVES, _SAMPLE = 255, 1 << 15
@@ -307,12 +154,12 @@ def _drawn(shape: tuple[int, ...], rare: int) -> jax.Array:
     return (_falling_rank(shape, jnp.uint32(0)) * jnp.uint32(0x9E3779B1)) >> (32 - rare) == 0
 
 
-def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, largest: jax.Array) -> _Search:
+def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, largest: jax.Array) -> Search:
     """From the smallest to the largest of those to choose from, or all that rank 0 where those are too few."""
     total = wanted.like(*(x.size if x.among is None else counted(x.among) for x in values))
     none, everything = wanted.like(0), wanted.like(sum(x.size for x in values))
     enough = total.reaches(wanted) & ~total.equals(none)
-    return _Search.of(
+    return Search.of(
         low=jnp.where(enough, smallest, 0), low_count=pick(enough, total, everything),
         high=jnp.where(enough, largest, 0) + 1, high_count=pick(enough, none, total), reads=1,
     )  # fmt: skip
@@ -324,7 +171,7 @@ def kth_largest(
     *,
     among: Sequence[jax.Array] | None = None,
     by: Callable[[jax.Array], jax.Array] | None = None,
-) -> _Search:
+) -> Search:
     """Search for the ``wanted``-th largest of all ``scores`` together; ``.low`` is its ordered bits.
 
     The first probes lie where the threshold would be if the ordered bits were normally distributed: the bits
@@ -335,7 +182,7 @@ def kth_largest(
     return _ranked(_floats(scores, among, bits), wanted, bits(jnp.ones((), dtype)), dtype)
 
 
-def _ranked(values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any, places: int | None = None) -> _Search:
+def _ranked(values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any, places: int | None = None) -> Search:
     """The search among the ordered bits of floats of a dtype, ``one`` those of 1.0."""
     start, centre, deviation = _start(values, wanted, one, dtype)
     total = start.low_count
@@ -349,7 +196,7 @@ def _ranked(values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any
 
     z = -normal(wanted)
     start = start.probing(centre + (z + np.array([-1, -0.25, 0, 0.25, 1], np.float32)) * deviation)
-    return _search(values, start, wanted, normal, places)
+    return search(lambda s: _reached(values, s, places is not None), start, wanted, normal, places)
 
 
 def _deviations(part: jax.Array) -> jax.Array:
@@ -477,10 +324,10 @@ def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
     values = [_Values(rank, (among, first, second), among.shape, among)]
     start = _bracket(values, wanted, jnp.uint32(1), jnp.uint32(_TOP))
     start = start._replace(margin=jnp.float32(0.0))
-    start = start.probing(_interpolated(start, wanted))
+    start = start.probing(interpolated(start, wanted))
     if leading:
-        return _in_turn(values, _search(values, start, wanted), wanted)[0]
-    found = _search(values, start, wanted, places=among.size)
+        return _in_turn(values, search(lambda s: _reached(values, s, False), start, wanted), wanted)[0]
+    found = search(lambda s: _reached(values, s, True), start, wanted, places=among.size)
     return _reaching(values[0], *found.ended(wanted))
 
 
@@ -491,7 +338,7 @@ def _mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _in_turn(values: Sequence[_Values], found: _Search, wanted: Count) -> list[jax.Array]:
+def _in_turn(values: Sequence[_Values], found: Search, wanted: Count) -> list[jax.Array]:
     """Masks of more values than can be numbered: one array after another keeps its ties, as long as any are wanted.
 
     An array that has too many by itself goes row by row; ties of one row at most are kept in part.
@@ -536,8 +383,8 @@ def _last_place(x: _Values, level: jax.Array, part: jax.Array, ties: jax.Array, 
     own = _Values(rank, (*x.arrays, level, part), x.shape, None)
     low, high = jnp.uint32(1), jnp.full((), math.prod(x.inner or ()) + 1, jnp.uint32)
     goal = Count.of(taken)
-    start = _Search.of(low, Count.of(ties), high, Count.of(jnp.zeros_like(ties)))
-    return _search([own], start.probing(_interpolated(start, goal)), goal).low
+    start = Search.of(low, Count.of(ties), high, Count.of(jnp.zeros_like(ties)))
+    return search(lambda s: _reached([own], s, False), start.probing(interpolated(start, goal)), goal).low
 
 
 def _reaching(x: _Values, level: jax.Array, cut: jax.Array) -> jax.Array:

@@ -36,6 +36,74 @@ class Agent(NamedTuple):
     memory: tuple[PyTree, PyTree]
 
 
+class _Task(NamedTuple):
+    """What an agent is put before: layers, their costs, and a budget that every episode keeps.
+
+    Attributes:
+      share: of each layer in the cost, float32 (layers,).
+      later: what the layers after each cost.
+      room: the budget in these shares.
+      known: more of each layer, (layers, n).
+      least: the smallest kept fraction.
+    """
+
+    share: jax.Array
+    later: jax.Array
+    room: float
+    known: jax.Array
+    least: float
+
+    @classmethod
+    def of(cls, costs: Any, budget: float, features: jax.Array | None, least: float) -> _Task:
+        """From costs in any unit."""
+        price = np.asarray(costs, np.float64)
+        if not 0 < least <= 1 or least * price.sum() > budget:
+            raise ValueError(
+                f"amc: budget={budget} is less than least={least} of all costs, {least * price.sum():g}; lower least "
+                "or raise the budget"
+            )
+        if features is not None and (jnp.ndim(features) != 2 or len(features) != len(price)):
+            raise ValueError(
+                f"amc: features of shape {jnp.shape(features)}, expected ({len(price)}, n), a row for each layer"
+            )
+        layers, share = len(price), jnp.asarray(price / price.sum(), jnp.float32)
+        later = jnp.asarray([price[i + 1 :].sum() / price.sum() for i in range(layers)], jnp.float32)
+        # A little less than the budget: sums are rounded.
+        room, place = float(budget / price.sum()) * (1 - 1e-6), jnp.eye(layers)
+        known = place if features is None else jnp.concatenate([place, jnp.asarray(features, jnp.float32)], 1)
+        return cls(share, later, room, known, least)
+
+    def seen(self, i: jax.Array, spent: jax.Array, last: jax.Array) -> jax.Array:
+        """The state at a layer."""
+        now = jnp.stack([self.share[i], spent, self.later[i], last])
+        return jnp.concatenate([now, self.known[i]])
+
+    def episode(
+        self, actor: _Layers, deviation: jax.Array, random: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Kept fractions, and the states that they were chosen in, that after the last one too."""
+        least = self.least
+
+        def one(state: tuple, now: tuple) -> tuple:
+            spent, last = state
+            i, key = now
+            first, second = jax.random.split(key)
+            met = self.seen(i, spent, last)
+            mean = _act(actor, met, least)
+            ends = (least - mean) / deviation, (1 - mean) / deviation
+            noisy = mean + deviation * jax.random.truncated_normal(first, *ends)
+            keep = jnp.where(random, jax.random.uniform(second, (), jnp.float32, least, 1), noisy)
+            most = (self.room - spent - least * self.later[i]) / self.share[i]
+            keep = jnp.clip(keep, least, jnp.clip(most, least, 1))
+            return (spent + keep * self.share[i], keep), (keep, met)
+
+        layers, start = len(self.share), (jnp.float32(0), jnp.float32(1))
+        steps = jnp.arange(layers), jax.random.split(key, layers)
+        found: tuple = jax.lax.scan(one, start, steps)
+        (spent, last), (keep, states) = found
+        return keep, jnp.concatenate([states, self.seen(jnp.int32(layers - 1), spent, last)[None]])
+
+
 def amc(
     fitness: Score,
     key: jax.Array,
@@ -97,53 +165,13 @@ def amc(
       >>> bool(keep.sum() <= 1.2), bool(keep[1] > 0.9)
       (True, True)
     """
-    price = np.asarray(costs, np.float64)
-    if not 0 < least <= 1 or least * price.sum() > budget:
-        raise ValueError(
-            f"amc: budget={budget} is less than least={least} of all costs, {least * price.sum():g}; lower least or "
-            "raise the budget"
-        )
+    task = _Task.of(costs, budget, features, least)
+    layers = len(task.share)
     if not 0 <= warmup <= episodes:
         raise ValueError(f"amc: warmup={warmup} must be in 0 .. episodes={episodes}")
-    if memory < len(price):
-        raise ValueError(f"amc: memory={memory} must hold an episode, {len(price)} transitions")
-    if features is not None and (jnp.ndim(features) != 2 or len(features) != len(price)):
-        raise ValueError(
-            f"amc: features of shape {jnp.shape(features)}, expected ({len(price)}, n), a row for each layer"
-        )
-    layers, share = len(price), jnp.asarray(price / price.sum(), jnp.float32)
-    later = jnp.asarray([price[i + 1 :].sum() / price.sum() for i in range(layers)], jnp.float32)
-    # A little less than the budget: sums are rounded.
-    room = float(budget / price.sum()) * (1 - 1e-6)
-    place = jnp.eye(layers)
-    known = place if features is None else jnp.concatenate([place, jnp.asarray(features, jnp.float32)], 1)
+    if memory < layers:
+        raise ValueError(f"amc: memory={memory} must hold an episode, {layers} transitions")
     optimizers = optax.adam(rates[0]), optax.adam(rates[1])
-
-    def seen(i: jax.Array, spent: jax.Array, last: jax.Array) -> jax.Array:
-        now = jnp.stack([share[i], spent, later[i], last])
-        return jnp.concatenate([now, known[i]])
-
-    def episode(agent: Agent, deviation: jax.Array, random: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Kept fractions, and the states that they were chosen in, that after the last one too."""
-
-        def one(state: tuple, now: tuple) -> tuple:
-            spent, last = state
-            i, key = now
-            first, second = jax.random.split(key)
-            met = seen(i, spent, last)
-            mean = _act(agent.actor, met, least)
-            ends = (least - mean) / deviation, (1 - mean) / deviation
-            noisy = mean + deviation * jax.random.truncated_normal(first, *ends)
-            keep = jnp.where(random, jax.random.uniform(second, (), jnp.float32, least, 1), noisy)
-            most = (room - spent - least * later[i]) / share[i]
-            keep = jnp.clip(keep, least, jnp.clip(most, least, 1))
-            return (spent + keep * share[i], keep), (keep, met)
-
-        start = jnp.float32(0), jnp.float32(1)
-        steps = jnp.arange(layers), jax.random.split(key, layers)
-        found: tuple = jax.lax.scan(one, start, steps)
-        (spent, last), (keep, states) = found
-        return keep, jnp.concatenate([states, seen(jnp.int32(layers - 1), spent, last)[None]])
 
     def step(state: tuple, now: tuple) -> tuple:
         agent, met, mean, best, top = state
@@ -151,7 +179,7 @@ def amc(
         first, second = jax.random.split(key)
         random = number < warmup
         deviation = noise * decay ** jnp.maximum(number - warmup, 0).astype(jnp.float32)
-        keep, states = episode(agent, jnp.maximum(deviation, 1e-3), random, first)
+        keep, states = task.episode(agent.actor, jnp.maximum(deviation, 1e-3), random, first)
         score = jnp.asarray(fitness(keep), jnp.float32)
         moments = jnp.stack([score, score**2])
         mean = jnp.where(number == 0, moments, 0.95 * mean + 0.05 * moments)
@@ -175,7 +203,7 @@ def amc(
         return (agent, met, mean, best, top), top
 
     first, second, third = jax.random.split(key, 3)
-    size = 4 + known.shape[1]
+    size = 4 + task.known.shape[1]
     nets = _network(first, (size, width, width, 1)), _network(second, (size + 1, width, width, 1))
     agent = Agent(*nets, jax.tree.map(jnp.copy, nets), tuple(o.init(n) for o, n in zip(optimizers, nets, strict=True)))
     one = jnp.zeros(memory)
