@@ -95,6 +95,7 @@ LONG = (
     "test_two_workers_of_a_dask_cluster",
     "test_jobs_of_submitit",
     "test_a_run_killed_at_random_points",
+    "test_a_search_killed_at_random_points",
     "test_two_processes_train_one_model",
     "test_quantized_training_experiment",
 )
