@@ -82,10 +82,12 @@ def _packed(
 def decode(codes: jax.Array) -> jax.Array:
     """The words, float32 (..., 8), of codes (...)."""
     codes = codes.astype(jnp.int32)
-    magnitude = jnp.asarray(magnitudes())[codes >> 8]
-    signs = (codes[..., None] >> (jnp.arange(SIZE - 1) + 1)) & 1
-    odd = jnp.sum(magnitude, axis=-1).astype(jnp.int32)
-    last = (odd + jnp.sum(signs, axis=-1)) % 2
-    signs = jnp.concatenate([signs, last[..., None]], axis=-1)
+    # All magnitudes of a word in two bits each, and whether their sum is odd: one number to look up.
+    table, places = magnitudes(), np.arange(SIZE)
+    steps = ((table - 0.5).astype(np.int32) << (2 * places)).sum(1)
+    found = jnp.asarray(steps | (table.sum(1).astype(np.int32) % 2 << (2 * SIZE)), jnp.int32)[codes >> 8]
+    last = (lax.population_count(codes & 0xFE) + (found >> (2 * SIZE))) & 1
+    signs = (codes >> 1 & 0x7F) | (last << (SIZE - 1))
+    magnitude = (found[..., None] >> (2 * places) & 3).astype(jnp.float32) + 0.5
     shift = jnp.where(codes & 1 == 1, _SHIFTS[1], _SHIFTS[0])
-    return jnp.where(signs == 1, -magnitude, magnitude) + shift[..., None]
+    return jnp.where(signs[..., None] >> places & 1 == 1, -magnitude, magnitude) + shift[..., None]

@@ -25,6 +25,9 @@ def accelerate(fn: Callable[..., Any], *, kernels: Kernels | None = None) -> Exe
     a mask, and the sum of both for their sum. Convolutions are taken alike. Of codes in groups one block of groups at a
     time is made dense, multiplied and added up, where the activation has few rows. An activation is contracted into a
     :class:`~jcompress.formats.TensorNetwork` along the cheapest path, or goes through a chain of smaller convolutions.
+    Of a :class:`~jcompress.formats.Codebook` and of :class:`~jcompress.formats.Coded` weights, rotated or not, a part
+    at a time is made dense in the same way; where words are of several inputs of one output, no more rows than a word
+    has entries meet the words alone, and each output adds up the products of its words.
     Circulant matrices and a :class:`~jcompress.formats.FastProduct` multiply by fast transforms where they are large.
     Of a mask that hides whole blocks, and whose values are known where the function is compiled
     (``jax.jit(lambda x: fast_fn(tree, x))``), the kept blocks are multiplied, where they are few enough to be faster.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from jcompress.trace.execution.blocks import of_blocks
 from jcompress.trace.execution.compact import Compact, of_packed
 from jcompress.trace.execution.operands import dense, is_operand, of_leaf
 from jcompress.trace.execution.weights import Policy, Range, Weight, side_by_side
+from jcompress.trace.execution.words import Words, of_words
 
 Ranges = Mapping[str, Mapping[tuple[int, ...], Range]]
 
@@ -130,7 +130,8 @@ class Executed:
         # A policy that changes activations sees every product, those of blocks too.
         blocks: Any = lambda path, x: None  # noqa: E731
         if getattr(self.policy, "by_blocks", False):
-            blocks = functools.partial(of_blocks, kernels=getattr(self.policy, "kernels", None))
+            kernels = getattr(self.policy, "kernels", None)
+            blocks = lambda path, x: of_blocks(path, x, kernels) or of_words(path, x)  # noqa: E731
         values: list[Any] = []
         for path, x in leaves:
             known = dict(self.ranges.get(path, {}))
@@ -240,7 +241,7 @@ class _Run:
 def _looked_up(step: Step, values: Sequence[Any]) -> jax.Array | None:
     """Rows of a table, of which no others are made dense; None where it is no table of codes, or no rows are read."""
     table = values[0]
-    if not isinstance(table, (Weight, Compact)) or len(values) != 2 or is_operand(values[1]):
+    if not isinstance(table, (Weight, Compact, Words)) or len(values) != 2 or is_operand(values[1]):
         return None
     lookup = rows.of_lookup(step.eqn, walk.aval(step.eqn.invars[0]).shape, values[1])
     return None if lookup is None else table.looked_up(lookup)

@@ -17,6 +17,7 @@ from jcompress.trace.core.contraction import Dot, Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
+from jcompress.trace.execution import rows
 from jcompress.trace.execution.weights import Multiply, Tell, Weight, static
 
 WORTH = 0.1
@@ -87,18 +88,8 @@ class Fast:
 
     def _dot(self, product: Dot, x: jax.Array, mine: tuple[int, ...], theirs: tuple[int, ...]) -> jax.Array:
         """Contracted over the axes ``mine`` of the value, which are its inputs or its outputs."""
-        n, contracted, other = len(self.sizes), list(product.contracted), product.summed
-        front = [d for d in range(x.ndim) if d not in other]
-        flat = x.transpose(*front, *(other[contracted.index(a + n)] for a in mine))
-        flat = flat.reshape(*flat.shape[: len(front)], math.prod(self.sizes[a] for a in mine))
-        y = self.node.multiply(flat) if mine == self.layout.inputs else self._back(flat)
-        y = y.reshape(*y.shape[: len(front)], *(self.sizes[a] for a in theirs))
-        free = [a for a in range(n) if a not in contracted]
-        order = [a + n for a in theirs]
-        y = y.transpose(*range(len(front)), *(len(front) + order.index(a) for a in free))
-        if product.side == 0:
-            y = jnp.moveaxis(y, range(len(front)), range(-len(front), 0))
-        return y.astype(product.dtype)
+        flat, restored = rows.flattened(product, x, self.sizes, mine, theirs)
+        return restored(self.node.multiply(flat) if mine == self.layout.inputs else self._back(flat))
 
     def _back(self, x: jax.Array) -> jax.Array:
         """``x @ w.T``."""

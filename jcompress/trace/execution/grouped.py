@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -123,21 +124,9 @@ class Grouped(Weight):
         if reason:
             return product.apply(x, self.dense()), f"dense: {self.note}, {reason}"
         axis, rows = self._block(product)
-        other = product.summed[product.contracted.index(axis)]
-        wide, size = jnp.promote_types(product.dtype, jnp.float32), self.values.shape[axis]
-
-        def part(start: Any, count: int) -> jax.Array:
-            own = jax.lax.dynamic_slice_in_dim(x, start, count, axis=other)
-            piece = self._rows(axis, start, count).materialize()
-            return product.apply(own, piece, wide, product.eqn.params["precision"])
-
-        # Of a derivative no block is kept: it is made dense once more.
-        step = jax.checkpoint(lambda i, total: total + part(i * rows, rows), prevent_cse=False)
-        count = size // rows
-        total = jax.lax.fori_loop(1, count, step, part(0, rows))
-        if size % rows:
-            total = total + part(count * rows, size % rows)
-        return total.astype(product.dtype), f"codes in groups, {rows} of {size} rows made dense at a time"
+        size = self.values.shape[axis]
+        y = added_up(product, x, axis, size, rows, lambda start, count: self._rows(axis, start, count).materialize())
+        return y, f"codes in groups, {rows} of {size} rows made dense at a time"
 
     def _obstacle(self, product: Product, x: jax.Array) -> str:
         """Why the product is not made block by block, if it is not."""
@@ -156,10 +145,7 @@ class Grouped(Weight):
         """The longest axis that is summed over, and how many of its positions make a block: whole groups."""
         shape = self.values.shape
         axis = max(product.contracted, key=lambda d: shape[d])
-        each = math.prod(shape) // max(shape[axis], 1)
-        wanted = max(min(BLOCK // max(each, 1), shape[axis] // 4), shape[axis] // 64)
-        unit = self._group(axis)
-        return axis, max(wanted // unit, 1) * unit
+        return axis, at_a_time(shape, axis, self._group(axis))
 
     def _axes(self) -> tuple[int, ...]:
         """The axes that groups lie along, negative."""
@@ -186,6 +172,40 @@ class Grouped(Weight):
 
         node = self.node
         return dataclasses.replace(node, codes=taken(node.codes), scale=taken(node.scale), zero=taken(node.zero))
+
+
+def at_a_time(shape: Sequence[int], axis: int, unit: int) -> int:
+    """How many positions along an axis of a weight are dense at a time, of which so many cannot be parted."""
+    each = math.prod(shape) // max(shape[axis], 1)
+    wanted = max(min(BLOCK // max(each, 1), shape[axis] // 4), shape[axis] // 64)
+    return max(wanted // unit, 1) * unit
+
+
+def added_up(product: Product, x: jax.Array, axis: int, size: int, rows: int, piece: Any) -> jax.Array:
+    """A product as the sum of those with parts of the weight, one after the other.
+
+    Args:
+      product: of the activation and the weight.
+      x: the activation.
+      axis: of the weight, summed over.
+      size: its length.
+      rows: of it, in a part.
+      piece: ``piece(start, count)`` is the dense array of some rows.
+    """
+    other = product.summed[product.contracted.index(axis)]
+    wide = jnp.promote_types(product.dtype, jnp.float32)
+
+    def part(start: Any, count: int) -> jax.Array:
+        own = jax.lax.dynamic_slice_in_dim(x, start, count, axis=other)
+        return product.apply(own, piece(start, count), wide, product.eqn.params["precision"])
+
+    # Of a derivative no part is kept: it is made dense once more.
+    step = jax.checkpoint(lambda i, total: total + part(i * rows, rows), prevent_cse=False)
+    count = size // rows
+    total = jax.lax.fori_loop(1, count, step, part(0, rows))
+    if size % rows:
+        total = total + part(count * rows, size % rows)
+    return total.astype(product.dtype)
 
 
 def of_codes(leaf: Quantized, **known: Any) -> Weight | None:

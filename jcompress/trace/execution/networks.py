@@ -19,6 +19,7 @@ from jcompress.trace.core.contraction import Convolution, Dot, Product
 from jcompress.trace.core.flow import Step
 from jcompress.trace.core.layouts import Cast, Permutation
 from jcompress.trace.core.views import View
+from jcompress.trace.execution import rows
 from jcompress.trace.execution.weights import Multiply, Tell, Weight, static
 
 _SPARE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -109,33 +110,25 @@ class Network:
 
     def _dot(self, product: Dot, x: jax.Array) -> tuple[jax.Array, str] | None:
         """A contraction of the activation into the network; None where that takes more than the dense product."""
-        (mine, other), batch = (product.numbers[0][product.side], product.summed), product.numbers[1][0]
+        mine, batch = product.contracted, product.numbers[1][0]
         n, layout = len(self.sizes), self.layout
         wanted = [a + n for a in layout.inputs]
         if batch or layout.window or sorted(mine) != sorted(wanted):
             return None
         inputs, outputs = self._groups()
         sizes = mode_sizes(self.equation, self.factors)
-        front = [d for d in range(x.ndim) if d not in other]
-        rows = math.prod(x.shape[d] for d in front)
-        flat = x.transpose(*front, *(other[mine.index(a)] for a in wanted)).reshape(
-            rows, *(sizes[mode] for mode in inputs)
-        )
+        flat, restored = rows.flattened(product, x, self.sizes, layout.inputs, layout.outputs)
+        lead, count = flat.shape[:-1], math.prod(flat.shape[:-1])
+        flat = flat.reshape(count, *(sizes[mode] for mode in inputs))
         row = next(m for m in _SPARE if m not in self.equation)
         equation = f"{row}{inputs},{self.equation.split('->')[0]}->{row}{outputs}"
         factors = [f.astype(x.dtype) for f in self.factors]
         path, told = jnp.einsum_path(equation, flat, *factors, optimize="optimal")
-        least, dense = float(told.opt_cost), 2 * rows * math.prod(self.sizes)
+        least, dense = float(told.opt_cost), 2 * count * math.prod(self.sizes)
         if least > WORTH * dense:
             return None
         y = jnp.einsum(equation, flat, *factors, optimize=path, precision=product.eqn.params["precision"])
-        free = [a for a in range(n) if a not in mine]
-        y = y.reshape(*(x.shape[d] for d in front), *(self.sizes[a] for a in layout.outputs))
-        order = [a + n for a in layout.outputs]
-        y = y.transpose(*range(len(front)), *(len(front) + order.index(a) for a in free))
-        if product.side == 0:
-            y = jnp.moveaxis(y, range(len(front)), range(-len(front), 0))
-        return y.astype(product.dtype), f"{len(factors)} factors, {least / dense:.0%} of the dense products"
+        return restored(y.reshape(*lead, -1)), f"{len(factors)} factors, {least / dense:.0%} of the dense products"
 
     def _convolution(self, product: Convolution, x: jax.Array) -> tuple[jax.Array, str] | None:
         """A chain of smaller convolutions; None where there is none, or it takes more."""

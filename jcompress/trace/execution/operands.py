@@ -23,6 +23,7 @@ from jcompress.trace.execution.fast import Fast, of_fast
 from jcompress.trace.execution.grouped import Grouped, of_codes
 from jcompress.trace.execution.networks import Network, of_factors, of_network
 from jcompress.trace.execution.weights import Multiply, Range, Tell, Weight, static
+from jcompress.trace.execution.words import Words
 
 
 @jax.tree_util.register_dataclass
@@ -120,12 +121,12 @@ class Terms:
         return sum(rest, first)
 
 
-Operand = Weight | Factors | Terms | Network | Fast | Blocks | Compact
+Operand = Weight | Factors | Terms | Network | Fast | Blocks | Compact | Words
 
 
 def is_operand(x: Any) -> bool:
     """Whether a value is a weight in a form of its own."""
-    return isinstance(x, (Weight, Factors, Terms, Network, Fast, Blocks, Compact))
+    return isinstance(x, (Weight, Factors, Terms, Network, Fast, Blocks, Compact, Words))
 
 
 def dense(x: Any) -> Any:

@@ -52,6 +52,38 @@ def of(product: Product, x: jax.Array, ndim: int) -> Rows | None:
     return Rows(moved.reshape(-1, moved.shape[-1]), axis == 1, product, moved.shape[:-1])
 
 
+def flattened(
+    product: Dot, x: jax.Array, sizes: Sequence[int], mine: Sequence[int], theirs: Sequence[int]
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """An activation for the matrix that a weight is, and what brings the result to where the product has it.
+
+    Args:
+      product: that contracts these axes and no others.
+      x: the activation.
+      sizes: of the weight.
+      mine: its axes that are summed over, negative, in the order in which the matrix has them as rows.
+      theirs: its other axes, in the order of columns.
+
+    Returns:
+      ``(..., rows of the matrix)``, and a function of ``(..., columns)``.
+    """
+    n, contracted, other = len(sizes), list(product.contracted), product.summed
+    front = [d for d in range(x.ndim) if d not in other]
+    flat = x.transpose(*front, *(other[contracted.index(a + n)] for a in mine))
+    flat = flat.reshape(*flat.shape[: len(front)], math.prod(sizes[a] for a in mine))
+
+    def restored(y: jax.Array) -> jax.Array:
+        y = y.reshape(*y.shape[: len(front)], *(sizes[a] for a in theirs))
+        free = [a for a in range(n) if a not in contracted]
+        order = [a + n for a in theirs]
+        y = y.transpose(*range(len(front)), *(len(front) + order.index(a) for a in free))
+        if product.side == 0:
+            y = jnp.moveaxis(y, range(len(front)), range(-len(front), 0))
+        return y.astype(product.dtype)
+
+    return flat, restored
+
+
 def with_derivative_of(plain: Callable[..., jax.Array], fast: Callable[..., jax.Array], *operands: Any) -> jax.Array:
     """``fast(*operands)``, differentiated as if it were ``plain(*operands)``, in either direction.
 
