@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 import jcompress as jc
 from experiments import llm, runner
 from experiments.configs import llm as full
-from experiments.language import text, units
+from experiments.language import reference, text, units
 from experiments.language.calibration import Calibration
 from experiments.language.healing import Healing
 from experiments.language.mixture import Mixture
@@ -143,6 +144,19 @@ def test_bits_are_mixed_at_the_bytes_of_three(calibration):
         return jc.nbits(calibration.compress((*rules, (".*", full.HALF))))
 
     assert size(tuple(found.items())) <= size(((full.KERNEL, methods[1]),))
+
+
+def test_errors_beside_published_code_are_those_of_outputs():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(20, 6)), rng.normal(size=(6, 3))
+    made = np.round(w)
+    expected = np.sum((x @ (made - w)) ** 2) / np.sum((x @ w) ** 2)
+    np.testing.assert_allclose(reference.error(made, w, x.T @ x), expected)
+    row = {"matrix": "layers/0/mlp/up/kernel", "setting": "50%", "free": 0.5, "theirs": 0.1, "ours": 0.1}
+    shown = reference.table([row, row | {"matrix": "layers/1/mlp/up/kernel", "theirs": 0.4, "ours": 0.1}])
+    assert "| 50% | mlp/up | 0.5000 | 0.2000 | 0.1000 | 2.000 |" in shown
+    with pytest.raises(ValueError, match="expected the published code, none"):
+        reference.module(pathlib.Path("nowhere"), "none")
 
 
 def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):

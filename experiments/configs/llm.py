@@ -12,7 +12,9 @@ most (Frantar et al. 2022, arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978).
 a 4-bit grid of groups of 32 already: rounding to that grid costs nothing there, so rows of 4 bits say little about that
 file, those of 3 and 2 bits and of pruning much. GPTQ as published is *worse* than rounding on this network: its outputs
 are nearer in sum and farther at the first token, which all others attend to. Positions that count by the attention paid
-to their values ("attended") or by the gradient of the loss ("guided") are to mend that.
+to their values ("attended") mend that at the price of the attention alone, those that count by the gradient of the loss
+("guided") as well as that at three times the price of calibration. Ranges of least error (clip="mse") and inputs of
+most energy first (order=True), which help elsewhere, harm here, so no row has them.
 """
 
 from __future__ import annotations
@@ -98,10 +100,9 @@ def gptq(bits: int, kind: str = "plain", **options: Any) -> Recipe:
     return Recipe(name, "GPTQ" if kind == "plain" else f"GPTQ, {kind}", method, kind, **options)
 
 
-def clipped(bits: int) -> Recipe:
-    """The best of ours: ranges of least error, inputs of most energy first, positions by the loss."""
-    method = jc.quantize.GPTQ(bits=bits, group_size=64, symmetric=False, clip="mse", order=True)
-    return Recipe(f"gptq{bits}-guided-clip", "GPTQ, guided", method, "guided")
+def turned(bits: int) -> Recipe:
+    """The same grid and codes in a rotated basis of inputs, values by attention."""
+    return Recipe(f"turned{bits}-attended", "GPTQ, rotated", jc.quantize.Rotation(gptq(bits).kernels), "attended")
 
 
 def others(bits: int) -> Iterator[Recipe]:
@@ -114,11 +115,11 @@ def others(bits: int) -> Iterator[Recipe]:
 
 def vectors() -> Iterator[Recipe]:
     """Two bits without a codebook: a lattice, and walks on a trellis, of rotated kernels and for the outputs."""
-    turned = jc.quantize.Rotation
-    for kind in ("plain", "attended"):
+    turn = jc.quantize.Rotation
+    for kind in ("attended", "plain"):
         end = "" if kind == "plain" else f"-{kind}"
-        yield Recipe(f"lattice2{end}", "lattice", turned(jc.quantize.E8P(weigh="gram")), kind)
-        yield Recipe(f"trellis2{end}", "trellis", turned(jc.quantize.Trellis(memory=10, weigh="gram")), kind)
+        yield Recipe(f"lattice2{end}", "lattice", turn(jc.quantize.E8P(weigh="gram")), kind)
+        yield Recipe(f"trellis2{end}", "trellis", turn(jc.quantize.Trellis(memory=10, weigh="gram")), kind)
 
 
 def pruned(name: str, method: Any, family: str, kind: str = "plain") -> Recipe:
@@ -133,7 +134,8 @@ def pruning() -> Iterator[Recipe]:
         yield pruned(f"sparsegpt{name}", prune.SparseGPT(**amount), "SparseGPT")
         yield pruned(f"wanda{name}", prune.Wanda(**amount), "Wanda")
         yield pruned(f"magnitude{name}", prune.Magnitude(**amount), "magnitude")
-        yield pruned(f"sparsegpt{name}-guided", prune.SparseGPT(**amount), "SparseGPT, guided", "guided")
+        for kind in ("attended", "guided"):
+            yield pruned(f"sparsegpt{name}-{kind}", prune.SparseGPT(**amount), f"SparseGPT, {kind}", kind)
 
 
 def mixed(kind: str) -> Recipe:
@@ -174,24 +176,26 @@ def recipes() -> Iterator[Recipe]:
     """The rows, those first that say most."""
     yield Recipe("half", "16 bits")
     yield from (rounded(3), gptq(3), gptq(3, "attended"))
-    half, *patterns = (list(pruning())[i : i + 4] for i in (0, 4, 8))
-    yield from half[:3]
+    half, fours, eights = (list(pruning())[i : i + 5] for i in (0, 5, 10))
+    yield from half[:4]
     yield from (rounded(2), gptq(2), gptq(2, "attended"))
-    yield from patterns[0][:3]
-    yield from vectors()
-    yield from others(3)
-    yield from (stored(8), stored(4))
+    yield from fours[:4]
+    yield from (turned(3), turned(2), mixed("attended"), stored(8), stored(4))
     yield Recipe("svd20", "low rank", jc.factorize.WhitenedSVD(rank=0.8))
-    yield from patterns[1][:3]
-    yield from (rounded(4), gptq(4), gptq(4, "attended"))
-    yield mixed("attended")
-    yield from (*others(4), *others(2))
-    yield from (gptq(3, "guided"), clipped(3), gptq(2, "guided"), clipped(2), gptq(4, "guided"))
-    yield from (half[3], patterns[0][3], patterns[1][3])
+    yield Recipe("svd20-attended", "low rank, attended", jc.factorize.WhitenedSVD(rank=0.8), "attended")
+    yield from vectors()
+    yield gptq(3, "attended", sequential=True)
+    yield from cut()
+    yield from others(3)
+    yield Recipe("awq3-attended", "AWQ, attended", jc.quantize.AWQ(grid=grid(3)), "attended")
+    yield Recipe("wanda50-attended", "Wanda, attended", jc.prune.Wanda(sparsity=0.5), "attended")
+    yield from eights[:4]
+    yield from (rounded(4), gptq(4), gptq(4, "attended"), *others(4), *others(2))
+    yield from (gptq(3, "guided"), gptq(2, "guided"), gptq(4, "guided"), half[4], fours[4], eights[4])
     yield Recipe("wanda50-guided", "Wanda, guided", jc.prune.Wanda(sparsity=0.5), "guided")
-    yield Recipe("svd20-guided", "low rank", jc.factorize.WhitenedSVD(rank=0.8), "guided")
+    yield Recipe("svd20-guided", "low rank, guided", jc.factorize.WhitenedSVD(rank=0.8), "guided")
     yield gptq(3, "guided", sequential=True)
-    yield from (*cut(), *healing())
+    yield from healing()
 
 
 def get_config() -> Config:
