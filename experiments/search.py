@@ -216,12 +216,21 @@ class Searches:
         return f"{row['network']}, {row['way']}: {row['bytes']:,} bytes, {row['held out']:.5f}, {row['score']:.4f}"
 
     def finish(self, rows: list[Row]) -> tuple[str, Any]:
-        parts = []
-        for network in self.networks:
-            own = [row for row in rows if row["network"] == network]
-            parts += [(f"{network}: plans of one family, and the search", summary(own)), (_BESIDE, beside(own))]
-        write(self.workdir / "table.md", "\n\n".join(f"{a}\n\n{tables.markdown(b)}" for a, b in parts) + "\n")
-        return "\n\n".join(f"{a}\n{tables.aligned(b)}" for a, b in parts), None
+        publish(rows, self.workdir / "table.md")
+        return "\n\n".join(f"{a}\n{tables.aligned(b)}" for a, b in told(rows)), None
+
+
+def told(rows: Sequence[Row]) -> Iterator[tuple[str, list[list[str]]]]:
+    """Titles and tables, two for each network."""
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        yield f"{network}: plans of one family, and the search", summary(own)
+        yield _BESIDE, beside(own)
+
+
+def publish(rows: Sequence[Row], path: Path) -> None:
+    """Write the tables in Markdown."""
+    write(path, "\n\n".join(f"{title}\n\n{tables.markdown(x)}" for title, x in told(rows)) + "\n")
 
 
 _BESIDE = "At equal bytes: each uniform plan on the front, and the best of the search that costs no more"

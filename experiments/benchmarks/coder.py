@@ -12,6 +12,7 @@ than the entropy of its tokens in the classes of its own model and the raw bits;
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import sys
@@ -32,6 +33,8 @@ from jcompress.numeric import coding, models, tokens, walks
 from jcompress.numeric.grids import Grid, grid_of
 
 LARGE = 10_000
+KINDS = ("raw", "constant", "one table", "rows", "columns", "above", "left", "trellis")
+"""Of the models, as a stream names them in its first three bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,7 @@ def row(name: str, every: Sequence[Array], repeats: int) -> dict[str, Any]:
         "name": name,
         "numbers": numbers,
         "bytes": size,
+        "models": dict(collections.Counter(KINDS[data[0] >> 5] for data in coded)),
         "of stored": 8 * size / sum(x.width * x.values.size for x in every),
         "encode": numbers / 1e6 / best(lambda: [x.encoded() for x in every], repeats),
         "decode": numbers / 1e6 / best(lambda: [x.decoded(y) for x, y in zip(every, coded, strict=True)], repeats),

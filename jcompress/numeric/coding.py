@@ -271,6 +271,8 @@ def _read_model(header: HeaderReader, kind: int, symbols: int, grid: Grid) -> tu
 
 
 def _read_raw(data: memoryview, split: Split, found: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
+    if split.kind == tokens.DIRECT:
+        return tokens.joined(found, np.zeros(0, np.uint64), split, dtype), 0
     widths, reader = tokens.raw_widths(split, dtype), BitReader(data)
     values = np.empty(found.size, dtype)
     for start, chunk in tokens.chunks(found):

@@ -173,6 +173,10 @@ def raw_bits(values: np.ndarray, split: Split) -> np.ndarray:
 
 def joined(found: np.ndarray, raw: np.ndarray, split: Split, dtype: np.dtype) -> np.ndarray:
     """The numbers that these tokens and raw bits stand for."""
+    if split.kind == DIRECT:
+        unsigned = np.dtype(f"u{dtype.itemsize}")
+        narrow = found.astype(unsigned) + np.array(split.low & (1 << 8 * dtype.itemsize) - 1, unsigned)
+        return _narrowed(narrow, dtype)
     found, floating = found.astype(np.uint64), float_bits(dtype)
     if floating is not None:
         exponent, mantissa = map(np.uint64, floating)
@@ -180,8 +184,12 @@ def joined(found: np.ndarray, raw: np.ndarray, split: Split, dtype: np.dtype) ->
         fraction = raw & ((np.uint64(1) << mantissa) - np.uint64(1))
         bits = (found + np.uint64(split.low)) << mantissa | fraction | raw >> mantissa << (exponent + mantissa)
     else:
-        bits = np.uint64(split.low) + (_unlogged(found, raw) if split.kind == LOG else found)
-    narrow = bits.astype(f"u{dtype.itemsize}")
+        bits = np.uint64(split.low) + _unlogged(found, raw)
+    return _narrowed(bits.astype(f"u{dtype.itemsize}"), dtype)
+
+
+def _narrowed(narrow: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Bit patterns, or signed integers wrapped, as numbers."""
     if jnp.issubdtype(dtype, jnp.signedinteger):  # by value: those of less than a byte have no bits beyond theirs
         return narrow.view(f"i{dtype.itemsize}").astype(dtype)
     return narrow.astype(np.bool_) if dtype == np.bool_ else narrow.view(dtype)
