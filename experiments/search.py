@@ -92,8 +92,12 @@ class Small(Network):
 class Subject:
     """A network by its leaves: those that are searched over, and the others in 8 bits."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, folder: Path) -> None:
         self.network, self._dense = network, dict(jc.paths(network.params))
+        if not folder.exists():
+            jc.save_stats(folder.with_name("unfinished"), network.stats)
+            folder.with_name("unfinished").rename(folder)
+        self.stats = jc.load_stats(folder)  # the same to the bit after a kill, as a search asks for
         self.leaves = {path: jnp.asarray(self._dense[path]) for path in network.leaves()}
         others = {path: x for path, x in self._dense.items() if path not in self.leaves}
         self.rest = jc.compress(others, jc.plan(others, [(".*", BITS)]))
@@ -103,7 +107,7 @@ class Subject:
 
     def method(self, path: str, family: str) -> Any:
         """What a family does to a leaf."""
-        is_table = self.network.tables is not None and path not in (self.network.stats or {})
+        is_table = self.network.tables is not None and path not in self.stats
         if family in OTHERS:
             return OTHERS[family][is_table]
         if family.startswith("gptq"):
@@ -118,22 +122,29 @@ class Subject:
 
     def tree(self, names: Mapping[str, str]) -> PyTree:
         """The leaves by these families, and the others."""
-        return self.rest | families.quietly(jc.compress, self.leaves, self.plan(names), stats=self.network.stats)
+        return self.rest | families.quietly(jc.compress, self.leaves, self.plan(names), stats=self.stats)
 
     def params(self, tree: Mapping[str, Any]) -> PyTree:
         """The network's own tree of dense arrays."""
         dense = jc.materialize(dict(self.rest) | dict(tree))
         return jax.tree.unflatten(jax.tree.structure(self.network.params), [dense[path] for path in self._dense])
 
+    def measure(self, path: str, w: Any, value: Any) -> Any:
+        """The relative error of outputs; of a table, which has no statistics, that of its entries."""
+        if path in self.stats:
+            return jc.budget.output_error(self.stats, relative=True)(path, w, value)
+        return jnp.sum(jnp.square(value - w)) / jnp.sum(jnp.square(w))
+
     def lost(self, tree: Mapping[str, Any]) -> float:
         """On data held out."""
         return float(self._judge(self.params(tree)))
 
     def dense(self) -> Row:
-        """The network as it was."""
+        """The network as it was, and what is lost where the others take 8 bits."""
         lost = float(self._judge(jax.tree.map(jnp.asarray, self.network.params)))
         sizes = [x.size for x in self._dense.values()]
-        return {"bytes": 4 * sum(sizes), "held out": lost, "score": self.network.judged(self.network.params)}
+        score, others = self.network.judged(self.network.params), self.lost(self.leaves)
+        return {"bytes": 4 * sum(sizes), "held out": lost, "others": others, "score": score}
 
     def stored(self, tree: PyTree, path: Path) -> Row:
         """The file of a tree, and how what is read from it does."""
@@ -165,8 +176,10 @@ class Searches:
         """The network of a name."""
         args = self.args
         if name == "lenet":
-            return Subject(Small(args.data, args.data_dir, args.steps, self.workdir))
-        return Subject(networks.named([name], args)[0])
+            network: Network = Small(args.data, args.data_dir, args.steps, self.workdir)
+        else:
+            network = networks.named([name], args)[0]
+        return Subject(network, self.workdir / name / "stats")
 
     def todo(self) -> Iterator[Row]:
         for network in self.networks:
@@ -178,17 +191,18 @@ class Searches:
             return subject.dense()
         if way in self.families:
             return subject.stored(subject.tree(dict.fromkeys(subject.leaves, way)), folder / f"{way}.jc")
-        lost = {x: rows.find(network=network, way=x)["held out"] for x in (DENSE, self.args.reference)}  # type: ignore[index]
-        drop = max(lost[self.args.reference] - subject.lost(subject.leaves), 0.0) if way == "smallest" else None
+        known = {row["way"]: row for row in rows if row["network"] == network}
+        drop = known[self.args.reference]["held out"] - known[DENSE]["others"] if way == "smallest" else None
         found = families.quietly(
             jc.search,
             lambda tree: -subject.lost(tree),
             subject.leaves,
             {family: subject.plan(dict.fromkeys(subject.leaves, family)) for family in self.families},
-            drop,
-            subject.network.stats,
+            None if drop is None else max(drop, 0.0),
+            subject.stats,
             folder / way,
             coded=True,
+            measure=subject.measure,
             evaluations=self.args.evaluations,
         )
         measured = [{"stage": x.stage, "cost": x.cost, "held out": -x.score, "names": x.names} for x in found.rows]
@@ -283,7 +297,7 @@ def kill(argv: Sequence[str], folder: Path, evaluations: int, kills: int, seed: 
         with subprocess.Popen([sys.executable, "-m", "experiments.search", *argv]) as process:
             while process.poll() is None and there() < target:
                 time.sleep(0.02)
-            time.sleep(0.5 * rng.random())
+            time.sleep(0.1 * rng.random())
             process.kill()
             told.append({"target": target, "code": process.wait(), "evaluations": there()})
         print(f"killed: {json.dumps(told[-1])}", flush=True)
