@@ -10,6 +10,7 @@ import pytest
 import jcompress as jc
 from jcompress.numeric.blocks import blocked
 from jcompress.numeric.entropy import rate
+from jcompress.share.optimal import optimal_codebook
 
 KMeans = jc.share.KMeans
 
@@ -73,6 +74,16 @@ def test_few_weighted_values_reach_the_best_intervals(rng):
     plain = KMeans(3)(w)
     found, before = (float((h * jnp.square(n.materialize() - w)).sum()) for n in (node, plain))
     assert best * (1 - 1e-3) <= found <= before
+
+
+def test_many_weighted_values_are_near_the_optimum(rng):
+    # Weights that are whole numbers: the optimum is that of as many equal values.
+    w, h = drawn(rng, 500, 4), jnp.asarray(rng.geometric(0.2, size=(500, 4)), jnp.float32)
+    best = optimal_codebook(np.repeat(np.asarray(w).ravel(), np.asarray(h, int).ravel()), 16)
+    least = float((np.asarray(h) * np.square(np.asarray(w)[..., None] - best).min(-1)).sum())
+    nodes = [KMeans(16, weigh=name)(w, known(hessian_diagonal=h)) for name in ("hessian_diagonal", None)]
+    found, plain = (float((h * jnp.square(n.materialize() - w)).sum()) for n in nodes)
+    assert least * (1 - 1e-4) <= found <= 1.01 * least < plain
 
 
 @pytest.mark.parametrize("block", [(), (2, 2)])

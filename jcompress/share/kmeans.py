@@ -59,7 +59,8 @@ class KMeans(Method):
       ValueError: for fewer than 1 or more than 65,536 clusters, ``exact`` under ``jit``, of blocks, with weights or a
         price, a block that does not tile the array, or a statistic that is missing.
 
-    With weights or a price it starts from the codebook without them and never leads away from it in what it minimizes.
+    Single values with a weight each are found as those without, near the optimum. With ``"gram"``, a block or a price
+    it starts from the codebook without and never leads away from it in what it minimizes.
 
     Memory beyond the indices is small, for one leaf and for many of a rule: counts and totals are taken a piece at a
     time. Of sharded leaves only counts, a histogram of 4,096 bins to 16,384 by the number of clusters, totals and
@@ -106,7 +107,16 @@ class KMeans(Method):
 
     @property
     def _weighs(self) -> bool:
-        return self.weigh is not None or not isinstance(self.price, (int, float)) or self.price > 0
+        return self.weigh is not None or not self._is_free
+
+    @property
+    def _descends(self) -> bool:
+        """Whether words are found by steps from others: single values with a weight each have their optimum at once."""
+        return self._weighs and not (self._is_free and not self.block and self.weigh != "gram")
+
+    @property
+    def _is_free(self) -> bool:
+        return isinstance(self.price, (int, float)) and bool(self.price == 0)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -124,9 +134,10 @@ class KMeans(Method):
 
     def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Codebook]:
         """One node for each array of the rule."""
-        if self._weighs:
-            plain = dataclasses.replace(self, weigh=None, price=0.0)
-            return self._weighed(arrays, contexts, plain.fit(arrays, contexts))
+        if self._descends:
+            weigh = None if self.block or self.weigh == "gram" else self.weigh
+            start = dataclasses.replace(self, weigh=weigh, price=0.0)
+            return self._descended(arrays, contexts, start.fit(arrays, contexts))
         if self.block:
             return self._fit_blocks(arrays, contexts)
         xs = list(arrays)
@@ -134,6 +145,8 @@ class KMeans(Method):
             None if c.where is None else jnp.broadcast_to(c.where, w.shape)
             for w, c in zip(arrays, contexts, strict=True)
         ]
+        if self.weigh is not None and sum(x.size for x in xs):
+            wheres = list(weighted.importance(self.weigh, arrays, contexts))
         if not sum(x.size for x in xs):
             codebook, unit = jnp.zeros(self.clusters, jnp.float32), scaling.ONE
         elif self.exact:
@@ -174,7 +187,7 @@ class KMeans(Method):
             for place, w in zip(places, arrays, strict=True)
         ]
 
-    def _weighed(
+    def _descended(
         self, arrays: Sequence[jax.Array], contexts: Sequence[Context], nodes: list[Codebook]
     ) -> list[Codebook]:
         """The nodes with words and indices that cost less, by what weighs."""

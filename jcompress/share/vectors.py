@@ -14,7 +14,7 @@ from jax import lax
 from jcompress.formats.codebook import row_totals
 from jcompress.numeric.pieces import totals
 
-_PER_WORD, _SPANS, _UNROLLED, _LONG, _FALL, _FEW = 256, 64, 64, 32, 2e-4, 1 << 16
+_PER_WORD, _SPANS, _UNROLLED, _LONG, _FALL, _FEW = 256, 64, 64, 32, 1e-3, 1 << 16
 """Rows a word that rounds look at; spans of an axis; terms in a kernel, and in a sum; the least fall of the error;
 scores that are few."""
 
@@ -26,9 +26,9 @@ Shown = list[jax.Array] | None
 def fitted(rows: Rows, shown: Shown, clusters: int, iterations: int) -> jax.Array:
     """The words, float32 (clusters, d), that Lloyd's algorithm finds for the rows of several arrays.
 
-    Rounds look at 256 rows a word, spread over the arrays, until the squared error falls by less than 2e-4 of itself;
-    the last two look at all rows. A word that no row is nearest to is put beside the one with the largest error. Beside
-    the start, which is some of the rows, sums over rows are all that is computed, so these alone cross devices.
+    Rounds look at 256 rows a word, spread over the arrays, until the squared error falls by less than 1e-3 of itself;
+    the last two look at all rows. A word that no row is nearest to is put beside the one with the largest error.
+    Beside the start, which is some of the rows, sums over rows are all that is computed, so these alone cross devices.
 
     Args:
       rows: float32 arrays (..., d).
