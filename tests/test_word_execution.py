@@ -38,7 +38,7 @@ def trellis(inputs, outputs):
 
 
 def rotated(node):
-    return Rotated(node, array(168, 1) > 0)
+    return Rotated(node, array(336, 1) > 0)
 
 
 def beside(fn, tree, *args):
@@ -52,22 +52,22 @@ def beside(fn, tree, *args):
 
 
 NODES = {
-    "single values": words(168, 126, block=()),
-    "words of inputs": words(168, 126),
-    "words of outputs": words(168, 126, block=(1, 6)),
-    "words of a row": words(168, 126, block=(6,)),
-    "squares": words(168, 126, block=(4, 2)),
-    "a lattice": lattice(168, 126),
-    "a trellis": trellis(168, 126),
-    "a rotated lattice": rotated(lattice(168, 126)),
-    "rotated words": rotated(words(168, 126)),
+    "single values": words(336, 252, block=()),
+    "words of inputs": words(336, 252),
+    "words of outputs": words(336, 252, block=(1, 6)),
+    "words of a row": words(336, 252, block=(6,)),
+    "squares": words(336, 252, block=(4, 2)),
+    "a lattice": lattice(336, 252),
+    "a trellis": trellis(336, 252),
+    "a rotated lattice": rotated(lattice(336, 252)),
+    "rotated words": rotated(words(336, 252)),
 }
 
 
 @pytest.mark.parametrize("name", NODES)
 def test_codes_equal_their_dense_array(name):
     node = NODES[name]
-    hows = beside(lambda w, x, y: x @ w + (w @ y).sum(), node, array(20, 168, seed=1), array(126, 3, seed=2))
+    hows = beside(lambda w, x, y: x @ w + (w @ y).sum(), node, array(20, 336, seed=1), array(252, 3, seed=2))
     assert hows[0].startswith("codes, ") and hows[0].endswith("rows made dense at a time")
     assert hows[1].startswith("dense: Rotated" if "rotated" in name else "codes, ")
 
@@ -77,44 +77,44 @@ def test_few_rows_meet_the_words_of_a_codebook(lead):
     def fn(w, x):
         return x @ w, jnp.einsum("io,i...->o...", w, jnp.moveaxis(x, -1, 0)), x.astype(jnp.bfloat16) @ w
 
-    hows = beside(lambda w, x: sum(y.sum() for y in fn(w, x)), words(168, 126), array(*lead, 168, seed=1))
+    hows = beside(lambda w, x: sum(y.sum() for y in fn(w, x)), words(336, 252), array(*lead, 336, seed=1))
     assert hows == ["partial products of 16 words, looked up"] * 3
     narrow = jc.chain(jc.quantize.Float("bfloat16"), jc.quantize.Float("bfloat16"))(array(16, 8) / 12)
-    node = Codebook(words(168, 126).indices, narrow, 16, 2, (8, 1))
-    assert beside(lambda w, x: x @ w, node, array(*lead, 168))[0].startswith("partial products")
+    node = Codebook(words(336, 252).indices, narrow, 16, 2, (8, 1))
+    assert beside(lambda w, x: x @ w, node, array(*lead, 336))[0].startswith("partial products")
 
 
 LAYOUTS = {
-    "(out, in)": ((126, 168), Layout(inputs=1, outputs=0), lambda w, x: x @ w.T),
-    "heads of outputs": ((168, 9, 14), Layout(0, (1, 2)), lambda w, x: jnp.einsum("bi,iho->bho", x, w)),
-    "heads of inputs": ((12, 14, 126), Layout((0, 1), 2), lambda w, x: jnp.einsum("bhd,hdo->bo", split(x), w)),
-    "heads turned": ((14, 12, 126), Layout((1, 0), 2), lambda w, x: jnp.einsum("bhd,dho->bo", split(x), w)),
+    "(out, in)": ((252, 336), Layout(inputs=1, outputs=0), lambda w, x: x @ w.T),
+    "heads of outputs": ((336, 18, 14), Layout(0, (1, 2)), lambda w, x: jnp.einsum("bi,iho->bho", x, w)),
+    "heads of inputs": ((24, 14, 252), Layout((0, 1), 2), lambda w, x: jnp.einsum("bhd,hdo->bo", split(x), w)),
+    "heads turned": ((14, 24, 252), Layout((1, 0), 2), lambda w, x: jnp.einsum("bhd,dho->bo", split(x), w)),
 }
 
 
 def split(x):
-    return x.reshape(-1, 12, 14)
+    return x.reshape(-1, 24, 14)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_leaves_of_other_layouts(name):
     shape, layout, fn = LAYOUTS[name]
     tree = {
-        "words": restored(words(168, 126), layout, shape),
-        "squares": restored(words(168, 126, block=(4, 6)), layout, shape),
+        "words": restored(words(336, 252), layout, shape),
+        "squares": restored(words(336, 252, block=(4, 6)), layout, shape),
         "values": words(*shape, block=()),
     }
-    hows = beside(lambda p, x: jnp.stack([fn(p[k], x) for k in sorted(p)]), tree, array(2, 168, seed=1))
+    hows = beside(lambda p, x: jnp.stack([fn(p[k], x) for k in sorted(p)]), tree, array(2, 336, seed=1))
     assert sorted(how.split(",")[0] for how in hows) == ["codes", "codes", "partial products of 16 words"]
 
 
 STACKED = {
-    "words": words(3, 128, 128),
-    "words of each": words(3, 128, 128, layers=1),
-    "values": words(3, 128, 128, block=()),
-    "values of each": words(3, 128, 128, block=(), layers=1),
-    "a lattice": lattice(3, 128, 128),
-    "arranged": restored(words(3, 128, 128, layers=1), Layout(inputs=1, outputs=0), (128, 128)),
+    "words": words(3, 256, 256),
+    "words of each": words(3, 256, 256, layers=1),
+    "values": words(3, 256, 256, block=()),
+    "values of each": words(3, 256, 256, block=(), layers=1),
+    "a lattice": lattice(3, 256, 256),
+    "arranged": restored(words(3, 256, 256, layers=1), Layout(inputs=1, outputs=0), (256, 256)),
 }
 
 
@@ -124,27 +124,27 @@ def test_stacked_layers(name):
         turned = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
         return turned + jnp.einsum("bi,lio->lbo", x, w).sum(0) + x @ w[1].T
 
-    hows = beside(fn, STACKED[name], array(4, 128, seed=1))
+    hows = beside(fn, STACKED[name], array(4, 256, seed=1))
     assert hows[0].startswith(("codes", "partial products"))
     assert len(hows) == 3
 
 
 @pytest.mark.parametrize("name", ["single values", "words of inputs", "words of outputs", "a lattice"])
 def test_rows_of_a_table_are_looked_up_as_codes(name):
-    node, ids = NODES[name], jnp.array([[3, 167, 8], [0, 77, -600]])
+    node, ids = NODES[name], jnp.array([[3, 335, 8], [0, 77, -600]])
 
     def fn(table, ids):
         return jnp.take(table, ids, axis=0) + table.at[ids].get(mode="clip")
 
     compiled = jax.jit(jc.accelerate(fn)).lower(node, ids).compile()
     np.testing.assert_array_equal(compiled(node, ids), fn(node.materialize(), ids))
-    assert compiled.memory_analysis().temp_size_in_bytes < 168 * 126
+    assert compiled.memory_analysis().temp_size_in_bytes < 336 * 252
 
 
 @pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize("name", ["single values", "words of inputs", "a lattice"])
 def test_gradients_are_those_of_the_dense_array(rows, name):
-    node, x, y = NODES[name], array(rows, 168, seed=1), array(rows, 126, seed=2)
+    node, x, y = NODES[name], array(rows, 336, seed=1), array(rows, 252, seed=2)
     train, held = jc.split(node)
 
     def loss(run, train, x):
@@ -158,8 +158,8 @@ def test_gradients_are_those_of_the_dense_array(rows, name):
 
 
 def test_a_table_that_is_read_both_ways():
-    tied = jc.tie({"embed": array(256, 64), "head": array(64, 256)}, {"head": "embed"}, transpose=("head",))
-    small = {**tied, "embed": words(256, 64, block=(1, 8))}
+    tied = jc.tie({"embed": array(1024, 64), "head": array(64, 1024)}, {"head": "embed"}, transpose=("head",))
+    small = {**tied, "embed": words(1024, 64, block=(1, 8))}
     (how,) = beside(lambda p, ids: p["embed"][ids] @ p["head"], small, jnp.array([1, 5]))
     assert how.startswith("codes")
 
@@ -179,10 +179,10 @@ def test_why_it_is_made_dense():
         return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     node = NODES["words of inputs"]
-    assert beside(lambda w, x: x @ w, node, array(500, 168)) == ["dense: Codebook is made dense, for 500 rows"]
+    assert beside(lambda w, x: x @ w, node, array(500, 336)) == ["dense: Codebook is made dense, for 500 rows"]
     (how,) = beside(lambda w, x: x @ w, words(64, 8), array(3, 64))
     assert how == "dense: Codebook is made dense, for a small weight"
     (how,) = beside(convolved, words(3, 3, 32, 64), array(2, 6, 6, 32))
     assert how == "dense: Codebook is made dense, in a convolution"
-    masked = Masked(NODES["single values"], array(168, 126) > 0)
-    assert beside(lambda w, x: x @ w, masked, array(3, 168)) == ["dense: Masked is made dense"]
+    masked = Masked(NODES["single values"], array(336, 252) > 0)
+    assert beside(lambda w, x: x @ w, masked, array(3, 336)) == ["dense: Masked is made dense"]

@@ -23,6 +23,8 @@ from jcompress.trace.execution.grouped import ROWS, SMALL, added_up, at_a_time
 from jcompress.trace.execution.rows import Lookup
 from jcompress.trace.execution.weights import Multiply, Tell, Weight, static
 
+LEAST = 2**16
+"""Of fewer entries a part at a time takes longer than all of them."""
 SHARE = 4
 """Partial products of words are tables of this many numbers an output, or fewer, where they are looked up."""
 
@@ -33,7 +35,7 @@ class Words:
     """A codebook or a computed code, of a matrix or of stacked ones.
 
     Attributes:
-      node: its scale or codebook dense.
+      node: a :class:`Codebook` or :class:`Coded`, its codebook or scale dense.
       signs: of the rotation of its inputs, or None.
       layout: what the axes of the value are; None for single values, which lie like those that they stand for.
       sizes: the lengths of the axes that the layout names.
@@ -41,7 +43,7 @@ class Words:
       dtype: of what it stands for.
     """
 
-    node: Codebook | Coded
+    node: Any
     signs: Any = None
     layout: Layout | None = static(None)
     sizes: tuple[int, ...] = static(())
@@ -81,7 +83,9 @@ class Words:
         order = [places.index(d) for d in range(n)]
         if self.layout is None:
             return [self._transposed(order)] if self.node.codebook.ndim == 1 else None
-        named = {name: tuple(places[a + n] - n for a in getattr(self.layout, name)) for name in ("inputs", "outputs")}
+        named: dict[str, Any] = {
+            name: tuple(places[a + n] - n for a in getattr(self.layout, name)) for name in ("inputs", "outputs")
+        }
         return [dataclasses.replace(self, layout=Layout(**named), sizes=tuple(self.sizes[d] for d in order))]
 
     def _transposed(self, order: list[int]) -> Words:
@@ -104,7 +108,7 @@ class Words:
     def product(self, product: Product, x: jax.Array, multiply: Multiply, tell: Tell) -> jax.Array:
         """The product with an activation: by partial products, a part of the weight at a time, or with all of it."""
         why, axis = self._axis(product)
-        few = None if why else self._few(product, x, axis)
+        few = self._few(product, x, axis) if isinstance(product, Dot) and not why else None
         if few is None or isinstance(few, str):
             return multiply(product, x, self._weight(few or why))
         node, y, how = few
@@ -144,7 +148,9 @@ class Words:
         count, part = flat.size // max(size, 1), at_a_time(node.shape, axis, _unit(node, axis))
         if count > ROWS:
             return f"for {count} rows"
-        if size * other < SMALL or part >= size:
+        blocks = _words_of_inputs(node) if axis == 0 else 0
+        by_tables = blocks > 0 and count <= blocks and count * node.clusters <= SHARE * other
+        if size * other < (SMALL if by_tables else LEAST) or part >= size:
             return "for a small weight"
         if self.signs is not None:
             turned_x = Rotated(None, self.signs).rotate(jnp.swapaxes(flat, -1, -2))
@@ -157,8 +163,7 @@ class Words:
 
             return added_up(second, flat, axis, size, part, piece)
 
-        blocks = _words_of_inputs(node) if axis == 0 else 0
-        if blocks and count <= blocks and count * node.clusters <= SHARE * other:
+        if by_tables:
             y = self._by_tables(product, flat, node, by_parts)
             return self.shape, restored(y), f"partial products of {node.clusters} words, looked up"
         return self.shape, restored(by_parts(flat, node)), f"codes, {part} of {size} rows made dense at a time"
@@ -198,12 +203,12 @@ class Words:
         return lookup.restored(jax.vmap(row)(at).astype(self.dtype))
 
 
-def _unit(node: Codebook | Coded, axis: int) -> int:
+def _unit(node: Any, axis: int) -> int:
     """How many positions along an axis a word stands for."""
     return (1, 1, *node.block)[-2:][axis]
 
 
-def _words_of_inputs(node: Codebook | Coded) -> int:
+def _words_of_inputs(node: Any) -> int:
     """How many inputs of one output a word of a codebook stands for; 0 for other words."""
     return node.block[0] if isinstance(node, Codebook) and len(node.block) == 2 and node.block[1] == 1 else 0
 
