@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import (
+    codebooks,
     coder,
     factorize,
     gptq,
@@ -59,6 +60,15 @@ def test_factorize_writes_its_rows(tmp_path, only):
     small = ["--size", "64", "--channels", "8", "--rank", "3", "--modes", "2", "4", "--sweeps", "2", "--only", only]
     factorize.main([*small, *COMMON, str(path)])
     assert {r["left"] for r in rows(path)} <= {"CP", "accelerate"}
+
+
+def test_codebooks_write_their_rows(tmp_path):
+    path = tmp_path / "codebooks.json"
+    small = ["--inputs", "64", "--outputs", "256", "--batch", "2", "--words", "8", "--soft", "50", "--rounds", "2", "4"]
+    codebooks.main([*small, "--only", "words of 8, 2", *COMMON, str(path)])
+    assert all(r["extra"]["how"].startswith("partial") and r["extra"]["difference"] < 1e-6 for r in rows(path))
+    needed = json.loads(path.read_text())["settings"]["backward_bytes"]
+    assert needed["implicit"]["2"] == needed["implicit"]["4"] < needed["unrolled"]["4"]
 
 
 def test_vmap_levels_writes_its_rows(tmp_path):

@@ -40,6 +40,7 @@ class Case:
       target: ``">= x"`` or ``"<= x"`` for the ratio.
       calls: of each side for one time.
       part: of the pairs, where a side is slow.
+      warm: calls of each side before any is timed.
       clock: what tells the time; ``time.process_time`` counts what a loaded machine takes for others out.
     """
 
@@ -50,6 +51,7 @@ class Case:
     target: str = ""
     calls: tuple[int, int] = (1, 1)
     part: float = 1.0
+    warm: int = 2
     clock: Callable[[], float] = time.perf_counter
 
 
@@ -125,7 +127,7 @@ def _measured(
         sides = case.make() if args.only.lower() in case.name.lower() else None
         if sides is not None:
             pairs = max(round(args.pairs * case.part), min(args.pairs, 2))
-            times = paired(*sides[:2], pairs, case.calls, case.clock)
+            times = paired(*sides[:2], pairs, case.calls, case.clock, case.warm)
             extra = sides[2] if len(sides) > 2 else {}
             rows.append(row(case.name, (case.left, times[0]), (case.right, times[1]), case.target, **extra))
             print(table(rows[-1:]).splitlines()[1], flush=True)
@@ -174,13 +176,14 @@ def paired(
     pairs: int,
     calls: tuple[int, int] = (1, 1),
     clock: Callable[[], float] = time.perf_counter,
+    warm: int = 2,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Times of ``left`` and ``right`` taken in turns, each the mean of ``calls`` calls, after two calls to warm up.
+    """Times of ``left`` and ``right`` taken in turns, each the mean of ``calls`` calls, after ``warm`` calls of each.
 
     The side that goes first changes from pair to pair.
     """
     sides = (left, right)
-    for side in (*sides, *sides):
+    for side in sides * warm:
         seconds(side)
     times = np.zeros((2, pairs))
     for pair in range(pairs):
