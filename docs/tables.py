@@ -1,9 +1,10 @@
 """Writes ``docs/tables.md``: what works on what, as it is found by trying it.
 
-  PYTHONPATH=.:tests python docs/tables.py [layouts] [primitives] [meshes]
+  PYTHONPATH=.:tests python docs/tables.py [--missing] [layouts] [primitives] [meshes]
 
 Each table stands between two comments of its name; those not asked for stay as they are. ``layouts`` and ``meshes`` try
 one row of the conformance list for each method, which takes some minutes the first time: what is compiled is kept.
+With ``--missing`` only methods that have no line yet are tried.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ PAGE = Path(__file__).parent / "tables.md"
 RIGHT, WRONG, NOT_TAKEN = "✓", "**✗**", "·"
 
 
-def layouts() -> str:
-    """Methods x layouts: whether compressing a leaf laid out anew gives what compressing it gave, laid out anew."""
+def layouts(before: str = "") -> str:
+    """Methods x layouts: whether compressing a leaf laid out anew gives what compressing it gave, laid out anew.
+
+    Args:
+      before: a table whose lines are kept.
+    """
     jax = _as_in_tests()
     from test_layouts import CASES, ROWS, check_case, takes
 
     jax.config.update("jax_disable_most_optimizations", True)
-    letters, reasons = string.ascii_uppercase, list[str]()
+    letters, reasons = string.ascii_uppercase, re.findall(r"^<sup>\d+</sup> (.*)\.$", before, re.M)
+    lines = _lines(before)
 
     def cell(row: Any, case: Any) -> str:
         if not takes(row, case):
@@ -39,10 +45,10 @@ def layouts() -> str:
     # A layout names stacked layers, so that they need no method.
     groups = _methods(row for row in ROWS if "stacked" not in row.name)
     chosen = {name: max(rows, key=lambda row: sum(takes(row, x) for x in CASES)) for name, rows in groups}
-    lines = [[f"`{name}`", *(cell(row, case) for case in CASES)] for name, row in chosen.items()]
+    found = [lines.get(name) or [f"`{name}`", *(cell(row, case) for case in CASES)] for name, row in chosen.items()]
     named = ", ".join(f"{letter} `{case.name}`" for letter, case in zip(letters, CASES, strict=False))
     told = [f"{_raised(i)} {why}." for i, why in enumerate(reasons, 1)]
-    return "\n\n".join([f"{named}.", table(["method", *letters[: len(CASES)]], lines), *told])
+    return "\n\n".join([f"{named}.", table(["method", *letters[: len(CASES)]], found), *told])
 
 
 def _refusal(row: Any, case: Any) -> str:
@@ -55,10 +61,10 @@ def _refusal(row: Any, case: Any) -> str:
         jc.core.check(row.method, "w", case.seen[case.batch :], jnp.float32)
     except ValueError as error:
         return re.split(", found|;", str(error).removeprefix("w: "))[0]
-    return "no such array"
+    return f"{type(row.method).__name__} has as many rows as the values say, and layers would differ"
 
 
-def meshes() -> str:
+def meshes(before: str = "") -> str:
     """Methods x axis types of a mesh: whether a leaf sharded along any axis gives what it gives on one device."""
     jax = _as_in_tests()
     from jax.sharding import AxisType
@@ -75,11 +81,19 @@ def meshes() -> str:
         return f"{WRONG} along axis {', '.join(map(str, wrong))}" if wrong else RIGHT
 
     moves = {False: "", True: "yes", "inputs": "where inputs are sharded"}
-    lines = [
-        [f"`{name}`", cell(rows[0], AxisType.Auto), cell(rows[0], AxisType.Explicit), moves[rows[0].gathers]]
+    lines = _lines(before)
+    found = [
+        lines.get(name)
+        or [f"`{name}`", cell(rows[0], AxisType.Auto), cell(rows[0], AxisType.Explicit), moves[rows[0].gathers]]
         for name, rows in _methods(METHODS)
     ]
-    return table(["method", "automatic axes", "explicit axes", "the array moves"], lines)
+    return table(["method", "automatic axes", "explicit axes", "the array moves"], found)
+
+
+def _lines(text: str) -> dict[str, list[str]]:
+    """The lines of a table, by the method that each is of."""
+    split = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    return {cells[0].strip("`"): cells for cells in split}
 
 
 def _as_in_tests() -> Any:
@@ -118,7 +132,7 @@ def _raised(number: int) -> str:
     return f"<sup>{number}</sup>"
 
 
-def primitives() -> str:
+def primitives(before: str = "") -> str:
     """Primitives x readings, from the table that all readings go by."""
     from jcompress.trace import primitives as known
 
@@ -144,18 +158,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"layouts": layouts, "meshes": meshes, "primitives": primitives}
+TABLES: dict[str, Callable[[str], str]] = {"layouts": layouts, "meshes": meshes, "primitives": primitives}
 
 
 def main(names: Sequence[str]) -> None:
     """Write the tables of some names, all by default."""
-    text = PAGE.read_text()
-    for name in names or TABLES:
+    text, keeps = PAGE.read_text(), "--missing" in names
+    for name in [name for name in names if name != "--missing"] or TABLES:
         start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         if start not in text:
             sys.exit(f"{name}: no such table; use some of {', '.join(TABLES)}")
         before, rest = text.split(start)
-        text = f"{before}{start}\n{TABLES[name]()}\n{end}{rest.split(end)[1]}"
+        old, after = rest.split(end)
+        text = f"{before}{start}\n{TABLES[name](old if keeps else '')}\n{end}{after}"
         PAGE.write_text(text)
 
 

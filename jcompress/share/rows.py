@@ -23,14 +23,14 @@ class TiedRows(Method):
     linkage, in the place of the paper's affinity propagation); rows of norm zero, or below ``least`` of the largest,
     are one group, whose row is zero. The node is a ``Codebook`` whose words are the rows: an index for each input, and
     each row once, the mean of its group. What then trains are the rows, tied. Reads values, so it works outside ``jit``
-    only, and gathers a sharded leaf; its time is cubic in the inputs.
+    only and not on stacked layers, and gathers a sharded leaf; its time is cubic in the inputs.
 
     Attributes:
       similarity: the least mean cosine, in (-1, 1].
       least: norms below this share of the largest are zero.
 
     Raises:
-      ValueError: under ``jit``, for a vector, or a number outside its range.
+      ValueError: under ``jit`` and for stacked layers, for a vector, or a number outside its range.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -58,7 +58,10 @@ class TiedRows(Method):
         """The node for one array."""
         self.check(context.path, w.shape, w.dtype)
         if not core.is_concrete(w):
-            raise ValueError(f"{context.path}: TiedRows reads the values, so it works outside jit only")
+            raise ValueError(
+                f"{context.path}: TiedRows reads the values, so it works outside jit only, and not on stacked layers, "
+                "experts or groups, whose numbers of rows would differ; give each a leaf of its own"
+            )
         shown = w if context.where is None else jnp.where(context.where, w, jnp.zeros_like(w))
         x = np.moveaxis(np.asarray(shown, np.float64), -2, 0)
         groups, alive = _grouped(x.reshape(len(x), -1), self.similarity, self.least)
