@@ -72,6 +72,28 @@ def kmeans(bits: int) -> Any:
     return jc.share.KMeans(clusters=2**bits, iterations=25)
 
 
+def words(size: int, weigh: Any = None) -> Any:
+    """256 words of some inputs of one output."""
+    return jc.share.KMeans(clusters=256, iterations=25, block=(size, 1), weigh=weigh)
+
+
+def table_words(size: int) -> Any:
+    """256 words of some features of one row."""
+    return jc.share.KMeans(clusters=256, iterations=25, block=(1, size))
+
+
+def codebooks() -> Iterator[Way]:
+    """Shared values and words, and codes that are computed, all about 2 bits a weight or 4, tables included."""
+    yield way("values16", "k-means", kmeans(4), kmeans(4))
+    yield way("values4", "k-means", kmeans(2), kmeans(2))
+    yield way("words4", "words", words(4), table_words(4))
+    yield way("words4_gram", "words", words(4, "gram"), table_words(4))
+    yield way("words8_twice", "words", *(jc.residual(x, x) for x in (words(8), table_words(8))))
+    yield way("e8p", "lattice", jc.quantize.Rotation(jc.quantize.E8P(weigh="gram")), table_words(4))
+    walks = jc.quantize.Trellis(block=(2, 128), weigh="gram"), jc.quantize.Trellis(block=(1, 128))
+    yield way("trellis", "trellis", jc.quantize.Rotation(walks[0]), walks[1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixed:
     """A width and a method for each kernel and table, for the least sum of errors at the bytes of one width for all.
@@ -136,6 +158,7 @@ def ways() -> Iterator[Way]:
     yield way("gptq2_corrected", "GPTQ", gptq(2), table(4), corrected=True)
     yield way("gptq2_sequential", "GPTQ", gptq(2), table(4), sequential=True)
     yield from (way(f"gptq2_tables{bits}", "GPTQ", gptq(2), table(bits)) for bits in (3, 2))
+    yield from codebooks()
 
 
 def widths() -> dict[str, dict[str, Any]]:
