@@ -179,9 +179,9 @@ def on_its_mesh(x: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def kept(tree: Any, like: Any) -> Any:
-    """Results sharded as the array they were made from: those of its shape, and those of which every device holds all.
+    """Results sharded as the array they were made from, by the rule of :func:`on_any_mesh`.
 
-    Outside ``jit`` and with automatic axes the compiler leaves results so whose operations it cannot split.
+    Outside ``jit`` and with automatic axes the compiler spreads them as it likes, and what is made of them then.
     """
     sharding = getattr(like, "sharding", None) if isinstance(like, jax.Array) and _is_concrete(like) else None
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
@@ -191,7 +191,7 @@ def kept(tree: Any, like: Any) -> Any:
         if not isinstance(x, jax.Array) or not _is_concrete(x) or not x.ndim:
             return x
         there = sharding_like(x.shape, sharding, like.shape)
-        moves = x.is_fully_replicated or (x.shape == like.shape and not x.sharding.is_equivalent_to(there, x.ndim))
+        moves = not x.sharding.is_equivalent_to(there, x.ndim)
         known = x.sharding.device_set == there.device_set and not there.is_fully_replicated
         return jax.device_put(x, there) if moves and known else x
 

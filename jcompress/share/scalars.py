@@ -145,12 +145,12 @@ def cluster_means(
     def piece(x: jax.Array, index: jax.Array, *weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         place = index.astype(jnp.int32)
         apart = unit.divide(x) - codebook.at[place].get(mode="clip")
-        share = weight[0].astype(jnp.float32) if weight else jnp.ones(x.shape, jnp.float32)
+        # Integers, since a float32 that counts by ones ends at 2**24.
+        share = weight[0].astype(jnp.float32) if weight else jnp.ones(x.shape, jnp.int32)
         apart = jnp.where(share > 0, apart * share, 0.0) if weight else apart
         lane = place * lanes + (lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) % lanes if x.ndim else 0)
-        zeros = jnp.zeros(clusters * lanes, jnp.float32)
-        found = (zeros.at[lane].add(y, mode="drop") for y in (apart, share))
-        return tuple(y.reshape(clusters, lanes).sum(1) for y in found)  # type: ignore[return-value]
+        found = (jnp.zeros(clusters * lanes, y.dtype).at[lane].add(y, mode="drop") for y in (apart, share))
+        return tuple(y.astype(jnp.float32).reshape(clusters, lanes).sum(1) for y in found)  # type: ignore[return-value]
 
     found = [totals(piece, *(y for y in triple if y is not None)) for triple in triples if triple[0].size]
     return moved(codebook, *(sum(column) for column in zip(*found, strict=True))) if found else codebook
