@@ -17,6 +17,7 @@ from jcompress.formats import Masked, Sum
 from jcompress.formats.arranged import restored
 from jcompress.layers import observed, relaying
 from jcompress.numeric.alike import each
+from jcompress.numeric.counting import magnitude_bits, reduce_together
 from jcompress.numeric.meshes import kept, on_any_mesh, on_its_mesh, typed_like
 from jcompress.numeric.packing import Expected
 from jcompress.numeric.surrogates import straight_through
@@ -336,8 +337,21 @@ def _array(path: str, x: Any) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _largest(x: jax.Array) -> jax.Array:
-    """The largest magnitude; NaN if one of them is NaN or infinite, which a maximum over devices may pass over."""
-    return jnp.where(jnp.isfinite(x).all(), jnp.max(jnp.abs(x), initial=0), jnp.nan)
+    """The largest magnitude; NaN if one of them is NaN or infinite."""
+    # Of the bits, which are ordered as magnitudes are: a maximum of floats may pass over NaN between devices, and of
+    # floats of 16 bits a CPU would write out a copy of 32.
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    found = [_of_bits(y) for y in parts if y.size]
+    largest = jnp.hypot(*found) if len(found) > 1 else found[0] if found else jnp.zeros((), x.dtype)
+    return jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+
+
+def _of_bits(x: jax.Array) -> jax.Array:
+    bits = magnitude_bits(x)
+    # One of two: a single reduction XLA would, on a CPU, take of bits that it writes out.
+    most, _ = reduce_together([bits, bits], [bits.dtype.type(0), ~bits.dtype.type(0)], [jax.lax.max, jax.lax.min])
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type((most - 1).astype(unsigned), x.dtype)
 
 
 def contexts_of(

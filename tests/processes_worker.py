@@ -189,6 +189,7 @@ def verbs(folder):
     params = {name: spread(mesh, x, SPECS[name]) for name, x in alone.items()}
     x = spread(mesh, batch, P("data", None))
     for name, method in METHODS.items():
+        print(name, flush=True)
         plan = jc.plan(params, [("up|down", method), (".*", None)], layout=jc.trace.layout(mlp, params, x))
         stats = jc.calibrate(mlp, params, [x], plan=plan) if method.needs else None
         small = jc.compress(params, plan, stats=stats)

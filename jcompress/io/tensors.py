@@ -89,12 +89,18 @@ class Tensors(Mapping[str, np.ndarray]):
 
 def from_file(path: Any, at: int, nbytes: int) -> np.ndarray:
     """Bytes of a file, read anew: it may have shrunk since its header was, under a memory map to the process's end."""
+    space = np.empty(nbytes + _ALIGNED, np.uint8)
+    data = space[-space.ctypes.data % _ALIGNED :][:nbytes]
     with files.reading(path) as file, files.told(path, "reading"):
         file.seek(at)
-        data = np.fromfile(file, np.uint8, nbytes)
-    if data.size != nbytes:
-        raise StorageError(f"{path}: found {data.size} bytes at {at}, expected {nbytes}; the file was cut short")
+        found = file.readinto(data)
+    if found != nbytes:
+        raise StorageError(f"{path}: found {found} bytes at {at}, expected {nbytes}; the file was cut short")
     return data
+
+
+_ALIGNED = 64
+"""Where memory must begin that JAX takes as it is on a CPU."""
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

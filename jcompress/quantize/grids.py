@@ -73,18 +73,24 @@ class Problem:
     """An array and the grid that it is to be rounded to; all but the range of each scale is decided.
 
     Attributes:
-      x: the array in float32, hidden entries 0.
+      values: the array.
       where: entries that count, or None for all.
       grid: the levels.
       axes: negative axes along which a scale is shared.
       group_size: rows of axis -2 that share a scale, rows and columns of a block that does, or None.
     """
 
-    x: jax.Array
+    values: jax.Array
     where: jax.Array | None
     grid: Grid = dataclasses.field(metadata={"static": True})
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     group_size: Groups = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def x(self) -> jax.Array:
+        """The array in float32, hidden entries 0; made when it is asked for, since it may be twice as large."""
+        x = self.values.astype(jnp.float32)
+        return x if self.where is None else jnp.where(self.where, x, 0.0)
 
     def pool(self, x: jax.Array, combine: Any = jnp.add, start: Any = 0.0) -> jax.Array:
         """Reduce an array over what shares a scale."""
@@ -92,24 +98,22 @@ class Problem:
 
     def spread(self, x: jax.Array) -> jax.Array:
         """Repeat what is shared until it broadcasts against ``x``."""
-        return spread(x, self.x, self.group_size)
+        return spread(x, self.values, self.group_size)
 
     def normal(self) -> tuple[Problem, scaling.Unit]:
         """The same in units of what shares each scale, where squares and sums of entries stay inside float32."""
         unit = scaling.of(self.pool(jnp.abs(self.x), jnp.maximum))
         spread = scaling.Unit(self.spread(unit.root))
-        return dataclasses.replace(self, x=spread.divide(self.x)), unit
+        return dataclasses.replace(self, values=spread.divide(self.x)), unit
 
     def count(self) -> jax.Array:
         """How many entries share each scale, as float32, 1 at least."""
-        one = jnp.ones_like(self.x) if self.where is None else jnp.broadcast_to(self.where, self.x.shape)
+        one = jnp.ones_like(self.values) if self.where is None else jnp.broadcast_to(self.where, self.values.shape)
         return jnp.maximum(self.pool(one.astype(jnp.float32)), 1.0)
 
     def full(self) -> Range:
         """The range of all entries, 0 among them."""
-        if not self.grid.affine:
-            return Range(None, self.pool(jnp.abs(self.x), jnp.maximum))
-        return Range(self.pool(self.x, jnp.minimum), self.pool(self.x, jnp.maximum))
+        return _full(self)
 
     def node(self, ends: Range, dtype: Any = np.dtype("float32")) -> Quantized:
         """The array rounded to the grid over a range."""
@@ -119,10 +123,8 @@ class Problem:
     def scaled(self, scale: jax.Array, zero: jax.Array | None = None, dtype: Any = np.dtype("float32")) -> Quantized:
         """The array rounded to the grid at given scales."""
         grid = self.grid
-        offset = None if zero is None else self.spread(zero)
-        codes = nearest(self.x, self.spread(scale), offset, grid.bits, grid.table, grid.dtype)
         return Quantized(
-            codes=codes,
+            codes=_codes(self, scale, zero),
             scale=scale if grid.power is None else scale.astype(jnp.float8_e8m0fnu),
             zero=None if zero is None else zero.astype(grid.dtype),
             bits=grid.bits, table=grid.table, axes=self.axes, group_size=self.group_size, dtype=np.dtype(dtype),
@@ -133,6 +135,22 @@ class Problem:
         difference = self.x - self.node(ends).materialize()
         difference = difference if self.where is None else jnp.where(self.where, difference, 0.0)
         return self.pool(difference**2)
+
+
+# Compiled as a whole also outside ``jit``, so that nothing of the array's size is written out but the codes.
+
+
+@jax.jit
+def _full(problem: Problem) -> Range:
+    if not problem.grid.affine:
+        return Range(None, problem.pool(jnp.abs(problem.x), jnp.maximum))
+    return Range(problem.pool(problem.x, jnp.minimum), problem.pool(problem.x, jnp.maximum))
+
+
+@jax.jit
+def _codes(problem: Problem, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+    grid, offset = problem.grid, None if zero is None else problem.spread(zero)
+    return nearest(problem.x, problem.spread(scale), offset, grid.bits, grid.table, grid.dtype)
 
 
 def fit(method: Any, w: jax.Array, context: Context, grid: Grid, choose: Callable[[Problem], Range]) -> Quantized:
@@ -152,10 +170,8 @@ def fit(method: Any, w: jax.Array, context: Context, grid: Grid, choose: Callabl
 def pose(method: Any, w: jax.Array, context: Context, grid: Grid) -> Problem:
     """The problem that an array poses."""
     check(method, context.path, w.shape)
-    x = w.astype(jnp.float32)
-    x = x if context.where is None else jnp.where(context.where, x, 0.0)
     groups = getattr(method, "block", None) or method.group_size
-    return Problem(x, context.where, grid, shared_axes(w.ndim, groups, method.axis), groups)
+    return Problem(w, context.where, grid, shared_axes(w.ndim, groups, method.axis), groups)
 
 
 def shared_axes(ndim: int, group_size: Groups, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:

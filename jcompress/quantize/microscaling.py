@@ -81,7 +81,7 @@ class Microscaling(Method):
         if self.dtype in _SIX_BITS:
             # A table sends ties to the lower level, the standard to the even one.
             scale = problem.spread(problem.grid.over(ends)[0])
-            problem = dataclasses.replace(problem, x=scale * _even(problem.x / scale, *_SIX_BITS[self.dtype]))
+            problem = dataclasses.replace(problem, values=scale * _even(problem.x / scale, *_SIX_BITS[self.dtype]))
         return problem.node(ends, w.dtype)
 
     def _grid(self) -> grids.Grid:
