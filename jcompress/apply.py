@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jcompress.numeric.alike import each
 from jcompress.numeric.counting import magnitude_bits, reduce_together
 from jcompress.numeric.meshes import kept, on_any_mesh, on_its_mesh, typed_like
 from jcompress.numeric.packing import Expected
+from jcompress.numeric.processes import spans
 from jcompress.numeric.surrogates import straight_through
 from jcompress.rules import Plan
 
@@ -164,9 +166,24 @@ def fit_unit(unit: list[str], plan: Plan, arrays: Mapping[str, Any], contexts: M
     def like(ws: dict[str, Any], *_: Any) -> dict[str, Any]:
         return {path: w if (own := layouts[path]) is None else _seen(w, own) for path, w in ws.items()}
 
-    with on_its_mesh(found[unit[0]][0]):
+    with on_its_mesh(found[unit[0]][0]), _on_one_host(methods, {path: w for path, (w, _) in found.items()}):
         nodes = on_any_mesh(fitted, like)({path: w for path, (w, _) in found.items()}, own, methods)
     return {path: kept(node, found[path][0]) for path, node in nodes.items()}
+
+
+@contextlib.contextmanager
+def _on_one_host(methods: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Iterator[None]:
+    """What fetches an array that no process holds whole says so, on all processes alike."""
+    try:
+        yield
+    except RuntimeError as error:
+        path = next((path for path, w in arrays.items() if spans(w)), None)
+        if path is None or "non-addressable" not in str(error):
+            raise
+        raise ValueError(
+            f"{path}: {methods[path]!r} computes on the host, and no process holds all of shape {arrays[path].shape}; "
+            "copy it to all before: jax.device_put(w, NamedSharding(mesh, PartitionSpec()))"
+        ) from None
 
 
 def _seen(w: jax.Array, layout: Layout) -> list[Any]:

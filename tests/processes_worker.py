@@ -245,7 +245,19 @@ def checkpoints(folder):
         refused(lambda: steps.restore(state), "down: found Magnitude", "in the plan")
 
 
+def on_hosts(folder):
+    """Methods that compute on the host refuse what no process holds whole, and take what all do."""
+    mesh, alone = make_mesh(), host_params()
+    params = {name: spread(mesh, x, SPECS[name]) for name, x in alone.items()}
+    for method in (jc.factorize.TernarySVD(tolerance=0.5), jc.factorize.LCC(stages=1)):
+        plan = jc.plan(params, [("up", method), (".*", None)])
+        refused(lambda plan=plan: jc.compress(params, plan), f"up: {type(method).__name__}", "computes on the host")
+        whole = {name: spread(mesh, x, P()) for name, x in alone.items()}
+        assert_same(jc.compress(whole, plan), jc.compress(alone, plan))
+
+
 CASES = {
+    "on_hosts": on_hosts,
     "storage": storage,
     "checkpoints": checkpoints,
     "verbs": verbs,

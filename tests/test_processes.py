@@ -35,6 +35,10 @@ def run_together(case, folder, count=2, seconds=300):
         assert run.returncode == 0 and "passed" in out, err[-4000:]
 
 
+def test_what_computes_on_the_host_is_refused_by_all(tmp_path):
+    run_together("on_hosts", tmp_path)
+
+
 def test_files_of_two_processes_are_those_of_one(tmp_path):
     (tmp_path / "shared").mkdir()
     run_together("storage", tmp_path / "shared")

@@ -23,6 +23,10 @@ def main(address, process, folder, *changes):
     chosen = config(4)
     if "wrong" in changes and process == "1":
         chosen.optimizer.rate = 1.0
+    if "uneven" in changes:
+        chosen.model.width = 12
+    if "another plan" in changes:
+        chosen.compress.sparsity = 0.5
     try:
         found = train.run(chosen, folder, signals=runner.Signals())
         print(f"loss {found.scores['loss']:.6f} of {jax.device_count()} devices")

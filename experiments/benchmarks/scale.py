@@ -155,14 +155,14 @@ def on_eight_devices(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = {
         "parts": (timing.Names(("steps", "leaves", "compiling")), "which of them"),
-        "width": (256, "of the decoder"),
-        "depth": (4, "its layers, for steps"),
+        "width": (128, "of the decoder"),
+        "depth": (2, "its layers, for steps"),
         "layers": (32, "its layers, for compiling"),
         "batch": (16, "texts"),
         "length": (64, "of a text, in bytes"),
         "leaves": (20_000, "of the tree of many"),
     }
-    timing.run("scale", __doc__, cases, options, argv, pairs=11, about=about)
+    timing.run("scale", __doc__, cases, options, argv, pairs=7, about=about)
 
 
 if __name__ == "__main__":

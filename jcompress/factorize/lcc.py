@@ -68,7 +68,7 @@ class LCC(Method):
         layers, shape = w.shape[: context.batch], w.shape[context.batch :]
         self.check(context.path, shape, w.dtype)
         check_on_host("LCC", context.path, "wiring", w)
-        nodes = [self._wired(x) for x in w.reshape(-1, *shape)]
+        nodes = [self._wired(x) for x in np.asarray(w).reshape(-1, *shape)]
         return jax.tree.map(lambda *parts: jnp.stack(parts).reshape(*layers, *parts[0].shape), *nodes)
 
     def _wired(self, w: jax.Array) -> ShiftAdd:
