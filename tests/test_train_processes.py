@@ -58,7 +58,7 @@ def test_two_processes_train_one_model(tmp_path):
     assert (tmp_path / "model.jc").stat().st_size > 0
     for change, said in (("uneven", "embed/embedding: axis 1 of shape (256, 12)"), ("another plan", "another setting")):
         refused = together(tmp_path if change == "another plan" else tmp_path / "uneven", change)
-        assert all(text.startswith("refused:") and said in text for text in refused), refused
+        assert all(text.startswith("refused:") for text in refused) and any(said in text for text in refused), refused
     refused = together(tmp_path / "other", "wrong")
     assert refused[0] == "refused: process 1 of 2 failed; its own message says why"
     assert refused[1].startswith("refused: config.optimizer: 'rate' is unknown")

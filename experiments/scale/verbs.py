@@ -64,6 +64,8 @@ WHY = {
     "SparseGPT": "as GPTQ",
     "Wanda": "scores are compared within an output: where inputs are spread, thresholds of all outputs are summed",
     "SVD, randomized": "a sketch of a few columns more than the rank is orthogonalized whole, twice",
+    "KMeans": "histograms of a fixed number of bins are summed, the less for each parameter the more there are",
+    "KMeans, global": "as KMeans",
     "calibrate": "inputs meet all their weights, and the statistic is summed over the batch",
 }
 TRAINED = ("Magnitude", "Magnitude, global", "Int", "KMeans, global")
