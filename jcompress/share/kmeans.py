@@ -145,7 +145,7 @@ class KMeans(Method):
             None if c.where is None else jnp.broadcast_to(c.where, w.shape)
             for w, c in zip(arrays, contexts, strict=True)
         ]
-        if self.weigh is not None and sum(x.size for x in xs):
+        if self.weigh is not None and any(x.size for x in xs):
             wheres = list(weighted.importance(self.weigh, arrays, contexts))
         if not sum(x.size for x in xs):
             codebook, unit = jnp.zeros(self.clusters, jnp.float32), scaling.ONE
@@ -176,6 +176,7 @@ class KMeans(Method):
         if sum(x.size for x in rows):
             words = vectors.fitted(rows, shown, self.clusters, self.iterations)
         places = [vectors.assigned(x, None if shown is None else shown[i], words) for i, x in enumerate(rows)]
+        words = vectors.centred(words, rows, shown, places)
         return [
             Codebook(
                 place.astype(self._index_dtype),

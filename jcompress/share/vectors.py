@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from jcompress.formats.codebook import row_totals
 from jcompress.numeric.pieces import totals
 
 _PER_WORD, _SPANS, _UNROLLED, _LONG, _FALL, _FEW = 256, 64, 64, 32, 1e-3, 1 << 16
+_WHOLE = 1 << 20
 """Rows a word that rounds look at; spans of an axis; terms in a kernel, and in a sum; the least fall of the error;
-scores that are few."""
+scores that are few; rows that are looked at in one piece, which is faster."""
 
 Rows = list[jax.Array]
 Shown = list[jax.Array] | None
@@ -27,7 +29,7 @@ def fitted(rows: Rows, shown: Shown, clusters: int, iterations: int) -> jax.Arra
     """The words, float32 (clusters, d), that Lloyd's algorithm finds for the rows of several arrays.
 
     Rounds look at 256 rows a word, spread over the arrays, until the squared error falls by less than 1e-3 of itself;
-    the last two look at all rows. A word that no row is nearest to is put beside the one with the largest error.
+    of fewer rows two more follow. A word that no row is nearest to is put beside the one with the largest error.
     Beside the start, which is some of the rows, sums over rows are all that is computed, so these alone cross devices.
 
     Args:
@@ -49,13 +51,24 @@ def fitted(rows: Rows, shown: Shown, clusters: int, iterations: int) -> jax.Arra
         return (state[0] < iterations) & (state[3] | (state[0] < 4))
 
     words = lax.while_loop(goes_on, round_, start)[1]
-    return lax.fori_loop(0, min(iterations, 2), lambda _, words: _means(words, _all(words, rows, shown)), words)
+    last = min(iterations, 2) if _total(rows) <= _PER_WORD * clusters else 0
+    return lax.fori_loop(0, last, lambda _, words: _means(words, _all(words, rows, shown)), words)
 
 
 def assigned(rows: jax.Array, shown: jax.Array | None, words: jax.Array) -> jax.Array:
     """The number of the nearest word of each row, int32 (...)."""
     x, seen = _planes(rows, shown)
     return _nearest(x, seen, words)[0]
+
+
+def centred(words: jax.Array, rows: Rows, shown: Shown, places: Rows) -> jax.Array:
+    """The means of the rows that have each word; a word without rows stays."""
+    found = [
+        row_totals(x, place, len(words), None if shown is None else shown[i])
+        for i, (x, place) in enumerate(zip(rows, places, strict=True))
+        if x.size
+    ]
+    return _means(words, (*(sum(column) for column in zip(*found, strict=True)), None)) if found else words
 
 
 def _round(words: jax.Array, rows: Rows, shown: Shown, number: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +89,7 @@ def _round(words: jax.Array, rows: Rows, shown: Shown, number: jax.Array) -> tup
     return means.at[worst].set(moved).at[jnp.where(splits, vacant, clusters)].set(beside, mode="drop"), error.sum()
 
 
-def _means(words: jax.Array, found: tuple[jax.Array, ...]) -> jax.Array:
+def _means(words: jax.Array, found: tuple[Any, ...]) -> jax.Array:
     total, count, _ = found
     return jnp.where(count > 0, total / jnp.maximum(count, 1), words)
 
@@ -97,6 +110,8 @@ def _sums(rows: jax.Array, shown: jax.Array | None, words: jax.Array) -> tuple[j
         total, count = row_totals(jnp.where(where[0], x, 0) if where else x, place, len(words), *where)
         return total, count, jnp.zeros(len(words), jnp.float32).at[place].add(error, mode="drop")
 
+    if rows.size <= _WHOLE * rows.shape[-1]:
+        return piece(rows, *([] if shown is None else [shown]))
     lead = rows[..., 0]
     return totals(lambda _, *rest: piece(*rest), lead, rows, *([] if shown is None else [shown]))
 
@@ -161,7 +176,7 @@ def _scores(x: jax.Array, seen: jax.Array | None, words: jax.Array, squares: jax
 
 def _sample(x: jax.Array, rows: Rows, clusters: int) -> jax.Array:
     """A part of an array, 256 rows a word of all arrays: the beginnings of up to 64 spans of its longest axis."""
-    total = sum(math.prod(y.shape[:-1]) for y in rows)
+    total = _total(rows)
     if total <= _PER_WORD * clusters or not x.size:
         return x
     axis = int(np.argmax(x.shape[:-1]))
@@ -170,6 +185,11 @@ def _sample(x: jax.Array, rows: Rows, clusters: int) -> jax.Array:
     kept = max(math.ceil(span * _PER_WORD * clusters / total), 1)
     split = x.reshape(*x.shape[:axis], parts, span, *x.shape[axis + 1 :])
     return lax.slice_in_dim(split, 0, kept, axis=axis + 1)
+
+
+def _total(rows: Rows) -> int:
+    """How many rows there are in all arrays."""
+    return sum(math.prod(x.shape[:-1]) for x in rows)
 
 
 def _start(rows: Rows, shown: Shown, clusters: int) -> jax.Array:
