@@ -151,7 +151,8 @@ def apportion(total: Number, shares: jax.Array, room: Number) -> Any:
       [3, 4, 3]
     """
     if not isinstance(room, Count) or not isinstance(total, Count):
-        return apportion(Count(None, total), shares, Count(None, room)).low
+        none = Count(None, jnp.uint32(0))
+        return apportion(none.like(total), shares, none.like(room)).low
     shares = jnp.where(jnp.sum(shares) > 0, shares, 1.0)
     wanted, limit = total.real(), room.real()
 
