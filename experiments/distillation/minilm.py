@@ -5,11 +5,12 @@ Examples:
     --data_dir=<folder with sentences.txt and sts2015_images.tsv>
 
 Rows, in order: the dense encoder; three of its six layers, cut out and not trained (the control); the same three layers
-taught; and these compressed, then taught once more in what their nodes let train. It writes to ``--workdir`` the rows,
-``table.md``, ``pareto.png``, ``record.json`` and the models. Interrupted, the same command continues.
+taught; and these compressed, then taught once more: what their nodes let train, or the kernels themselves, rounded in
+the forward pass as they will be stored. It writes to ``--workdir`` the rows, ``table.md``, ``pareto.png``,
+``record.json`` and the models. Interrupted, the same command continues.
 
-Expect from the literature: a student of half of BERT's layers that starts from them keeps about 97% of its
-scores (Sanh et al. 2019, arXiv:1910.01108).
+Expect from the literature: a student of half of BERT's layers that starts from them keeps about 97% of its scores (Sanh
+et al. 2019, arXiv:1910.01108).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Config:
     batch_size: int = 64
     epochs: float = 3.0  # of the student
     learning_rate: float = 5e-4
-    finetuning: float = 1.5  # epochs after compression
+    finetuning: float = 0.75  # epochs after compression
     finetuning_rate: float = 3e-3  # in root mean squares of each array
     states: float = 1.0  # weight of the relative squared error of the layers' states
     relations: float = 10.0  # weight of the squared error of similarities between sentences
@@ -77,13 +78,31 @@ def grid(bits: int) -> Any:
     return jc.chain(jc.quantize.Int(bits=bits, group_size=128, symmetric=False, clip="mse", pad=True), HALF)
 
 
-WAYS: dict[str, tuple[Any, Any]] = {
-    "3 bits and words": (kernels(3), words(256, 8)),
-    "2 bits and words": (kernels(2), words(256, 8)),
-    "4 bits": (kernels(4), grid(4)),
-    "3 bits": (kernels(3), grid(3)),
+def seen(bits: int) -> Any:
+    """An affine grid for kernels that train as they will be stored."""
+    return jc.chain(jc.quantize.Int(bits=bits, group_size=64, symmetric=False), HALF)
+
+
+class Way(NamedTuple):
+    """The methods of kernels and of the table of words; places take 8 bits and all else 16.
+
+    Attributes:
+      kernels: one from statistics, whose scales are taught; or with ``simulated`` one that the teaching looks through.
+      words: its vectors are taught, the codes are not.
+      simulated: whether the kernels themselves are taught, and rounded at the end.
+    """
+
+    kernels: Any
+    words: Any
+    simulated: bool = False
+
+
+WAYS: dict[str, Way] = {
+    "3 bits and words": Way(kernels(3), words(256, 8)),
+    "3 bits in training and words": Way(seen(3), words(256, 8), simulated=True),
+    "2 bits in training and words": Way(seen(2), words(256, 8), simulated=True),
+    "4 bits": Way(kernels(4), grid(4)),
 }
-"""The methods of kernels and of the table of words; places take 8 bits and all else 16."""
 
 Batch = tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...], np.ndarray]
 
@@ -138,8 +157,9 @@ def learn(
     steps: int,
     tx: optax.GradientTransformation,
     seed: int,
+    plan: Any = None,
 ) -> PyTree:
-    """All that trains in a tree of arrays or nodes, taught for some steps.
+    """All that trains in a tree of arrays or nodes, taught for some steps; what a plan names is simulated meanwhile.
 
     The loss: a cosine for the embeddings, how sentences relate (Park et al. 2019, arXiv:1904.05068), and the states of
     every layer (Jiao et al. 2020, arXiv:1909.10351).
@@ -150,7 +170,8 @@ def learn(
 
     def loss(train: PyTree, held: PyTree, batch: Batch) -> jax.Array:
         x, mask, states, ends = batch
-        found = encoder.states(jc.materialize(jc.merge(narrowed(train, dtypes), held)), x, mask)
+        params = jc.materialize(jc.merge(narrowed(train, dtypes), held))
+        found = encoder.states(params if plan is None else jc.simulate(params, plan), x, mask)
         own = encoder.pool(found[-1], mask)
         pairs = zip(found[1:], (state.astype(jnp.float32) for state in states), strict=True)
         errors = [jnp.square(a - b).sum() / jnp.square(b).sum() for a, b in pairs]
@@ -200,15 +221,20 @@ class Halving:
     def measure(self, rows: Rows, name: str) -> Row:
         """Make, store, load what was stored, and judge that."""
         if name in WAYS:
-            compressed = self._compressed(*WAYS[name])
-            before = self._judged(jc.materialize(compressed))
-            rate = optax.cosine_decay_schedule(self.config.finetuning_rate, self._steps(self.config.finetuning))
-            sized = optax.scale_by_param_block_rms(min_scale=1e-6)
-            tx = optax.chain(optax.scale_by_adam(), sized, optax.scale_by_learning_rate(rate))
-            tree = self._stored(name, self._taught(compressed, self.config.finetuning, tx, 1))
-            return self._row("taught, compressed", name, tree) | {"before": before["mean"]}
+            return self._made_small(name, WAYS[name])
         whole = {"dense": lambda: self.teacher, "cut": self._cut, "taught": self._student}[name]()
         return self._row("float32", name, self._stored(name, whole))
+
+    def _made_small(self, name: str, way: Way) -> Row:
+        rate = optax.cosine_decay_schedule(self.config.finetuning_rate, self._steps(self.config.finetuning))
+        sized = optax.scale_by_param_block_rms(min_scale=1e-6)
+        tx = optax.chain(optax.scale_by_adam(), sized, optax.scale_by_learning_rate(rate))
+        tree, rounded = self._compressed(way)
+        before = self._judged(jc.materialize(_rounded(tree, rounded)))
+        tree = self._taught(tree, self.config.finetuning, tx, 1, rounded)
+        return self._row("taught, compressed", name, self._stored(name, _rounded(tree, rounded))) | {
+            "before": before["mean"]
+        }
 
     def _row(self, group: str, name: str, tree: PyTree) -> Row:
         size = self._path(name).stat().st_size
@@ -254,13 +280,20 @@ class Halving:
     def _steps(self, epochs: float) -> int:
         return max(round(epochs * self._lessons().steps), 1)
 
-    def _taught(self, tree: PyTree, epochs: float, tx: optax.GradientTransformation, order: int) -> PyTree:
+    def _taught(
+        self, tree: PyTree, epochs: float, tx: optax.GradientTransformation, order: int, plan: Any = None
+    ) -> PyTree:
         seed = 100 * self.config.seed + order
-        return learn(self.encoder, tree, self._lessons(), self.config, self._steps(epochs), tx, seed)
+        return learn(self.encoder, tree, self._lessons(), self.config, self._steps(epochs), tx, seed, plan)
 
-    def _compressed(self, kernel: Any, table: Any) -> PyTree:
-        student = self._student()
-        plan = jc.plan(student, [(KERNELS, kernel), (TABLES, table), (PLACES, grid(8)), (".*", HALF)])
+    def _compressed(self, way: Way) -> tuple[PyTree, Any]:
+        """The student as it is taught, and the plan of what is rounded only after that."""
+        student, key = self._student(), jax.random.key(self.config.seed)
+        others = [(TABLES, way.words), (PLACES, grid(8)), (".*", HALF)]
+        if way.simulated:
+            later = jc.plan(student, [(KERNELS, way.kernels), (".*", None)])
+            return jc.compress(student, jc.plan(student, [(KERNELS, None), *others]), key=key), later
+        plan = jc.plan(student, [(KERNELS, way.kernels), *others])
 
         def gathered() -> Any:
             short = [ids for ids in self.tokens if len(ids) <= 24][: self.config.calibration]
@@ -268,14 +301,22 @@ class Halving:
             kernels_only = jc.plan(student, [(KERNELS, jc.quantize.GPTQ(bits=4)), (".*", None)])
             return jc.calibrate(self.encoder, student, batches, kernels_only)
 
-        stats = self._once("stats", gathered)
-        return jc.compress(student, plan, stats=stats, key=jax.random.key(self.config.seed))
+        return jc.compress(student, plan, stats=self._once("stats", gathered), key=key), None
 
     def line(self, r: Row) -> str:
         return f"{r['name']:<26} {r['bytes']:>11,} bytes {r['ratio']:6.2f}x  mean {r['mean']:.4f}"
 
     def finish(self, rows: list[Row]) -> tuple[str, Any]:
         return finish(rows, self.workdir / "table.md", self.workdir / "pareto.png"), None
+
+
+def _rounded(tree: PyTree, plan: Any) -> PyTree:
+    """The tree with nodes for the arrays that a plan names."""
+    if plan is None:
+        return tree
+    is_node = lambda x: isinstance(x, jc.core.Compressed)  # noqa: E731
+    found = jc.compress(jc.materialize(tree), plan)
+    return jax.tree.map(lambda old, new: new if is_node(new) else old, tree, found, is_leaf=is_node)
 
 
 def finish(rows: Sequence[Row], table: Path, picture: Path) -> str:
