@@ -246,6 +246,9 @@ def pipelines(model: str) -> dict[str, Pipeline]:
         "deep compression": Pipeline({**start, "share": shared}, deep),
         "learned, mild": Pipeline({**start, "learn mildly": functools.partial(learn, price=3e-6, epochs=8)}, deep),
         "learned": Pipeline({**start, "learn": functools.partial(learn, price=1e-5, epochs=8)}, penalized),
+        "learned, smallest": Pipeline(
+            {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8)}, penalized
+        ),
         "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
         "self-distilled": Pipeline(
             {"dense": start["dense"], "4 bits": functools.partial(self_distil, bits=4, epochs=4)}
