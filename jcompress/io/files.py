@@ -9,6 +9,7 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -50,7 +51,7 @@ def _with_number(told: OSError, error: OSError) -> OSError:
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def reading(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
     """A file to read. Directories, devices and pipes are refused: what they hold has no size."""
     with contextlib.ExitStack() as stack:
         with told(path, "reading"):
