@@ -93,7 +93,7 @@ def from_file(path: Any, at: int, nbytes: int) -> np.ndarray:
     data = space[-space.ctypes.data % _ALIGNED :][:nbytes]
     with files.reading(path) as file, files.told(path, "reading"):
         file.seek(at)
-        found = file.readinto(memoryview(data))
+        found = file.readinto(data.data)
     if found != nbytes:
         raise StorageError(f"{path}: found {found} bytes at {at}, expected {nbytes}; the file was cut short")
     return data
