@@ -53,7 +53,7 @@ class Config:
     batch_size: int = 64
     epochs: float = 3.0  # of the student
     learning_rate: float = 5e-4
-    finetuning: float = 0.75  # epochs after compression
+    finetuning: float = 0.5  # epochs after compression
     finetuning_rate: float = 3e-3  # in root mean squares of each array
     states: float = 1.0  # weight of the relative squared error of the layers' states
     relations: float = 10.0  # weight of the squared error of similarities between sentences
@@ -99,8 +99,8 @@ class Way(NamedTuple):
 
 WAYS: dict[str, Way] = {
     "3 bits and words": Way(kernels(3), words(256, 8)),
-    "3 bits in training and words": Way(seen(3), words(256, 8), simulated=True),
-    "2 bits in training and words": Way(seen(2), words(256, 8), simulated=True),
+    "3 bits in training and words": Way(seen(3), words(512, 8), simulated=True),
+    "2 bits in training and words": Way(seen(2), words(512, 8), simulated=True),
     "4 bits": Way(kernels(4), grid(4)),
 }
 
