@@ -58,8 +58,10 @@ class FastProduct(Compressed):
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         vectors = [core.dense(v, key=key) for v in self.vectors]
-        dense = self._dense_of([v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in vectors])
-        return scaling.inside(dense.astype(vectors[0].dtype))
+        first, *others = [v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in vectors]
+        unit = scaling.unit([first])  # sums of numbers near the largest would pass it
+        dense = self._dense_of([unit.divide(first), *others])
+        return scaling.inside(unit.saturated(dense).astype(vectors[0].dtype))
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> FastProduct:
         """One sweep of alternating least squares, over the entries of ``where`` alone."""
