@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -84,15 +85,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> Tensors:
         row = entry.nbytes // (entry.shape[0] if entry.shape and entry.shape[0] else 1)
         data = from_file(entry.file, entry.start + start * row, (stop - start) * row)
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        return _native(data.view(_dtypes()[entry.kind].newbyteorder("<"))).reshape(shape)
+        x = data.view(_dtypes()[entry.kind])  # of this very type: "<f4" is equal to float32, but another for JAX
+        return (x if sys.byteorder == "little" else x.byteswap()).reshape(shape)
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, _dtypes()[x.kind]) for name, x in entries.items()}
     kinds, sizes = {name: x.kind for name, x in entries.items()}, {name: x.nbytes for name, x in entries.items()}
     return Tensors(shapes, read, metadata, kinds, sizes, stamp({x.file for x in entries.values()}))
-
-
-def _native(x: np.ndarray) -> np.ndarray:
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def _folder(path: str) -> tuple[dict[str, _Entry], dict[str, str]]:
