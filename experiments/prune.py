@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import data as datasets
-from experiments import flags, pictures, runner, tables
+from experiments import pictures, runner, tables
 from experiments.pruning.expectations import EXPECTED
 from experiments.pruning.lab import Config, Lab
 from experiments.pruning.ways import WAYS, dense
@@ -152,9 +152,7 @@ def _cell(found: Mapping[tuple[str, float], Any], way: str, sparsity: float, kin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = flags.parser(__doc__, "runs/pruning/<name of the config>")
-    args, config = flags.parse(parser, config_of, argv)
-    return runner.main(lambda signals: Pruning(config, args.data_dir, args.workdir), args.overwrite)
+    return runner.of_config(__doc__, "runs/pruning/<name of the config>", config_of, Pruning, argv)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from experiments import flags
 from experiments.environment import command
 from experiments.workdir import Lock, Record, Row, Rows, RunError
 
@@ -177,6 +178,26 @@ def main(prepare: Callable[[Signals], Experiment], overwrite: bool = False) -> i
                 raise
             return refuse(error)
     return 0
+
+
+def of_config(
+    doc: str | None,
+    workdir: str,
+    configs: Callable[[str], Any],
+    build: Callable[[Any, str | None, str | None], Experiment],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """The command of an experiment that a config, ``--data_dir`` and ``--workdir`` decide; the exit code.
+
+    Args:
+      doc: of the command, for its help.
+      workdir: where it writes by default, in words.
+      configs: see :func:`experiments.flags.parse`.
+      build: from the config, the folder of the data and the workdir.
+      argv: the command line.
+    """
+    args, config = flags.parse(flags.parser(doc, workdir), configs, argv)
+    return main(lambda signals: build(config, args.data_dir, args.workdir), args.overwrite)
 
 
 def refuse(error: object) -> int:

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import optax
 
 import jcompress as jc
-from experiments import flags, pictures, runner, tables
 from experiments import lab as labs
+from experiments import pictures, runner, tables
 from experiments.families import __main__ as families
 from experiments.families import ways
 from experiments.families.lab import Config as Network
@@ -223,9 +223,7 @@ def finish(rows: Sequence[Row], kind: str, table: Path, picture: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = flags.parser(__doc__, "runs/distillation/<name of the config>")
-    args, config = flags.parse(parser, config_of, argv)
-    return runner.main(lambda signals: Schools(config, args.data_dir, args.workdir), args.overwrite)
+    return runner.of_config(__doc__, "runs/distillation/<name of the config>", config_of, Schools, argv)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import optax
 
 import jcompress as jc
 from experiments import data as datasets
-from experiments import flags, models, runner, tables
 from experiments import lab as labs
+from experiments import models, runner, tables
 from experiments.workdir import Row, Rows, write
 
 PyTree = Any
@@ -332,9 +332,7 @@ def finish(rows: Sequence[Row], table: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = flags.parser(__doc__, "runs/distillation/studies_<name of the config>")
-    args, config = flags.parse(parser, config_of, argv)
-    return runner.main(lambda signals: Studies(config, args.data_dir, args.workdir), args.overwrite)
+    return runner.of_config(__doc__, "runs/distillation/studies_<name of the config>", config_of, Studies, argv)
 
 
 if __name__ == "__main__":

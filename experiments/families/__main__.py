@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import flags, pictures, runner, tables
+from experiments import pictures, runner, tables
 from experiments.families import lab as labs
 from experiments.families.lab import Config
 from experiments.families.ways import FAMILIES
@@ -133,9 +133,7 @@ def markdown(found: Sequence[Row], kind: str, steps: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = flags.parser(__doc__, "runs/families/<name of the config>")
-    args, config = flags.parse(parser, config_of, argv)
-    return runner.main(lambda signals: Comparison(config, args.data_dir, args.workdir), args.overwrite)
+    return runner.of_config(__doc__, "runs/families/<name of the config>", config_of, Comparison, argv)
 
 
 if __name__ == "__main__":
