@@ -69,7 +69,8 @@ class Language:
         tree = jc.compress(outer, jc.plan(outer, [(".*", half)]))
         tree["layers"] = jax.block_until_ready(self._layers(recipe))
         compressed = time.monotonic() - start
-        row: Row = {"group": recipe.family, "compress_seconds": round(compressed, 1), "peak_bytes": peak.bytes()}
+        row: Row = {"group": recipe.family, "compress_seconds": round(compressed, 1)}
+        row |= {"peak_bytes": peak.bytes(), "before_bytes": peak.before}
         start = time.monotonic()
         jc.save(path, tree, metadata={"row": name})
         row["save_seconds"] = round(time.monotonic() - start, 2)
@@ -108,10 +109,11 @@ def finish(rows: Sequence[Row], table: Path, picture: Path) -> str:
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table, the head first."""
-    found = [["row", "MB", "bits a kernel weight", "perplexity", "seconds to compress", "peak GB"]]
+    found = [["row", "MB", "bits a kernel weight", "perplexity", "seconds to compress", "peak GB", "above the dense model"]]
     for r in rows:
         size = [f"{r['bytes'] / 1e6:.1f}", f"{r['bits']:.2f}", f"{r['perplexity']:.2f}"]
-        found.append([r["name"], *size, f"{r['compress_seconds']:.0f}", f"{r['peak_bytes'] / 1e9:.2f}"])
+        above = f"{(r['peak_bytes'] - r['before_bytes']) / 1e9:.2f}" if "before_bytes" in r else ""
+        found.append([r["name"], *size, f"{r['compress_seconds']:.0f}", f"{r['peak_bytes'] / 1e9:.2f}", above])
     return found
 
 
