@@ -1,16 +1,19 @@
 """Early exits on a pretrained ResNet-56: expected multiply-adds beside test error, and latency at a batch of one.
 
-Example:
+Examples:
   python -m experiments.early_exit --data_dir=<folder with CIFAR-10 and resnet56_cifar10.npz>
+  python -m experiments.early_exit --data_dir=<the same, with resnet20_cifar10.npz> --first=resnet20 --cuts=
 
 The trunk is as it was; small heads are trained on its frozen features, a few epochs on a part of the training images.
-Thresholds of their entropies are calibrated on validation images, the last tenth of the training split, for a budget
-of expected multiply-adds. The trunk was trained on all training images, so it is surer of these than of test images:
-the test cost comes out above the budget. Test images are read once, at the end; nothing is chosen on them.
+With ``--first`` an exit stands before the trunk, whose head is a pretrained network that reads the image: a cascade.
+
+Thresholds of the exits' entropies are calibrated for a budget of expected multiply-adds on ``--held`` of the test
+images, the first: pretrained networks have seen all training images, and are surer of these than of any others. The
+table is of the other test images, which are read once, at the end; nothing is chosen on them.
 
 ``--smoke`` runs the same on random images with a small random network and needs no files: a test of the code.
 
-It writes ``--workdir``/early_exit.json and prints the table.
+It writes ``--workdir``/early_exit.json, or cascade.json with ``--first``, and prints the table.
 """
 
 from __future__ import annotations
@@ -58,51 +61,70 @@ class Network:
       params: of the trunk.
       statistics: of its batch norms.
       cuts: the blocks after which exits stand.
-      heads: a graph and a state each.
+      first: parameters and statistics of a network that reads the image before the trunk does, or None.
+      heads: a graph and a state each, at the cuts.
     """
 
     params: Any
     statistics: Any
     cuts: tuple[int, ...]
+    first: tuple[Any, Any] | None = None
     heads: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
 
-    def stage(self, e: int) -> Any:
-        begin, end = ((0, *self.cuts)[e], (*self.cuts, None)[e])
-        return lambda x: resnet.segment(self.params, x, self.statistics, begin, end)[0]
+    @property
+    def trunk(self) -> list[tuple[Any, Any]]:
+        """Its parts, each a function of parameters and of what stands before, and the parameters."""
+        parts = zip((0, *self.cuts), (*self.cuts, None), strict=True)
+        return [(functools.partial(_part, self.statistics, begin, end), self.params) for begin, end in parts]
+
+    @property
+    def exits(self) -> list[tuple[Any, Any]]:
+        """What reads each stage, in the same form; the trunk's own head is in its last part."""
+        before = [(functools.partial(_part, self.first[1], 0, None), self.first[0])] if self.first else []
+        heads = [(lambda state, x, graph=graph: nnx.merge(graph, state)(x), state) for graph, state in self.heads]
+        return [*before, *heads, (_same, None)]
+
+    @property
+    def parts(self) -> list[tuple[Any, Any]]:
+        """The trunk's, behind the image itself where a network reads that."""
+        return [*([(_same, None)] if self.first else []), *self.trunk]
 
     @property
     def stages(self) -> list[Any]:
-        return [self.stage(e) for e in range(len(self.cuts) + 1)]
+        return [functools.partial(run, params) for run, params in self.parts]
 
     @property
     def functions(self) -> list[Any]:
-        """The heads as functions; the trunk's own is in its last stage."""
-        return [lambda x, h=h: nnx.merge(*h)(x) for h in self.heads] + [lambda x: x]
+        return [functools.partial(run, params) for run, params in self.exits]
 
     def costs(self) -> list[float]:
         """Multiply-adds of an image that leaves at each exit."""
         x, spent, found = jnp.zeros((1, 32, 32, 3)), 0.0, []
-        for e, head in enumerate([*self.heads, None]):
-            begin, end = (0, *self.cuts)[e], (*self.cuts, None)[e]
-            run = lambda p, x, begin=begin, end=end: resnet.segment(p, x, self.statistics, begin, end)[0]  # noqa: E731
-            spent += jc.trace.cost(run, self.params, x).total.multiply_adds
-            x = jax.eval_shape(self.stage(e), x)
-            if head is not None:
-                graph, state = head
-                spent += jc.trace.cost(lambda s, x, g=graph: nnx.merge(g, s)(x), state, x).total.multiply_adds
+        for (part, params), (head, own) in zip(self.parts, self.exits, strict=True):
+            spent += jc.trace.cost(part, params, x).total.multiply_adds
+            x = jax.eval_shape(part, params, x)
+            spent += jc.trace.cost(head, own, x).total.multiply_adds
             found.append(spent)
         return found
 
 
-def features(net: Network, images: np.ndarray, batch: int, last: bool) -> list[np.ndarray]:
-    """What each stage gives, in 16 bits; the last one's only where it is asked for."""
-    stages = [jax.jit(stage) for stage in (net.stages if last else net.stages[:-1])]
+def _part(statistics: Any, begin: int, end: int | None, params: Any, x: jax.Array) -> jax.Array:
+    return resnet.segment(params, x, statistics, begin, end)[0]
+
+
+def _same(_: None, x: jax.Array) -> jax.Array:
+    return x
+
+
+def features(stages: Sequence[Any], images: np.ndarray, batch: int) -> list[np.ndarray]:
+    """What each stage gives, in 16 bits."""
     found: list[list[np.ndarray]] = [[] for _ in stages]
+    runs = [jax.jit(stage) for stage in stages]
     for i in range(0, len(images), batch):
         x = images[i : i + batch]
-        for e, stage in enumerate(stages):
-            x = stage(x)
-            found[e].append(np.asarray(x, np.float16 if e < len(net.cuts) else np.float32))
+        for e, run in enumerate(runs):
+            x = run(x)
+            found[e].append(np.asarray(x, np.float16))
     return [np.concatenate(parts) for parts in found]
 
 
@@ -134,13 +156,14 @@ def train_head(x: np.ndarray, y: np.ndarray, width: int, epochs: int, seed: int,
 
 def all_logits(net: Network, images: np.ndarray, batch: int) -> np.ndarray:
     """(exits, images, 10)."""
-    found = features(net, images, batch, last=True)
-    heads = [jax.jit(head) for head in net.functions[:-1]]
-    rows = [
-        np.concatenate([np.asarray(head(jnp.float32(x[i : i + batch]))) for i in range(0, len(x), batch)])
-        for head, x in zip(heads, found, strict=False)
-    ]
-    return np.stack([*rows, found[-1]])
+    found: list[list[np.ndarray]] = [[] for _ in net.exits]
+    stages, heads = ([jax.jit(run) for run in runs] for runs in (net.stages, net.functions))
+    for i in range(0, len(images), batch):
+        x = images[i : i + batch]
+        for e, (stage, head) in enumerate(zip(stages, heads, strict=True)):
+            x = stage(x)
+            found[e].append(np.asarray(head(x)))
+    return np.stack([np.concatenate(rows) for rows in found])
 
 
 def latency(net: Network, images: np.ndarray, thresholds: Sequence[float]) -> tuple[float, float]:
@@ -183,18 +206,20 @@ def _along(net: Network, x: Any) -> list[Any]:
 def run(args: Any, net: Network, data: datasets.Data, batch: int = 100) -> dict[str, Any]:
     """Train the heads, calibrate, and read the test images once."""
     x, y = data.train.x[: args.train], data.train.y[: args.train]
-    for seed, found in enumerate(features(net, x, batch, last=False)):
+    at_cuts = [functools.partial(run, params) for run, params in net.trunk[:-1]]
+    for seed, found in enumerate(features(at_cuts, x, batch) if at_cuts else []):
         net.heads.append(train_head(found, y, args.width, args.epochs, seed))
     costs = net.costs()
     dense = jc.trace.cost(lambda p, x: resnet.logits(p, x, net.statistics), net.params, jnp.zeros((1, 32, 32, 3)))
     whole = dense.total.multiply_adds
-    val, test = (all_logits(net, part.x, batch) for part in (data.val, data.test))
-    errors = 100 * (test.argmax(-1) != data.test.y).mean(-1)
+    held, rest = data.test.take(slice(args.held)), data.test.take(slice(args.held, None))
+    val, test = (all_logits(net, part.x, batch) for part in (held, rest))
+    errors = 100 * (test.argmax(-1) != rest.y).mean(-1)
     rows = []
     for speedup in map(float, args.speedups.split(",")):
-        chosen = jc.nn.calibrate_exits(val, data.val.y, costs, cost=whole / speedup, unused=True)
-        found = jc.nn.exits_at(test, data.test.y, costs, chosen.thresholds)
-        slow, fast = latency(net, data.test.x[: args.timed], chosen.thresholds)
+        chosen = jc.nn.calibrate_exits(val, held.y, costs, cost=whole / speedup, unused=True)
+        found = jc.nn.exits_at(test, rest.y, costs, chosen.thresholds)
+        slow, fast = latency(net, rest.x[: args.timed], chosen.thresholds)
         rows.append(
             {
                 "budget": speedup,
@@ -202,13 +227,13 @@ def run(args: Any, net: Network, data: datasets.Data, batch: int = 100) -> dict[
                 "error": 100 * (1 - found.accuracy),
                 "drop": 100 * (1 - found.accuracy) - float(errors[-1]),
                 "shares": [round(share, 4) for share in found.shares],
-                "validation_fewer": whole / chosen.cost,
+                "held_fewer": whole / chosen.cost,
                 "thresholds": list(chosen.thresholds),
                 "milliseconds": fast,
                 "milliseconds_dense": slow,
             }
         )
-    return {"costs": costs, "dense": whole, "errors": errors.tolist(), "images": len(data.test), "rows": rows}
+    return {"costs": costs, "dense": whole, "errors": errors.tolist(), "images": len(rest), "rows": rows}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -249,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = flags.parser(__doc__, "results/early_exit")
     parser.add_argument("--cuts", default="11,15,19", help="blocks of 27 after which exits stand")
+    parser.add_argument("--first", default="", choices=("", "resnet20"), help="a network that reads the image first")
+    parser.add_argument("--held", type=flags.positive, default=2000, help="test images by which thresholds are set")
     parser.add_argument("--train", type=flags.positive, default=15000, help="training images for the heads")
     parser.add_argument("--epochs", type=flags.positive, default=5)
     parser.add_argument("--width", type=flags.positive, default=80, help="channels of the heads")
@@ -259,11 +286,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.smoke:
             net, data = smoke()
-            args.train, args.epochs, args.width, args.timed, args.speedups = 20, 1, 4, 3, "1.01"
+            args.train, args.epochs, args.width, args.timed, args.speedups, args.held = 20, 1, 4, 3, "1.01", 10
         else:
             data = datasets.load("cifar10", args.data_dir, val=0.1)
             trunk = resnet.load(Path(args.data_dir) / "resnet56_cifar10.npz")
-            net = Network(*trunk, tuple(int(cut) for cut in args.cuts.split(",")))
+            first = resnet.load(Path(args.data_dir) / f"{args.first}_cifar10.npz") if args.first else None
+            net = Network(*trunk, tuple(int(cut) for cut in args.cuts.split(",") if cut), first)
     except (ValueError, OSError, ImportError) as error:
         return refuse(error)
     found = run(args, net, data, 10 if args.smoke else 100)
@@ -272,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     config = {name: value for name, value in vars(args).items() if name not in ("data_dir", "workdir", "overwrite")}
     record = {"command": "python -m experiments.early_exit", "config": config, **found}
-    (folder / "early_exit.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{'cascade' if args.first else 'early_exit'}.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

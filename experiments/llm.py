@@ -109,7 +109,16 @@ def finish(rows: Sequence[Row], table: Path, picture: Path) -> str:
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table, the head first."""
-    found = [["row", "MB", "bits a kernel weight", "perplexity", "seconds to compress", "peak GB", "above the dense model"]]
+    head = [
+        "row",
+        "MB",
+        "bits a kernel weight",
+        "perplexity",
+        "seconds to compress",
+        "peak GB",
+        "above the dense model",
+    ]
+    found = [head]
     for r in rows:
         size = [f"{r['bytes'] / 1e6:.1f}", f"{r['bits']:.2f}", f"{r['perplexity']:.2f}"]
         above = f"{(r['peak_bytes'] - r['before_bytes']) / 1e9:.2f}" if "before_bytes" in r else ""

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,6 +69,7 @@ WHY = {
     "KMeans, global": "as KMeans",
     "calibrate": "inputs meet all their weights, and the statistic is summed over the batch",
 }
+RULES = {"SET": jc.prune.dynamic.SET(), "RigL": jc.prune.dynamic.RigL(stop=10_000)}
 TRAINED = ("Magnitude", "Magnitude, global", "Int", "KMeans, global")
 
 
@@ -100,6 +102,8 @@ def verbs(sharding: str, axes: str) -> Iterator[tuple[str, str, Callable[[], tup
     for name in TRAINED:
         yield "project", name, lambda plan=plans[name]: _project(plan, params)
         yield "simulate", name, lambda plan=plans[name]: (lambda p: jc.simulate(p, plan), (params,))
+    for name, rule in RULES.items():
+        yield "sparse training", name, lambda rule=rule: _sparse(rule, plans["Magnitude"], params)
     for name in ("Magnitude, Int", "KMeans", "SVD"):
         yield "materialize", name, lambda plan=plans[name]: (jc.materialize, (_nodes(plan, params),))
     yield "calibrate", "Gram matrices", lambda: (_calibrate(plans["GPTQ"]), (params, x))
@@ -117,7 +121,14 @@ def _compress(plan: jc.Plan, params: Any, x: Any) -> tuple:
 
 
 def _project(plan: jc.Plan, params: Any) -> tuple:
-    tx = jc.project(plan)
+    return _updated(jc.project(plan), params)
+
+
+def _sparse(rule: Any, plan: jc.Plan, params: Any) -> tuple:
+    return _updated(jc.prune.dynamic.sparse(optax.adamw(1e-3), rule, plan, key=jax.random.key(0)), params)
+
+
+def _updated(tx: optax.GradientTransformation, params: Any) -> tuple:
     found = jax.jit(tx.init).lower(params).compile().output_shardings
     state = jax.tree.map(_struct, jax.eval_shape(tx.init, params), found)
     return lambda g, s, p: tx.update(g, s, p), (params, state, params)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jcompress.numeric.batches import Batch, apart, batches
 from jcompress.numeric.bracketing import Search, interpolated, search, top
@@ -34,7 +36,7 @@ from jcompress.numeric.counting import (
     rows,
     sums_of,
 )
-from jcompress.numeric.meshes import is_explicit, on_any_mesh
+from jcompress.numeric.meshes import is_explicit, mesh_of, on_any_mesh, spec_of
 
 
 class _Values(NamedTuple):
@@ -64,7 +66,8 @@ class _Values(NamedTuple):
         """The place of each entry in the order in which ties are kept, counted from the end; computed anew as well."""
         first = jnp.uint32(self.size) if self.first is None else self.first
         inner = self.shape if self.inner is None else self.inner
-        return _falling_rank(inner, lax.optimization_barrier((first, *later_than))[0])
+        like = _inner_sharding(self.arrays[0], inner)
+        return _falling_rank(inner, lax.optimization_barrier((first, *later_than))[0], like)
 
 
 def _reached(values: Sequence[_Values], s: Search, ties: bool) -> list[Count]:
@@ -125,7 +128,8 @@ def _start(values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any)
     rows = []
     for x in values:
         bits = least = x.bits()
-        drawn = _drawn(x.shape, rare) & (bits >= jnp.zeros_like(bits))  # always; but sharded as the bits are
+        drawn = _drawn(x.shape, rare, _inner_sharding(bits, x.shape))
+        drawn = drawn & (bits >= jnp.zeros_like(bits))  # always; but sharded as the bits are
         if x.among is not None:
             drawn, least = drawn & x.among, jnp.where(x.among, bits, jnp.full_like(bits, top))
         octave = jnp.clip((bits >> mantissa).astype(jnp.int32) - lowest, 0, _OCTAVES).astype(jnp.uint32)
@@ -147,11 +151,11 @@ def _start(values: Sequence[_Values], wanted: Count, one: jax.Array, dtype: Any)
 _OCTAVES, _SAMPLE = 255, 1 << 15
 
 
-def _drawn(shape: tuple[int, ...], rare: int) -> jax.Array:
+def _drawn(shape: tuple[int, ...], rare: int, sharding: Any) -> jax.Array:
     """True for about one entry in ``2**rare``, spread evenly over the indices (multiplicative hashing)."""
     if rare == 0:
         return jnp.ones(shape, jnp.bool_)
-    return (_falling_rank(shape, jnp.uint32(0)) * jnp.uint32(0x9E3779B1)) >> (32 - rare) == 0
+    return (_falling_rank(shape, jnp.uint32(0), sharding) * jnp.uint32(0x9E3779B1)) >> (32 - rare) == 0
 
 
 def _bracket(values: Sequence[_Values], wanted: Count, smallest: jax.Array, largest: jax.Array) -> Search:
@@ -315,7 +319,7 @@ def _draw(among: jax.Array, wanted: Count, key: jax.Array) -> jax.Array:
     leading = rows(among.shape)
 
     def rank(mask: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-        like = jax.typeof(mask).sharding if is_explicit(mask) and not leading else None
+        like = _inner_sharding(mask, mask.shape[leading:])
         if leading:  # rows of one order each
             first = first ^ _mixed(_falling_rank(mask.shape[:leading], second)).reshape(_behind(mask.shape, leading))
         mixed = _mixed(_mixed(_falling_rank(mask.shape[leading:], first, like)) + second)
@@ -391,6 +395,11 @@ def _reaching(x: _Values, level: jax.Array, cut: jax.Array) -> jax.Array:
     # One pass, from the arrays: shared with a comparison above, the ranks would be written out.
     bits = x.bits(level, cut)
     return (bits > level) | ((bits == level) & (x.places(level, cut) >= cut))
+
+
+def _inner_sharding(x: jax.Array, inner: tuple[int, ...]) -> Any:
+    """How the last axes of an array lie where its type says so, for what is made beside it; else None."""
+    return NamedSharding(mesh_of(x), P(*spec_of(x)[x.ndim - len(inner) :])) if is_explicit(x) else None
 
 
 def _falling_rank(shape: tuple[int, ...], first: jax.Array, sharding: Any = None) -> jax.Array:
