@@ -88,6 +88,7 @@ def codebooks() -> Iterator[Way]:
     yield way("values4", "k-means", kmeans(2), kmeans(2))
     yield way("words4", "words", words(4), table_words(4))
     yield way("words4_gram", "words", words(4, "gram"), table_words(4))
+    yield way("words4_rotated", "words", jc.quantize.Rotation(words(4, "gram")), table_words(4))
     yield way("words8_twice", "words", *(jc.residual(x, x) for x in (words(8), table_words(8))))
     yield way("e8p", "lattice", jc.quantize.Rotation(jc.quantize.E8P(weigh="gram")), table_words(4))
     walks = jc.quantize.Trellis(block=(2, 128), weigh="gram"), jc.quantize.Trellis(block=(1, 128))

@@ -50,7 +50,8 @@ class KMeans(Method):
       weigh: how much an error matters. A statistic of each weight, ``"hessian_diagonal"`` or ``"grad_square"``:
         ``sum h (w - c)**2``, with weighted means (Choi et al. 2017, arXiv:1612.01543). Or ``"gram"``, the error of the
         layer's outputs, ``tr(dW^T gram dW)``: words are then taken for one input after the other, each making up for
-        the errors of all others, and fitted to the outputs; what is sharded is gathered.
+        the errors of all others, and fitted to the outputs; what is sharded is gathered. A few inputs that hold most of
+        the energy would take most of the words: turn the basis first, ``Rotation(KMeans(..., weigh="gram"))``.
       price: what a bit of an index is worth, as a share of a weight's mean square, >= 0: entropy-constrained (Chou,
         Lookabaugh & Gray 1989; of networks: Choi et al.). Bits are ideal code lengths, which ``jc.save(path, tree,
         coded=True)`` comes to. Many clusters at a price do better than few at none.
