@@ -45,9 +45,9 @@ class Language:
 
     def __init__(self, config: Config, model: str, data_dir: str | None, workdir: str | None = None) -> None:
         self.config, self.workdir = config, Path(workdir or f"runs/{config.name}")
-        found = _tiny() if model == "tiny" else llama_files.load(model)
+        found = loaded(model)
         self.model, self.params = found.config, found.params
-        self.tokens = tokens = _tokens(found, data_dir)
+        self.tokens = tokens = tokens_of(found, data_dir)
         calibration = text.windows(tokens, config.calibration_length, config.calibration, "first")
         self.evaluation = text.windows(tokens, config.evaluation_length, config.evaluation, "second")
         self.calibration = Calibration(self.params, self.model, calibration, self.workdir / "statistics")
@@ -126,12 +126,15 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     return found
 
 
-def _tiny() -> llama_files.Loaded:
+def loaded(model: str) -> llama_files.Loaded:
+    """A decoder from a file or folder; ``"tiny"`` is a small random one."""
+    if model != "tiny":
+        return llama_files.load(model)
     config = llama.Config.tiny()
     return llama_files.Loaded(config, llama.init(jax.random.key(0), config), None)
 
 
-def _tokens(found: llama_files.Loaded, data_dir: str | None) -> np.ndarray:
+def tokens_of(found: llama_files.Loaded, data_dir: str | None) -> np.ndarray:
     """Of the text; of a small model without one, random bytes."""
     if data_dir is None:
         if found.tokenizer is not None:

@@ -12,7 +12,7 @@ import pytest
 import jcompress as jc
 from experiments import llm, runner
 from experiments.configs import llm as full
-from experiments.language import reference, text, units
+from experiments.language import peak, reference, text, units
 from experiments.language.calibration import Calibration
 from experiments.language.healing import Healing
 from experiments.language.mixture import Mixture
@@ -86,7 +86,7 @@ def test_rows_are_made_and_continued(tmp_path, monkeypatch):
     method = jc.quantize.GPTQ(bits=3, group_size=16, symmetric=False)
     rows = (full.Recipe("half", "16 bits"), full.Recipe("one", "GPTQ", method, sequential=True))
     config = full.Config(rows, calibration=2, calibration_length=12, evaluation=2, evaluation_length=8)
-    monkeypatch.setattr(llm, "_tiny", lambda: llm.llama_files.Loaded(CONFIG, PARAMS, None))
+    monkeypatch.setattr(llm, "loaded", lambda model: llm.llama_files.Loaded(CONFIG, PARAMS, None))
     only = dataclasses.replace(config, only="half")
     runner.run(llm.Language(only, "tiny", None, str(tmp_path)))
     first = (tmp_path / "results.jsonl").read_text()
@@ -97,6 +97,17 @@ def test_rows_are_made_and_continued(tmp_path, monkeypatch):
     assert found["half"]["bits"] == 16 and found["one"]["bits"] == 3 + (16 + 3) / 16
     assert found["one"]["bytes"] < found["half"]["bytes"] and found["one"]["perplexity"] > 1
     assert (tmp_path / "table.md").exists() and (tmp_path / "pareto.png").exists()
+
+
+def test_stages_are_measured_and_layers_let_go(tmp_path, monkeypatch):
+    held = {**PARAMS, "layers": list(PARAMS["layers"])}
+    monkeypatch.setattr(llm, "loaded", lambda model: llm.llama_files.Loaded(CONFIG, held, None))
+    method = jc.quantize.GPTQ(bits=3, group_size=16, symmetric=False)
+    config, recipe = full.Config((), calibration=2, calibration_length=12), full.Recipe("one", "GPTQ", method)
+    rows, dense = peak.measured("tiny", None, config, recipe, tmp_path)
+    assert [r["stage"] for r in rows] == ["load", "statistics", "compress", "save"]
+    assert dense == sum(x.nbytes for x in jax.tree.leaves(PARAMS)) and held["layers"] == [None, None]
+    assert len(jc.load(tmp_path / "layers.jc")) == 2 and "float32 model" in peak.table(rows, dense)
 
 
 def test_units_and_layers_are_cut_to_half_of_the_multiply_adds(calibration):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,13 @@ class Calibration:
     def compress(
         self, rules: Rules, kind: str = "plain", sequential: bool = False, layers: Sequence[PyTree] = (), seed: int = 0
     ) -> list[PyTree]:
-        """The layers with nodes.
+        """The layers with nodes: all that :meth:`compressed` gives."""
+        return list(self.compressed(rules, kind, sequential, layers, seed))
+
+    def compressed(
+        self, rules: Rules, kind: str = "plain", sequential: bool = False, layers: Sequence[PyTree] = (), seed: int = 0
+    ) -> Iterator[PyTree]:
+        """One layer with nodes after the other; no more is read of a dense one than its own turn.
 
         Args:
           rules: as for ``jcompress.plan``, of paths such as ``layers/0/attention/q/kernel``; for each layer those that
@@ -71,7 +77,7 @@ class Calibration:
           layers: in place of the dense model's; for rules that need no statistics.
           seed: of what is drawn at random.
         """
-        made, run = [], None
+        run = None
         if sequential:
             run = _Streams(self.params, self.config, self.windows, self._weights(kind))
         for i, layer in enumerate(layers or self.params["layers"]):
@@ -84,8 +90,7 @@ class Calibration:
             node = jc.compress(part, plan, key=jax.random.key(1000 * seed + i), stats=stats)["layers"][str(i)]
             if run is not None:
                 run.advance(jc.materialize(node))
-            made.append(node)
-        return made
+            yield node
 
     def _weights(self, kind: str) -> Weights | None:
         """Of each window, by path in stacked layers: (layers, 1, positions, 1)."""
