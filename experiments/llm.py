@@ -11,6 +11,7 @@ compressed models. Interrupted, the same command continues: rows that are finish
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,8 @@ class Language:
         )
         if recipe.healing is None:
             return layers
-        return recipe.healing(self.params, layers, self.model, self.tokens, recipe.seed)
+        healing = dataclasses.replace(recipe.healing, steps=self.config.healing)
+        return healing(self.params, layers, self.model, self.tokens, recipe.seed)
 
     def line(self, r: Row) -> str:
         return f"{r['name']:<22} {r['bytes'] / 1e6:7.1f} MB {r['bits']:5.2f} bits  perplexity {r['perplexity']:.2f}"

@@ -81,6 +81,7 @@ class Config:
     calibration_length: int = 512
     evaluation: int = 12
     evaluation_length: int = 256
+    healing: int = 100  # steps of rows that are healed
 
 
 def grid(bits: int) -> Int:
