@@ -93,7 +93,9 @@ def _compress_unit(
     source: io.Tensors, unit: list[str], plan: Plan, parts: Mapping[str, str], coded: bool, *known: Any
 ) -> None:
     """Read, compress and write what is decided together; arrays are let go before nodes are written."""
-    for name, leaf in _fitted({name: _array(source, name, plan) for name in unit}, plan, *known).items():
+    nodes = _fitted({name: _array(source, name, plan) for name in unit}, plan, *known)
+    jax.device_put(0)  # JAX lets go of what it took without a copy when it is called the next time
+    for name, leaf in nodes.items():
         joining.save_part(parts[name], leaf, coded=coded)
 
 

@@ -5,7 +5,7 @@ import shutil
 import jax
 import pytest
 
-from experiments.scale import large, programs, verbs
+from experiments.scale import large, programs, streaming, verbs
 from experiments.workdir import Rows
 
 HLO = """
@@ -36,10 +36,16 @@ def test_a_verb_is_measured():
     assert row["kept"] and row["bytes_per_parameter"] < 0.01 and row["gathered"] == 0
 
 
-@pytest.mark.parametrize("module", [verbs, large], ids=["verbs", "large"])
+KEYS = {verbs: verbs.KEYS, large: ("model", "job", "what"), streaming: ("method", "dtype")}
+
+
+@pytest.mark.parametrize("module", KEYS, ids=["verbs", "large", "streaming"])
 def test_tables_are_those_of_their_rows(module, tmp_path):
-    name = module.__name__.rsplit(".", 1)[-1]
-    keys = verbs.KEYS if module is verbs else ("model", "job", "what")
-    shutil.copy(module.RESULTS / f"{name}.jsonl", tmp_path)
+    name, keys = module.__name__.rsplit(".", 1)[-1], KEYS[module]
+    shutil.copy(verbs.RESULTS / f"{name}.jsonl", tmp_path)
     text = module.finish(list(Rows(tmp_path / f"{name}.jsonl", keys)), tmp_path / f"{name}.md")
-    assert text == (module.RESULTS / f"{name}.md").read_text()
+    assert text == (verbs.RESULTS / f"{name}.md").read_text()
+
+
+def test_memory_of_a_file_is_measured(tmp_path):
+    assert streaming.measure("8 bits", "float32", tmp_path, side=256, count=2) > 0

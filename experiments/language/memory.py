@@ -16,12 +16,16 @@ class Peak:
 
     What earlier work left behind goes first: compiled programs, garbage, and what ``malloc`` keeps for itself.
 
+    Args:
+      compiled: whether compiled programs stay.
+
     Attributes:
       before: bytes that were resident when this was made.
     """
 
-    def __init__(self) -> None:
-        jax.clear_caches()
+    def __init__(self, compiled: bool = False) -> None:
+        if not compiled:
+            jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Protocol
 
@@ -90,15 +91,21 @@ class NM:
 
     def mask(self, scores: jax.Array) -> jax.Array:
         """Mask of the shape of ``scores`` (..., in, out). Ranks come from pairwise comparisons, not from a sort."""
-        *lead, rows, columns = scores.shape
-        groups = ordered_bits(scores).reshape(*lead, rows // self.m, self.m, columns)
-        place = lax.broadcasted_iota(jnp.int32, groups.shape, groups.ndim - 2)
-        rank = jnp.zeros(groups.shape, jnp.int8 if self.m < 128 else jnp.int32)
-        for i in range(self.m):
-            # Integers: that an equal one in front counts as larger is to add 1, for which they leave room.
-            ahead = groups[..., i : i + 1, :] + (place > i).astype(groups.dtype) > groups
-            rank = rank + ahead.astype(rank.dtype)
-        return (rank < self.n).reshape(scores.shape)
+        return _largest_of_each(scores, self.n, self.m)
+
+
+@functools.partial(jax.jit, static_argnames=("n", "m"))
+def _largest_of_each(scores: jax.Array, n: int, m: int) -> jax.Array:
+    """Compiled, also where it is called outside ``jit``: its steps take several times the memory."""
+    *lead, rows, columns = scores.shape
+    groups = ordered_bits(scores).reshape(*lead, rows // m, m, columns)
+    place = lax.broadcasted_iota(jnp.int32, groups.shape, groups.ndim - 2)
+    rank = jnp.zeros(groups.shape, jnp.int8 if m < 128 else jnp.int32)
+    for i in range(m):
+        # Integers: that an equal one in front counts as larger is to add 1, for which they leave room.
+        ahead = groups[..., i : i + 1, :] + (place > i).astype(groups.dtype) > groups
+        rank = rank + ahead.astype(rank.dtype)
+    return (rank < n).reshape(scores.shape)
 
 
 @dataclasses.dataclass(frozen=True)
