@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -145,12 +145,12 @@ def mixture() -> dict[str, Any]:
     return low | {f"{b} bits": Q.GPTQ(bits=b, group_size=GROUP, pad=True) for b in (2, 3, 4, 8)}
 
 
-def units(lab: Lab, seed: int, share: float) -> Network:
-    """Whole units cut, by their norms over all groups, for a share of the multiply-adds."""
+def units(lab: Lab, seed: int, share: float, scope: Literal["group", "global"] = "global") -> Network:
+    """Whole units cut, by their norms over all groups or evenly from each, for a share of the multiply-adds."""
     params = lab.dense(seed)
     groups = lab.once("groups", lambda: jc.trace.coupling(lab.apply, lab.shapes, lab.example))
     scores = P.structured.l1(params, groups)
-    keep = P.structured.keep(scores, groups, cost=share, scope="global", normalize="mean", at_least=1)
+    keep = P.structured.keep(scores, groups, cost=share, scope=scope, normalize="mean", at_least=1)
     apply, small = jc.shrink(lab.apply, params, keep, lab.example)
     return Network(small, apply)
 

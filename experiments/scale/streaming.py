@@ -40,7 +40,8 @@ SIDE, COUNT = 4096, 6
 
 def measure(method: str, dtype: str, folder: Path, side: int = SIDE, count: int = COUNT) -> float:
     """In this process: the peak as a multiple of an array."""
-    size = [written(folder / name, dtype, side, arrays) for name, arrays in (("one", 1), ("many", count))][0]
+    size = written(folder / "one", dtype, side, 1)
+    written(folder / "many", dtype, side, count)
     compress(method, folder / "one")
     peak = memory.Peak(compiled=True)
     compress(method, folder / "many")
