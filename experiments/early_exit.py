@@ -286,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.smoke:
             net, data = smoke()
+            net.first = (net.params, net.statistics) if args.first else None
             args.train, args.epochs, args.width, args.timed, args.speedups, args.held = 20, 1, 4, 3, "1.01", 10
         else:
             data = datasets.load("cifar10", args.data_dir, val=0.1)

@@ -36,6 +36,13 @@ def test_a_verb_is_measured():
     assert row["kept"] and row["bytes_per_parameter"] < 0.01 and row["gathered"] == 0
 
 
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="there meshes are told otherwise")
+def test_ties_lie_as_the_weights_where_axes_are_explicit():
+    found = {(verb, method): make for verb, method, make in verbs.verbs("both", "explicit")}
+    row = verbs.measure("sparse training", "RigL", "both", "explicit", found["sparse training", "RigL"])
+    assert row["kept"] and row["temporary_over_shard"] < 1  # of the whole array it would be 8
+
+
 KEYS = {verbs: verbs.KEYS, large: ("model", "job", "what"), streaming: ("method", "dtype")}
 
 
