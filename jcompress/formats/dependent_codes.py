@@ -12,7 +12,7 @@ import numpy as np
 from jcompress import core
 from jcompress.core import Compressed
 from jcompress.formats.quantized import Groups, pool, spread
-from jcompress.numeric import dependent
+from jcompress.numeric import dependent, scaling
 
 
 @jax.tree_util.register_dataclass
@@ -63,12 +63,13 @@ class DependentCodes(Compressed):
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> DependentCodes:
         """The scale that fits the levels to ``w`` in least squares."""
-        levels, w = self.levels(jnp.float32), w.astype(jnp.float32)
+        levels, unit = self.levels(jnp.float32), scaling.unit([w])
+        w = unit.divide(w)
         if where is not None:
             levels, w = jnp.where(where, levels, 0.0), jnp.where(where, w, 0.0)
         square = pool(levels * levels, self.axes, self.group_size, jnp.add, 0.0)
         product = pool(levels * w, self.axes, self.group_size, jnp.add, 0.0)
-        scale = jnp.where(square > 0, product / jnp.where(square > 0, square, 1), 0.0)
+        scale = unit.saturated(jnp.where(square > 0, product / jnp.where(square > 0, square, 1), 0.0))
         if core.is_node(self.scale):
             return dataclasses.replace(self, scale=self.scale.project(scale))
         return dataclasses.replace(self, scale=scale)

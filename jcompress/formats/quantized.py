@@ -13,6 +13,7 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed, Relaying
+from jcompress.numeric import scaling
 
 Groups = int | tuple[int, int] | None
 
@@ -154,9 +155,7 @@ def nearest(
     """
     if table is not None:
         return _nearest_in_table(w, jnp.asarray(scale), np.asarray(table, np.float32)).astype(dtype)
-    # XLA multiplies by the inverse, which is zero for scales above 2**126.
-    shift = jnp.where(jnp.abs(scale) > 2.0**100, jnp.float32(2.0**-60), jnp.float32(1))
-    scaled = (w * shift) / (scale * shift)
+    scaled = scaling.ratio(w, scale)
     if jnp.issubdtype(dtype, jnp.floating):
         most = float(jnp.finfo(dtype).max)
         return jnp.clip(scaled, -most, most).astype(dtype)
@@ -173,7 +172,7 @@ def _nearest_in_table(w: jax.Array, scale: jax.Array, levels: np.ndarray) -> jax
     """How many midpoints between levels lie below. A few are compared with one by one: faster than a search."""
     middles = (levels[1:] + levels[:-1]) / 2
     if len(middles) > 31:
-        return jnp.searchsorted(jnp.asarray(middles), w / scale, side="left")
+        return jnp.searchsorted(jnp.asarray(middles), scaling.ratio(w, scale), side="left")
     w, scale = jnp.where(scale < 0, -w, w), jnp.abs(scale)
     return sum(((w > float(m) * scale).astype(jnp.int32) for m in middles), start=jnp.zeros(w.shape, jnp.int32))
 

@@ -45,6 +45,12 @@ def inside(x: jax.Array) -> jax.Array:
     return x if jnp.iscomplexobj(x) else jnp.clip(x, -most, most)
 
 
+def ratio(x: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """``x / scale`` where XLA multiplies by the inverse, which is zero for scales above ``2**126``."""
+    shift = jnp.where(jnp.abs(scale) > 2.0**100, jnp.float32(2.0**-60), jnp.float32(1))
+    return (x * shift) / (scale * shift)
+
+
 def unit(xs: Sequence[jax.Array]) -> Unit:
     """The unit of arrays that belong together: about their largest magnitude, and 1 if that is no extreme.
 

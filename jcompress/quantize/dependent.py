@@ -13,7 +13,7 @@ from jcompress import core
 from jcompress.core import Context, Method
 from jcompress.formats import DependentCodes
 from jcompress.formats.quantized import spread
-from jcompress.numeric import dependent
+from jcompress.numeric import dependent, scaling
 from jcompress.numeric.entropy import code_lengths
 from jcompress.quantize.integer import Int
 from jcompress.quantize.rate_distortion import importance
@@ -81,7 +81,8 @@ class Dependent(Method):
         scale = spread(jnp.where(found.scale == 0, 1, found.scale), found.codes, found.group_size)
         shown = None if context.where is None else jnp.broadcast_to(context.where, w.shape)
         h = importance(self.weigh, context)
-        codes = chosen(w.astype(jnp.float32) / scale, h, shown, self.price, 2 ** (found.bits - 1) - 1, self.states)
+        steps = scaling.ratio(w.astype(jnp.float32), scale)
+        codes = chosen(steps, h, shown, self.price, 2 ** (found.bits - 1) - 1, self.states)
         node = DependentCodes(
             codes.astype(found.codes.dtype),
             found.scale,

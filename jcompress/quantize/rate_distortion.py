@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jcompress.core import Context, Method
 from jcompress.formats import Quantized
 from jcompress.formats.quantized import spread
+from jcompress.numeric import scaling
 from jcompress.numeric.entropy import code_lengths
 from jcompress.quantize.integer import Int
 
@@ -77,7 +78,7 @@ class RateDistortion(Method):
         if node.zero is not None:
             zero = spread(node.zero.astype(jnp.float32), node.codes, node.group_size, node.group_axis)
         scale = spread(jnp.where(scale == 0, 1, scale), node.codes, node.group_size, node.group_axis)
-        wanted = w.astype(jnp.float32) / scale + zero
+        wanted = scaling.ratio(w.astype(jnp.float32), scale) + zero
         near = node.codes.astype(jnp.float32)
         steps = jnp.clip(zero - near, -_NEAR, _NEAR)
         tried = [near + jnp.clip(steps, -k, k) for k in range(_NEAR + 1)]

@@ -14,7 +14,7 @@ from jcompress.core import Context, Method
 from jcompress.formats import DependentCodes, Quantized
 from jcompress.layers import matrices
 from jcompress.layers.matrices import Contraction
-from jcompress.numeric import dependent
+from jcompress.numeric import dependent, scaling
 from jcompress.numeric.damping import damped, inverse_factor
 from jcompress.numeric.sweep import Known, sweep
 from jcompress.quantize import dependent as rounding
@@ -84,8 +84,10 @@ class WaterFilling(Method):
         matrix, shown, most = layer.matrix(), matrices.visible(layer, context), 2 ** (self.bits - 1) - 1
         if not w.size:
             return self._node(layer, jnp.zeros(matrix.shape), jnp.ones(matrix.shape[:-1]), context)
-        values, steps = jax.vmap(lambda w, gram, shown: self._solve(w, gram, shown, most))(matrix, gram, shown)
-        return self._node(layer, values / steps[..., None], steps, context)
+        unit = scaling.unit([matrix])
+        solve = jax.vmap(lambda w, gram, shown: self._solve(w, gram, shown, most))
+        values, steps = solve(unit.divide(matrix), gram, shown)
+        return self._node(layer, values / steps[..., None], unit.saturated(steps), context)
 
     def _solve(self, w: jax.Array, gram: jax.Array, shown: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
         """Values (k, n) and steps (k,) of one layer."""
