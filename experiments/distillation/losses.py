@@ -4,9 +4,11 @@ Examples:
   python -m experiments.distillation.losses
   python -m experiments.distillation.losses --config.data=mnist --data_dir=<folder with MNIST's idx files>
   python -m experiments.distillation.losses --config.data=text --data_dir=<folder with tinyshakespeare.txt>
+  python -m experiments.distillation.losses --config.data=cifar10 --data_dir=<folder with CIFAR-10 and the ResNets>
+  python -m experiments.distillation.losses --config.data=cifar10 --config.student=resnet20 --data_dir=...
 
-The student is its teacher with most units of each layer cut out, and starts from what is left. It is trained by
-``cross entropy + w * loss``. No weight ``w`` is tuned: each is such that at the start the gradient of its term is as
+The student is its teacher with most units of each layer cut out, and starts from what is left; a ResNet-56 also
+teaches a ResNet-20 that was trained elsewhere. It is trained by ``cross entropy + w * loss``. No weight ``w`` is tuned: each is such that at the start the gradient of its term is as
 long as that of the cross entropy. ``permuted targets`` is the control: the teacher's confidence, and nothing of what it
 knows.
 
@@ -32,9 +34,9 @@ import jcompress as jc
 from experiments import lab as labs
 from experiments import pictures, runner, tables
 from experiments.families import __main__ as families
+from experiments.families import lab as family_labs
 from experiments.families import ways
 from experiments.families.lab import Config as Network
-from experiments.families.lab import Lab
 from experiments.workdir import Row, Rows, write
 
 PyTree = Any
@@ -54,6 +56,7 @@ class Config:
     steps: int = 600
     batch_size: int = 64
     learning_rate: float = 2e-3
+    student: str = ""  # a network that was trained elsewhere, instead of the teacher cut
     only: str = ""  # some of the losses, joined by commas
 
 
@@ -64,6 +67,9 @@ def config_of(data: str) -> Config:
     network = families.config_of(data)
     if data == "text":
         return Config("text", data, network, hidden=r"block_\d/up/kernel", share=0.3, steps=400, batch_size=32)
+    if data == "cifar10":
+        teacher = dataclasses.replace(network, model="resnet56")
+        return Config(data, data, teacher, hidden="", share=0.33, steps=60, learning_rate=1e-3)
     return Config(data, data, network, share=0.1, steps=3000, batch_size=100)
 
 
@@ -95,6 +101,12 @@ def mapped(s: Seen) -> dict[str, Any]:
     return jax.tree.map(lambda f, x: f(x), s.learned["maps"], fired(s.layers), is_leaf=callable)
 
 
+def in_pairs(layers: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The first and the last layer of a stage, stage by stage."""
+    found = list(layers.values())
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
 LOSSES: dict[str, Callable[[Seen], Any]] = {
     "plain": lambda s: 0.0,
     "permuted targets": lambda s: D.permuted_targets(s.student, s.teacher, key=s.key),
@@ -105,6 +117,8 @@ LOSSES: dict[str, Callable[[Seen], Any]] = {
     "hints": lambda s: D.hints(fired(s.layers), fired(s.goals), s.learned["maps"]),
     "boundaries": lambda s: D.activation_boundaries(s.layers, s.goals, regressor=s.learned["maps"]),
     "selectivity": lambda s: D.neuron_selectivity(fired(s.layers), fired(s.goals)),
+    "attention": lambda s: D.attention_transfer(fired(s.layers), fired(s.goals)),
+    "flow": lambda s: D.fsp(in_pairs(mapped(s)), in_pairs(fired(s.goals))),
     "similarities": lambda s: D.similarity_preserving(fired(s.layers), fired(s.goals)),
     "distances": lambda s: D.relational_distance(last(fired(s.layers)), last(fired(s.goals))),
     "angles": lambda s: D.relational_angle(last(fired(s.layers))[:32], last(fired(s.goals))[:32]),
@@ -112,12 +126,12 @@ LOSSES: dict[str, Callable[[Seen], Any]] = {
     "information": lambda s: D.variational_information(
         fired(s.layers), fired(s.goals), s.learned["scales"], s.learned["maps"]
     ),
-    "contrast": lambda s: D.contrastive(
-        last(jax.tree.map(lambda f, x: f(x), s.learned["maps"], fired(s.layers), is_leaf=callable)),
-        last(fired(s.goals)),
-    ),
+    "contrast": lambda s: D.contrastive(last(mapped(s)), last(fired(s.goals))),
 }
 """By name, a number of what is seen of a batch."""
+
+UNFIT = {"cifar10": (), "text": ("angles", "attention", "flow")}
+"""Losses that a network's features are too large for, or have no stages for; those of dense layers have no positions."""
 
 
 class Schools:
@@ -126,14 +140,14 @@ class Schools:
     keys = ("seed", "loss")
 
     def __init__(self, config: Config, data_dir: str | None, workdir: str | None) -> None:
-        unfit = ("angles",) if config.data == "text" else ("selectivity",)  # too large, and without positions
+        unfit = UNFIT.get(config.data, ("selectivity", "attention", "flow"))
         known = [name for name in LOSSES if name not in unfit]
         unknown = set(filter(None, config.only.split(","))) - set(known)
         if unknown:
             raise ValueError(f"config.only: {sorted(unknown)} unknown; use some of {', '.join(known)}")
         self.losses = [x for x in known if not config.only or x in config.only.split(",")]
         self.config, self.workdir = config, Path(workdir or f"runs/distillation/{config.name}")
-        self.lab = Lab(config.network, data_dir)
+        self.lab = family_labs.of(config.network, data_dir)
         setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "only", "seeds")}
         self.setting = {"config": setting, "checksum": self.lab.load(0).checksum()}
 
@@ -145,14 +159,26 @@ class Schools:
 
     def measure(self, rows: Rows, seed: int, loss: str) -> Row:
         teacher = self.lab.dense(seed)
-        network = self.lab.once(("student", seed), lambda: ways.units(self.lab, seed, self.config.share, "group"))
         if loss == "teacher":
             return self.lab.score(ways.Network(teacher), seed) | self.lab.size(ways.Network(teacher))
+        network = self.lab.once(("student", seed), lambda: self.student(seed))
         if loss != "cut":
             network = network._replace(tree=self._taught(network, teacher, seed, loss))
-        return self.lab.score(network, seed) | self.lab.size(network)
+        return self.score(network, seed) | self.lab.size(network)
 
-    def _layers(self, apply: Callable, params: PyTree, x: Any) -> tuple[Any, dict[str, Any]]:
+    def student(self, seed: int) -> ways.Network:
+        """The network that learns, as it begins."""
+        return ways.units(self.lab, seed, self.config.share, "group")
+
+    def score(self, network: ways.Network, seed: int) -> dict[str, float]:
+        """How good a student is."""
+        return self.lab.score(network, seed)
+
+    def shown(self, x: Any, number: int) -> Any:
+        """A batch of so many steps as both networks see it."""
+        return x
+
+    def layers(self, apply: Callable, params: PyTree, x: Any) -> tuple[Any, dict[str, Any]]:
         """Logits, and what the hidden layers give before their activation functions."""
         logits, found = jc.trace.features(apply, params, x, match=self.config.hidden)
         leaves = dict(jc.paths(params))
@@ -163,8 +189,8 @@ class Schools:
         config, lab, term = self.config, self.lab, LOSSES[name]
         apply = network.apply or lab.apply
         data, key = lab.load(seed).train, jax.random.key(1000 + seed)
-        few = data.x[: config.batch_size]
-        shapes = [jax.eval_shape(lambda p, x, f=f: self._layers(f, p, x)[1], p, few)
+        few, labels = self.shown(data.x[: config.batch_size], 0), data.y[: config.batch_size]
+        shapes = [jax.eval_shape(lambda p, x, f=f: self.layers(f, p, x)[1], p, few)
                   for f, p in ((apply, network.tree), (lab.apply, teacher))]  # fmt: skip
         scales = jax.tree.map(lambda x: jnp.zeros(x.shape[-1]), shapes[1])
         begin = {"student": network.tree, "maps": D.regressors(*shapes, key=key), "scales": scales}
@@ -172,21 +198,21 @@ class Schools:
         def hard(train: PyTree, x: Any, y: Any) -> Any:
             return labs.cross_entropy(apply(train["student"], x), y).mean()
 
-        def soft(train: PyTree, teacher: PyTree, x: Any, y: Any, key: Any) -> Any:
-            logits, layers = self._layers(apply, train["student"], x)
-            theirs, goals = self._layers(lab.apply, teacher, x)
-            return term(Seen(logits, theirs, layers, goals, train, y, key)) + 0.0 * logits.sum()
+        def soft(train: PyTree, answers: Any, x: Any, y: Any, key: Any) -> Any:
+            logits, layers = self.layers(apply, train["student"], x)
+            return term(Seen(logits, answers[0], layers, answers[1], train, y, key)) + 0.0 * logits.sum()
 
+        told = lab.once("answers", lambda: jax.jit(functools.partial(self.layers, lab.apply)))
         sizes = [optax.tree.norm(jax.jit(jax.grad(f))(*args)["student"])
-                 for f, args in ((hard, (begin, few, data.y[: config.batch_size])),
-                                 (soft, (begin, teacher, few, data.y[: config.batch_size], key)))]  # fmt: skip
+                 for f, args in ((hard, (begin, few, labels)),
+                                 (soft, (begin, told(teacher, few), few, labels, key)))]  # fmt: skip
         weight = float(jnp.where(sizes[1] > 0, sizes[0] / sizes[1], 0.0))
         tx = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(train: PyTree, state: Any, teacher: PyTree, x: Any, y: Any, key: Any) -> tuple:
+        def step(train: PyTree, state: Any, answers: Any, x: Any, y: Any, key: Any) -> tuple:
             def total(train: PyTree) -> Any:
-                return hard(train, x, y) + weight * soft(train, teacher, x, y, key)
+                return hard(train, x, y) + weight * soft(train, answers, x, y, key)
 
             updates, state = tx.update(jax.grad(total)(train), state)
             return optax.apply_updates(train, updates), state
@@ -195,8 +221,14 @@ class Schools:
         state = tx.init(train)
         for number in range(config.steps):
             chosen = next(batches)
-            train, state = step(train, state, teacher, data.x[chosen], data.y[chosen], jax.random.fold_in(key, number))
+            x, now = self.shown(data.x[chosen], number), jax.random.fold_in(key, number)
+            answers = self.remembered((seed, number), lambda x=x: told(teacher, x))
+            train, state = step(train, state, answers, x, data.y[chosen], now)
         return train["student"]
+
+    def remembered(self, key: tuple[int, int], ask: Callable[[], Any]) -> Any:
+        """The teacher's answers of a step of a seed."""
+        return ask()
 
     def line(self, row: Row) -> str:
         return f"seed {row['seed']} {row['loss']}: {families.score(row, self.lab.kind):.3f}"
@@ -223,8 +255,17 @@ def finish(rows: Sequence[Row], kind: str, table: Path, picture: Path) -> str:
     return text
 
 
+def of(config: Config, data_dir: str | None, workdir: str | None) -> Schools:
+    """The experiment of a config."""
+    if config.data != "cifar10":
+        return Schools(config, data_dir, workdir)
+    from experiments.distillation.residual import Residual
+
+    return Residual(config, data_dir, workdir)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return runner.of_config(__doc__, "runs/distillation/<name of the config>", config_of, Schools, argv)
+    return runner.of_config(__doc__, "runs/distillation/<name of the config>", config_of, of, argv)
 
 
 if __name__ == "__main__":
