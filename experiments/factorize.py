@@ -139,7 +139,7 @@ class Chosen:
 
 def run(bench: Bench, shares: Sequence[float]) -> list[dict[str, Any]]:
     """The rows of all families at all shares."""
-    rows = [{"family": "dense", "share": 1.0, "numbers": 1.0, "error": bench.error(bench.params, bench.statistics)}]
+    rows = [bench.row("dense", 1.0, bench.params)]
     chosen = Chosen(bench)
     for share in tqdm(shares, desc="shares"):
         for name, make in FAMILIES.items():
