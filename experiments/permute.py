@@ -1,0 +1,139 @@
+"""Units of a pretrained ResNet in another order, so that words of several inputs fit its kernels better.
+
+Example:
+  python -m experiments.permute --model=resnet56 --data_dir=<folder with CIFAR-10 and resnet56_cifar10.npz>
+
+Each convolution but the first is stored as a codebook of words of ``--block`` inputs, at most 256 and an eighth of its
+blocks, before and after ``jc.rewrite.permute``, at equal bytes; the control are random orders of the same groups, three
+of them. Martinez et al. (2021, arXiv:2010.15703) report that the search lowers the error of every group that they
+permute. Errors of layers are relative, in the kernels; that of the network is on the first ``--test`` test images,
+with batch statistics as they were. Nothing is trained, and nothing is chosen on test images.
+
+It writes ``--workdir``/permute_<model>.json and prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jcompress as jc
+from experiments import data as datasets
+from experiments import flags, lab, tables
+from experiments.models import resnet
+from experiments.runner import refuse
+
+PyTree = Any
+KERNELS = r"weights/.*conv\d/weight"
+FIRST = "weights/conv1/weight"
+
+
+def fixed(both: PyTree, x: Any) -> Any:
+    """Logits, with batch statistics that are leaves, so that they change places with what they belong to."""
+    return resnet.logits(both["weights"], x, both["statistics"])
+
+
+class Bench:
+    """One network, and what is measured of its units in some order."""
+
+    def __init__(self, path: Path, data: datasets.Data, block: int, test: int) -> None:
+        weights, statistics = resnet.load(path)
+        self.params, self.block = {"weights": weights, "statistics": statistics}, block
+        self.test, self.example = data.test.take(slice(test)), data.train.x[:8]
+        self.groups = jc.trace.coupling(fixed, self.params, self.example)
+        layout = jc.trace.layout(fixed, self.params, self.example)
+        kernels = [path for path in jc.plan(self.params, [(FIRST, None), (KERNELS, jc.quantize.Int(8))])]
+        self.leaves = dict(jc.paths(self.params))
+        self.kernels = [path for path in kernels if path != FIRST and self.leaves[path].ndim == 4]
+        rules = [(path.replace(".", r"\."), self.words(self.leaves[path].size)) for path in self.kernels]
+        self.plan = jc.plan(self.params, rules, layout={path: layout[path] for path in self.kernels})
+        self.evaluate = lab.make_evaluate(fixed, 250)
+
+    def words(self, size: int) -> jc.share.KMeans:
+        """A codebook for a kernel of so many numbers."""
+        return jc.share.KMeans(clusters=min(256, size // self.block // 8), block=(self.block, 1))
+
+    def row(self, order: str, params: PyTree) -> dict[str, Any]:
+        """Errors of all layers and of the network, of units in this order."""
+        y, z = (np.asarray(jax.jit(fixed)(p, self.example)) for p in (self.params, params))
+        small = jc.compress(params, self.plan)
+        dense = jc.materialize(small)
+        before, after = dict(jc.paths(params)), dict(jc.paths(dense))
+        errors = {p: float(jnp.linalg.norm(after[p] - before[p]) / jnp.linalg.norm(before[p])) for p in self.kernels}
+        return {
+            "order": order,
+            "bytes": jc.nbits(small) // 8,
+            "outputs_moved": float(np.abs(y - z).max() / np.abs(y).max()),
+            "error": 100 * (1 - self.evaluate(dense, self.test).accuracy),
+            "layers": errors,
+        }
+
+    def shuffled(self, orders: dict[str, np.ndarray], seed: int) -> PyTree:
+        """The same groups in random orders."""
+        rng, leaves = np.random.default_rng(seed), dict(self.leaves)
+        for name in orders:
+            order = rng.permutation(self.groups[name].size)
+            for path, axis in self.groups[name].members:
+                index = np.arange(leaves[path].shape[axis])
+                table = jc.layers.units.positions(self.groups[name].maps[path, axis], len(order))
+                index[table] = table[order]
+                leaves[path] = jnp.take(leaves[path], jnp.asarray(index), axis=axis)
+        return jc.rules.rebuild(self.params, leaves)
+
+
+def run(bench: Bench) -> list[dict[str, Any]]:
+    """As it is, permuted, and the control."""
+    found, orders = jc.rewrite.permute(
+        bench.params, bench.groups, bench.block, fn=lambda both: fixed(both, bench.example)
+    )
+    rows = [bench.row("as it is", bench.params), bench.row("permuted", found)]
+    rows += [bench.row(f"random {seed}", bench.shuffled(orders, seed)) for seed in range(3)]
+    read = {path for name in orders for path, _ in bench.groups[name].consumers}
+    return [{**row, "groups": len(orders), "read": sorted(read & set(bench.kernels))} for row in rows]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each order: layers that read what was permuted, and the network."""
+    shown = [
+        ["order", "layers better than as it is", "error of their kernels", "bytes", "test error, %", "outputs moved"]
+    ]
+    for row in rows:
+        better = [row["layers"][path] < rows[0]["layers"][path] for path in row["read"]]
+        mean = np.mean([row["layers"][path] for path in row["read"]])
+        shown.append([
+            row["order"], f"{sum(better)} of {len(better)}", f"{mean:.4f}", f"{row['bytes']:,}", f"{row['error']:.2f}",
+            f"{row['outputs_moved']:.1e}",
+        ])  # fmt: skip
+    return tables.markdown(shown, (0,))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = flags.parser(__doc__, "results/sharing")
+    parser.add_argument("--model", default="resnet56", choices=("resnet20", "resnet56"))
+    parser.add_argument("--block", type=flags.positive, default=4, help="inputs of a word")
+    parser.add_argument("--test", type=flags.positive, default=2000, help="test images")
+    args = parser.parse_args(argv)
+    try:
+        data = datasets.load("cifar10", args.data_dir)
+        bench = Bench(Path(args.data_dir) / f"{args.model}_cifar10.npz", data, args.block, args.test)
+    except (ValueError, OSError, ImportError) as error:
+        return refuse(error)
+    rows = run(bench)
+    print(table(rows))
+    folder = Path(args.workdir or "results/sharing")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"command": f"python -m experiments.permute --model={args.model} --block={args.block}", "rows": rows}
+    (folder / f"permute_{args.model}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
