@@ -49,7 +49,7 @@ class Bench:
         self.test, self.example = data.test.take(slice(test)), data.train.x[:8]
         self.groups = jc.trace.coupling(fixed, self.params, self.example)
         layout = jc.trace.layout(fixed, self.params, self.example)
-        kernels = [path for path in jc.plan(self.params, [(FIRST, None), (KERNELS, jc.quantize.Int(8))])]
+        kernels = list(jc.plan(self.params, [(FIRST, None), (KERNELS, jc.quantize.Int(8))]))
         self.leaves = dict(jc.paths(self.params))
         self.kernels = [path for path in kernels if path != FIRST and self.leaves[path].ndim == 4]
         rules = [(path.replace(".", r"\."), self.words(self.leaves[path].size)) for path in self.kernels]
@@ -101,9 +101,7 @@ def run(bench: Bench) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each order: layers that read what was permuted, and the network."""
-    shown = [
-        ["order", "layers better than as it is", "error of their kernels", "bytes", "test error, %", "outputs moved"]
-    ]
+    shown = [["order", "layers better", "error of their kernels", "bytes", "test error, %", "outputs moved"]]
     for row in rows:
         better = [row["layers"][path] < rows[0]["layers"][path] for path in row["read"]]
         mean = np.mean([row["layers"][path] for path in row["read"]])

@@ -56,12 +56,8 @@ def test_what_rounds_beyond_the_greatest_number_is_named(method):
         jc.compress(params, jc.plan(params, [(".*", method)]))
 
 
-ABSOLUTE = {
-    "fixed-point",
-    "float16",
-    "soft-threshold",
-    "by-mixture",
-}  # grids and thresholds of their own size, whatever the array's
+# Grids and thresholds of their own size, whatever the array's.
+ABSOLUTE = {"fixed-point", "float16", "soft-threshold", "by-mixture"}
 
 
 def row_error(row, x):

@@ -8,9 +8,9 @@ Examples:
   python -m experiments.distillation.losses --config.data=cifar10 --config.student=resnet20 --data_dir=...
 
 The student is its teacher with most units of each layer cut out, and starts from what is left; a ResNet-56 also
-teaches a ResNet-20 that was trained elsewhere. It is trained by ``cross entropy + w * loss``. No weight ``w`` is tuned: each is such that at the start the gradient of its term is as
-long as that of the cross entropy. ``permuted targets`` is the control: the teacher's confidence, and nothing of what it
-knows.
+teaches a ResNet-20 that was trained elsewhere. It is trained by ``cross entropy + w * loss``. No weight ``w`` is
+tuned: each is such that at the start the gradient of its term is as long as that of the cross entropy. ``permuted
+targets`` is the control: the teacher's confidence, and nothing of what it knows.
 
 Expect from the literature: on MNIST, soft targets halved the gap between a small net and its teacher, 146 errors to 74
 with the teacher's 67 (Hinton et al. 2015, arXiv:1503.02531), where the teacher saw augmented images. Tian et al. (2020,
@@ -131,7 +131,7 @@ LOSSES: dict[str, Callable[[Seen], Any]] = {
 """By name, a number of what is seen of a batch."""
 
 UNFIT = {"cifar10": (), "text": ("angles", "attention", "flow")}
-"""Losses that a network's features are too large for, or have no stages for; those of dense layers have no positions."""
+"""Losses that features are too large for, or have no stages for. Those of dense layers have no positions."""
 
 
 class Schools:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 import jcompress as jc
-from experiments import lab as labs
 from experiments.distillation.losses import Config, Schools
 from experiments.families.ways import Network
 from experiments.models import resnet

@@ -199,7 +199,7 @@ def _dense_of(train: PyTree, held: PyTree, step: jax.Array) -> PyTree:
 
 
 class Pretrained(Lab):
-    """A ResNet that was trained elsewhere. Batch norms keep their statistics; fine-tuning moves what they scale and add."""
+    """A ResNet that was trained elsewhere. Norms keep their statistics; fine-tuning moves their scales and shifts."""
 
     def _network(self, data: datasets.Data, data_dir: str | None) -> tuple[Callable, Callable]:
         self._params, self._statistics = resnet.load(Path(data_dir or ".") / f"{self.config.model}_cifar10.npz")
