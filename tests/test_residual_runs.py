@@ -1,0 +1,63 @@
+"""Experiments on ResNets that were trained elsewhere, on random ones and a few random images."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import data as datasets
+from experiments import permute
+from experiments.distillation import losses
+from experiments.models import resnet
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, rng = tmp_path_factory.mktemp("cifar"), np.random.default_rng(0)
+    for name, size in (("data_batch_1.bin", 80), ("test_batch.bin", 20)):
+        records = rng.integers(0, 256, (size, 3073), np.uint8)
+        records[:, 0] %= 10
+        records.tofile(path / name)
+    for depth, seed in ((14, 0), (8, 1)):
+        params, statistics = resnet.init(jax.random.key(seed), depth, 8)
+        arrays = {name.replace("/", "."): np.asarray(x) for name, x in (params | statistics).items()}
+        np.savez(path / f"resnet{depth}_cifar10.npz", **arrays)
+    return path
+
+
+def test_images_are_moved_in_a_black_frame_and_flipped():
+    x = np.random.default_rng(0).uniform(0.1, 1, (64, 32, 32, 3)).astype(np.float32)
+    found = resnet.augmented(x, 0)
+    assert found.shape == x.shape and found.min() == 0
+    for before, after in zip(x, found, strict=True):
+        inside = after[..., 0] > 0  # the part of the image that is seen, at one of 81 places, one of two ways round
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        seen = after[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        height, width = seen.shape[:2]
+        ways = [
+            np.array_equal(image[a : a + height, b : b + width], seen)
+            for image in (before, before[:, ::-1]) for a in range(33 - height) for b in range(33 - width)
+        ]  # fmt: skip
+        assert any(ways) and min(height, width) >= 28
+
+
+def test_a_teacher_of_stages_teaches_its_cut_self_and_another_network(folder, tmp_path):
+    config = ["data=cifar10", "network.model=resnet14", "seeds=1", "steps=2", "batch_size=8", "network.test=10"]
+    flags = [f"--config.{x}" for x in config] + [f"--data_dir={folder}", "--config.only=plain,flow,attention"]
+    assert losses.main([*flags, "--config.share=0.5", f"--workdir={tmp_path / 'cut'}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "results.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == ["teacher", "cut", "plain", "attention", "flow"]
+    assert rows[1]["multiply_adds"] == pytest.approx(rows[0]["multiply_adds"] / 2, rel=0.1)
+    assert losses.main([*flags, "--config.student=resnet14", f"--workdir={tmp_path / 'own'}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "own" / "results.jsonl").read_text().splitlines()]
+    assert len({row["multiply_adds"] for row in rows}) == 1 and len({row["test_bits"] for row in rows}) == 5
+
+
+def test_another_order_of_units_changes_words_and_not_the_network(folder):
+    bench = permute.Bench(folder / "resnet14_cifar10.npz", datasets.load("cifar10", folder), 4, 10)
+    rows = permute.run(bench)
+    assert [row["order"] for row in rows] == ["as it is", "permuted", "random 0", "random 1", "random 2"]
+    assert all(row["outputs_moved"] < 1e-5 and row["bytes"] == rows[0]["bytes"] for row in rows)
+    assert rows[0]["groups"] and len({json.dumps(row["layers"]) for row in rows}) == 5
+    assert "| permuted |" in permute.table(rows)
