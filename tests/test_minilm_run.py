@@ -109,7 +109,7 @@ def test_every_way_of_the_config_takes_the_encoder():
     for kernels in (*grids, jc.quantize.AWQ(full.affine_grid(3)), jc.quantize.LQER(rank=8, grid=full.affine_grid(2))):
         assert len(jc.plan(params, full.rules(kernels, full.table(4)))) == 6 * 16 + 5
     names = [way.name for way in full.get_config().ways]
-    assert len(names) == len(set(names)) == 47
+    assert len(names) == len(set(names)) == 64
     assert all(json.dumps(way.told(None)) for way in full.get_config().ways)
 
 

@@ -22,12 +22,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 import jcompress as jc
+from experiments.families.ways import Products, RandomFactors, Train
 from experiments.quantization import selfdistill
 from experiments.quantization.recipes import KERNELS, TABLES, Calibration, Config, recipe
 from experiments.runner import Way
 
-Int = jc.quantize.Int
+Int, F = jc.quantize.Int, jc.factorize
 HALF = jc.quantize.Float("float16")
 
 
@@ -95,6 +98,60 @@ def codebooks() -> Iterator[Way]:
     yield way("trellis", "trellis", jc.quantize.Rotation(walks[0]), walks[1])
 
 
+SHARES = (0.5, 0.35, 0.25)
+
+
+def factors() -> Iterator[Way]:
+    """Kernels as products of two, at equal shares of their numbers and multiply-adds, and by other families."""
+    for share in SHARES:
+        for name, method in (("svd", F.SVD(rank=share)), ("whitened", F.WhitenedSVD(rank=share))):
+            yield way(f"{name}_{share:g}", "factors", method, table(4))
+        yield way(f"whitened_{share:g}_int8", "factors", jc.chain(F.WhitenedSVD(rank=share), Int(bits=8)), table(4))
+        yield recipe(f"ranks_{share:g}_int8", "chosen ranks", Ranks(share))
+        yield way(f"random_{share:g}", "random factors", RandomFactors(share), table(4))
+    yield way("train_0.35", "factors", Train(0.35), table(4))
+    yield way("kronecker_0.35", "factors", Products(0.35), table(4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """A rank for each kernel, for the least sum of errors at a share of all their numbers; factors in 8 bits.
+
+    The error of a rank is how far it alone changes which unlabelled sentences are alike.
+
+    Attributes:
+      share: of the numbers of all kernels.
+      ladder: of the options, besides a dense kernel.
+      batches: of 64 sentences, by which errors are measured.
+    """
+
+    share: float
+    ladder: tuple[float, ...] = (0.1, 0.15, 0.2, 0.28, 0.38, 0.5, 0.7)
+    batches: int = 2
+
+    def __call__(self, calibration: Calibration) -> jc.Plan:
+        plans, found = calibration.once(f"ranks {self.ladder}", lambda: self._options(calibration))
+        whole = sum(costs["dense"] for costs in found.costs.values())
+        return jc.budget.allocate(plans, found.errors, found.costs, int(self.share * whole))
+
+    def _options(self, calibration: Calibration) -> tuple[dict[str, jc.Plan], jc.budget.Options]:
+        params, stats = calibration.params, calibration.stats(["stats.gram"])
+        kinds = {f"rank {x:g}": jc.chain(F.WhitenedSVD(rank=x), Int(bits=8)) for x in self.ladder}
+        plans = {name: jc.plan(params, rules(kind, table(4))) for name, kind in kinds.items()}
+        plans["dense"] = jc.plan(params, rules(Int(bits=8), table(4)))
+        strayed, kernels = calibration.strayed(self.batches), jc.plan(params, [(KERNELS, Int()), (".*", None)])
+
+        def error(path: str, dense: Any, found: Any) -> float:
+            return float(strayed(path, dense, found)) if kernels[path] is not None else 0.0
+
+        def numbers(tree: Any) -> dict[str, int]:
+            # Only kernels have a choice: the rest costs nothing here.
+            sizes = {path: sum(x.size for x in jax.tree.leaves(node)) for path, node in jc.paths(tree)}
+            return {path: n if kernels[path] is not None else 0 for path, n in sizes.items()}
+
+        return plans, jc.budget.options(params, plans, measure=error, cost=numbers, stats=stats)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixed:
     """A width and a method for each kernel and table, for the least sum of errors at the bytes of one width for all.
@@ -160,6 +217,7 @@ def ways() -> Iterator[Way]:
     yield way("gptq2_sequential", "GPTQ", gptq(2), table(4), sequential=True)
     yield from (way(f"gptq2_tables{bits}", "GPTQ", gptq(2), table(bits)) for bits in (3, 2))
     yield from codebooks()
+    yield from factors()
 
 
 def widths() -> dict[str, dict[str, Any]]:
