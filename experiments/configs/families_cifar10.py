@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from experiments.families.lab import Config
 
+WAYS = (
+    "dense", "whitened SVD", "Tucker", "CP", "chosen ranks", "random factors", "ranks and bits chosen",
+    "magnitude, 8 bits", "units", "shared values", "shared blocks of 4", "hashed", "circulant", "rounding", "GPTQ",
+)  # fmt: skip
+
 
 def get_config() -> Config:
     """On the first 2,000 test images; --config.model=resnet56 is the deeper network."""
     return Config(
-        name="cifar10", data="cifar10", data_options={"val": 0.1}, model="resnet20", rules=r".*conv\d/weight",
-        kept="conv1/weight", steps=0, finetuning=60, batch_size=64, test=2000,
+        name="cifar10", ways=WAYS, data="cifar10", data_options={"val": 0.02}, model="resnet20",
+        rules=r".*conv\d/weight", kept="conv1/weight", steps=0, finetuning=40, batch_size=64, test=2000,
     )  # fmt: skip
