@@ -82,6 +82,7 @@ LONG = (
     "test_notebook_runs[structured]",
     "test_the_site_builds",
     "test_losses_are_compared_with_plain_training_and_the_command_continues",
+    "test_each_way_is_stored_scored_and_continued",
     "test_a_teacher_of_stages_teaches_its_cut_self_and_another_network",
     "test_each_study_has_its_control[mean teacher]",
     "test_each_study_has_its_control[no data]",

@@ -164,15 +164,11 @@ class Schools:
         network = self.lab.once(("student", seed), lambda: self.student(seed))
         if loss != "cut":
             network = network._replace(tree=self._taught(network, teacher, seed, loss))
-        return self.score(network, seed) | self.lab.size(network)
+        return self.lab.score(network, seed) | self.lab.size(network)
 
     def student(self, seed: int) -> ways.Network:
         """The network that learns, as it begins."""
         return ways.units(self.lab, seed, self.config.share, "group")
-
-    def score(self, network: ways.Network, seed: int) -> dict[str, float]:
-        """How good a student is."""
-        return self.lab.score(network, seed)
 
     def shown(self, x: Any, number: int) -> Any:
         """A batch of so many steps as both networks see it."""
@@ -187,7 +183,7 @@ class Schools:
 
     def _taught(self, network: ways.Network, teacher: PyTree, seed: int, name: str) -> PyTree:
         config, lab, term = self.config, self.lab, LOSSES[name]
-        apply = network.apply or lab.apply
+        apply = network.training or network.apply or lab.apply
         data, key = lab.load(seed).train, jax.random.key(1000 + seed)
         few, labels = self.shown(data.x[: config.batch_size], 0), data.y[: config.batch_size]
         shapes = [jax.eval_shape(lambda p, x, f=f: self.layers(f, p, x)[1], p, few)

@@ -15,7 +15,6 @@ from experiments.families.ways import Network
 from experiments.models import resnet
 
 PyTree = Any
-STATISTICS, WEIGHTS = "statistics", "weights"
 
 
 class Residual(Schools):
@@ -29,43 +28,11 @@ class Residual(Schools):
         self._folder, self._answers = Path(data_dir or "."), dict[int, Any]()
 
     def student(self, seed: int) -> Network:
-        """The network that learns, in training mode."""
-        if self.config.student:
-            params, _ = resnet.load(self._folder / f"{self.config.student}_cifar10.npz")
-            self._fixed: Callable = resnet.logits
-            return Network(params, in_training)
-        params, statistics = resnet.load(self._folder / f"{self.config.network.model}_cifar10.npz")
-        both, x = {WEIGHTS: params, STATISTICS: statistics}, self.lab.example
-        groups = jc.trace.coupling(fixed, both, x)
-        scores = jc.prune.structured.l1(both, groups)
-        options = {"cost": self.config.share, "scope": "group", "normalize": "mean", "at_least": 1}
-        keep = jc.prune.structured.keep(scores, groups, **options)
-        run, _ = jc.shrink(fixed, both, keep, x)
-        self._fixed = lambda params, x, found: run({WEIGHTS: params, STATISTICS: found}, x)
-        own = {name.removeprefix(f"{WEIGHTS}/"): units for name, units in keep.items()}
-        apply, small = jc.shrink(in_training, params, own, x)
-        return Network(small, apply)
-
-    def score(self, network: Network, seed: int) -> dict[str, float]:
-        """With statistics of augmented training images."""
-        images = self.lab.load(seed).train.x[:1000]
-        return self.lab.score(Network((network.tree, self._restated(network, images, seed)), self._scored), seed)
-
-    def _scored(self, both: PyTree, x: Any) -> Any:
-        return self._fixed(both[0], x, both[1])
-
-    def _restated(self, network: Network, images: Any, seed: int) -> PyTree:
-        """Mean and variance of what each convolution gives."""
-
-        @jax.jit
-        def of(params: PyTree, x: Any) -> PyTree:
-            _, found = jc.trace.features(network.apply, params, x, match=r".*conv\d/weight")
-            names = {path: path.replace("conv", "bn").removesuffix("weight") for path in found}
-            means = {f"{name}running_mean": found[path].mean((0, 2, 3)) for path, name in names.items()}
-            return means | {f"{name}running_var": found[path].var((0, 2, 3)) for path, name in names.items()}
-
-        parts = [of(network.tree, self.shown(images[i : i + 250], i)) for i in range(0, len(images), 250)]
-        return jax.tree.map(lambda *xs: sum(xs) / len(xs), *parts)
+        """The teacher cut, or a network that was trained elsewhere."""
+        if not self.config.student:
+            return super().student(seed)
+        weights, statistics = resnet.load(self._folder / f"{self.config.student}_cifar10.npz")
+        return Network(weights | statistics, resnet.with_statistics, resnet.in_training)
 
     def shown(self, x: Any, number: int) -> Any:
         """Cropped and flipped at random."""
@@ -91,13 +58,3 @@ class Residual(Schools):
         if number not in known:
             known[number] = jax.tree.map(lambda x: x.astype(jnp.float16), ask())
         return jax.tree.map(lambda x: x.astype(jnp.float32), known[number])
-
-
-def in_training(params: PyTree, x: Any) -> Any:
-    """Logits of a ResNet whose norms take the statistics of the batch."""
-    return resnet.apply(params, x)[0]
-
-
-def fixed(both: PyTree, x: Any) -> Any:
-    """Logits with statistics that stand beside the weights."""
-    return resnet.logits(both[WEIGHTS], x, both[STATISTICS])

@@ -46,10 +46,17 @@ class Config:
 
 
 class Network(NamedTuple):
-    """What a way gives: parameters, compressed, and the function of them where it is another than the lab's."""
+    """What a way gives: parameters, compressed, and functions of them where they are others than the lab's.
+
+    Attributes:
+      tree: of arrays and nodes.
+      apply: the function.
+      training: the same with the statistics of the batch, where there are norms that take them.
+    """
 
     tree: PyTree
     apply: Callable[[PyTree, Any], Any] | None = None
+    training: Callable[[PyTree, Any], Any] | None = None
 
 
 def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -139,6 +146,10 @@ class Lab:
 
         return moved
 
+    def cut_training(self, params: PyTree, keep: Any) -> Callable[[PyTree, Any], Any] | None:
+        """The function for training of a network that keeps these units; None if it is the function itself."""
+        return None
+
     def finetuned(self, network: Network, seed: int) -> Network:
         """All that trains in the tree, trained for as many steps as any way is."""
         steps, rate = self.config.finetuning, self.config.finetuning_rate
@@ -199,12 +210,12 @@ def _dense_of(train: PyTree, held: PyTree, step: jax.Array) -> PyTree:
 
 
 class Pretrained(Lab):
-    """A ResNet that was trained elsewhere. Norms keep their statistics; fine-tuning moves their scales and shifts."""
+    """A ResNet that was trained elsewhere; batch statistics are leaves, estimated anew before and after fine-tuning."""
 
     def _network(self, data: datasets.Data, data_dir: str | None) -> tuple[Callable, Callable]:
-        self._params, self._statistics = resnet.load(Path(data_dir or ".") / f"{self.config.model}_cifar10.npz")
-        fixed = self._statistics
-        return lambda params, x: resnet.logits(params, x, fixed), lambda key: self._params
+        weights, statistics = resnet.load(Path(data_dir or ".") / f"{self.config.model}_cifar10.npz")
+        self._params = weights | statistics
+        return resnet.with_statistics, lambda key: self._params
 
     def _trained(self, seed: int) -> PyTree:
         return self._params
@@ -214,6 +225,28 @@ class Pretrained(Lab):
         batches = [resnet.augmented(x[i : i + size], i + seed) for i in range(0, len(x), size)]
         plan = self.plan(jc.factorize.WhitenedSVD(rank=1))
         return self.once(("stats", seed), lambda: jc.calibrate(self.apply, self.dense(seed), batches, plan=plan))
+
+    def cut_training(self, params: PyTree, keep: Any) -> Callable[[PyTree, Any], Any]:
+        weights = {path: x for path, x in params.items() if "/running_" not in path}
+        run, _ = jc.shrink(resnet.in_training, weights, keep, self.example)
+        return lambda small, x: run({path: small[path] for path in weights}, x)
+
+    def settled(self, network: Network, seed: int) -> Network:
+        """The network with statistics of augmented training images."""
+        training = network.training or resnet.in_training
+        measured = jax.jit(functools.partial(resnet.measured, training))
+        measured = self.once("measured", lambda: measured) if network.training is None else measured
+        images, params = self.load(seed).train.x[:2000], jc.materialize(network.tree)
+        found = [measured(params, resnet.augmented(images[i : i + 250], i)) for i in range(0, len(images), 250)]
+        return network._replace(tree={**network.tree, **jax.tree.map(lambda *xs: sum(xs) / len(xs), *found)})
+
+    def finetuned(self, network: Network, seed: int) -> Network:
+        """With the statistics of each batch, as networks with such norms are trained."""
+        training = network._replace(apply=network.training or resnet.in_training)
+        return network._replace(tree=super().finetuned(training, seed).tree)
+
+    def score(self, network: Network, seed: int) -> dict[str, float]:
+        return super().score(self.settled(network, seed), seed)
 
 
 def of(config: Config, data_dir: str | None) -> Lab:

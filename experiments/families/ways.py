@@ -152,7 +152,7 @@ def units(lab: Lab, seed: int, share: float, scope: Literal["group", "global"] =
     scores = P.structured.l1(params, groups)
     keep = P.structured.keep(scores, groups, cost=share, scope=scope, normalize="mean", at_least=1)
     apply, small = jc.shrink(lab.apply, params, keep, lab.example)
-    return Network(small, apply)
+    return Network(small, apply, lab.cut_training(params, keep))
 
 
 GROUP, BLOCK, WORDS = 32, (4, 1), (256, 128, 64, 32, 16)

@@ -6,7 +6,7 @@ Names and layouts are those of a PyTorch state dict: kernels OIHW, a batch norm 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jcompress as jc
 from experiments.data import DataError
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -132,6 +133,24 @@ def segment(
 def logits(params: Params, x: jax.Array, statistics: Mapping[str, Any]) -> jax.Array:
     """Logits (n, 10) with given batch statistics."""
     return apply(params, x, statistics)[0]
+
+
+def with_statistics(params: Params, x: jax.Array) -> jax.Array:
+    """Logits of parameters among which are the batch statistics; these get no gradient."""
+    return logits(params, x, jax.lax.stop_gradient(params))
+
+
+def in_training(params: Params, x: jax.Array) -> jax.Array:
+    """Logits (n, 10) with the statistics of the batch itself."""
+    return apply(params, x)[0]
+
+
+def measured(training: Callable[[Params, Any], Any], params: Params, x: jax.Array) -> Params:
+    """The batch statistics of :func:`in_training`, or of what was cut from it: of what each convolution gives."""
+    _, found = jc.trace.features(training, params, x, match=r".*conv\d/weight")
+    norms = {path: path.replace("conv", "bn").removesuffix("weight") for path in found}
+    means = {f"{norm}running_mean": found[path].mean((0, 2, 3)) for path, norm in norms.items()}
+    return means | {f"{norm}running_var": found[path].var((0, 2, 3)) for path, norm in norms.items()}
 
 
 def _blocks(params: Params) -> Iterator[tuple[str, int]]:
