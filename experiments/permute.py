@@ -90,10 +90,11 @@ class Bench:
 
 def run(bench: Bench) -> list[dict[str, Any]]:
     """As it is, permuted, and the control."""
-    found, orders = jc.rewrite.permute(
-        bench.params, bench.groups, bench.block, fn=lambda both: fixed(both, bench.example)
-    )
-    rows = [bench.row("as it is", bench.params), bench.row("permuted", found)]
+    options = {"fn": lambda both: fixed(both, bench.example)}
+    found, orders = jc.rewrite.permute(bench.params, bench.groups, bench.block, **options)
+    better, _ = jc.rewrite.permute(bench.params, bench.groups, bench.block, words=256, **options)
+    kinds = {"as it is": bench.params, "permuted": found, "permuted where words gain": better}
+    rows = [bench.row(name, params) for name, params in kinds.items()]
     rows += [bench.row(f"random {seed}", bench.shuffled(orders, seed)) for seed in range(3)]
     readers = [[path for path, _ in bench.groups[name].consumers if path in bench.kernels] for name in orders]
     shared = {path for paths in readers if len(paths) > 1 for path in paths}

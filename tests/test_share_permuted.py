@@ -91,6 +91,22 @@ def test_without_exchanges_no_order_is_worse(rng):
             assert now <= then + 1e-6
 
 
+def test_orders_are_taken_where_words_have_less_error(rng):
+    fn, params, x = network(rng)
+    groups = jc.trace.coupling(fn, params, x)
+    new, orders = jc.rewrite.permute(params, groups, block=BLOCK, words=16)
+    kernels, before, after = ("down", "up", "out"), *(error(p, ("down", "up", "out")) for p in (params, new))
+    assert orders and all(after[k] < before[k] for k in kernels[:1])
+    plain = []
+    for _ in range(8):  # nothing to be found
+        params = {"up": {"kernel": jnp.ones((3, 16))}, "down": {"kernel": jnp.asarray(rng.normal(size=(16, 40)), "f4")}}
+        groups = jc.trace.Groups.between(params, {"up/kernel": ["down/kernel"]})
+        as_it_is = error(params, ("down",))["down"]
+        plain.append(error(jc.rewrite.permute(params, groups, BLOCK)[0], ("down",))["down"] > as_it_is)
+        assert error(jc.rewrite.permute(params, groups, BLOCK, words=16)[0], ("down",))["down"] <= as_it_is
+    assert any(plain)
+
+
 def test_heads_and_places_of_a_unit_move_together(rng):
     """Convolution and flattening: a channel stands for many rows of the next kernel."""
     params = {

@@ -98,6 +98,18 @@ class Walks(jc.Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep(jc.Method):
+    """GPTQ in groups of a matrix' inputs; of a convolution, whose few inputs no group divides, a scale an output."""
+
+    bits: int
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+
+    def __call__(self, w: Any, context: Any) -> Any:
+        groups = {"group_size": GROUP, "pad": True} if w.ndim == 2 else {}
+        return Q.GPTQ(bits=self.bits, **groups)(w, context)
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomFactors(jc.Method):
     """A random subspace of inputs, and the array's projection onto it, by least squares: the control of factors."""
 
@@ -142,7 +154,7 @@ def ranks() -> dict[str, Any]:
 def mixture() -> dict[str, Any]:
     """Ranks, their factors in 8 bits, and bits, in one budget."""
     low = {f"rank {x:g}, 8 bits": jc.chain(F.WhitenedSVD(rank=x), Q.Int(bits=8)) for x in LADDER}
-    return low | {f"{b} bits": Q.GPTQ(bits=b, group_size=GROUP, pad=True) for b in (2, 3, 4, 8)}
+    return low | {f"{b} bits": Sweep(b) for b in (2, 3, 4, 8)}
 
 
 def units(lab: Lab, seed: int, share: float, scope: Literal["group", "global"] = "global") -> Network:
@@ -197,7 +209,7 @@ FAMILIES = [
     Family("ACDC", SHARED, of(lambda n: S.ACDC(layers=n)), (4, 2, 1), "layers"),
     Family("rounding", BITS, of(lambda b: Q.Int(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
     Family("trellis", BITS, of(Walks), (3, 2, 1), "bits"),
-    Family("GPTQ", BITS, of(lambda b: Q.GPTQ(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
+    Family("GPTQ", BITS, of(Sweep), (8, 6, 4, 3, 2), "bits"),
 ]  # fmt: skip
 """All of them; a config may name some."""
 
