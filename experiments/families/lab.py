@@ -146,6 +146,13 @@ class Lab:
 
         return moved
 
+    def measure(self, seed: int) -> jc.budget.Measure:
+        """The error of a compressed kernel: of its outputs, in units of divergence from the trained network."""
+        params, stats = self.dense(seed), self.stats(seed)
+        typical = quietly(jc.compress, params, self.plan(jc.factorize.WhitenedSVD(rank=0.3)), stats=stats)
+        moved = jc.budget.output_error(stats, relative=True)
+        return jc.budget.by_loss(self.divergence(seed), params, typical, measure=moved)
+
     def cut_training(self, params: PyTree, keep: Any) -> Callable[[PyTree, Any], Any] | None:
         """The function for training of a network that keeps these units; None if it is the function itself."""
         return None
@@ -225,6 +232,10 @@ class Pretrained(Lab):
         batches = [resnet.augmented(x[i : i + size], i + seed) for i in range(0, len(x), size)]
         plan = self.plan(jc.factorize.WhitenedSVD(rank=1))
         return self.once(("stats", seed), lambda: jc.calibrate(self.apply, self.dense(seed), batches, plan=plan))
+
+    def measure(self, seed: int) -> jc.budget.Measure:
+        """Of outputs alone: what compression does to the loss is mostly undone by new batch statistics."""
+        return jc.budget.output_error(self.stats(seed), relative=True)
 
     def cut_training(self, params: PyTree, keep: Any) -> Callable[[PyTree, Any], Any]:
         weights = {path: x for path, x in params.items() if "/running_" not in path}
