@@ -115,10 +115,11 @@ def _fits_better(kernels: Sequence[_Part], order: np.ndarray, block: int, words:
     """Whether codebooks of the kernels have less relative error in sum in this order."""
     change = 0.0
     for kernel in kernels:
-        x = jnp.asarray(kernel.rows, jnp.float32)
+        x = jnp.asarray(kernel.whole, jnp.float32)
         method = KMeans(clusters=max(min(words, x.size // block // 8), 1), block=(block, 1))
-        before, after = (float(jnp.square(method(y).materialize() - y).sum()) for y in (x, x[order]))
-        change += kernel.weight * (after - before) / max(float(jnp.square(x).sum()), 1e-30)
+        moved = x.at[kernel.places].set(x[kernel.places[order]])
+        before, after = (float(jnp.square(method(y).materialize() - y).sum()) for y in (x, moved))
+        change += (after - before) / max(float(jnp.square(x).sum()), 1e-30)
     return change < 0
 
 
@@ -134,31 +135,32 @@ class _Part(NamedTuple):
     """What a kernel reads of a group.
 
     Attributes:
-      rows: one for each unit, (size, all else).
-      weight: the part of the kernel's energy that they have.
+      whole: the kernel, a row for each place of the axis.
+      places: of the units, (size,).
     """
 
-    rows: np.ndarray
-    weight: float
+    whole: np.ndarray
+    places: np.ndarray
 
     @classmethod
     def of(cls, kernel: jax.Array, axis: int, places: np.ndarray) -> _Part:
         whole = np.moveaxis(np.asarray(kernel, np.float64), axis, 0)
-        whole = whole.reshape(len(whole), -1) / (np.abs(whole).max(initial=0.0) or 1.0)
-        rows = whole[places[:, 0]]
-        return cls(rows, np.square(rows).sum() / (np.square(whole).sum() or 1.0))
+        whole = whole.reshape(len(whole), -1)
+        return cls(whole / (np.abs(whole).max(initial=0.0) or 1.0), places[:, 0])
 
 
 class _Moments:
-    """What the covariance of blocks of some rows is made of, relative to their energy."""
+    """What the covariance of blocks of units is made of, in units of their energy, and their part of the kernel's."""
 
     def __init__(self, products: np.ndarray, sums: np.ndarray, count: int, weight: float) -> None:
         self.products, self.sums, self.count, self.weight = products, sums, count, weight
 
     @classmethod
     def of(cls, part: _Part) -> _Moments:
-        rows = part.rows / (np.sqrt(np.square(part.rows).mean()) or 1.0)
-        return cls(rows @ rows.T, rows.sum(1), rows.shape[1], part.weight)
+        rows = part.whole[part.places]
+        energy = np.square(rows).sum()
+        rows = rows * (math.sqrt(rows.size / energy) if energy else 1.0)
+        return cls(rows @ rows.T, rows.sum(1), rows.shape[1], energy / (np.square(part.whole).sum() or 1.0))
 
     def totals(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sums of products (block, block), and of entries (block,), over blocks (blocks, block) of units."""
