@@ -241,7 +241,7 @@ def finish(rows: Sequence[Row], kind: str, table: Path, picture: Path) -> str:
     for name in dict.fromkeys(row["loss"] for row in rows):
         own = [row for row in rows if row["loss"] == name]
         found = tables.mean_std([families.score(row, kind) for row in own])
-        told = {"teacher": "the teacher itself", "cut": "nothing: the student as it was cut"}.get(name, name)
+        told = {"teacher": "the teacher itself", "cut": "nothing: the student as it begins"}.get(name, name)
         shown.append([told, tables.spread(*found, digits), f"{own[0]['multiply_adds']:,.0f}"])
         if name != "cut":
             bars.append((name, *found[:2]))
