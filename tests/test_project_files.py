@@ -36,7 +36,7 @@ LAYERS = {
     "cli": {"core", "io", "measure", "rules"},
     "streaming": {"apply", "core", "io", "rules"},
     "sequential": {"apply", "core", "formats", "rules", "trace"},
-    "rewrite": {"core", "formats", "layers", "measure", "numeric", "prune", "quantize", "rules", "trace"},
+    "rewrite": {"core", "formats", "layers", "measure", "numeric", "prune", "quantize", "rules", "share", "trace"},
     "budget": {"apply", "core", "formats", "io", "layers", "numeric", "prune", "rules", "trace"},
 }
 

@@ -57,7 +57,8 @@ def test_a_teacher_of_stages_teaches_its_cut_self_and_another_network(folder, tm
 def test_another_order_of_units_changes_words_and_not_the_network(folder):
     bench = permute.Bench(folder / "resnet14_cifar10.npz", datasets.load("cifar10", folder), 4, 10)
     rows = permute.run(bench)
-    assert [row["order"] for row in rows] == ["as it is", "permuted", "random 0", "random 1", "random 2"]
+    kinds = ["as it is", "permuted", "permuted where words gain", "random 0", "random 1", "random 2"]
+    assert [row["order"] for row in rows] == kinds
     assert all(row["outputs_moved"] < 1e-5 and row["bytes"] == rows[0]["bytes"] for row in rows)
-    assert rows[0]["groups"] and len({json.dumps(row["layers"]) for row in rows}) == 5
+    assert rows[0]["groups"] and len({json.dumps(row["layers"]) for row in rows}) >= 5
     assert "| permuted |" in permute.table(rows)
