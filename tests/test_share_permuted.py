@@ -107,6 +107,21 @@ def test_orders_are_taken_where_words_have_less_error(rng):
     assert any(plain)
 
 
+def test_a_kernel_that_words_do_not_tile_is_not_judged(rng):
+    """It reads the units in part, and its other inputs leave no whole words."""
+
+    def fn(p, x):
+        return jnp.concatenate([x @ p["a"], x[:, :2]], axis=1) @ p["b"] + (x @ p["a"]) @ p["c"]
+
+    params = {k: jnp.asarray(rng.normal(size=s), "f4") for k, s in {"a": (3, 16), "b": (18, 40), "c": (16, 40)}.items()}
+    groups, x = jc.trace.coupling(fn, params, jnp.ones((1, 3))), jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+    for words in (None, 16):
+        new, _ = jc.rewrite.permute(params, groups, BLOCK, words=words)
+        np.testing.assert_allclose(fn(new, x), fn(params, x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="words=1 must be at least 2"):
+        jc.rewrite.permute(params, groups, BLOCK, words=1)
+
+
 def test_heads_and_places_of_a_unit_move_together(rng):
     """Convolution and flattening: a channel stands for many rows of the next kernel."""
     params = {

@@ -57,7 +57,7 @@ def permute(
       taken for it.
 
     Raises:
-      ValueError: for a block that is not above 1, or a parameter of a group that is not there.
+      ValueError: for a block or a number of words that is not above 1, or a parameter of a group that is not there.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -74,6 +74,8 @@ def permute(
     """
     if block < 2:
         raise ValueError(f"permute: block={block} must be at least 2; a word of one input has no order")
+    if words is not None and words < 2:
+        raise ValueError(f"permute: words={words} must be at least 2, or None to take every order")
     found, orders = units.leaves(params), {}
     outputs = None if fn is None else jax.jit(fn)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.key(0) if key is None else key)).ravel())
@@ -83,7 +85,7 @@ def permute(
         movable = all((table < len(group.maps[m])).all() for m, table in places.items())
         if not group.size or group.size % block or not movable or group.arguments:
             continue
-        readers = [m for m in group.consumers if _in_blocks(places[m], block)]
+        readers = [m for m in group.consumers if _in_blocks(places[m], len(group.maps[m]), block)]
         kernels = [_Part.of(found[path], axis, places[path, axis]) for path, axis in readers]
         if not kernels:
             continue
@@ -123,9 +125,9 @@ def _fits_better(kernels: Sequence[_Part], order: np.ndarray, block: int, words:
     return change < 0
 
 
-def _in_blocks(places: np.ndarray, block: int) -> bool:
+def _in_blocks(places: np.ndarray, length: int, block: int) -> bool:
     """Whether every unit stands at one place of an axis, (size, 1), and the units of a word at those of a block."""
-    if places.shape[1] != 1:
+    if places.shape[1] != 1 or length % block:
         return False
     words = places.reshape(-1, block)
     return bool((words[:, 0] % block == 0).all() and (np.diff(words, axis=1) == 1).all())
