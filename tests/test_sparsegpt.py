@@ -268,7 +268,8 @@ def test_errors_name_the_parameter(method, rng):
     with pytest.raises(ValueError, match="w: found 'gram' of shape"):
         method(0.5)(params["w"], context(correlated(rng, 5), "w"))
     with pytest.raises(ValueError, match=r"w: NM\(n=2, m=4\) needs axis -2 in groups of 4"):
-        jc.plan(params, [("w", method(pattern=NM(2, 4)))])
+        layout = jc.trace.layout(lambda p, x: x @ p["w"], params, jnp.ones((1, 6)))  # which statistics would tell too
+        jc.plan(params, [("w", method(pattern=NM(2, 4)))], layout=layout)
     with pytest.raises(ValueError, match=r"w: NM\(n=2, m=4\) needs groups of 4, found 6 contracted inputs"):
         method(pattern=NM(2, 4))(params["w"], context(correlated(rng, 6), "w"))
     with pytest.raises(ValueError, match="expected NM"):
