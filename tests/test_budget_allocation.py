@@ -170,6 +170,39 @@ def test_bit_operations_are_a_budget_too(model):
     assert sum(cost(jc.compress(params, plan)).values()) <= budget
 
 
+def test_multiply_adds_are_a_budget_for_ranks_of_dense_layers_and_convolutions(rng):
+    params = {
+        "conv": jnp.asarray(rng.normal(size=(3, 3, 4, 6)), jnp.float32),
+        "dense": jnp.asarray(rng.normal(size=(6, 10)), jnp.float32),
+    }
+
+    def fn(p, x):
+        y = jax.lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y.mean((1, 2)) @ p["dense"]
+
+    x = jnp.ones((1, 8, 8, 4))
+    layout = jc.trace.layout(fn, params, x)
+    plans = {f"rank {r}": jc.plan(params, [(".*", jc.factorize.SVD(rank=r))], layout=layout) for r in (1, 2, 3)}
+    plans |= {"cp": jc.plan(params, [("conv", jc.factorize.CP(rank=5)), ("dense", None)], layout=layout)}
+    plans |= {"codes": jc.plan(params, [(".*", jc.quantize.Int(bits=4))], layout=layout)}
+    cost = jc.budget.multiply_adds(fn, params, x)
+    assert cost(params) == cost(jc.compress(params, plans["codes"])) == {"conv": 64 * 3 * 3 * 4 * 6, "dense": 60}
+    found = jc.budget.options(params, plans, measure="weight", cost=cost)
+    assert found.costs["dense"]["rank 2"] == 2 * (6 + 10)
+    assert found.costs["conv"]["cp"] == 64 * 5 * (3 + 3 + 4 + 6)
+    budget = sum(cost(params).values()) // 2
+    plan = jc.budget.mixed(params, plans, budget, measure="weight", cost=cost)
+    chosen = jc.compress(params, plan)
+    assert sum(cost(chosen).values()) <= budget
+    even = [jc.compress(params, p) for name, p in plans.items() if name.startswith("rank")]
+    within = [tree for tree in even if sum(cost(tree).values()) <= budget]
+
+    def error(tree):
+        return sum(float(jnp.sum((jc.materialize(tree)[p] - w) ** 2)) for p, w in params.items())
+
+    assert within and all(error(chosen) <= error(tree) + 1e-4 for tree in within)
+
+
 def test_eigenvalues_are_numpys(rng):
     a = rng.normal(size=(6, 6)).astype(np.float32)
     a = a + a.T + 4 * np.eye(6, dtype=np.float32)

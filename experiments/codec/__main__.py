@@ -31,7 +31,6 @@ from experiments.codec import networks
 from experiments.codec.networks import Network
 from experiments.workdir import Row, Rows, write
 
-STEPS = (0.35, 0.5, 0.7, 1.0)
 QUANTIZERS = (-38, -34, -30, -26, -24, -22, -20, -18, -16, -14)
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -45,6 +44,7 @@ class Comparison:
         self.workdir, self.python = Path(args.workdir or "runs/codec"), args.nncodec
         self.networks = {x.name: x for x in networks.named(args.networks.split(","), args)}
         self.states = [int(x) for x in args.states.split(",")]
+        self.steps = [float(x) for x in args.steps.split(",")]
         self.setting = {"networks": args.networks, "states": self.states}
         self._judges = {name: jax.jit(x.divergence) for name, x in self.networks.items()}
         self._made: dict[str, Any] = {}
@@ -53,7 +53,8 @@ class Comparison:
         for name in self.networks:
             yield {"network": name, "coder": "none", "setting": "float32"}
             for states in self.states:
-                yield from ({"network": name, "coder": "ours", "setting": f"{states} states, {s:g}"} for s in STEPS)
+                own = (f"{states} states, {step:g}" for step in self.steps)
+                yield from ({"network": name, "coder": "ours", "setting": setting} for setting in own)
             if self.python:
                 yield from ({"network": name, "coder": "NNCodec", "setting": f"qp {qp}"} for qp in QUANTIZERS)
 
@@ -137,6 +138,7 @@ def _told(row: Row, dense: Row) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = flags.parser(__doc__, "runs/codec")
     parser.add_argument("--networks", default="lenet,resnet20,minilm")
+    parser.add_argument("--steps", default="0.35,0.5,0.7,1", help="of ours, parts of the outputs' root mean square")
     parser.add_argument("--states", default="0,8", help="of the trellis; 0 for one quantizer")
     parser.add_argument("--model_dir", help="folder with the weights of all-MiniLM-L6-v2")
     parser.add_argument("--pruned", help="file with the pruned LeNet-300-100")

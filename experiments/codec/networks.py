@@ -105,11 +105,12 @@ class Pruned(Network):
 
 
 class ResNet(Network):
-    """ResNet-20, its batch norms in the kernels and biases; judged by the divergence on training images."""
+    """ResNet-20 or 56, its batch norms in the kernels and biases; judged by the divergence on training images."""
 
-    name, kernels = "ResNet-20", ".*conv.*/weight|linear/weight"
+    kernels = ".*conv.*/weight|linear/weight"
 
     def __init__(self, path: Path, data_dir: str, calibration: int = 1000, held: int = 1000) -> None:
+        self.name = path.stem.replace("resnet", "ResNet-").removesuffix("_cifar10")
         params, statistics = resnet.load(path)
         self.params, self._rest = folded(params, statistics)
         data = datasets.load("cifar10", data_dir)
@@ -198,6 +199,7 @@ def named(names: Sequence[str], args: Any) -> list[Network]:
     made: dict[str, Callable[[], Network]] = {
         "lenet": lambda: Pruned(Path(args.pruned), args.data_dir),
         "resnet20": lambda: ResNet(Path(args.data_dir) / "resnet20_cifar10.npz", args.data_dir),
+        "resnet56": lambda: ResNet(Path(args.data_dir) / "resnet56_cifar10.npz", args.data_dir),
         "minilm": lambda: Encoder(args.model_dir, args.data_dir),
     }
     if unknown := [name for name in names if name not in made]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from experiments.families.lab import Config
 
 WAYS = (
-    "dense", "whitened SVD", "Tucker", "CP", "chosen ranks", "random factors", "ranks and bits chosen",
-    "magnitude, 8 bits", "units", "shared values", "shared blocks of 4", "hashed", "circulant", "rounding", "GPTQ",
+    "dense", "whitened SVD", "Tucker", "CP", "whitened CP", "chosen ranks", "chosen CP", "random factors",
+    "ranks and bits chosen", "magnitude, 8 bits", "units", "shared values", "shared blocks of 4", "hashed", "circulant",
+    "rounding", "GPTQ",
 )  # fmt: skip
 
 

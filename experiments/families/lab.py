@@ -117,9 +117,9 @@ class Lab:
     def plan(self, method: Any) -> jc.Plan:
         """All that is compressed, by one method."""
         kept = [(self.config.kept, None)] if self.config.kept else []
-        rules = [*kept, (self.config.rules, method)]
-        known = {path: x for path, x in self.layout.items() if path in jc.plan(self.shapes, rules)}
-        return jc.plan(self.shapes, rules, layout=known)
+        named = jc.plan(self.shapes, [*kept, (self.config.rules, jc.prune.Nonzero())])
+        known = {path: x for path, x in self.layout.items() if path in named}
+        return jc.plan(self.shapes, [*kept, (self.config.rules, method)], layout=known)
 
     def compressed(self, method: Any, seed: int) -> Network:
         """The trained network, its kernels by one method. Statistics are of training examples."""

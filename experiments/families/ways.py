@@ -123,18 +123,30 @@ class RandomFactors(jc.Method):
         return jc.formats.LowRank(u, jnp.swapaxes(u, -1, -2) @ w)
 
 
-def chosen(kinds: Callable[[], dict[str, Any]]) -> Callable[[Lab, int, Any], Network]:
-    """For each kernel a method of its own: the least error in sum, as the lab measures it, at so many bits."""
+def stored(lab: Lab) -> Callable[[Any], Any]:
+    """Bits of the leaves of a tree."""
+    return jc.budget.bits
+
+
+def multiplied(lab: Lab) -> Callable[[Any], Any]:
+    """Multiply-adds of the leaves of a tree."""
+    return lab.once("multiplied", lambda: jc.budget.multiply_adds(lab.apply, lab.shapes, lab.example))
+
+
+def chosen(
+    kinds: Callable[[], dict[str, Any]], costs: Callable[[Lab], Callable[[Any], Any]] = stored
+) -> Callable[[Lab, int, Any], Network]:
+    """For each kernel a method of its own: the least error in sum, as the lab measures it, at a share of the costs."""
 
     def make(lab: Lab, seed: int, share: float) -> Network:
-        params, stats = lab.dense(seed), lab.stats(seed)
+        params, stats, cost = lab.dense(seed), lab.stats(seed), costs(lab)
         plans = {name: lab.plan(method) for name, method in kinds().items()}
 
         def options() -> Any:
-            return quietly(jc.budget.options, params, plans, measure=lab.measure(seed), stats=stats)
+            return quietly(jc.budget.options, params, plans, measure=lab.measure(seed), cost=cost, stats=stats)
 
         found = lab.once(("options", kinds, seed), options)
-        whole = jc.budget.bits(params)
+        whole = cost(params)
         kernels = sum(whole[path] for path, method in lab.plan(F.SVD(rank=1)).items() if method is not None)
         budget = math.floor(share * kernels) + sum(whole.values()) - kernels
         plan = jc.budget.allocate(plans, found.errors, found.costs, budget)
@@ -146,6 +158,11 @@ def chosen(kinds: Callable[[], dict[str, Any]]) -> Callable[[Lab, int, Any], Net
 def ranks() -> dict[str, Any]:
     """One family, many ranks."""
     return {f"rank {x:g}": F.WhitenedSVD(rank=x) for x in LADDER} | {"dense": None}
+
+
+def chains() -> dict[str, Any]:
+    """Chains of one family of convolutions, of many ranks."""
+    return {f"rank {x:g}": F.Whitened(F.CP(rank=x)) for x in LADDER} | {"dense": None}
 
 
 def mixture() -> dict[str, Any]:
@@ -175,8 +192,10 @@ FAMILIES = [
     Family("tensor train", LOW, of(Train), SHARES, "share of the numbers"),
     Family("Tucker", LOW, of(lambda r: F.Tucker(ranks=r)), SHARES, "share of the numbers"),
     Family("CP", LOW, of(lambda r: F.CP(rank=r)), SHARES, "share of the numbers"),
+    Family("whitened CP", LOW, of(lambda r: F.Whitened(F.CP(rank=r))), SHARES, "share of the numbers"),
     Family("Kronecker", LOW, of(Products), SHARES, "share of the numbers"),
     Family("chosen ranks", LOW, chosen(ranks), SHARES, "share of the bits"),
+    Family("chosen CP", LOW, chosen(chains, multiplied), SHARES, "share of the multiply-adds"),
     Family("SVD, 8 bits", LOW, of(lambda r: jc.chain(F.SVD(rank=r), Q.Int(bits=8))), SHARES, "share of the numbers"),
     Family("random factors", LOW, of(RandomFactors), SHARES, "share of the numbers"),
     Family("ranks and bits chosen", "mixture", chosen(mixture), (0.2, 0.14, 0.1, 0.07, 0.05), "share of the bits"),
@@ -210,5 +229,5 @@ FAMILIES = [
 ]  # fmt: skip
 """All of them; a config may name some."""
 
-MATRICES = tuple(family.name for family in FAMILIES if family.name not in ("Tucker", "CP"))
+MATRICES = tuple(family.name for family in FAMILIES if family.name not in ("Tucker", "CP", "whitened CP", "chosen CP"))
 """Those of a network without convolutions, where the others are no families of their own."""

@@ -1,6 +1,6 @@
 """Compression under a budget."""
 
-from jcompress.budget.allocation import Options, allocate, bit_operations, bits, mixed, options
+from jcompress.budget.allocation import Options, allocate, bit_operations, bits, mixed, multiply_adds, options
 from jcompress.budget.costs import parameter_count
 from jcompress.budget.errors import (
     by_loss,
@@ -35,6 +35,7 @@ __all__ = [
     "loss_change",
     "measure_of",
     "mixed",
+    "multiply_adds",
     "netadapt",
     "options",
     "output_error",

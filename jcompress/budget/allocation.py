@@ -1,4 +1,4 @@
-"""Which method each leaf gets under one budget of bytes or of bit operations: exact, by dynamic programming."""
+"""A method for each leaf under a budget of bytes, multiply-adds or bit operations: exact, by dynamic programming."""
 
 from __future__ import annotations
 
@@ -40,6 +40,33 @@ def bits(tree: PyTree) -> dict[str, int]:
       {'a': 192, 'b': 120}
     """
     return {path: core.leaf_nbits(x) for path, x in rules.paths(tree)}
+
+
+def multiply_adds(fn: Callable[..., Any], params: PyTree, *args: Any) -> Costs:
+    """The multiply-adds of each leaf: of factors one after the other, of masks what they keep.
+
+    Codes and codebooks multiply like the dense array, and cost what it costs.
+
+    Args:
+      fn: any JAX function of ``(params, *args)``; it is traced once.
+      params: a pytree of arrays, or their shapes.
+      *args: example arguments; their batch size is part of the count.
+
+    Returns:
+      A function of a compressed tree, for ``cost`` of :func:`mixed`: ranks, and what stays dense, under a budget.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> params = {"a": jnp.eye(8), "b": jnp.diag(jnp.arange(8.0))}
+      >>> count = jc.budget.multiply_adds(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 8)))
+      >>> ranks = {f"{r}": jc.plan(params, [(".*", jc.factorize.SVD(rank=r))]) for r in (1, 2, 4)}
+      >>> print(jc.budget.mixed(params, ranks, 96, measure="weight", cost=count))
+      path  shape  method
+      a     8x8    SVD(rank=2)
+      b     8x8    SVD(rank=4)
+    """
+    counted = cost_of(fn, params, *args)
+    return lambda tree: {row.path: round(row.compressed_multiply_adds) for row in counted.compressed(tree).rows}
 
 
 def bit_operations(fn: Callable[..., Any], params: PyTree, *args: Any) -> Costs:
@@ -114,7 +141,7 @@ def options(
       measure: ``"output"``, ``"relative"``, ``"weight"`` or ``"trace"``, from ``stats``
         (:func:`jcompress.budget.measure_of`), or any ``measure(path, dense, compressed) -> error``, such as
         :func:`jcompress.budget.loss_change` or :func:`jcompress.budget.curvature_error`.
-      cost: :func:`bits`, :func:`bit_operations`, or any function of a compressed tree.
+      cost: :func:`bits`, :func:`multiply_adds`, :func:`bit_operations`, or any function of a compressed tree.
       stats: from ``jc.calibrate``, for the methods and for the measure.
       step: as in ``jc.compress``.
       key: as in ``jc.compress``.
