@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from experiments import data as datasets
-from experiments import permute
+from experiments import lighter, permute
 from experiments.distillation import losses
+from experiments.families import ways
 from experiments.models import resnet
 
 
@@ -52,6 +53,19 @@ def test_a_teacher_of_stages_teaches_its_cut_self_and_another_network(folder, tm
     assert losses.main([*flags, "--config.student=resnet14", f"--workdir={tmp_path / 'own'}"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "own" / "results.jsonl").read_text().splitlines()]
     assert len({row["multiply_adds"] for row in rows}) == 1 and len({row["test_bits"] for row in rows}) == 5
+
+
+def test_a_network_with_fewer_multiply_adds_is_taught_by_itself(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ways, "LADDER", (0.3,))
+    config = ["model=resnet8", "fewer=1.5", "epochs=0.1", "batch_size=8", "test=10"]
+    flags = [f"--config.{x}" for x in config] + [f"--data_dir={folder}", f"--workdir={tmp_path / 'run'}"]
+    assert lighter.main(flags) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [row["way"] for row in rows] == ["dense", "chosen CP", "units"]
+    for row in rows[1:]:
+        assert row["multiply_adds"] <= 0.71 * rows[0]["multiply_adds"]
+        assert row["test_bits"] != row["test_bits_before"]
+    assert "| chosen CP |" in (tmp_path / "run" / "table.md").read_text()
 
 
 def test_another_order_of_units_changes_words_and_not_the_network(folder):
