@@ -15,7 +15,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import flags, lighter, llm, minilm, orders, page, pipelines, prune, search, smaller, tables
+from experiments import (
+    alternation,
+    flags,
+    lighter,
+    llm,
+    minilm,
+    orders,
+    page,
+    pipelines,
+    prune,
+    search,
+    smaller,
+    tables,
+)
 from experiments.codec import __main__ as codec
 from experiments.distillation import losses, studies
 from experiments.distillation import minilm as halves
@@ -71,6 +84,8 @@ def draw(folder: Path) -> list[Path]:
         pipelines.publish(rows(path, pipelines.Staged.keys), path.stem, beside(path)[0])
     for path in sorted((folder / "codec").glob("*.jsonl")):
         beside(path)[0].write_text(tables.markdown(codec.table(rows(path, codec.Comparison.keys))) + "\n")
+    for path in sorted((folder / "alternation").glob("*.jsonl")):
+        alternation.publish(rows(path, alternation.Alternation.keys), beside(path)[0])
     for path in sorted((folder / "lighter").glob("*.jsonl")):
         lighter.publish(rows(path, lighter.Lighter.keys), beside(path)[0])
     for path in sorted((folder / "smaller").glob("*.jsonl")):

@@ -1,0 +1,149 @@
+"""Learning-compression beside compressing first and training then, at equal bytes and equal steps.
+
+    python -m experiments.alternation --data=mnist --data_dir=D
+    python -m experiments.alternation --epochs=20,20 --seeds=1
+
+From one dense network each: codebooks of two and of four values (1 and 2 bits a weight), and masks of 2% of all
+weights. *Compressed, then trained* trains the values that are left (codebooks, kept weights, biases); *learning and
+compression* (:func:`jcompress.lc`) trains all weights under a penalty that grows and leads them there, in as many steps.
+The penalties were chosen by the last training images of another seed; the test images are read once for each row.
+
+Expect from the literature: Carreira-Perpinan & Idelbayev (2017, arXiv:1707.01319) report LeNet-300-100 with one bit a
+weight at the dense error, where training after compression loses several points.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import jcompress as jc
+from experiments import data as datasets
+from experiments import flags, runner, tables
+from experiments.pipelines import HELD_OUT, Bench, dense
+from experiments.workdir import Row, Rows, write
+
+PyTree = Any
+KERNELS, EVERY, RATE = ".*/kernel", 50, 1e-3
+METHODS = {
+    "1 bit": jc.share.KMeans(clusters=2),
+    "2 bits": jc.share.KMeans(clusters=4),
+    "2% of the weights": jc.prune.Magnitude(sparsity=0.98, scope="global"),
+}
+WAYS = ("compressed, then trained", "learning and compression")
+PENALTIES = {"1 bit": 1e-3, "2 bits": 1e-3, "2% of the weights": 1e-2}
+"""At first, in units of one over the step size; it grows to 1."""
+
+
+class Alternation:
+    """A row for each network, seed, method and way, as the runner takes them."""
+
+    keys = ("network", "seed", "method", "way")
+
+    def __init__(self, args: Any) -> None:
+        load = functools.partial(_load, args.data, args.data_dir)
+        self.epochs = dict(zip(args.networks.split(","), map(float, args.epochs.split(",")), strict=True))
+        self.benches = {name: Bench(name, load) for name in self.epochs}
+        self.workdir, self.seeds = Path(args.workdir or f"runs/alternation/{args.data}"), args.seeds
+        self.setting = {"data": args.data, "epochs": self.epochs, "penalties": PENALTIES}
+        self._dense: dict[Any, PyTree] = {}
+
+    def todo(self) -> Iterator[Row]:
+        for network in self.benches:
+            for seed in range(self.seeds):
+                yield {"network": network, "seed": seed, "method": "dense", "way": "trained"}
+                for method in METHODS:
+                    yield from ({"network": network, "seed": seed, "method": method, "way": way} for way in WAYS)
+
+    def measure(self, rows: Rows, network: str, seed: int, method: str, way: str) -> Row:
+        bench, epochs = self.benches[network], self.epochs[network]
+        if (network, seed) not in self._dense:
+            self._dense = {(network, seed): dense(bench, None, 100 * seed, epochs=epochs)}
+        tree = self._dense[network, seed]
+        if method != "dense":
+            plan = jc.plan(tree, [(KERNELS, METHODS[method]), (".*", None)])
+            make = {WAYS[0]: tuned, WAYS[1]: alternated}[way]
+            tree = make(bench, tree, plan, (method, epochs), 100 * seed + 1)
+        params, data = jc.materialize(tree), bench.load(0)
+        errors = {name: 100 * (1 - bench.evaluate(params, getattr(data, name)).accuracy) for name in ("val", "test")}
+        return {"bits": jc.nbits(tree), **errors}
+
+    def line(self, row: Row) -> str:
+        return f"{row['network']}, seed {row['seed']}, {row['method']}, {row['way']}: {row['val']:.2f}% held out"
+
+    def finish(self, rows: list[Row]) -> tuple[str, Any]:
+        return publish(rows, self.workdir / "table.md"), None
+
+
+def tuned(bench: Bench, params: PyTree, plan: jc.Plan, name: Any, seed: int) -> PyTree:
+    """Compressed; what trains in the nodes is trained."""
+    train, held = jc.split(jc.compress(params, plan))
+
+    def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
+        return bench.hard(jc.materialize(jc.merge(train, held)), x, y, targets)
+
+    epochs = name[-1]
+    tx = optax.adam(_pace(bench, epochs))
+    return jc.merge(bench.fit(("tuned", name), train, held, loss, tx, epochs, seed, None)[0], held)
+
+
+def alternated(bench: Bench, params: PyTree, plan: jc.Plan, name: Any, seed: int) -> PyTree:
+    """All weights trained, and led to the set of compressed ones."""
+    epochs, steps = name[-1], bench.steps(name[-1])
+    grows = optax.exponential_decay(PENALTIES[name[0]], steps, 1 / PENALTIES[name[0]])
+    tx = optax.chain(optax.adam(_pace(bench, epochs)), jc.lc(plan, every=EVERY, mu=grows))
+
+    def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
+        return bench.hard(train, x, y, targets)
+
+    trained, state = bench.fit(("alternated", name), params, None, loss, tx, epochs, seed, None)
+    return jc.nodes(trained, state)
+
+
+def _pace(bench: Bench, epochs: float) -> optax.Schedule:
+    return optax.cosine_decay_schedule(RATE, bench.steps(epochs), alpha=0.01)
+
+
+def publish(rows: Sequence[Row], path: Path) -> str:
+    """Write the table: means over seeds, and the mean of what each seed gains, with its standard error."""
+    shown = [["network", "method", "bytes", *(f"{x}: test error, %" for x in WAYS), "gain", "seeds that gain"]]
+    for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["network"], row["method"]) == (network, method)]
+        stored = f"{own[0]['bits'] // 8:,}"
+        found = [[row["test"] for row in own if row["way"] == way] for way in ("trained", *WAYS)]
+        cells = [tables.spread(*tables.mean_std(x)) if x else "" for x in found]
+        if cells[0]:
+            shown.append([network, method, stored, cells[0], "", "", ""])
+            continue
+        gains = np.subtract(*([x[: min(map(len, found[1:]))] for x in found[1:]]))
+        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        told = f"{gains.mean():.2f} ± {error:.2f}" if len(gains) else ""
+        shown.append([network, method, stored, *cells[1:], told, f"{int((gains > 0).sum())} of {len(gains)}"])
+    text = tables.markdown(shown, (0, 1))
+    write(path, text + "\n")
+    return text
+
+
+def _load(name: str, folder: str | None, seed: int) -> datasets.Data:
+    return datasets.load(name, folder, 0, val=HELD_OUT.get(name))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = flags.parser(__doc__, "runs/alternation/<data>")
+    parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
+    parser.add_argument("--networks", default="lenet_300_100,cnn")
+    parser.add_argument("--epochs", default="16,4", help="of the dense networks, and again of every way")
+    parser.add_argument("--seeds", type=flags.positive, default=5)
+    args = parser.parse_args(argv)
+    return runner.main(lambda signals: Alternation(args), args.overwrite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The comparison of learning-compression with compressing first, in a short run on the digits."""
+
+import json
+
+from experiments import alternation
+
+
+def test_both_ways_take_equal_bytes_and_the_table_has_what_each_seed_gains(tmp_path):
+    flags = ["--networks=lenet_300_100", "--epochs=2", "--seeds=2", f"--workdir={tmp_path}"]
+    assert alternation.main(flags) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * (1 + 2 * len(alternation.METHODS))
+    for seed in (0, 1):
+        dense = next(row for row in rows if row["seed"] == seed and row["method"] == "dense")
+        for method in alternation.METHODS:
+            first, second = (row for row in rows if (row["seed"], row["method"]) == (seed, method))
+            assert first["bits"] == second["bits"] < dense["bits"] / 10
+            assert first["way"] != second["way"]
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("of 2 |") == len(alternation.METHODS)
+    (tmp_path / "table.md").unlink()
+    assert alternation.main(flags) == 0
+    assert (tmp_path / "table.md").read_text() == table
