@@ -5,7 +5,7 @@
 
 From one dense network each: codebooks of two and of four values (1 and 2 bits a weight), and masks of 2% of all
 weights. *Compressed, then trained* trains the values that are left (codebooks, kept weights, biases); *learning and
-compression* (:func:`jcompress.lc`) trains all weights under a penalty that grows and leads them there, in as many steps.
+compression* (:func:`jcompress.lc`) trains all weights under a penalty that grows and leads them there, equally long.
 The penalties were chosen by the last training images of another seed; the test images are read once for each row.
 
 Expect from the literature: Carreira-Perpinan & Idelbayev (2017, arXiv:1707.01319) report LeNet-300-100 with one bit a
@@ -116,7 +116,7 @@ def publish(rows: Sequence[Row], path: Path) -> str:
     shown = [["network", "method", "bytes", *(f"{x}: test error, %" for x in WAYS), "gain", "seeds that gain"]]
     for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
         own = [row for row in rows if (row["network"], row["method"]) == (network, method)]
-        stored = f"{own[0]['bits'] // 8:,}"
+        stored = f"{sum(row['bits'] for row in own) / len(own) / 8:,.0f}"
         found = [[row["test"] for row in own if row["way"] == way] for way in ("trained", *WAYS)]
         cells = [tables.spread(*tables.mean_std(x)) if x else "" for x in found]
         if cells[0]:
