@@ -30,8 +30,8 @@ from experiments import (
     tables,
 )
 from experiments.codec import __main__ as codec
-from experiments.distillation import losses, studies
 from experiments.distillation import minilm as halves
+from experiments.distillation import schools, studies
 from experiments.families import __main__ as families
 from experiments.quantization import training
 from experiments.runner import refuse
@@ -101,8 +101,8 @@ def _distillation(folder: Path) -> list[Path]:
     made = []
     for path in sorted(folder.glob("losses_*.jsonl")):
         table, picture = beside(path)
-        losses.finish(
-            rows(path, losses.Schools.keys), "text" if path.stem == "losses_text" else "image", table, picture
+        schools.finish(
+            rows(path, schools.Schools.keys), "text" if path.stem == "losses_text" else "image", table, picture
         )
         made.append(picture)
     for path in sorted(folder.glob("studies_*.jsonl")):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jcompress as jc
-from experiments.distillation.losses import Config, Schools
+from experiments.distillation.schools import Config, Schools
 from experiments.families.ways import Network
 from experiments.models import resnet
 
