@@ -283,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timed", type=flags.positive, default=200, help="test images that are timed one by one")
     parser.add_argument("--smoke", action="store_true", help="random images and a small random network")
     args = parser.parse_args(argv)
+    command = flags.told("experiments.early_exit", parser, args)
     try:
         if args.smoke:
             net, data = smoke()
@@ -300,8 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(found))
     folder = Path(args.workdir or ("runs/early_exit_smoke" if args.smoke else "results/early_exit"))
     folder.mkdir(parents=True, exist_ok=True)
-    config = {name: value for name, value in vars(args).items() if name not in ("data_dir", "workdir", "overwrite")}
-    record = {"command": "python -m experiments.early_exit", "config": config, **found}
+    config = {name: value for name, value in vars(args).items() if name not in flags.FOLDERS}
+    record = {"command": command, "config": config, **found}
     (folder / f"{'cascade' if args.first else 'early_exit'}.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

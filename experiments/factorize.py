@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     folder = Path(args.workdir or "results/factorize")
     folder.mkdir(parents=True, exist_ok=True)
-    config = {name: value for name, value in vars(args).items() if name not in ("data_dir", "workdir", "overwrite")}
-    record = {"command": f"python -m experiments.factorize --model={args.model}", "config": config, "rows": rows}
+    config = {name: value for name, value in vars(args).items() if name not in flags.FOLDERS}
+    record = {"command": flags.told("experiments.factorize", parser, args), "config": config, "rows": rows}
     (folder / f"factorize_{args.model}.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,16 @@ def parser(doc: str | None, workdir: str) -> Parser:
     found.add_argument("--workdir", help=f"where to write; {workdir} by default")
     found.add_argument("--overwrite", action="store_true", help="delete what an earlier run wrote to the workdir")
     return found
+
+
+FOLDERS = ("data_dir", "workdir", "overwrite")
+
+
+def told(module: str, parser: Parser, args: argparse.Namespace) -> str:
+    """The command for a record: what is not default, without folders."""
+    given = {name: x for name, x in vars(args).items() if name not in FOLDERS and x != parser.get_default(name)}
+    flags = (f"--{name}" if x is True else f"--{name}={x}" for name, x in given.items())
+    return shlex.join(["python", "-m", module, *flags])
 
 
 def parse(

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     folder = Path(args.workdir or "results/sharing")
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"command": f"python -m experiments.permute --model={args.model} --block={args.block}", "rows": rows}
+    record = {"command": flags.told("experiments.permute", parser, args), "rows": rows}
     (folder / f"permute_{args.model}.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

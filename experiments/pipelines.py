@@ -249,6 +249,9 @@ def pipelines(model: str) -> dict[str, Pipeline]:
         "learned, smallest": Pipeline(
             {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8)}, penalized
         ),
+        "learned, least": Pipeline(
+            {**start, "learn fewest bits": functools.partial(learn, price=5e-5, epochs=8)}, penalized
+        ),
         "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
         "self-distilled": Pipeline(
             {"dense": start["dense"], "4 bits": functools.partial(self_distil, bits=4, epochs=4)}
@@ -266,6 +269,10 @@ class Staged:
         load = functools.partial(_load, args.data, args.data_dir, held)
         self.bench = Bench(args.model, load, scale=args.epochs, shift=args.shift)
         self.model, self.pipelines = args.model, pipelines(args.model)
+        self.orders = {[*p.stages][-1]: list(p.stages) for p in self.pipelines.values()}
+        if unknown := set(args.only.split(",") if args.only else ()) - set(self.orders):
+            raise ValueError(f"--only: {sorted(unknown)} unknown; use some of {','.join(self.orders)}")
+        self.only = args.only.split(",") if args.only else list(self.orders)
         self.workdir = Path(args.workdir or f"runs/pipelines/{args.data}_{args.model}")
         self.seeds = args.seeds
         self.setting = {
@@ -280,8 +287,7 @@ class Staged:
     def todo(self) -> Iterator[Row]:
         for seed in range(self.seeds):
             done = set()
-            for pipeline in self.pipelines.values():
-                names = list(pipeline.stages)
+            for names in (self.orders[last] for last in self.only):
                 for i in range(1, len(names) + 1):
                     stages = " > ".join(names[:i])
                     if stages not in done:
@@ -376,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--model", choices=["lenet_300_100", "lenet5"], default="lenet_300_100")
     parser.add_argument("--seeds", type=flags.positive, default=3)
+    parser.add_argument("--only", default="", help="last stages of some of the pipelines, joined by commas")
     parser.add_argument("--shift", type=int, default=0, help="pixels by which training images are moved at most")
     parser.add_argument("--epochs", type=float, default=1.0, help="scale of all epochs, to try things out")
     args = parser.parse_args(argv)

@@ -22,6 +22,16 @@ def test_a_picture_is_moved_whole():
         assert any((after == y).all() for y in moved)
 
 
+def test_some_pipelines_are_named_by_their_last_stages(tmp_path, capsys):
+    flags = ["--epochs=0.02", "--seeds=1", f"--workdir={tmp_path}", "--only=share"]
+    assert pipelines.main(flags) == 0
+    assert "| dense > prune > share |" in (tmp_path / "table.md").read_text()
+    assert pipelines.main([*flags[:3], "--only=code"]) == 0 and "3 rows, 2 of them there" in capsys.readouterr().out
+    assert "| dense > prune > code |" in (tmp_path / "table.md").read_text()
+    assert pipelines.main([*flags[:3], "--only=shared"]) == 2
+    assert "shared" in capsys.readouterr().err
+
+
 def test_half_of_the_units_are_the_best_ones():
     rng = np.random.default_rng(0)
     sizes = {"dense_0": (12, 6), "dense_1": (6, 4), "head": (4, 3), "exit": (6, 3)}
