@@ -105,7 +105,14 @@ def test_pipelines_that_begin_alike_share_their_stages(name):
 def test_stages_resume_from_their_files(tmp_path):
     """The second call makes nothing again, and what a stage gave is on disk, coded."""
     args = types.SimpleNamespace(
-        data="digits", data_dir=None, model="lenet_300_100", epochs=0.05, shift=0, workdir=str(tmp_path), seeds=1
+        data="digits",
+        data_dir=None,
+        model="lenet_300_100",
+        only="",
+        epochs=0.05,
+        shift=0,
+        workdir=str(tmp_path),
+        seeds=1,
     )
     staged = pipelines.Staged(args)
     first = staged.measure(None, 0, "dense")
