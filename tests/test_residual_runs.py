@@ -11,6 +11,7 @@ from experiments import lighter, permute
 from experiments.distillation import losses
 from experiments.families import ways
 from experiments.models import resnet
+from experiments.quantization import networks
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,20 @@ def test_a_network_with_fewer_multiply_adds_is_taught_by_itself(folder, tmp_path
         assert row["multiply_adds"] <= 0.71 * rows[0]["multiply_adds"]
         assert row["test_bits"] != row["test_bits_before"]
     assert "| chosen CP |" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_few_bits_are_measured_with_and_without_activations(folder):
+    bench = networks.Bench(folder / "resnet8_cifar10.npz", str(folder), 20, 40)
+    rows = networks.run(bench, [8])
+    assert [row["way"] for row in rows] == [
+        "dense",
+        *networks.METHODS,
+        "GPTQ, static activations",
+        "GPTQ, dynamic activations",
+    ]
+    assert all(3 * row["bytes"] < rows[0]["bytes"] and row["coded"] < row["bytes"] for row in rows[1:])
+    assert all(0 <= row["error"] <= 100 for row in rows)
+    assert networks.table(rows).count("\n") == len(rows) + 1
 
 
 def test_another_order_of_units_changes_words_and_not_the_network(folder):
