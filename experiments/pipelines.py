@@ -249,8 +249,8 @@ def pipelines(model: str) -> dict[str, Pipeline]:
         "learned, smallest": Pipeline(
             {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8)}, penalized
         ),
-        "learned, least": Pipeline(
-            {**start, "learn fewest bits": functools.partial(learn, price=5e-5, epochs=8)}, penalized
+        "learned, fewest bits": Pipeline(
+            {**start, "learn fewest bits": functools.partial(learn, price=1.2e-4, epochs=8)}, penalized
         ),
         "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
         "self-distilled": Pipeline(
