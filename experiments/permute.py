@@ -7,7 +7,8 @@ Each convolution but the first is stored as a codebook of words of ``--block`` i
 blocks, before and after ``jc.rewrite.permute``, at equal bytes; the control are random orders of the same groups, three
 of them. Martinez et al. (2021, arXiv:2010.15703) report lower errors for the layers that they permute. Errors of layers
 are relative, in the kernels; that of the network is on the first ``--test`` test images, with batch statistics as they
-were. Nothing is trained, and nothing is chosen on test images.
+were. Nothing is chosen on test images. With ``--steps``, words, norms and the head are then trained for so many steps
+of 64 images, and batch statistics are estimated anew before and after.
 
 It writes ``--workdir``/permute_<model>.json and prints the table.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ import numpy as np
 import jcompress as jc
 from experiments import data as datasets
 from experiments import flags, lab, tables
+from experiments.families import lab as families
 from experiments.models import resnet
 from experiments.runner import refuse
+from experiments.workdir import Row
 
 PyTree = Any
 KERNELS = r"weights/.*conv\d/weight"
@@ -43,7 +46,10 @@ def fixed(both: PyTree, x: Any) -> Any:
 class Bench:
     """One network, and what is measured of its units in some order."""
 
-    def __init__(self, path: Path, data: datasets.Data, block: int, test: int) -> None:
+    def __init__(
+        self, path: Path, data: datasets.Data, block: int, test: int, tuned: Callable[[PyTree], Row] | None = None
+    ) -> None:
+        self.tuned = tuned
         weights, statistics = resnet.load(path)
         self.params, self.block = {"weights": weights, "statistics": statistics}, block
         self.test, self.example = data.test.take(slice(test)), data.train.x[:8]
@@ -60,7 +66,7 @@ class Bench:
         """A codebook for a kernel of so many numbers."""
         return jc.share.KMeans(clusters=min(256, size // self.block // 8), block=(self.block, 1))
 
-    def row(self, order: str, params: PyTree) -> dict[str, Any]:
+    def row(self, order: str, params: PyTree) -> Row:
         """Errors of all layers and of the network, of units in this order."""
         y, z = (np.asarray(jax.jit(fixed)(p, self.example)) for p in (self.params, params))
         small = jc.compress(params, self.plan)
@@ -73,6 +79,7 @@ class Bench:
             "outputs_moved": float(np.abs(y - z).max() / np.abs(y).max()),
             "error": 100 * (1 - self.evaluate(dense, self.test).accuracy),
             "layers": errors,
+            **(self.tuned(small) if self.tuned else {}),
         }
 
     def shuffled(self, orders: dict[str, np.ndarray], seed: int) -> PyTree:
@@ -88,7 +95,23 @@ class Bench:
         return jc.rules.rebuild(self.params, leaves)
 
 
-def run(bench: Bench) -> list[dict[str, Any]]:
+def tuner(model: str, data_dir: str, test: int, steps: int) -> Callable[[PyTree], Row]:
+    """What trains words: test errors with statistics that are estimated anew, before and after so many steps."""
+    config = families.Config(
+        data="cifar10", data_options={"val": 0.02}, model=model, rules=r".*conv\d/weight", kept="conv1/weight",
+        finetuning=steps, finetuning_rate=2e-3, test=test,
+    )  # fmt: skip
+    trained = families.of(config, data_dir)
+
+    def tuned(small: PyTree) -> Row:
+        network = families.Network(small["weights"] | small["statistics"])
+        both = {"restated": network, "tuned": trained.finetuned(network, 0)}
+        return {name: 100 * (1 - trained.score(x, 0)["test_accuracy"]) for name, x in both.items()}
+
+    return tuned
+
+
+def run(bench: Bench) -> list[Row]:
     """As it is, permuted, and the control."""
     options = {"fn": lambda both: fixed(both, bench.example)}
     found, orders = jc.rewrite.permute(bench.params, bench.groups, bench.block, **options)
@@ -102,19 +125,19 @@ def run(bench: Bench) -> list[dict[str, Any]]:
     return [{**row, "groups": len(orders), "read": read} for row in rows]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """A line for each order: kernels that read what was permuted, in a block and along the shortcuts; the network."""
     heads = ["inside a block: better", "error", "along the shortcuts: better", "error"]
-    shown = [["order", *heads, "bytes", "test error, %", "outputs moved"]]
+    after = [name for name in ("restated", "tuned") if name in rows[0]]
+    shown = [["order", *heads, "bytes", "test error, %", *after, "outputs moved"]]
     for row in rows:
         cells: list[str] = []
         for paths in row["read"].values():
             better = [row["layers"][path] < rows[0]["layers"][path] for path in paths]
             mean = np.mean([row["layers"][path] for path in paths])
             cells += [f"{sum(better)} of {len(better)}", f"{mean:.4f}"]
-        shown.append([
-            row["order"], *cells, f"{row['bytes']:,}", f"{row['error']:.2f}", f"{row['outputs_moved']:.1e}",
-        ])  # fmt: skip
+        cells += [f"{row['bytes']:,}", *(f"{row[name]:.2f}" for name in ("error", *after))]
+        shown.append([row["order"], *cells, f"{row['outputs_moved']:.1e}"])
     return tables.markdown(shown, (0,))
 
 
@@ -124,10 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="resnet56", choices=("resnet20", "resnet56"))
     parser.add_argument("--block", type=flags.positive, default=4, help="inputs of a word")
     parser.add_argument("--test", type=flags.positive, default=2000, help="test images")
+    parser.add_argument("--steps", type=int, default=0, help="of training words, norms and the head")
     args = parser.parse_args(argv)
     try:
         data = datasets.load("cifar10", args.data_dir)
-        bench = Bench(Path(args.data_dir) / f"{args.model}_cifar10.npz", data, args.block, args.test)
+        tuned = tuner(args.model, args.data_dir, args.test, args.steps) if args.steps else None
+        bench = Bench(Path(args.data_dir) / f"{args.model}_cifar10.npz", data, args.block, args.test, tuned)
     except (ValueError, OSError, ImportError) as error:
         return refuse(error)
     rows = run(bench)

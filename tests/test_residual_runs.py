@@ -84,10 +84,12 @@ def test_few_bits_are_measured_with_and_without_activations(folder):
 
 
 def test_another_order_of_units_changes_words_and_not_the_network(folder):
-    bench = permute.Bench(folder / "resnet14_cifar10.npz", datasets.load("cifar10", folder), 4, 10)
+    tuned = permute.tuner("resnet14", str(folder), 10, 1)
+    bench = permute.Bench(folder / "resnet14_cifar10.npz", datasets.load("cifar10", folder), 4, 10, tuned)
     rows = permute.run(bench)
     kinds = ["as it is", "permuted", "permuted where words gain", "random 0", "random 1", "random 2"]
     assert [row["order"] for row in rows] == kinds
     assert all(row["outputs_moved"] < 1e-5 and row["bytes"] == rows[0]["bytes"] for row in rows)
     assert rows[0]["groups"] and len({json.dumps(row["layers"]) for row in rows}) >= 5
-    assert "| permuted |" in permute.table(rows)
+    assert all(0 <= row["tuned"] <= 100 for row in rows)
+    assert "| permuted |" in permute.table(rows) and "| restated | tuned |" in permute.table(rows)
