@@ -156,10 +156,10 @@ def share(bench: Bench, tree: PyTree, seed: int, *, clusters: dict[str, int], ep
     return _halved(jc.merge(tuned, held))
 
 
-def learn(bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float) -> PyTree:
+def learn(bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float, what: str = ".*/kernel") -> PyTree:
     """Integers, steps and densities trained for loss and bits (Oktay et al. 2020, arXiv:1906.06624)."""
     params = jc.materialize(tree)
-    plan = jc.plan(params, [(".*/kernel", T.EntropyPenalized(levels=15)), (".*", None)])
+    plan = jc.plan(params, [(what, T.EntropyPenalized(levels=15)), (".*", None)])
     train, held = jc.split(jc.compress(params, plan))
     rates = {"values": 0.03, "log_step": 1e-3, "density": 1e-2, "dense": 5e-4}
     named = {name: optax.adam(_falling(bench, rate, epochs)) for name, rate in rates.items()}
@@ -169,7 +169,7 @@ def learn(bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float)
         tree = jc.merge(train, held)
         return bench.hard(jc.materialize(tree), x, y, targets) + price * T.rate(tree, key)
 
-    name = ("learn", price, epochs)
+    name = ("learn", price, epochs, what)
     trained, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 3, params)
     return _halved(jc.finalize(jc.merge(trained, held)))
 
@@ -249,8 +249,8 @@ def pipelines(model: str) -> dict[str, Pipeline]:
         "learned, smallest": Pipeline(
             {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8)}, penalized
         ),
-        "learned, fewest bits": Pipeline(
-            {**start, "learn fewest bits": functools.partial(learn, price=1.2e-4, epochs=8)}, penalized
+        "learned, biases too": Pipeline(
+            {**start, "learn all": functools.partial(learn, price=5e-5, epochs=12, what=".*")}, penalized
         ),
         "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
         "self-distilled": Pipeline(
