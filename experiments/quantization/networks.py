@@ -3,7 +3,7 @@
     python -m experiments.quantization.networks --data_dir=<folder with CIFAR-10 and resnet20_cifar10.npz>
 
 Batch norms are in the kernels and biases. Weights have a scale for each output: rounded, with ranges of least error, or
-by GPTQ on 1,000 training images. Activations have one range for each product, of those images (``static``), or one for
+by GPTQ on 1,000 training images; of water-filling, whose steps differ, coded bytes alone count. Activations have one range for each product, of those images (``static``), or one for
 each image as it comes (``dynamic``). Biases stay as they are. Bytes are those of the file, entropy-coded as well.
 
 Expect from the literature: Krishnamoorthi (2018, arXiv:1806.08342) finds 8 bits an output, weights and activations,
@@ -30,6 +30,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "rounding": lambda bits: Q.Int(bits=bits),
     "least error": lambda bits: Q.Int(bits=bits, clip="mse"),
     "GPTQ": lambda bits: Q.GPTQ(bits=bits, clip="mse"),
+    "water-filling": lambda bits: Q.WaterFilling(2 ** (1.8 - bits)),
 }
 
 
