@@ -3,8 +3,9 @@
     python -m experiments.quantization.networks --data_dir=<folder with CIFAR-10 and resnet20_cifar10.npz>
 
 Batch norms are in the kernels and biases. Weights have a scale for each output: rounded, with ranges of least error, or
-by GPTQ on 1,000 training images; of water-filling, whose steps differ, coded bytes alone count. Activations have one range for each product, of those images (``static``), or one for
-each image as it comes (``dynamic``). Biases stay as they are. Bytes are those of the file, entropy-coded as well.
+by GPTQ on 1,000 training images; or steps by water-filling, whose codes are of 8 bits and whose coded bytes alone count.
+Activations have one range for each product, of those images (``static``), or one for each image as it comes
+(``dynamic``). Biases stay as they are. Bytes are those of the file, plain and entropy-coded.
 
 Expect from the literature: Krishnamoorthi (2018, arXiv:1806.08342) finds 8 bits an output, weights and activations,
 within 0.2 points of the float networks on ImageNet, and 4 bits far off without training.
