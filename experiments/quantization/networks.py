@@ -3,7 +3,7 @@
     python -m experiments.quantization.networks --data_dir=<folder with CIFAR-10 and resnet20_cifar10.npz>
 
 Batch norms are in the kernels and biases. Weights have a scale for each output: rounded, with ranges of least error, or
-by GPTQ on 1,000 training images; or steps by water-filling, whose codes are of 8 bits and whose coded bytes alone count.
+by GPTQ on 1,000 training images; or in steps by water-filling, whose codes have 8 bits: their coded bytes alone count.
 Activations have one range for each product, of those images (``static``), or one for each image as it comes
 (``dynamic``). Biases stay as they are. Bytes are those of the file, plain and entropy-coded.
 
