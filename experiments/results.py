@@ -83,7 +83,9 @@ def draw(folder: Path) -> list[Path]:
     for path in sorted((folder / "pipelines").glob("*.jsonl")):
         pipelines.publish(rows(path, pipelines.Staged.keys), path.stem, beside(path)[0])
     for path in sorted((folder / "codec").glob("*.jsonl")):
-        beside(path)[0].write_text(tables.markdown(codec.table(rows(path, codec.Comparison.keys))) + "\n")
+        own = rows(path, codec.Comparison.keys)
+        cells = (codec.table if any(row["coder"] == "NNCodec" for row in own) else codec.files)(own)
+        beside(path)[0].write_text(tables.markdown(cells) + "\n")
     for path in sorted((folder / "alternation").glob("*.jsonl")):
         alternation.publish(rows(path, alternation.Alternation.keys), beside(path)[0])
     for path in sorted((folder / "lighter").glob("*.jsonl")):

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+import jcompress as jc
 from experiments import data as datasets
 from experiments import lighter, permute
+from experiments.codec import networks as codec
 from experiments.distillation import losses
 from experiments.families import ways
 from experiments.models import resnet
@@ -81,6 +83,19 @@ def test_few_bits_are_measured_with_and_without_activations(folder):
     assert all(3 * row["coded"] < rows[0]["bytes"] and row["coded"] < row["bytes"] for row in rows[1:])
     assert all(0 <= row["error"] <= 100 for row in rows)
     assert networks.table(rows).count("\n") == len(rows) + 1
+
+
+def test_biases_are_trained_towards_the_dense_network_and_kernels_are_held(folder):
+    network = codec.ResNet(folder / "resnet8_cifar10.npz", str(folder), 40, 20)
+    tree = network.compressed(1.0, 0.1, 0, dict.fromkeys(network.leaves(), 1.0))
+    tuned = network.tuned(tree, 20)
+    assert jax.tree.structure(tuned) == jax.tree.structure(tree)
+    dense, moved = jc.materialize(tree), jc.materialize(tuned)
+    assert all((moved[path] == dense[path]).all() for path in network.leaves())
+    images = resnet.augmented(network.train[:40], 0)
+    wanted = network._logits(network.params, images)
+    before, after = (jc.distill.soft_targets(network._fn(x, images), wanted, temperature=1.0) for x in (dense, moved))
+    assert after < before
 
 
 def test_another_order_of_units_changes_words_and_not_the_network(folder):

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jcompress as jc
 from experiments import data as datasets
-from experiments.lab import Lab
+from experiments.lab import Lab, batches
 from experiments.models import minilm, resnet
 from experiments.quantization import recipes, sts
 
@@ -50,6 +51,10 @@ class Network:
     def judged(self, params: PyTree) -> float:
         """The score on test data."""
         raise NotImplementedError
+
+    def tuned(self, tree: PyTree, steps: int) -> PyTree:
+        """The tree with what is no kernel trained towards the dense network's outputs for so many steps."""
+        raise ValueError(f"{self.name}: --tuned is for networks of CIFAR-10")
 
     def rules(self, step: Any, price: Any, states: int, parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """Kernels and tables in these steps, each times its own part of them; all else in 8 bits."""
@@ -94,8 +99,8 @@ class Pruned(Network):
         self.name = f"LeNet-300-100 at {sum(n for n, _ in kept) / sum(n for _, n in kept):.0%}"
         self.data = self.lab.load(0)
         kernels = jc.plan(self.params, [(self.kernels, Q.WaterFilling()), (".*", None)])
-        batches = [self.data.train.x[i : i + 500] for i in range(0, 5000, 500)]
-        self.stats = jc.calibrate(self.lab.apply, self.params, batches, kernels)
+        images = [self.data.train.x[i : i + 500] for i in range(0, 5000, 500)]
+        self.stats = jc.calibrate(self.lab.apply, self.params, images, kernels)
 
     def divergence(self, params: PyTree) -> Any:
         return self.lab.loss(params, self.data.val.x, self.data.val.y)
@@ -114,11 +119,11 @@ class ResNet(Network):
         params, statistics = resnet.load(path)
         self.params, self._rest = folded(params, statistics)
         data = datasets.load("cifar10", data_dir)
-        self.test, self.seen = data.test, data.train.x[:held]
+        self.test, self.seen, self.train = data.test, data.train.x[:held], data.train.x[held:]
         self.layout = jc.trace.layout(self._fn, self.params, self.seen[:1])
-        batches = [resnet.augmented(data.train.x[i : i + 100], i) for i in range(held, held + calibration, 100)]
+        images = [resnet.augmented(data.train.x[i : i + 100], i) for i in range(held, held + calibration, 100)]
         plan = jc.plan(self.params, [(self.kernels, Q.WaterFilling()), (".*", None)], layout=self.layout)
-        self.stats = jc.calibrate(self._fn, self.params, batches, plan)
+        self.stats = jc.calibrate(self._fn, self.params, images, plan)
         self._logits = jax.jit(self._fn)
         self.wanted = jax.nn.log_softmax(self._logits(self.params, self.seen))
 
@@ -129,6 +134,26 @@ class ResNet(Network):
     def divergence(self, params: PyTree) -> Any:
         found = jax.nn.log_softmax(self._fn(params, self.seen))
         return (jnp.exp(self.wanted) * (self.wanted - found)).sum(-1).mean()
+
+    def tuned(self, tree: PyTree, steps: int) -> PyTree:
+        dense = jc.materialize(tree)
+        held = {path: x for path, x in dense.items() if re.fullmatch(self.kernels, path)}
+        train = {path: x for path, x in dense.items() if path not in held}
+        tx = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
+
+        @jax.jit
+        def step(train: PyTree, state: Any, x: Any, targets: Any) -> tuple[PyTree, Any]:
+            def loss(train: PyTree) -> Any:
+                return jc.distill.soft_targets(self._fn({**held, **train}, x), targets, temperature=1.0)
+
+            updates, state = tx.update(jax.grad(loss)(train), state)
+            return optax.apply_updates(train, updates), state
+
+        state, order = tx.init(train), batches(jax.random.key(0), len(self.train), 100)
+        for number, index in zip(range(steps), order, strict=False):
+            x = resnet.augmented(self.train[index], number)
+            train, state = step(train, state, x, self._logits(self.params, x))
+        return {**tree, **jc.compress(train, jc.plan(train, [(".*", BITS)]))}
 
     def judged(self, params: PyTree) -> float:
         found = [
