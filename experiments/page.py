@@ -81,6 +81,8 @@ SOURCES = (
            "dense"),
     Source("quantization/minilm.jsonl", "a sentence encoder", "experiments.minilm",
            "all-MiniLM-L6-v2; 1,500 judged pairs of STS 2015, other sentences to choose by", "dense; 8 bits"),
+    Source("quantization/resnet20.json", "few bits after training only", "experiments.quantization.networks",
+           "ResNet-20 on CIFAR-10, 9,806 test images", "dense; rounding"),
     Source("quantization/training.json", "training in few bits", "experiments.quantization.training",
            f"{_DIGITS}; {_MNIST}; {_TEXT}", "dense, trained as long; rounded only"),
     Source("distillation/losses_resnet*.jsonl", "a ResNet-56 teaches a ResNet-20, and its own cut self",
