@@ -1,12 +1,13 @@
 """Learning-compression beside compressing first and training then, at equal bytes and equal steps.
 
     python -m experiments.alternation --data=mnist --data_dir=D
-    python -m experiments.alternation --epochs=20,20 --seeds=1
+    python -m experiments.alternation --networks=lenet_300_100 --epochs=20 --parts=1 --seeds=1
 
 From one dense network each: codebooks of two and of four values (1 and 2 bits a weight), and masks of 2% of all
 weights. *Compressed, then trained* trains the values that are left (codebooks, kept weights, biases); *learning and
 compression* (:func:`jcompress.lc`) trains all weights under a penalty that grows and leads them there, equally long.
-The penalties were chosen by the last training images of another seed; the test images are read once for each row.
+Penalties, and the part of the steps over which they grow to their end, were chosen by the last training images of
+another seed; the test images are read once for each row.
 
 Expect from the literature: Carreira-Perpinan & Idelbayev (2017, arXiv:1707.01319) report LeNet-300-100 with one bit a
 weight at the dense error, where training after compression loses several points.
@@ -49,10 +50,13 @@ class Alternation:
 
     def __init__(self, args: Any) -> None:
         load = functools.partial(_load, args.data, args.data_dir)
-        self.epochs = dict(zip(args.networks.split(","), map(float, args.epochs.split(",")), strict=True))
+        networks = args.networks.split(",")
+        self.epochs, self.parts = (
+            dict(zip(networks, map(float, x.split(",")), strict=True)) for x in (args.epochs, args.parts)
+        )
         self.benches = {name: Bench(name, load) for name in self.epochs}
         self.workdir, self.seeds = Path(args.workdir or f"runs/alternation/{args.data}"), args.seeds
-        self.setting = {"data": args.data, "epochs": self.epochs, "penalties": PENALTIES}
+        self.setting = {"data": args.data, "epochs": self.epochs, "parts": self.parts, "penalties": PENALTIES}
         self._dense: dict[Any, PyTree] = {}
 
     def todo(self) -> Iterator[Row]:
@@ -70,7 +74,7 @@ class Alternation:
         if method != "dense":
             plan = jc.plan(tree, [(KERNELS, METHODS[method]), (".*", None)])
             make = {WAYS[0]: tuned, WAYS[1]: alternated}[way]
-            tree = make(bench, tree, plan, (method, epochs), 100 * seed + 1)
+            tree = make(bench, tree, plan, (method, self.parts[network], epochs), 100 * seed + 1)
         params, data = jc.materialize(tree), bench.load(0)
         errors = {name: 100 * (1 - bench.evaluate(params, getattr(data, name)).accuracy) for name in ("val", "test")}
         return {"bits": jc.nbits(tree), **errors}
@@ -97,7 +101,8 @@ def tuned(bench: Bench, params: PyTree, plan: jc.Plan, name: Any, seed: int) -> 
 def alternated(bench: Bench, params: PyTree, plan: jc.Plan, name: Any, seed: int) -> PyTree:
     """All weights trained, and led to the set of compressed ones."""
     epochs, steps = name[-1], bench.steps(name[-1])
-    grows = optax.exponential_decay(PENALTIES[name[0]], steps, 1 / PENALTIES[name[0]])
+    first = PENALTIES[name[0]]
+    grows = optax.exponential_decay(first, max(int(name[1] * steps), 1), 1 / first, end_value=1.0)
     tx = optax.chain(optax.adam(_pace(bench, epochs)), jc.lc(plan, every=EVERY, mu=grows))
 
     def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
@@ -139,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = flags.parser(__doc__, "runs/alternation/<data>")
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--networks", default="lenet_300_100,cnn")
-    parser.add_argument("--epochs", default="16,4", help="of the dense networks, and again of every way")
+    parser.add_argument("--epochs", default="16,2", help="of the dense networks, and again of every way")
+    parser.add_argument("--parts", default="1,0.3", help="of the steps, over which the penalty grows")
     parser.add_argument("--seeds", type=flags.positive, default=5)
     args = parser.parse_args(argv)
     return runner.main(lambda signals: Alternation(args), args.overwrite)

@@ -8,7 +8,7 @@ from experiments import alternation
 
 
 def test_both_ways_take_equal_bytes_and_the_table_has_what_each_seed_gains(tmp_path):
-    flags = ["--networks=lenet_300_100", "--epochs=2", "--seeds=2", f"--workdir={tmp_path}"]
+    flags = ["--networks=lenet_300_100", "--epochs=2", "--parts=0.5", "--seeds=2", f"--workdir={tmp_path}"]
     assert alternation.main(flags) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * (1 + 2 * len(alternation.METHODS))
