@@ -26,9 +26,8 @@ import numpy as np
 import optax
 
 import jcompress as jc
-from experiments import data as datasets
 from experiments import flags, runner, tables
-from experiments.pipelines import HELD_OUT, Bench, dense
+from experiments.pipelines import Bench, dense, load_split
 from experiments.workdir import Row, Rows, write
 
 PyTree = Any
@@ -49,8 +48,11 @@ class Alternation:
     keys = ("network", "seed", "method", "way")
 
     def __init__(self, args: Any) -> None:
-        load = functools.partial(_load, args.data, args.data_dir)
+        load = functools.partial(load_split, args.data, args.data_dir)
         networks = args.networks.split(",")
+        for flag in ("epochs", "parts"):
+            if len(getattr(args, flag).split(",")) != len(networks):
+                raise ValueError(f"--{flag}={getattr(args, flag)}: expected a number for each of {args.networks}")
         self.epochs, self.parts = (
             dict(zip(networks, map(float, x.split(",")), strict=True)) for x in (args.epochs, args.parts)
         )
@@ -134,10 +136,6 @@ def publish(rows: Sequence[Row], path: Path) -> str:
     text = tables.markdown(shown, (0, 1))
     write(path, text + "\n")
     return text
-
-
-def _load(name: str, folder: str | None, seed: int) -> datasets.Data:
-    return datasets.load(name, folder, 0, val=HELD_OUT.get(name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

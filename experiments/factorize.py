@@ -14,7 +14,6 @@ It writes ``--workdir``/factorize_<model>.json and prints the table.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from experiments import data as datasets
 from experiments import flags
 from experiments.models import resnet
 from experiments.runner import refuse
+from experiments.workdir import keep
 
 F = jc.factorize
 KERNELS = r".*conv\d/weight"
@@ -177,11 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error)
     rows = run(bench, [float(x) for x in args.shares.split(",")])
     print(table(rows))
-    folder = Path(args.workdir or "results/factorize")
-    folder.mkdir(parents=True, exist_ok=True)
     config = {name: value for name, value in vars(args).items() if name not in flags.FOLDERS}
     record = {"command": flags.told("experiments.factorize", parser, args), "config": config, "rows": rows}
-    (folder / f"factorize_{args.model}.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(args.workdir or "results/factorize", f"factorize_{args.model}", record)
     return 0
 
 

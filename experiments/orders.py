@@ -35,7 +35,7 @@ import jcompress as jc
 from experiments import data as datasets
 from experiments import flags, runner, tables
 from experiments.lab import cross_entropy
-from experiments.pipelines import HELD_OUT, Bench
+from experiments.pipelines import Bench, load_split
 from experiments.workdir import Row, Rows, write
 
 PyTree = Any
@@ -61,7 +61,7 @@ class Orders:
     keys = ("seed", "order")
 
     def __init__(self, args: Any) -> None:
-        load = functools.partial(_load, args.data, args.data_dir)
+        load = functools.partial(load_split, args.data, args.data_dir)
         self.bench = Bench("lenet_300_100", load, scale=args.epochs)
         self.workdir, self.seeds = Path(args.workdir or f"runs/orders/{args.data}"), args.seeds
         self.setting = {"data": str(self.bench.load(0)), "epochs": args.epochs, "ways": {}}
@@ -238,10 +238,6 @@ def interactions(rows: Sequence[Row]) -> list[list[str]]:
         ahead += [f"{100 * (mean[name][0] / mean[name][1] - 1):+.1f}" for name in ("bytes", "test bit operations")]
         found.append([first, second, *ahead])
     return found
-
-
-def _load(name: str, folder: str | None, seed: int) -> datasets.Data:
-    return datasets.load(name, folder, 0, val=HELD_OUT.get(name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,6 @@ It writes ``--workdir``/permute_<model>.json and prints the table.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from experiments import flags, lab, tables
 from experiments.families import lab as families
 from experiments.models import resnet
 from experiments.runner import refuse
-from experiments.workdir import Row
+from experiments.workdir import Row, keep
 
 PyTree = Any
 KERNELS = r"weights/.*conv\d/weight"
@@ -157,10 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(error)
     rows = run(bench)
     print(table(rows))
-    folder = Path(args.workdir or "results/sharing")
-    folder.mkdir(parents=True, exist_ok=True)
     record = {"command": flags.told("experiments.permute", parser, args), "rows": rows}
-    (folder / f"permute_{args.model}.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(args.workdir or "results/sharing", f"permute_{args.model}", record)
     return 0
 
 

@@ -265,8 +265,7 @@ class Staged:
     keys = ("seed", "stages")
 
     def __init__(self, args: Any) -> None:
-        held = HELD_OUT.get(args.data)
-        load = functools.partial(_load, args.data, args.data_dir, held)
+        load = functools.partial(load_split, args.data, args.data_dir)
         self.bench = Bench(args.model, load, scale=args.epochs, shift=args.shift)
         self.model, self.pipelines = args.model, pipelines(args.model)
         self.orders = {[*p.stages][-1]: list(p.stages) for p in self.pipelines.values()}
@@ -373,8 +372,9 @@ def _told(stage: Any) -> Any:
     return {"does": stage.func.__name__, **stage.keywords}
 
 
-def _load(name: str, folder: str | None, held: float | None, seed: int) -> datasets.Data:
-    return datasets.load(name, folder, 0, val=held)
+def load_split(name: str, folder: str | None, seed: int) -> datasets.Data:
+    """The data, the last training images held out; one split for all seeds."""
+    return datasets.load(name, folder, 0, val=HELD_OUT.get(name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,6 +38,12 @@ def write(path: Path, text: str) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def keep(folder: str | Path, name: str, record: Mapping[str, Any]) -> None:
+    """Write a record that is made in one go as JSON."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write(Path(folder) / f"{name}.json", json.dumps(record, indent=1) + "\n")
+
+
 class Rows:
     """Measurements in a file of JSON lines, appended as they are made, one for each thing measured.
 

@@ -7,7 +7,7 @@ import pytest
 from experiments import alternation
 
 
-def test_both_ways_take_equal_bytes_and_the_table_has_what_each_seed_gains(tmp_path):
+def test_both_ways_take_equal_bytes_and_the_table_has_what_each_seed_gains(tmp_path, capsys):
     flags = ["--networks=lenet_300_100", "--epochs=2", "--parts=0.5", "--seeds=2", f"--workdir={tmp_path}"]
     assert alternation.main(flags) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -24,3 +24,5 @@ def test_both_ways_take_equal_bytes_and_the_table_has_what_each_seed_gains(tmp_p
     (tmp_path / "table.md").unlink()
     assert alternation.main(flags) == 0
     assert (tmp_path / "table.md").read_text() == table
+    assert alternation.main(["--networks=lenet_300_100,cnn", *flags[1:2], f"--workdir={tmp_path / 'other'}"]) == 2
+    assert "--epochs=2: expected a number for each of lenet_300_100,cnn" in capsys.readouterr().err

@@ -47,6 +47,8 @@ class Comparison:
         self.states = [int(x) for x in args.states.split(",")]
         self.steps = [float(x) for x in args.steps.split(",")]
         self.tuned = args.tuned
+        if other := [x.name for x in self.networks.values() if self.tuned and not isinstance(x, networks.ResNet)]:
+            raise ValueError(f"--tuned={self.tuned} trains biases of ResNets, found {', '.join(other)}")
         self.setting = {"networks": args.networks, "states": self.states, "tuned": args.tuned}
         self._judges = {name: jax.jit(x.divergence) for name, x in self.networks.items()}
         self._made: dict[str, Any] = {}

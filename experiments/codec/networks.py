@@ -52,10 +52,6 @@ class Network:
         """The score on test data."""
         raise NotImplementedError
 
-    def tuned(self, tree: PyTree, steps: int) -> PyTree:
-        """The tree with what is no kernel trained towards the dense network's outputs for so many steps."""
-        raise ValueError(f"{self.name}: --tuned is for networks of CIFAR-10")
-
     def rules(self, step: Any, price: Any, states: int, parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """Kernels and tables in these steps, each times its own part of them; all else in 8 bits."""
         found: list[tuple[str, Any]] = [(p, self._method(p, step * part, price, states)) for p, part in parts.items()]
@@ -136,6 +132,7 @@ class ResNet(Network):
         return (jnp.exp(self.wanted) * (self.wanted - found)).sum(-1).mean()
 
     def tuned(self, tree: PyTree, steps: int) -> PyTree:
+        """The tree with what is no kernel trained towards the dense network's outputs for so many steps."""
         dense = jc.materialize(tree)
         held = {path: x for path, x in dense.items() if re.fullmatch(self.kernels, path)}
         train = {path: x for path, x in dense.items() if path not in held}

@@ -4,8 +4,8 @@
 
 Batch norms are in the kernels and biases. Weights have a scale for each output: rounded, with ranges of least error, or
 by GPTQ on 1,000 training images; or in steps by water-filling, whose codes have 8 bits: their coded bytes alone count.
-Activations have one range for each product, of those images (``static``), or one for each image as it comes
-(``dynamic``). Biases stay as they are. Bytes are those of the file, plain and entropy-coded.
+Activations have one range for each product, of 500 other training images (``static``), or one for each image as it
+comes (``dynamic``). Biases stay as they are. Bytes are those of the file, plain and entropy-coded.
 
 Expect from the literature: Krishnamoorthi (2018, arXiv:1806.08342) finds 8 bits an output, weights and activations,
 within 0.2 points of the float networks on ImageNet, and 4 bits far off without training.
@@ -13,7 +13,6 @@ within 0.2 points of the float networks on ImageNet, and 4 bits far off without 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from experiments import data as datasets
 from experiments import flags, lab, tables
 from experiments.codec.networks import ResNet
 from experiments.runner import refuse
-from experiments.workdir import Row
+from experiments.workdir import Row, keep
 
 Q = jc.quantize
 METHODS: dict[str, Callable[[int], Any]] = {
@@ -84,15 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--test", type=flags.positive, default=10_000, help="test images")
     args = parser.parse_args(argv)
     try:
+        widths = [int(x) for x in args.bits.split(",")]
         bench = Bench(Path(args.data_dir or ".") / f"{args.model}_cifar10.npz", args.data_dir, args.test)
     except (ValueError, OSError, ImportError) as error:
         return refuse(error)
-    rows = run(bench, [int(x) for x in args.bits.split(",")])
+    rows = run(bench, widths)
     print(table(rows))
-    folder = Path(args.workdir or "runs/networks")
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"command": flags.told("experiments.quantization.networks", parser, args), "rows": rows}
-    (folder / f"{args.model}.json").write_text(json.dumps(record, indent=1) + "\n")
+    command = flags.told("experiments.quantization.networks", parser, args)
+    keep(args.workdir or "runs/networks", args.model, {"command": command, "rows": rows})
     return 0
 
 
