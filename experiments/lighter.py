@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 import jcompress as jc
 from experiments import lab as labs
@@ -96,29 +94,17 @@ class Lighter:
     def _taught(self, network: Network, seed: int) -> Network:
         """Trained towards the dense network's outputs, factors as they are multiplied."""
         config, data, dense = self.config, self.lab.load(seed).train, self.lab.dense(seed)
-        student = jc.accelerate(network.training or resnet.in_training)
-        train, rest = jc.split(network.tree)
         steps = labs.steps_in(config.epochs, len(data), config.batch_size)
-        sized = optax.scale_by_param_block_rms(min_scale=1e-6)
-        pace = optax.cosine_decay_schedule(config.learning_rate, steps)
-        tx = optax.chain(optax.scale_by_adam(), sized, optax.scale_by_learning_rate(pace))
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(train: PyTree, state: Any, x: Any) -> tuple[PyTree, Any]:
-            targets = self.lab.apply(dense, x)
-
-            def loss(train: PyTree) -> Any:
-                logits = student(jc.merge(train, rest), x)
-                return jc.distill.soft_targets(logits, targets, temperature=config.temperature)
-
-            updates, state = tx.update(jax.grad(loss)(train), state, train)
-            return optax.apply_updates(train, updates), state
-
-        train, state = jax.tree.map(jnp.copy, train), tx.init(train)
-        batches = labs.batches(jax.random.key(seed), len(data), config.batch_size)
-        for number, index in zip(range(steps), batches, strict=False):
-            train, state = step(train, state, resnet.augmented(data.x[index], number))
-        return network._replace(tree=jc.merge(train, rest))
+        order = labs.batches(jax.random.key(seed), len(data), config.batch_size)
+        tree = families.taught(
+            jc.accelerate(network.training or resnet.in_training),
+            network.tree,
+            lambda x: self.lab.apply(dense, x),
+            (resnet.augmented(data.x[index], i) for i, index in zip(range(steps), order, strict=False)),
+            families.sized(config.learning_rate, steps),
+            functools.partial(jc.distill.soft_targets, temperature=config.temperature),
+        )
+        return network._replace(tree=tree)
 
     def line(self, row: Row) -> str:
         before, after = (error(row, x) for x in ("_before", ""))

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import tempfile
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jcompress as jc
@@ -159,10 +160,8 @@ class Lab:
 
     def finetuned(self, network: Network, seed: int) -> Network:
         """All that trains in the tree, trained for as many steps as any way is."""
-        steps, rate = self.config.finetuning, self.config.finetuning_rate
-        pace = optax.cosine_decay_schedule(rate, max(steps, 1))
-        sized = optax.scale_by_param_block_rms(min_scale=1e-6)
-        tx = optax.chain(optax.scale_by_adam(), sized, optax.scale_by_learning_rate(pace))
+        steps = self.config.finetuning
+        tx = sized(self.config.finetuning_rate, steps)
         return network._replace(tree=self._train(network.tree, seed, steps, tx, 2, network.apply))
 
     def _train(
@@ -211,6 +210,38 @@ class Lab:
         return {"bytes": stored, "multiply_adds": cost.total.compressed_multiply_adds}
 
 
+def sized(rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam whose steps go by the root mean square of each array, down to none along a cosine."""
+    pace = optax.cosine_decay_schedule(rate, max(steps, 1))
+    rms = optax.scale_by_param_block_rms(min_scale=1e-6)
+    return optax.chain(optax.scale_by_adam(), rms, optax.scale_by_learning_rate(pace))
+
+
+def taught(
+    student: Callable[[PyTree, Any], Any],
+    tree: PyTree,
+    teacher: Callable[[Any], Any],
+    batches: Iterable[Any],
+    tx: optax.GradientTransformation,
+    loss: Callable[[Any, Any], Any],
+) -> PyTree:
+    """The tree, all that trains in it trained towards the outputs of a teacher, one step a batch."""
+    train, rest = jc.split(tree)
+    train = jax.tree.map(jnp.copy, train)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(train: PyTree, state: Any, x: Any) -> tuple[PyTree, Any]:
+        targets = teacher(x)
+        grads = jax.grad(lambda train: loss(student(jc.merge(train, rest), x), targets))(train)
+        updates, state = tx.update(grads, state, train)
+        return optax.apply_updates(train, updates), state
+
+    state = tx.init(train)
+    for x in batches:
+        train, state = step(train, state, x)
+    return jc.merge(train, rest)
+
+
 def _dense_of(train: PyTree, held: PyTree, step: jax.Array) -> PyTree:
     dtypes, rest = held
     return jc.materialize(jc.merge(narrowed(train, dtypes), rest))
@@ -252,9 +283,21 @@ class Pretrained(Lab):
         return network._replace(tree={**network.tree, **jax.tree.map(lambda *xs: sum(xs) / len(xs), *found)})
 
     def finetuned(self, network: Network, seed: int) -> Network:
-        """With the statistics of each batch, as networks with such norms are trained."""
-        training = network._replace(apply=network.training or resnet.in_training)
-        return network._replace(tree=super().finetuned(training, seed).tree)
+        """Towards the logits of the trained network, which knows the labels by heart; with statistics of each batch."""
+        config, x, dense = self.config, self.load(seed).train.x, self.dense(seed)
+        drawn = np.random.default_rng(seed).permutation(len(x))
+        size = config.batch_size
+        batches = (resnet.augmented(x[drawn[i * size : (i + 1) * size]], i) for i in range(config.finetuning))
+        training = network.training or resnet.in_training
+        tree = taught(
+            lambda tree, x: training(jc.materialize(tree), x),
+            network.tree,
+            lambda x: self.apply(dense, x),
+            batches,
+            sized(config.finetuning_rate, config.finetuning),
+            lambda found, wanted: jnp.square(found - wanted).mean(),
+        )
+        return network._replace(tree=tree)
 
     def score(self, network: Network, seed: int) -> dict[str, float]:
         return super().score(self.settled(network, seed), seed)
