@@ -66,7 +66,7 @@ SOURCES = (
     Source("factorize/*.json", "factors without training", "experiments.factorize --model=resnet56",
            "ResNet-56 and ResNet-20 on CIFAR-10, the first 2,000 test images",
            "dense; random factors"),
-    Source("sharing/permute_*.json", "units in another order, before words", "experiments.permute --model=resnet56",
+    Source("sharing/permute_*.json", "units in another order, before words", "experiments.permute --model=resnet56 --steps=60",
            "ResNet-56 and ResNet-20 on CIFAR-10, the first 2,000 test images", "as it is; random orders",
            "lower errors in the layers that are permuted (Martinez et al. 2021)"),
     Source("alternation/*.jsonl", "learning-compression beside compressing first",
