@@ -134,8 +134,7 @@ class Residual(Method):
         arrays = list(map(core.widened, arrays))
         rest, terms = arrays, []
         for i, method in enumerate(self.methods):
-            keyed = [c if c.key is None else dataclasses.replace(c, key=jax.random.fold_in(c.key, i)) for c in contexts]
-            nodes = [core.tagged(node, i) for node in core.fit(method, rest, keyed)]
+            nodes = [core.tagged(node, i) for node in core.fit(method, rest, _of_term(contexts, i, i))]
             rest = [w - core.dense(node) for w, node in zip(rest, nodes, strict=True)]
             terms.append(nodes)
         for sweep in range(1, self.sweeps):
@@ -148,15 +147,25 @@ class Residual(Method):
         return f"residual({', '.join(map(repr, self.methods))}{sweeps})"
 
 
+def _of_term(contexts: Sequence[Context], i: int, draw: int) -> list[Context]:
+    """What is known of the arrays of a term: a key of its own for each time it is fitted, and what it was before."""
+    return [
+        dataclasses.replace(
+            c,
+            key=None if c.key is None else jax.random.fold_in(c.key, draw),
+            previous=c.previous.terms[i] if isinstance(c.previous, Sum) else None,
+        )
+        for c in contexts
+    ]
+
+
 def _nearer(
     method: Method, arrays: Sequence[jax.Array], contexts: Sequence[Context], terms: list[list[Any]], i: int, sweep: int
 ) -> list[Any]:
     """The nodes of one term fitted anew to what all others leave, where that takes the sum nearer to the arrays."""
     others = [[core.dense(node) for node in column] for j, column in enumerate(terms) if j != i]
     rest = [w - sum(column) for w, column in zip(arrays, zip(*others, strict=True), strict=True)]
-    number = sweep * len(terms) + i
-    keyed = [c if c.key is None else dataclasses.replace(c, key=jax.random.fold_in(c.key, number)) for c in contexts]
-    found = [core.tagged(node, i) for node in core.fit(method, rest, keyed)]
+    found = [core.tagged(x, i) for x in core.fit(method, rest, _of_term(contexts, i, sweep * len(terms) + i))]
     return [_better(w, old, new) for w, old, new in zip(rest, terms[i], found, strict=True)]
 
 

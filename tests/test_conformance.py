@@ -252,6 +252,19 @@ def test_split_and_merge_are_inverse_and_only_floats_train(row):
 
 
 @every_row
+def test_each_leaf_that_trains_may_be_a_node(row):
+    node, (leaves, tree) = node_of(row), jax.tree.flatten(node_of(row))
+    for i, x in enumerate(leaves):
+        if core.is_trainable(x):
+            held = jax.tree.unflatten(tree, [*leaves[:i], jc.formats.Frozen.of(x), *leaves[i + 1 :]])
+            for other in (held, jc.finalize(held)):
+                assert_same(jc.materialize(other), jc.materialize(node), exact=False)
+            train, rest = jc.split(held)
+            gradient = jax.grad(lambda t, rest=rest: jc.merge(t, rest).materialize().sum())(train)
+            assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+
+
+@every_row
 def test_finalize_keeps_the_value(row):
     node = node_of(row)
     assert_same(jc.materialize(jc.finalize({"w": node})), jc.materialize({"w": node}))

@@ -239,8 +239,9 @@ def over_layers(method: Any, arrays: Sequence[jax.Array], contexts: Sequence[Con
 
 def _varying(context: Context, w: jax.Array, layers: int) -> dict[str, Any]:
     """The parts of a context that differ from layer to layer."""
-    names = ("stats", "grad", "previous")
-    found = {name: getattr(context, name) for name in names if getattr(context, name) is not None}
+    found = {name: x for name in ("stats", "grad", "previous") if (x := getattr(context, name)) is not None}
+    if any(x.shape[:1] != (layers,) for x in jax.tree.leaves(context.previous)):
+        del found["previous"]  # what a method behind it in a chain gave is of all layers: each starts anew
     if context.where is not None:
         found["where"] = jnp.broadcast_to(context.where, w.shape)
     if context.key is not None:

@@ -50,12 +50,12 @@ class Scored(Compressed):
     elementwise: ClassVar[tuple[str, ...]] = ("weights", "scores", "mask")
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
-        weights = core.dense(self.weights, key=key)
+        weights, scores = core.dense(self.weights, key=key), core.dense(self.scores, key=key)
         if self.scale is None:
-            return _gate(weights, weights, self.scores, self.mask)
+            return _gate(weights, weights, scores, self.mask)
         still = jax.lax.stop_gradient(weights)
         signs = jnp.where(still < 0, -1.0, 1.0)
-        return _gate((core.dense(self.scale) * signs).astype(weights.dtype), still, self.scores, self.mask)
+        return _gate((core.dense(self.scale) * signs).astype(weights.dtype), still, scores, self.mask)
 
     def choose(self, mask: jax.Array) -> Scored:
         """The same weights and scores under another mask, its scale with it."""

@@ -25,8 +25,8 @@ class SoftThreshold(Compressed):
     0, so the threshold up.
 
     Attributes:
-      weights: float array.
-      logit: float array, a scalar for each array; where arrays are stacked, one for each.
+      weights: float array, or a node that stands for one.
+      logit: float array or node, a scalar for each array; where arrays are stacked, one for each.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -41,7 +41,8 @@ class SoftThreshold(Compressed):
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         weights = core.dense(self.weights, key=key)
-        logit = self.logit.reshape(self.logit.shape + (1,) * (weights.ndim - self.logit.ndim))
+        logit = core.dense(self.logit, key=key)
+        logit = logit.reshape(logit.shape + (1,) * (weights.ndim - logit.ndim))
         over = jnp.abs(weights) - jax.nn.sigmoid(logit).astype(weights.dtype)
         # Not relu and sign: at a weight of zero their product would give -0.0.
         return jnp.where(over > 0, jnp.sign(weights) * over, jnp.zeros_like(weights))

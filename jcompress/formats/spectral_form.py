@@ -26,7 +26,7 @@ class Spectral(Compressed):
     Attributes:
       inputs: float array (..., in): the eigenvalues of the nodes that are read; for a convolution (window..., in).
       outputs: float array (..., out): those of the nodes that are written. Leading axes are stacked layers.
-      vectors: float array (..., in, out), or a node that stands for one: the eigenvectors.
+      vectors: float array (..., in, out): the eigenvectors. Each of the three may be a node that stands for the array.
       window: how many axes of a convolution's window stand before its inputs.
 
     Example:
@@ -42,10 +42,10 @@ class Spectral(Compressed):
     window: int = dataclasses.field(default=0, metadata={"static": True})
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
-        vectors, outputs = core.dense(self.vectors, key=key), self.outputs
+        inputs, outputs, vectors = (core.dense(x, key=key) for x in (self.inputs, self.outputs, self.vectors))
         middle = (1,) * (vectors.ndim - outputs.ndim)
         along = outputs.reshape(*outputs.shape[:-1], *middle, outputs.shape[-1])
-        return (self.inputs[..., None] - along) * vectors
+        return (inputs[..., None] - along) * vectors
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Spectral:
         """The node whose output eigenvalues are the norms of the columns, and whose input eigenvalues are zero.

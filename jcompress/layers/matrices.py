@@ -85,6 +85,8 @@ def contraction(path: str, w: jax.Array, stat: Any, field: str) -> Contraction:
             f"{path}: needs {field!r} of what this kernel meets, and the statistics have none; pass "
             "stats=jc.calibrate(fn, params, batches)"
         )
+    if not w.ndim:
+        raise ValueError(f"{path}: found a single number, which meets no inputs; keep it dense")
     axes = tuple(sorted(i % w.ndim for i in stat.axes))
     head, k = jnp.shape(value)[: jnp.ndim(value) - (2 if field == "gram" else 1)], math.prod(w.shape[i] for i in axes)
     is_stack = head == w.shape[: len(head)] and all(i >= len(head) for i in axes)

@@ -205,7 +205,7 @@ def select(tree: PyTree, plan: Plan, step: Any = None) -> PyTree:
     chosen: dict[str, jax.Array] = {}
     for unit in plan.units(nodes):
         choose = _chooser(unit[0], plan.get(unit[0]), step)
-        masks = choose([jax.lax.stop_gradient(nodes[path].scores) for path in unit])
+        masks = choose([jax.lax.stop_gradient(core.dense(nodes[path].scores)) for path in unit])
         chosen |= dict(zip(unit, masks, strict=True))
     return jax.tree.unflatten(treedef, [x.choose(chosen[path]) if path in chosen else x for path, x in found])
 
@@ -242,7 +242,7 @@ def score_penalty(tree: PyTree) -> jax.Array:
       2.0
     """
     nodes = [x for x in jax.tree.leaves(tree, is_leaf=core.is_node) if isinstance(x, Scored)]
-    return sum((jnp.sum(jax.nn.sigmoid(x.scores)) for x in nodes), jnp.zeros(()))
+    return sum((jnp.sum(jax.nn.sigmoid(core.dense(x.scores))) for x in nodes), jnp.zeros(()))
 
 
 def _check(method: Any) -> None:
