@@ -16,11 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 from tqdm import tqdm
 
 from experiments import flags
 from experiments.environment import command
 from experiments.workdir import Lock, Record, Row, Rows, RunError
+
+_KEPT = 16
+"""Rows after which compiled programs are let go: each takes tens of memory maps, and Linux allows a process 65,530."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +156,8 @@ def _measured(experiment: Experiment, rows: Rows, record: Record) -> str:
             rows.add({**row, "seconds": round(time.monotonic() - start, 2)})
             tqdm.write(f"[{number}/{len(todo)}] {experiment.line(row)}, {time.monotonic() - start:.1f} s")
             sys.stdout.flush()
+            if number % _KEPT == 0:
+                jax.clear_caches()
     text, summary = experiment.finish([row for key in todo if (row := rows.find(**key)) is not None])
     record.save(finished=True, summary=summary)
     return text

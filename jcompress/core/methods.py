@@ -242,6 +242,12 @@ def _varying(context: Context, w: jax.Array, layers: int) -> dict[str, Any]:
     found = {name: x for name in ("stats", "grad", "previous") if (x := getattr(context, name)) is not None}
     if any(x.shape[:1] != (layers,) for x in jax.tree.leaves(context.previous)):
         del found["previous"]  # what a method behind it in a chain gave is of all layers: each starts anew
+    for name, x in found.items():
+        if odd := [y.shape for y in jax.tree.leaves(x) if y.shape[:1] != (layers,)]:
+            raise ValueError(
+                f"{context.path}: its leading axis is taken for {layers} stacked layers, and its {name} have an array of "
+                f"shape {odd[0]}; calibrate the function that has these layers, or leave out jc.stacked"
+            )
     if context.where is not None:
         found["where"] = jnp.broadcast_to(context.where, w.shape)
     if context.key is not None:
