@@ -71,7 +71,7 @@ class Factors:
         n, u = len(self.u.values), self.u
         if self.out == -u.values.ndim:
             return self._weight("LowRank whose outputs are the layers").stacked()
-        if self.v.values.ndim == u.values.ndim:
+        if self.v.values.ndim > 2:
             return Factors(u.stacked(), self.v.stacked(), out=self.out)
         # One factor for all layers: each turn takes it as it is.
         shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), self.v)
