@@ -397,6 +397,7 @@ def simulate(
     step: Any = None,
     key: jax.Array | None = None,
     stats: Mapping[str, Any] | None = None,
+    grads: PyTree = None,
 ) -> PyTree:
     """Dense parameters with the values that compression would give, and the gradients of the originals.
 
@@ -410,6 +411,7 @@ def simulate(
       step: as in :func:`compress`.
       key: as in :func:`compress`; also drawn from by nodes that sample.
       stats: as in :func:`compress`.
+      grads: as in :func:`compress`.
 
     Returns:
       A pytree like ``params``, of arrays.
@@ -424,7 +426,7 @@ def simulate(
     check_plan("simulate", plan)
     leaves = {path: core.native(x) for path, x in rules.paths(params)}
     still = {path: jax.lax.stop_gradient(x) if plan.get(path) is not None else x for path, x in leaves.items()}
-    nodes = fit(still, plan, contexts_of(params, step, key, stats))
+    nodes = fit(still, plan, contexts_of(params, step, key, stats, grads))
     values = core.materialize(nodes, key=key)
     seen = {path: straight_through(leaves[path], value) for path, value in values.items()}
     return core.untie(rules.rebuild(params, seen))

@@ -52,6 +52,7 @@ class DependentCodes(Compressed):
 
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         scale = core.dense(self.scale, key=key)
+        scale = scale.astype(jnp.promote_types(scale.dtype, self.dtype))
         return (spread(scale, self.codes, self.group_size) * self.levels(scale.dtype)).astype(self.dtype)
 
     def levels(self, dtype: Any) -> jax.Array:

@@ -89,9 +89,13 @@ class Quantized(Compressed):
         return None if self.zero is None else self._spread(core.dense(self.zero).astype(dtype))
 
     def scales(self, *, key: jax.Array | None = None) -> jax.Array:
-        """The scales as products take them: those too narrow for the codes, which are for keeping, as float32."""
+        """The scales as products take them: as wide as the array, and as float32 where they are too narrow for codes.
+
+        A narrower product would be rounded where it is computed by itself, and not where XLA fuses it.
+        """
         scale, codes = core.dense(self.scale, key=key), 1 if self.bits <= 8 else 2
-        return scale if jnp.dtype(scale.dtype).itemsize > codes else scale.astype(jnp.float32)
+        scale = scale if jnp.dtype(scale.dtype).itemsize > codes else scale.astype(jnp.float32)
+        return scale.astype(jnp.promote_types(scale.dtype, self.dtype))
 
     def _spread(self, scale: jax.Array) -> jax.Array:
         return spread(scale, self.codes, self.group_size, self.group_axis)
