@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -153,10 +153,15 @@ def needs(plan: Plan, name: str) -> bool:
 
 def is_linear(node: Any) -> bool:
     """Whether the projection of a node, nested ones too, costs linear time."""
-    if not core.is_node(node):
-        return True
-    fields = [getattr(node, f.name) for f in dataclasses.fields(node)]
-    return node.linear and all(is_linear(x) for x in jax.tree.leaves(fields, is_leaf=core.is_node))
+    return all(x.linear for x in _nested(node))
+
+
+def _nested(node: Any) -> Iterator[Any]:
+    """A node and those in it."""
+    if core.is_node(node):
+        yield node
+        fields = [getattr(node, f.name) for f in dataclasses.fields(node)]
+        yield from (y for x in jax.tree.leaves(fields, is_leaf=core.is_node) for y in _nested(x))
 
 
 def _linked(nodes: dict[str, Any]) -> dict[str, Any]:
@@ -201,8 +206,10 @@ def _single(x: jax.Array) -> jax.Array:
 def _is_off(node: Any, w: jax.Array, fresh: jax.Array, found: Any = None) -> jax.Array:
     """Whether an array is farther from the set than rounding makes it; ``fresh`` is True in the step after a refit.
 
-    ``found`` is the nearest point, where it is known.
+    ``found`` is the nearest point, where it is known. Of what is fitted only nearly that cannot be told.
     """
+    if not all(x.exact for x in _nested(node)):
+        return jnp.zeros((), jnp.bool_)
     if found is None:
         found = node.project(w) if is_linear(node) else node
     coarsest = max(float(jnp.finfo(x.dtype).eps) for x in (w, *jax.tree.leaves(found)) if core.is_trainable(x))

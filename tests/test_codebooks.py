@@ -138,16 +138,20 @@ def test_all_words_of_a_sum_are_fitted_at_once(rng, method):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(w).max())
 
 
-@pytest.mark.parametrize("method", RESIDUALS[1:3], ids=repr)
-def test_training_on_a_sum_of_codebooks_stays_there(rng, method):
+IN_TURN = jc.residual(jc.share.KMeans(clusters=4), jc.chain(jc.prune.Magnitude(sparsity=0.5), jc.quantize.Int(4)))
+
+
+@pytest.mark.parametrize("method", [*RESIDUALS[1:3], IN_TURN], ids=repr)
+def test_training_on_a_sum_stays_there(rng, method):
     params = {k: jnp.asarray(rng.normal(size=(16, 8)), jnp.float32) for k in "ab"}
     tx = optax.chain(optax.adam(0.05), jc.project(jc.plan(params, [(".*", method)]), every=4))
     update, state = jax.jit(tx.update), tx.init(params)
     for _ in range(6):
         updates, state = update(jax.tree.map(lambda x: x - 1, params), state, params)
         params = optax.apply_updates(params, updates)
+    # Terms that are fitted in turn are fitted nearly.
     for path, x in jc.materialize(jc.nodes(params, state)).items():
-        np.testing.assert_allclose(x, params[path], atol=1e-5)
+        np.testing.assert_allclose(x, params[path], atol=0.05 if method == IN_TURN else 1e-5)
 
 
 def test_sharded_only_sums_and_words_move(rng):

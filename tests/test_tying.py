@@ -226,6 +226,15 @@ def test_a_global_codebook_is_one_leaf(rng, tmp_path):
     np.testing.assert_array_equal(gradient["a"].values.codebook, counts)
     jc.save(tmp_path / "model", small)
     jax.tree.map(np.testing.assert_array_equal, jc.materialize(jc.load(tmp_path / "model")), jc.materialize(small))
+    # Stored forms share it still, also where they lead to it by other names: out-first codes are wrapped until then.
+    method = jc.residual(KMeans(clusters=8, scope="global"), jc.quantize.training.DSQ(bits=3))
+    layout = dict.fromkeys(params, jc.Layout(inputs=(-1,), outputs=(-2,)))
+    scored = jc.chain(jc.prune.dynamic.Movement(sparsity=0.5), KMeans(clusters=8, scope="global"))
+    for plan in (jc.plan(params, [(".*", method)], layout=layout), jc.plan(params, [(".*", scored)])):
+        small = jc.compress(params, plan, key=jax.random.key(0))
+        final = jc.finalize(small)
+        jax.tree.map(np.testing.assert_array_equal, jc.materialize(final), jc.materialize(small))
+        assert sum(x.size == 8 for x in jax.tree.leaves(final)) == 1
 
 
 def values_of(tree):

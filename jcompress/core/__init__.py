@@ -7,7 +7,6 @@ from jcompress.core.compressed import (
     PyTree,
     dense,
     dtype_bits,
-    finalize,
     is_concrete,
     is_node,
     is_trainable,
@@ -41,7 +40,7 @@ from jcompress.core.methods import (
     wrapped,
 )
 from jcompress.core.references import Common, Reference, projected, references, settled, tagged, unsized
-from jcompress.core.resolving import materialize, untie
+from jcompress.core.resolving import finalize, materialize, untie
 
 __all__ = [
     "CalibrationWarning",

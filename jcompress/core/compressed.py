@@ -45,6 +45,8 @@ class Compressed:
     """Fields laid out like the dense array: a mask around this node stores their kept entries only."""
     linear: ClassVar[bool] = True
     """Whether ``project`` costs linear time, so that an optimizer step can afford it."""
+    exact: ClassVar[bool] = True
+    """Whether ``project`` leaves an array where it is that the held leaves can stand for."""
 
     def __init_subclass__(cls) -> None:
         for name, like in (("materialize", _made_of), ("project", _target), ("finalize", None), ("support", None)):
@@ -193,28 +195,15 @@ def dense(x: Any, *, key: jax.Array | None = None) -> Any:
     return x.materialize(key=key) if is_node(x) else x
 
 
-def finalize(tree: PyTree) -> PyTree:
-    """Turn training forms into storage forms, innermost first; storage forms stay as they are.
-
-    Args:
-      tree: any pytree.
-
-    Returns:
-      The tree with storage forms, such as ``Masked`` for a stochastic gate; ready for :func:`jcompress.save`.
-
-    Example:
-      >>> import jax.numpy as jnp, jcompress as jc
-      >>> node = jc.prune.dynamic.Movement(sparsity=0.5)(jnp.array([1.0, -3.0]))
-      >>> type(node).__name__, type(jc.finalize({"w": node})["w"]).__name__
-      ('Scored', 'Masked')
-    """
+def finalized(tree: PyTree) -> PyTree:
+    """See :func:`jcompress.finalize`: of a tree without references."""
 
     def inner(x: Any) -> Any:
         if not is_node(x):
             return x
         x = x.opened()
         fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-        return dataclasses.replace(x, **{k: finalize(v) for k, v in fields.items() if _has_node(v)}).finalize()
+        return dataclasses.replace(x, **{k: finalized(v) for k, v in fields.items() if _has_node(v)}).finalize()
 
     return jax.tree.map(inner, tree, is_leaf=is_node)
 

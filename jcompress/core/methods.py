@@ -245,7 +245,7 @@ def _varying(context: Context, w: jax.Array, layers: int) -> dict[str, Any]:
     for name, x in found.items():
         if odd := [y.shape for y in jax.tree.leaves(x) if y.shape[:1] != (layers,)]:
             raise ValueError(
-                f"{context.path}: its leading axis is taken for {layers} stacked layers, and its {name} have an array of "
+                f"{context.path}: its leading axis is taken for {layers} stacked layers, and {name} has an array of "
                 f"shape {odd[0]}; calibrate the function that has these layers, or leave out jc.stacked"
             )
     if context.where is not None:

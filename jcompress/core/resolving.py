@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from jcompress.core.compressed import PyTree, dense, is_node, opened
+from jcompress.core.compressed import PyTree, dense, finalized, is_node, opened
 from jcompress.core.naming import closest, paths
-from jcompress.core.references import Reference, _prefixes, mapped, references
+from jcompress.core.references import Common, Reference, _prefixes, mapped, references, settled
 
 
 def untie(tree: PyTree, *, whole: bool = True) -> PyTree:
@@ -59,6 +59,15 @@ class _Resolution:
     def inside(self, path: str, node: Any, behind: tuple[str, ...] = ()) -> Any:
         """The node with all of its references resolved; ``behind`` are the references that led here."""
         return mapped(node, lambda x, own: self._value(x, own, behind), path) if is_node(node) else node
+
+    def common(self, path: str, node: Any, shared: dict[str, tuple[int, ...]]) -> Any:
+        """The node with the parts that leaves share, at these paths and what refers to them, as parts in common."""
+
+        def one(x: Any, own: str) -> Any:
+            owner = x.owner if isinstance(x, Reference) else own
+            return Common(self._value(x, own, ()), (owner,), shared[owner]) if owner in shared else x
+
+        return mapped(node, one, path, frozenset(shared))
 
     def _value(self, reference: Any, path: str, behind: tuple[str, ...]) -> Any:
         if not isinstance(reference, Reference) or reference.value is not None:
@@ -133,3 +142,31 @@ def materialize(tree: PyTree, key: jax.Array | None = None) -> PyTree:
     # References last: of a node that samples, all uses see one sample.
     made = [x if isinstance(x, Reference) else dense(x, key=k) for x, k in zip(leaves, keys, strict=True)]
     return jax.tree.map(dense, untie(jax.tree.unflatten(treedef, made)), is_leaf=is_node)
+
+
+def finalize(tree: PyTree) -> PyTree:
+    """Turn training forms into storage forms, innermost first; storage forms stay as they are.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The tree with storage forms, such as ``Masked`` for a stochastic gate; ready for :func:`jcompress.save`. What
+      leaves share they share still, where it is left in their forms.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> node = jc.prune.dynamic.Movement(sparsity=0.5)(jnp.array([1.0, -3.0]))
+      >>> type(node).__name__, type(jc.finalize({"w": node})["w"]).__name__
+      ('Scored', 'Masked')
+    """
+    tree = opened(tree)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
+    known = dict(zip([path for path, _ in paths(tree)], leaves, strict=True))
+    parts = [x for node in leaves for x in references(node) if not x.axes and x.owner not in known]
+    shared = {x.owner: x.sizes for x in parts if any(p in known for p in _prefixes(x.owner))}
+    if not shared:
+        return finalized(tree)
+    resolve = _Resolution(known)
+    found = settled({path: finalized(resolve.common(path, node, shared)) for path, node in known.items()})
+    return jax.tree.unflatten(treedef, list(found.values()))

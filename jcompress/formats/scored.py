@@ -76,6 +76,8 @@ class Scored(Compressed):
         return dataclasses.replace(self, weights=weights, scores=2 * wide * kept - kept**2)
 
     def finalize(self) -> Compressed:
+        if self.scale is None and core.is_node(self.weights) and not isinstance(self.weights, Frozen):
+            return Masked(self.weights, self.mask)
         weights = core.dense(self.weights)
         if self.scale is None:
             return Masked(jnp.where(self.mask, weights, jnp.zeros_like(weights)), self.mask)

@@ -55,6 +55,8 @@ class SoftThreshold(Compressed):
     def _stack(self, w: jax.Array) -> tuple[int, ...]:
         return () if self.logit is None else self.logit.shape
 
-    def finalize(self) -> Masked:
+    def finalize(self) -> Masked | SoftThreshold:
+        if core.is_node(self.weights):
+            return self  # what weights are stored in would be lost
         values = self.materialize()
         return Masked(values, values != 0)

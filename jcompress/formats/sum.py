@@ -38,6 +38,12 @@ class Sum(Compressed):
     terms: tuple[Any, ...]
     elementwise: ClassVar[tuple[str, ...]] = ("terms",)
 
+    @property
+    def exact(self) -> bool:  # type: ignore[override]  # it depends on the terms
+        """Whether no two terms are fitted in turn."""
+        others = [t for t in self.terms if not _is_free(t)]
+        return len(others) < 2 or _is_alike(others) or all(map(_is_linear, others))
+
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         first, *rest = (core.dense(term, key=key) for term in self.terms)
         for term in rest:
