@@ -63,9 +63,10 @@ def draw(folder: Path) -> list[Path]:
         prune.finish(found, "text" if path.stem == "text" else "image", table, picture, TITLES[path.stem])
         made.append(picture)
     for path in sorted((folder / "families").glob("*.jsonl")):
-        found, config = rows(path, families.Comparison.keys), families.config_of(path.stem)
-        kind, (table, picture) = "text" if path.stem == "text" else "image", beside(path)
-        families.finish(found, kind, config.finetuning, table, picture, f"{config.model}, {path.stem}")
+        data, _, model = path.stem.partition("_")
+        found, config = rows(path, families.Comparison.keys), families.config_of(data)
+        kind, (table, picture) = "text" if data == "text" else "image", beside(path)
+        families.finish(found, kind, config.finetuning, table, picture, f"{model or config.model}, {data}")
         made.append(picture)
     for path in sorted((folder / "llm").glob("*.jsonl")):
         table, picture = beside(path)
