@@ -9,7 +9,7 @@ from experiments.families.lab import Config
 
 WAYS = (
     "dense", "whitened SVD", "chosen ranks", "SVD, 8 bits", "random factors", "magnitude, 8 bits", "units",
-    "shared values", "GPTQ",
+    "shared values", "tied layers", "GPTQ",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from experiments import pictures, runner, tables
 from experiments.families import lab as labs
 from experiments.families.lab import Config
-from experiments.families.ways import FAMILIES
+from experiments.families.ways import FAMILIES, LAYERED
 from experiments.workdir import Row, Rows, write
 
 
@@ -52,7 +52,7 @@ class Comparison:
         if not config.seeds > 0:
             raise ValueError(f"config.seeds={config.seeds} must be positive")
         self.config, self.workdir = config, Path(workdir or f"runs/families/{config.name}")
-        self.families = [known[name] for name in config.ways or known]
+        self.families = [known[name] for name in config.ways or known if config.ways or name not in LAYERED]
         self.lab = labs.of(config, data_dir)
         setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "ways", "seeds")}
         self.setting = {"config": setting, "checksum": self.lab.load(0).checksum()}

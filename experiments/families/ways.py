@@ -181,6 +181,16 @@ def units(lab: Lab, seed: int, share: float, scope: Literal["group", "global"] =
     return Network(small, apply, lab.cut_training(params, keep))
 
 
+def tied(lab: Lab, seed: int, point: int) -> Network:
+    """Kernels of all blocks as one (1), the head as the table of bytes (2), or both (3): the means of what was there."""
+    blocks, head = {r"block_[1-9]\d*/(.*kernel)": r"block_0/\1"}, {"head/kernel": "embed/embedding"}
+    shared = (blocks if point & 1 else {}) | (head if point & 2 else {})
+    params = lab.dense(seed)
+    tree = jc.tie(params, shared, transpose=[*head] if point & 2 else ())
+    pull = jax.vjp(jc.materialize, tree)[1]  # gives an owner the sum of all that it stands for
+    return Network(jax.tree.map(jnp.divide, pull(params)[0], pull(jax.tree.map(jnp.ones_like, params))[0]))
+
+
 GROUP, BLOCK, WORDS = 32, (4, 1), (256, 128, 64, 32, 16)
 LOW, SPARSE, BITS, UNITS, SHARED = "factors", "pruning", "quantization", "units", "sharing"
 SPARSITIES = (0.5, 0.75, 0.88, 0.94, 0.97)
@@ -221,6 +231,7 @@ FAMILIES = [
     ),
     Family("hashed", SHARED, of(lambda r: S.Hashed(ratio=r)), (0.5, 0.25, 0.12, 0.06, 0.03), "share of the numbers"),
     Family("Toeplitz-like", SHARED, of(lambda r: S.Toeplitz(rank=r)), (16, 8, 4, 2, 1), "displacement rank"),
+    Family("tied layers", SHARED, tied, (2, 1, 3), "of head, blocks, both"),
     Family("circulant", SHARED, of(lambda _: S.Circulant()), (1,), "matrix a layer"),
     Family("ACDC", SHARED, of(lambda n: S.ACDC(layers=n)), (4, 2, 1), "layers"),
     Family("rounding", BITS, of(lambda b: Q.Int(bits=b, group_size=GROUP, pad=True)), (8, 6, 4, 3, 2), "bits"),
@@ -229,5 +240,10 @@ FAMILIES = [
 ]  # fmt: skip
 """All of them; a config may name some."""
 
-MATRICES = tuple(family.name for family in FAMILIES if family.name not in ("Tucker", "CP", "whitened CP", "chosen CP"))
+LAYERED = ("tied layers",)
+"""Those of a network of equal layers."""
+
+MATRICES = tuple(
+    family.name for family in FAMILIES if family.name not in ("Tucker", "CP", "whitened CP", "chosen CP", *LAYERED)
+)
 """Those of a network without convolutions, where the others are no families of their own."""
