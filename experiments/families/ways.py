@@ -182,7 +182,7 @@ def units(lab: Lab, seed: int, share: float, scope: Literal["group", "global"] =
 
 
 def tied(lab: Lab, seed: int, point: int) -> Network:
-    """Kernels of all blocks as one (1), the head as the table of bytes (2), or both (3): the means of what was there."""
+    """Kernels of all blocks as one (1), the head as the table of bytes (2), or both (3): means of what was there."""
     blocks, head = {r"block_[1-9]\d*/(.*kernel)": r"block_0/\1"}, {"head/kernel": "embed/embedding"}
     shared = (blocks if point & 1 else {}) | (head if point & 2 else {})
     params = lab.dense(seed)
