@@ -145,8 +145,8 @@ def search(
       coded: whether to count entropy-coded bits, ``jc.nbits(tree, coded=True)``.
       measure: an error of one leaf, as for :func:`jcompress.budget.options`; by default relative output errors with
         ``stats``, and relative errors of weights without.
-      evaluations: how often ``score`` may be called. Predictions are scaled by one call a leaf, or one a leaf and family,
-        if these take at most half of the calls that the families leave.
+      evaluations: how often ``score`` may be called. Predictions are scaled by one call a leaf, or one a leaf and
+        family, if these take at most half of the calls that the families leave.
       step: as in ``jc.compress``.
       key: as in ``jc.compress``; also seeds what is tried along a front.
       progress: show a bar, by tqdm; by default where it is installed and somebody watches.
