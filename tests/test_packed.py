@@ -124,6 +124,12 @@ def test_tied_leaves_see_through_packing():
         {"embed": METHODS["int3"](matrix(16, 8)), "head": matrix(8, 16)}, {"head": "embed"}, transpose=("head",)
     )
     same(jc.materialize(jc.pack(tree)), jc.materialize(tree))
+    # Rows that are looked up in a packed table, also of codes that stand for others than themselves.
+    read, at = jc.accelerate(lambda p, i: p["embed"][i]), jnp.array([3, 0, 15])
+    signs = jc.quantize.Int(bits=1)
+    for method in (*METHODS.values(), signs, jc.quantize.NF4(group_size=None), jc.quantize.AdditivePowersOfTwo(bits=4)):
+        table = {"embed": method(matrix(16, 8), jc.Context(key=jax.random.key(0)))}
+        np.testing.assert_allclose(read(jc.pack(table), at), jc.materialize(table)["embed"][at], rtol=1e-6, atol=1e-6)
     shared = jc.share.KMeans(clusters=4, scope="global")
     params = {"a": matrix(8, 8), "b": matrix(8, 8, seed=1)}
     small = jc.compress(params, jc.plan(params, [(".*", shared)]))

@@ -67,8 +67,11 @@ class Compact:
 
     def looked_up(self, lookup: Lookup) -> jax.Array:
         """As for :class:`Weight`: of a packed table the rows are unpacked."""
-        few = dataclasses.replace(self.node.codes, data=lookup.taken(self.node.codes.data))
-        return self.opened().looked_up(lookup, few.materialize())
+        codes = dataclasses.replace(self.node.codes, data=lookup.taken(self.node.codes.data)).materialize()
+        few, opened = dataclasses.replace(self._node, codes=codes), self.opened()
+        coded = opened.zero is not None or (few.table is None and few.bits != 1)
+        is_levels = type(opened) is Weight and not coded  # of those a weight holds what its scale multiplies
+        return opened.looked_up(lookup, few.levels(jnp.float32) if is_levels else codes)
 
 
 def of_packed(path: str, leaf: Any, ranges: dict[tuple[int, ...], Range]) -> Compact | None:
