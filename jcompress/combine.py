@@ -153,7 +153,7 @@ def _of_term(contexts: Sequence[Context], i: int, draw: int) -> list[Context]:
         dataclasses.replace(
             c,
             key=None if c.key is None else jax.random.fold_in(c.key, draw),
-            previous=c.previous.terms[i] if isinstance(c.previous, Sum) else None,
+            previous=c.previous.terms[i] if isinstance(c.previous, Sum) and i < len(c.previous.terms) else None,
         )
         for c in contexts
     ]

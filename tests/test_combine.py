@@ -1,5 +1,8 @@
 """New methods from old ones."""
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +136,36 @@ def test_methods_print_as_they_are_written():
     assert repr(jc.residual(SVD(rank=2), M(sparsity=0.5))) == "residual(SVD(rank=2), Magnitude(sparsity=0.5))"
     assert repr(jc.stacked(KMeans(8))) == "stacked(KMeans(clusters=8))"
     assert repr(M(sparsity=lambda step: 0.5, pattern=None)) == "Magnitude(sparsity=<schedule>)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembering(jc.Method):
+    """Rounds, and keeps what it was told of the last time."""
+
+    bits: int
+    seen: ClassVar[list] = []
+
+    def __call__(self, w, context):
+        self.seen.append(context.previous)
+        return jc.quantize.Int(bits=self.bits)(w)
+
+
+def test_each_term_of_a_residual_is_told_of_its_own_last_node(rng):
+    params = {"w": jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)}
+    plan = jc.plan(params, [("w", jc.residual(Remembering(4), Remembering(8)))])
+    first = jc.compress(params, plan)
+    Remembering.seen.clear()
+    jc.compress(params, plan, previous=first)
+    assert [x.bits for x in Remembering.seen] == [4, 8]
+
+
+def test_statistics_of_another_number_of_layers_are_refused_by_name(rng):
+    params = {"w": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)}
+    gram = {"w": jc.trace.Stats(gram=jnp.eye(36), axes=(-4, -3, -2))}
+    plan = jc.plan(params, [("w", jc.stacked(jc.quantize.LQER(rank=2)))])
+    with pytest.raises(ValueError, match=r"w: its leading axis is taken for 3 stacked layers, and stats .*\(36, 36\)"):
+        jc.compress(params, plan, stats=gram)
+    params, gram = {"w": jnp.ones(8)}, {"w": jc.trace.Stats(gram=jnp.ones((8, 1, 1)), axes=(-1,))}
+    plan = jc.plan(params, [("w", jc.stacked(jc.quantize.WaterFilling()))])
+    with pytest.raises(ValueError, match="w: found a single number, which meets no inputs"):
+        jc.compress(params, plan, stats=gram)

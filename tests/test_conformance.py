@@ -257,6 +257,8 @@ def test_each_leaf_that_trains_may_be_a_node(row):
     for i, x in enumerate(leaves):
         if core.is_trainable(x):
             held = jax.tree.unflatten(tree, [*leaves[:i], jc.formats.Frozen.of(x), *leaves[i + 1 :]])
+            moved = held.project(node.materialize(key=KEY))
+            assert jax.tree.structure(moved) == jax.tree.structure(held)
             for other in (held, jc.finalize(held)):
                 assert_same(jc.materialize(other), jc.materialize(node), exact=False)
             train, rest = jc.split(held)

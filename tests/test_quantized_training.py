@@ -554,7 +554,7 @@ def test_learned_steps_beat_rounding_a_trained_network(rng):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: training.LSQ(bits=1), "LSQ: bits=1 is not an integer from 2 to 8"),
+        (lambda: training.LSQ(bits=1), "LSQ: bits=1 is not an integer from 2 to 16"),
         (lambda: training.LSQ(start="zero"), "start='zero' is unknown"),
         (lambda: training.LSQ(group_size=0), "group_size=0 must be positive"),
         (lambda: training.DoReFa(bits=9), "DoReFa: bits=9"),

@@ -15,7 +15,7 @@ WAYS = (
 
 
 def get_config() -> Config:
-    """On the first 2,000 test images; the rate is that which the last training images favour."""
+    """On the first 2,000 test images; the rate lies between two that were tried on the last training images."""
     return Config(
         name="cifar10", ways=WAYS, data="cifar10", data_options={"val": 0.02}, model="resnet20",
         rules=r".*conv\d/weight", kept="conv1/weight", steps=0, finetuning=40, finetuning_rate=0.001,

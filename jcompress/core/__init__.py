@@ -16,6 +16,7 @@ from jcompress.core.compressed import (
     nbits,
     opened,
     parts,
+    refitted,
     split,
     widened,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "parts",
     "projected",
     "references",
+    "refitted",
     "same",
     "settled",
     "split",

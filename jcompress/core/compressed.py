@@ -195,6 +195,11 @@ def dense(x: Any, *, key: jax.Array | None = None) -> Any:
     return x.materialize(key=key) if is_node(x) else x
 
 
+def refitted(field: Any, w: jax.Array, where: jax.Array | None = None) -> Any:
+    """A field of a node for another array: that array, or the node that stands there projected onto it."""
+    return field.project(w, where) if is_node(field) else w
+
+
 def finalized(tree: PyTree) -> PyTree:
     """See :func:`jcompress.finalize`: of a tree without references."""
 

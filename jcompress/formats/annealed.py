@@ -88,9 +88,7 @@ class Annealed(Compressed):
         others = tuple(i for i in range(-self.ndim, 0) if i != self.axis)
         # The unit does not matter, since logits are standardised.
         norms = jnp.sqrt(jnp.sum(jnp.square(scaling.unit([w]).divide(w)), others, keepdims=True))
-        return dataclasses.replace(
-            self, values=gating.refitted(self.values, w), logits=gating.refitted(self.logits, norms)
-        )
+        return dataclasses.replace(self, values=core.refitted(self.values, w), logits=core.refitted(self.logits, norms))
 
     def finalize(self) -> Masked:
         return Masked(self.materialize(), self.mask())

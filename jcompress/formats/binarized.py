@@ -11,7 +11,6 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gating
 from jcompress.formats.quantized import Quantized
 from jcompress.numeric import scaling
 
@@ -64,7 +63,7 @@ class Binarized(Compressed):
         # XLA multiplies by the inverse, which is zero for scales above 2**126.
         shift = jnp.where(scale > 2.0**100, jnp.float32(2.0**-60), jnp.float32(1))
         values = jnp.clip(w * shift / jnp.where(scale > 0, scale * shift, 1.0), -1, 1).astype(w.dtype)
-        return dataclasses.replace(self, values=gating.refitted(self.values, values), scale=refitted)
+        return dataclasses.replace(self, values=core.refitted(self.values, values), scale=refitted)
 
     def finalize(self) -> Quantized:
         values = core.dense(self.values)

@@ -69,9 +69,9 @@ class Bottleneck(Compressed):
         mean = jnp.ones(gating.shared_shape(w.shape, self.axes), jnp.float32)
         return dataclasses.replace(
             self,
-            values=gating.refitted(self.values, w),
-            mean=gating.refitted(self.mean, mean),
-            log_variance=gating.refitted(self.log_variance, jnp.full_like(mean, self.start)),
+            values=core.refitted(self.values, w),
+            mean=core.refitted(self.mean, mean),
+            log_variance=core.refitted(self.log_variance, jnp.full_like(mean, self.start)),
         )
 
     def finalize(self) -> Masked:

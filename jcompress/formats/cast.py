@@ -10,7 +10,6 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gating
 
 
 @jax.tree_util.register_dataclass
@@ -39,4 +38,4 @@ class Cast(Compressed):
         return core.dense(self.values, key=key).astype(self.dtype)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Cast:
-        return dataclasses.replace(self, values=gating.refitted(self.values, w.astype(self.stored)))
+        return dataclasses.replace(self, values=core.refitted(self.values, w.astype(self.stored)))

@@ -98,7 +98,7 @@ class Codebook(Compressed):
     def _of_means(self, total: jax.Array, count: jax.Array, dtype: Any) -> Codebook:
         mean = jnp.where(count > 0, total / jnp.maximum(count, 1.0), 0.0).astype(dtype)
         mean = mean.reshape(*self._layers, self.clusters, *total.shape[1:])
-        return dataclasses.replace(self, codebook=self.codebook.project(mean) if core.is_node(self.codebook) else mean)
+        return dataclasses.replace(self, codebook=core.refitted(self.codebook, mean))
 
     def relaid(self, relaying: Relaying, /) -> Codebook | None:
         if self.block or self._layers:

@@ -74,7 +74,7 @@ class Coded(Compressed):
         most = jnp.sum(jnp.square(shown), self.axes, keepdims=True)
         scale = jnp.sum(shown * unit.divide(w), self.axes, keepdims=True) / jnp.where(most > 0, most, 1)
         scale = unit.multiply(scale).astype(w.dtype)
-        return dataclasses.replace(self, scale=self.scale.project(scale) if core.is_node(self.scale) else scale)
+        return dataclasses.replace(self, scale=core.refitted(self.scale, scale))
 
     def widths(self) -> dict[str, int]:
         return {"codes": self.bits * math.prod(self.block) if self.code == "e8p" else self.bits}

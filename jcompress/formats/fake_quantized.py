@@ -13,7 +13,6 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gating
 from jcompress.formats.quantized import Quantized, pool, spread
 from jcompress.numeric import scaling
 from jcompress.numeric.surrogates import clip_outside, round_through, round_with_soft_slope, scaled_gradient
@@ -106,14 +105,15 @@ class FakeQuantized(Compressed):
             unit = scaling.of(most)  # the reciprocal of the greatest numbers is none that XLA keeps
             part = scaling.Unit(self._spread(unit.root, x)).divide(x) / jnp.where(most > 0, unit.divide(most), 1.0)
             values = jnp.arctanh(part * top).astype(w.dtype)
-            scale = most * (1 / (2**self.bits - 1))
-            return dataclasses.replace(self, values=gating.refitted(self.values, values), scale=scale)
+            scale = core.refitted(self.scale, most * (1 / (2**self.bits - 1)))
+            return dataclasses.replace(self, values=core.refitted(self.values, values), scale=scale)
         n, p = self._ends()
         high = pool(x, self.axes, self.group_size, jnp.maximum, 0.0)
         low = pool(x, self.axes, self.group_size, jnp.minimum, 0.0)
         scale = positive(jnp.maximum(high * (1 / p), low * (-1 / n)))
-        softness = jnp.full_like(scale, _SOFTNESS) if self.surrogate == "soft" else None
-        return dataclasses.replace(self, values=gating.refitted(self.values, w), scale=scale, softness=softness)
+        softness = core.refitted(self.softness, jnp.full_like(scale, _SOFTNESS)) if self.surrogate == "soft" else None
+        values, scale = core.refitted(self.values, w), core.refitted(self.scale, scale)
+        return dataclasses.replace(self, values=values, scale=scale, softness=softness)
 
     def finalize(self) -> Quantized:
         values = core.dense(self.values)

@@ -67,7 +67,7 @@ class FastProduct(Compressed):
         """One sweep of alternating least squares, over the entries of ``where`` alone."""
         fitted = self.refitted([core.dense(v) for v in self.vectors], w, where)
         pairs = zip(self.vectors, fitted, strict=True)
-        new = tuple(old.project(v.astype(w.dtype)) if core.is_node(old) else v.astype(w.dtype) for old, v in pairs)
+        new = tuple(core.refitted(old, v.astype(w.dtype)) for old, v in pairs)
         return dataclasses.replace(self, vectors=new)
 
     def refitted(

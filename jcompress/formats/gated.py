@@ -71,9 +71,9 @@ class Gated(Compressed):
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Gated:
         """Gates as at the start, and the values that give ``w`` behind them."""
         logits = jnp.full(gating.shared_shape(w.shape, self.axes), math.log(self.keep / (1 - self.keep)), jnp.float32)
-        start = dataclasses.replace(self, log_alpha=gating.refitted(self.log_alpha, logits))
+        start = dataclasses.replace(self, log_alpha=core.refitted(self.log_alpha, logits))
         values = (w / start.gate()).astype(w.dtype)
-        return dataclasses.replace(start, values=gating.refitted(self.values, values))
+        return dataclasses.replace(start, values=core.refitted(self.values, values))
 
     def finalize(self) -> Masked:
         return Masked(self.materialize(), self.gate() > 0)

@@ -89,7 +89,7 @@ class Gathered(Compressed):
         total, count = cluster_totals(x, places, math.prod(layers) * self.count, where)
         mean = jnp.where(count > 0, total / jnp.maximum(count, 1), 0).reshape(*layers, self.count)
         mean = unit.saturated(mean).astype(w.dtype)
-        return dataclasses.replace(self, values=self.values.project(mean) if core.is_node(self.values) else mean)
+        return dataclasses.replace(self, values=core.refitted(self.values, mean))
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x @ w`` for a circulant matrix ``w``, by Fourier transforms of the blocks of ``x`` (..., inputs)."""

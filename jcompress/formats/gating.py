@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-
-from jcompress import core
 
 TINY = 1e-16
 _LARGE = 2.0**50
@@ -16,11 +12,6 @@ _LARGE = 2.0**50
 def shared_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     """The shape with length 1 at the negative axes along which a gate is shared."""
     return tuple(1 if i - len(shape) in axes else n for i, n in enumerate(shape))
-
-
-def refitted(field: Any, w: jax.Array) -> Any:
-    """What a trainable field becomes so that it stands for ``w``: the array, or the node in it projected."""
-    return field.project(w) if core.is_node(field) else w
 
 
 def log_alpha(mean: jax.Array, log_variance: jax.Array) -> jax.Array:

@@ -64,7 +64,7 @@ class Gaussian(Compressed):
         """The mean becomes ``w``, and every dropout rate what it was at the start."""
         log_variance = self.start - gating.log_alpha(w, jnp.zeros(()))
         return dataclasses.replace(
-            self, mean=gating.refitted(self.mean, w), log_variance=gating.refitted(self.log_variance, log_variance)
+            self, mean=core.refitted(self.mean, w), log_variance=core.refitted(self.log_variance, log_variance)
         )
 
     def finalize(self) -> Masked:

@@ -123,7 +123,7 @@ class Horseshoe(Compressed):
             fields[name] = jnp.broadcast_to(jnp.asarray(pair, jnp.float32), shape)
         for name in ("group", "array"):
             fields[f"{name}_log_variance"] = jnp.full_like(fields[f"{name}_mean"], self.start)
-        return dataclasses.replace(self, **{n: gating.refitted(getattr(self, n), x) for n, x in fields.items()})
+        return dataclasses.replace(self, **{n: core.refitted(getattr(self, n), x) for n, x in fields.items()})
 
     def finalize(self) -> Masked:
         return Masked(self.materialize(), -self.log_mode() < self.threshold)

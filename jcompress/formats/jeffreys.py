@@ -83,7 +83,7 @@ class Jeffreys(Compressed):
             "group_mean": ones,
             "group_log_variance": self.start * ones,
         }
-        return dataclasses.replace(self, **{n: gating.refitted(getattr(self, n), x) for n, x in fields.items()})
+        return dataclasses.replace(self, **{n: core.refitted(getattr(self, n), x) for n, x in fields.items()})
 
     def finalize(self) -> Masked:
         return Masked(self.materialize(), self.log_alpha() < self.threshold)

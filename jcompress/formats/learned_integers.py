@@ -12,7 +12,6 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gating
 from jcompress.formats.quantized import Quantized
 from jcompress.numeric.surrogates import round_through
 
@@ -90,9 +89,9 @@ class Latent(Compressed):
         density = jnp.stack([nothing, nothing, sizes + spread])
         return dataclasses.replace(
             self,
-            values=gating.refitted(self.values, values),
-            log_step=gating.refitted(self.log_step, jnp.log(step)),
-            density=gating.refitted(self.density, density),
+            values=core.refitted(self.values, values),
+            log_step=core.refitted(self.log_step, jnp.log(step)),
+            density=core.refitted(self.density, density),
         )
 
     def finalize(self) -> Quantized:

@@ -44,9 +44,7 @@ class LowRank(Compressed):
         batch, rank = core.dense(self.v).shape[:-2], core.dense(self.v).shape[-2]
         u, v = truncated_svd(w.reshape(*batch, -1, w.shape[-1]), rank)
         u = u.reshape(*w.shape[:-1], rank)
-        return LowRank(
-            u=self.u.project(u) if core.is_node(self.u) else u, v=self.v.project(v) if core.is_node(self.v) else v
-        )
+        return LowRank(u=core.refitted(self.u, u), v=core.refitted(self.v, v))
 
 
 def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

@@ -69,8 +69,7 @@ class TensorNetwork(Compressed):
         return dataclasses.replace(
             self,
             factors=tuple(
-                old.project(new.astype(w.dtype)) if core.is_node(old) else new.astype(w.dtype)
-                for old, new in zip(self.factors, fitted, strict=True)
+                core.refitted(old, new.astype(w.dtype)) for old, new in zip(self.factors, fitted, strict=True)
             ),
         )
 

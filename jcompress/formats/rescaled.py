@@ -40,5 +40,5 @@ class Rescaled(Compressed):
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Rescaled:
         """The values refitted to ``w / scale``: least squares there, where inputs that matter count for more."""
         inner = w / core.dense(self.scale).astype(w.dtype)
-        values = self.values.project(inner, where) if core.is_node(self.values) else inner
+        values = core.refitted(self.values, inner, where)
         return dataclasses.replace(self, values=values)

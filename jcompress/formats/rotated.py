@@ -51,7 +51,7 @@ class Rotated(Compressed):
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Rotated:
         """Least squares, since the rotation keeps lengths. Entries off ``where`` count as zeros."""
         inner = self.rotate(w if where is None else jnp.where(where, w, jnp.zeros_like(w))).astype(w.dtype)
-        return dataclasses.replace(self, values=self.values.project(inner) if core.is_node(self.values) else inner)
+        return dataclasses.replace(self, values=core.refitted(self.values, inner))
 
 
 @partial(jax.jit, static_argnames="transpose")

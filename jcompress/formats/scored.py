@@ -70,10 +70,11 @@ class Scored(Compressed):
         return tuple(i - self.mask.ndim for i, (a, b) in enumerate(pairs) if a != b)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Scored:
-        weights = self.weights.project(w, where) if core.is_node(self.weights) else w
+        weights = core.refitted(self.weights, w, where)
         wide, kept = w.astype(jnp.float32), core.dense(weights).astype(jnp.float32)
         # What keeping a weight takes off the squared error: with these scores the best mask would be chosen.
-        return dataclasses.replace(self, weights=weights, scores=2 * wide * kept - kept**2)
+        scores = core.refitted(self.scores, 2 * wide * kept - kept**2)
+        return dataclasses.replace(self, weights=weights, scores=scores)
 
     def finalize(self) -> Compressed:
         if self.scale is None and core.is_node(self.weights) and not isinstance(self.weights, Frozen):

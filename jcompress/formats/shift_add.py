@@ -63,7 +63,7 @@ class ShiftAdd(Compressed):
         axes = tuple(range(-len(self.rows) - 1, -1))
         square, product = (levels * levels).sum(axes), (levels * w32).sum(axes)
         scale = jnp.where(square > 0, product / jnp.where(square > 0, square, 1), 0)[..., None, :].astype(w.dtype)
-        return dataclasses.replace(self, scale=self.scale.project(scale) if core.is_node(self.scale) else scale)
+        return dataclasses.replace(self, scale=core.refitted(self.scale, scale))
 
     def widths(self) -> dict[str, int]:
         outputs = self.first.shape[-2]

@@ -12,7 +12,6 @@ import numpy as np
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gating
 from jcompress.formats.codebook import Codebook
 from jcompress.numeric import scaling, soft_clusters
 from jcompress.numeric.blocks import blocked, unblocked
@@ -88,8 +87,8 @@ class SoftCodebook(Compressed):
         rows = unit.divide(self._rows(x))
         start = unit.multiply(jax.vmap(self._start)(rows.reshape(math.prod(self._lead), -1, rows.shape[-1])))
         codebook = start.reshape(*self._lead, self.clusters, rows.shape[-1])
-        values = gating.refitted(self.values, w)
-        return dataclasses.replace(self, values=values, codebook=gating.refitted(self.codebook, codebook))
+        values = core.refitted(self.values, w)
+        return dataclasses.replace(self, values=values, codebook=core.refitted(self.codebook, codebook))
 
     def finalize(self) -> Codebook:
         values, words = core.dense(self.values), self.words() if self.values.size else core.dense(self.codebook)

@@ -48,12 +48,16 @@ class SoftThreshold(Compressed):
         return jnp.where(over > 0, jnp.sign(weights) * over, jnp.zeros_like(weights))
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> SoftThreshold:
-        logit = jnp.full(self._stack(w), _OPEN, jnp.float32)
-        wider = w + jnp.sign(w) * jax.nn.sigmoid(jnp.float32(_OPEN)).astype(w.dtype)
-        return dataclasses.replace(self, weights=wider, logit=logit)
+        logit = core.refitted(self.logit, jnp.full(self._stack(), _OPEN, jnp.float32))
+        over = jax.nn.sigmoid(core.dense(logit)).astype(w.dtype)
+        wider = w + jnp.sign(w) * over.reshape(over.shape + (1,) * (w.ndim - over.ndim))
+        return dataclasses.replace(self, weights=core.refitted(self.weights, wider, where), logit=logit)
 
-    def _stack(self, w: jax.Array) -> tuple[int, ...]:
-        return () if self.logit is None else self.logit.shape
+    def _stack(self) -> tuple[int, ...]:
+        logit = self.logit
+        while core.is_node(logit):  # of a node whose trainable leaves are elsewhere what lies like the array is there
+            logit = next((x for name in logit.elementwise if (x := getattr(logit, name)) is not None), None)
+        return () if logit is None else logit.shape
 
     def finalize(self) -> Masked | SoftThreshold:
         if core.is_node(self.weights):

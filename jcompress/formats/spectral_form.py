@@ -60,8 +60,8 @@ class Spectral(Compressed):
         outputs = jnp.where(norms > 0, norms, 1).astype(w.dtype)
         vectors = -(unit.divide(w) / unit.divide(outputs)).astype(w.dtype)
         return Spectral(
-            jnp.zeros(w.shape[:-1], w.dtype),
-            jnp.where(norms > 0, outputs, 0).reshape(*w.shape[:stack], w.shape[-1]),
-            self.vectors.project(vectors) if core.is_node(self.vectors) else vectors,
+            core.refitted(self.inputs, jnp.zeros(w.shape[:-1], w.dtype)),
+            core.refitted(self.outputs, jnp.where(norms > 0, outputs, 0).reshape(*w.shape[:stack], w.shape[-1])),
+            core.refitted(self.vectors, vectors),
             self.window,
         )

@@ -79,4 +79,4 @@ class Squeezed(Compressed):
             levels, w = jnp.where(where, levels, 0.0), jnp.where(where, w, 0.0)
         product, square = (pool(levels * x, self.axes, self.group_size, jnp.add, 0.0) for x in (w, levels))
         scale = jnp.where(square > 0, unit.multiply(product / jnp.maximum(square, 1e-30)), 0.0)
-        return dataclasses.replace(self, scale=self.scale.project(scale) if core.is_node(self.scale) else scale)
+        return dataclasses.replace(self, scale=core.refitted(self.scale, scale))

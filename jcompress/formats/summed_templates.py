@@ -72,8 +72,8 @@ class Mixed(Compressed):
         return [node._refitted(a, templates.astype(ws[0].dtype)) for node, a in zip(nodes, weights, strict=True)]
 
     def _refitted(self, weights: jax.Array, templates: jax.Array) -> Mixed:
-        own = self.weights.project(weights) if core.is_node(self.weights) else weights
-        shared = self.templates.project(templates) if core.is_node(self.templates) else templates
+        own = core.refitted(self.weights, weights)
+        shared = core.refitted(self.templates, templates)
         return dataclasses.replace(self, weights=own, templates=shared)
 
 

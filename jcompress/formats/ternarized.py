@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jcompress import core
 from jcompress.core import Compressed
-from jcompress.formats import gating
 from jcompress.formats.codebook import Codebook
 from jcompress.numeric import scaling
 
@@ -71,9 +70,9 @@ class Ternarized(Compressed):
 
         return dataclasses.replace(
             self,
-            values=gating.refitted(self.values, w),
-            positive=gating.refitted(self.positive, level(1)),
-            negative=gating.refitted(self.negative, level(-1)),
+            values=core.refitted(self.values, w),
+            positive=core.refitted(self.positive, level(1)),
+            negative=core.refitted(self.negative, level(-1)),
         )
 
     def finalize(self) -> Codebook:
