@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -148,8 +149,16 @@ def storage(folder):
     refuse_storage(folder, mesh, tree)
 
 
+def names_in(folder):
+    """What is there while no process writes."""
+    multihost_utils.sync_global_devices("before it is listed")
+    found = sorted(x.name for x in folder.iterdir())
+    multihost_utils.sync_global_devices("after it was listed")
+    return found
+
+
 def refuse_storage(folder, mesh, tree):
-    here, before = jax.process_index(), sorted(x.name for x in folder.iterdir())
+    here, before = jax.process_index(), names_in(folder)
     refused(lambda: jc.save(folder / f"mine {here}", tree), "give all processes one path" if here else "process 1")
     refused(lambda: jc.save(folder / "no" / "folder", tree), "there is no directory")
     codes = np.zeros((48, 40), np.int8)
@@ -160,7 +169,7 @@ def refuse_storage(folder, mesh, tree):
     refused(lambda: jc.load(folder / "together False", sharding=lambda p, x: rule if p == "gaps" else None), "gaps")
     uneven = jax.ShapeDtypeStruct((3, 16, 24), np.float32, sharding=NamedSharding(mesh, P("data")))
     refused(lambda: jc.load(folder / "together False", like={"whole": uneven}), "whole", "divides")
-    assert sorted(x.name for x in folder.iterdir()) == before
+    assert names_in(folder) == before
 
 
 def mlp(params, x):
