@@ -37,6 +37,7 @@ def test_every_object_has_one_path():
     for path, value in OBJECTS.items():
         paths.setdefault(id(value), []).append(path)
     assert [found for found in paths.values() if len(found) > 1] == []
+    assert jc.trace.compress_sequentially is jc.compress_sequentially  # its earlier name, which is not listed
 
 
 def test_a_room_has_one_path():

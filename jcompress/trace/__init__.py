@@ -3,6 +3,9 @@
 The verbs stand at the top: ``jc.calibrate``, ``jc.shrink``, ``jc.accelerate``.
 """
 
+import importlib
+from typing import Any
+
 from jcompress.layers.counts import Count
 from jcompress.layers.groups import Group, Groups, mask
 from jcompress.trace.core.contraction import Product
@@ -50,3 +53,10 @@ __all__ = [
     "observe",
     "position_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``jc.compress_sequentially`` under the name that it had before it was a verb."""
+    if name == "compress_sequentially":
+        return importlib.import_module("jcompress").compress_sequentially
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
