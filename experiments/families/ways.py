@@ -161,14 +161,19 @@ def ranks() -> dict[str, Any]:
 
 
 def chains() -> dict[str, Any]:
-    """Chains of one family of convolutions, of many ranks."""
-    return {f"rank {x:g}": F.Whitened(F.CP(rank=x)) for x in LADDER} | {"dense": None}
+    """Chains of one family of convolutions, of many ranks, those of the equal shares among them."""
+    return {f"rank {x:g}": F.Whitened(F.CP(rank=x)) for x in sorted({*LADDER, *SHARES})} | {"dense": None}
 
 
 def mixture() -> dict[str, Any]:
     """Ranks, their factors in 8 bits, and bits, in one budget."""
     low = {f"rank {x:g}, 8 bits": jc.chain(F.WhitenedSVD(rank=x), Q.Int(bits=8)) for x in LADDER}
     return low | {f"{b} bits": Sweep(b) for b in (2, 3, 4, 8)}
+
+
+def blocks(k: int, **options: Any) -> Any:
+    """Two codebooks of words whose sum a block is; with sweeps both are fitted to what the other leaves."""
+    return jc.residual(S.KMeans(clusters=k, block=BLOCK), S.KMeans(clusters=k, block=BLOCK), **options)
 
 
 def units(lab: Lab, seed: int, share: float, scope: Literal["group", "global"] = "global") -> Network:
@@ -218,10 +223,8 @@ FAMILIES = [
     Family("units", UNITS, units, (0.6, 0.4, 0.25, 0.15, 0.08), "share of the multiply-adds"),
     Family("shared values", SHARED, of(lambda k: S.KMeans(clusters=k)), (64, 16, 8, 4, 2), "clusters"),
     Family("shared blocks of 4", SHARED, of(lambda k: S.KMeans(clusters=k, block=BLOCK)), WORDS, "words"),
-    Family(
-        "shared blocks, twice", SHARED,
-        of(lambda k: jc.residual(S.KMeans(clusters=k, block=BLOCK), S.KMeans(clusters=k, block=BLOCK))), WORDS, "words",
-    ),
+    Family("shared blocks, twice", SHARED, of(blocks), WORDS, "words"),
+    Family("shared blocks, in sum", SHARED, of(lambda k: blocks(k, sweeps=3)), WORDS, "words"),
     Family(
         "shared values, by outputs", SHARED, of(lambda k: S.KMeans(clusters=k, weigh="gram")), (8, 4, 2), "clusters",
     ),
