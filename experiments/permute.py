@@ -8,7 +8,7 @@ blocks, before and after ``jc.rewrite.permute``, at equal bytes; the control are
 of them. Martinez et al. (2021, arXiv:2010.15703) report lower errors for the layers that they permute. Errors of layers
 are relative, in the kernels; that of the network is on the first ``--test`` test images, with batch statistics as they
 were. Nothing is chosen on test images. With ``--steps``, words, norms and the head are then trained for so many steps
-of 64 images, and batch statistics are estimated anew before and after.
+of 64 images, for each of ``--seeds`` with images of its own, and batch statistics are estimated anew before and after.
 
 It writes ``--workdir``/permute_<model>.json and prints the table.
 """
@@ -94,18 +94,21 @@ class Bench:
         return jc.rules.rebuild(self.params, leaves)
 
 
-def tuner(model: str, data_dir: str, test: int, steps: int) -> Callable[[PyTree], Row]:
-    """What trains words: test errors with statistics that are estimated anew, before and after so many steps."""
+def tuner(model: str, data_dir: str, test: int, steps: int, seeds: int) -> Callable[[PyTree], Row]:
+    """What trains words: test errors with statistics that are estimated anew, before and, by seed, after the steps."""
     config = families.Config(
         data="cifar10", data_options={"val": 0.02}, model=model, rules=r".*conv\d/weight", kept="conv1/weight",
         finetuning=steps, finetuning_rate=2e-3, test=test,
     )  # fmt: skip
     trained = families.of(config, data_dir)
 
+    def error(network: families.Network, seed: int) -> float:
+        return 100 * (1 - trained.score(network, seed)["test_accuracy"])
+
     def tuned(small: PyTree) -> Row:
         network = families.Network(small["weights"] | small["statistics"])
-        both = {"restated": network, "tuned": trained.finetuned(network, 0)}
-        return {name: 100 * (1 - trained.score(x, 0)["test_accuracy"]) for name, x in both.items()}
+        found = [error(trained.finetuned(network, seed), seed) for seed in range(seeds)]
+        return {"restated": error(network, 0), "tuned": found}
 
     return tuned
 
@@ -127,7 +130,7 @@ def run(bench: Bench) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """A line for each order: kernels that read what was permuted, in a block and along the shortcuts; the network."""
     heads = ["inside a block: better", "error", "along the shortcuts: better", "error"]
-    after = [name for name in ("restated", "tuned") if name in rows[0]]
+    after = ["restated", "tuned"] if "tuned" in rows[0] else []
     shown = [["order", *heads, "bytes", "test error, %", *after, "outputs moved"]]
     for row in rows:
         cells: list[str] = []
@@ -135,7 +138,9 @@ def table(rows: Sequence[Row]) -> str:
             better = [row["layers"][path] < rows[0]["layers"][path] for path in paths]
             mean = np.mean([row["layers"][path] for path in paths])
             cells += [f"{sum(better)} of {len(better)}", f"{mean:.4f}"]
-        cells += [f"{row['bytes']:,}", *(f"{row[name]:.2f}" for name in ("error", *after))]
+        cells += [f"{row['bytes']:,}", f"{row['error']:.2f}"]
+        if after:
+            cells += [f"{row['restated']:.2f}", tables.spread(*tables.mean_std(row["tuned"]))]
         shown.append([row["order"], *cells, f"{row['outputs_moved']:.1e}"])
     return tables.markdown(shown, (0,))
 
@@ -147,10 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--block", type=flags.positive, default=4, help="inputs of a word")
     parser.add_argument("--test", type=flags.positive, default=2000, help="test images")
     parser.add_argument("--steps", type=int, default=0, help="of training words, norms and the head")
+    parser.add_argument("--seeds", type=flags.positive, default=3, help="of the training")
     args = parser.parse_args(argv)
     try:
         data = datasets.load("cifar10", args.data_dir)
-        tuned = tuner(args.model, args.data_dir, args.test, args.steps) if args.steps else None
+        tuned = tuner(args.model, args.data_dir, args.test, args.steps, args.seeds) if args.steps else None
         bench = Bench(Path(args.data_dir) / f"{args.model}_cifar10.npz", data, args.block, args.test, tuned)
     except (ValueError, OSError, ImportError) as error:
         return refuse(error)
