@@ -3,7 +3,8 @@
     python -m experiments.quantization.networks --data_dir=<folder with CIFAR-10 and resnet20_cifar10.npz>
 
 Batch norms are in the kernels and biases. Weights have a scale for each output: rounded, with ranges of least error, or
-by GPTQ on 1,000 training images; or in steps by water-filling, whose codes have 8 bits: their coded bytes alone count.
+by GPTQ on 1,000 training images; or in steps by water-filling, whose codes have 8 bits: their coded bytes alone count;
+or as walks through a trellis of rotated inputs, for the outputs, of at most 4 bits.
 Activations have one range for each product, of 500 other training images (``static``), or one for each image as it
 comes (``dynamic``). Biases stay as they are. Bytes are those of the file, plain and entropy-coded.
 
@@ -22,6 +23,7 @@ import jcompress as jc
 from experiments import data as datasets
 from experiments import flags, lab, tables
 from experiments.codec.networks import ResNet
+from experiments.families.ways import Walks
 from experiments.runner import refuse
 from experiments.workdir import Row, keep
 
@@ -31,7 +33,9 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "least error": lambda bits: Q.Int(bits=bits, clip="mse"),
     "GPTQ": lambda bits: Q.GPTQ(bits=bits, clip="mse"),
     "water-filling": lambda bits: Q.WaterFilling(2 ** (1.8 - bits)),
+    "trellis": Walks,
 }
+MOST = {"trellis": 4}
 
 
 class Bench:
@@ -58,8 +62,9 @@ def run(bench: Bench, widths: Sequence[int]) -> list[Row]:
     """All rows."""
     rows = [bench.row("dense", 32, bench.params)]
     for bits in widths:
-        rows += [bench.row(name, bits, bench.tree(make(bits))) for name, make in METHODS.items()]
-        tree = bench.tree(METHODS["GPTQ"](bits))
+        made = {name: make(bits) for name, make in METHODS.items() if bits <= MOST.get(name, bits)}
+        rows += [bench.row(name, bits, bench.tree(method)) for name, method in made.items()]
+        tree = bench.tree(made["GPTQ"])
         for name, options in {"static": {"stats": bench.ranges}, "dynamic": {"scale": "row"}}.items():
             fn = Q.activations(bench.fn, tree, mode="simulate", **options)
             rows.append(bench.row(f"GPTQ, {name} activations", bits, tree, fn))
