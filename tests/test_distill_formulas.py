@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import losses
 import numpy as np
+import optax
 import pytest
 from losses import normal
 
@@ -54,6 +55,16 @@ def _selectivity(s, t):
     for a, b in zip(s, t, strict=True):
         a, b = (unit(x.reshape(-1, x.shape[-1]).T) for x in (a, b))
         total += ((b @ b.T) ** 2).mean() + ((a @ a.T) ** 2).mean() - 2 * ((b @ a.T) ** 2).mean()
+    return total / len(s)
+
+
+def _ranking(s, t):
+    total = 0
+    for i in range(len(s)):
+        others = [j for j in range(len(s)) if j != i]
+        ours, theirs = (-3 * np.linalg.norm(unit(flat(x)) - unit(flat(x))[i], axis=1) ** 3 for x in (s, t))
+        order = sorted(others, key=lambda j: -theirs[j])
+        total -= sum(ours[j] - np.log(np.exp(ours[order[n:]]).sum()) for n, j in enumerate(order))
     return total / len(s)
 
 
@@ -146,6 +157,7 @@ FORMULAS = {
     "relational_distance": _distance,
     "relational_angle": _angle,
     "correlation_congruence": _correlation,
+    "ranking": _ranking,
     "contrastive": _contrastive,
 }
 
@@ -162,6 +174,21 @@ def test_the_formula_of_the_paper(name):
 
 def test_every_row_has_a_formula_or_a_test_of_its_own():
     assert set(losses.ROWS) - set(FORMULAS) == {"permuted_targets", "distilbert", "tinybert"}
+
+
+def test_a_student_of_another_width_learns_the_order_of_its_teacher():
+    teacher, student = normal(0, 5, 7), normal(1, 5, 2)
+    tx = optax.adam(0.1)
+    state = tx.init(student)
+
+    def orders(x):
+        return np.argsort(np.linalg.norm(unit(f64(x))[:, None] - unit(f64(x))[None], axis=-1), axis=1)
+
+    assert (orders(student) == orders(teacher)).mean() < 0.7
+    for _ in range(200):
+        updates, state = tx.update(jax.grad(distill.ranking)(student, teacher), state)
+        student = optax.apply_updates(student, updates)
+    assert (orders(student) == orders(teacher)).mean() > 0.9
 
 
 # Logits

@@ -30,11 +30,12 @@ from jcompress.distill.logits import (
     soft_targets,
 )
 from jcompress.distill.memory import MemoryBank, draw, memory_bank, remember
-from jcompress.distill.peers import codistillation, gated_logits, mean_soft_targets, mutual
+from jcompress.distill.peers import codistillation, gated_logits, mean_soft_targets, mutual, small_losses
 from jcompress.distill.relations import (
     contrastive,
     correlation_congruence,
     fsp,
+    ranking,
     relational_angle,
     relational_distance,
     similarity_preserving,
@@ -98,12 +99,14 @@ __all__ = [
     "patient",
     "permuted_targets",
     "probability_errors",
+    "ranking",
     "regressors",
     "relational_angle",
     "relational_distance",
     "remember",
     "sequence_errors",
     "similarity_preserving",
+    "small_losses",
     "soft_targets",
     "synthesize",
     "teacher_params",

@@ -41,6 +41,40 @@ def mutual(peers: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
     return temperature**2 * jnp.sum(each) / (len(peers) - 1)
 
 
+def small_losses(losses: jax.Array, keep: float | jax.Array) -> jax.Array:
+    """Which examples each network learns from: those that its peer has the least loss of (co-teaching).
+
+    Labels that are wrong are learned last, so what has a large loss early is left out; that the other network chooses
+    keeps errors from confirming themselves (Han et al. 2018, arXiv:1804.06872). The loss of the networks is
+    ``(weights * losses).sum() / weights.sum()``, and ``keep`` falls from 1 to about the share of right labels over the
+    first epochs, as an ``optax`` schedule says.
+
+    Args:
+      losses: (networks, batch), of each network on each example.
+      keep: the share of examples to learn from, in (0, 1]; at least one of them.
+
+    Returns:
+      Weights (networks, batch), float32, 1 for what counts. Those of a network are its next peer's choice; no gradient
+      reaches it.
+
+    Raises:
+      ValueError: for one network, or a share outside (0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> jc.distill.small_losses(jnp.array([[0.1, 2.0, 0.3], [5.0, 0.2, 0.1]]), 2 / 3).tolist()
+      [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]
+    """
+    if jnp.ndim(losses) != 2 or len(losses) < 2:
+        raise ValueError(f"small_losses: found losses {jnp.shape(losses)}, expected (networks, batch) of two at least")
+    if not isinstance(keep, jax.core.Tracer) and not 0 < keep <= 1:
+        raise ValueError(f"small_losses: found keep={keep}, expected a share in (0, 1]")
+    theirs = jnp.roll(fixed(losses), -1, axis=0)
+    place = jnp.argsort(jnp.argsort(theirs, axis=-1), axis=-1)
+    count = jnp.maximum(jnp.round(keep * theirs.shape[1]), 1)
+    return (place < count).astype(jnp.float32)
+
+
 def gated_logits(branches: jax.Array, gates: jax.Array) -> jax.Array:
     """The logits of a gated ensemble of branches (ONE; Lan et al. 2018, arXiv:1806.04606): ``sum_i softmax(g)_i z_i``.
 

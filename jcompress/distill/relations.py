@@ -197,6 +197,50 @@ def correlation_congruence(
     return summed(jnp.mean(jnp.square(correlations(t) - correlations(s))) for s, t in found)
 
 
+def ranking(
+    student: PyTree, teacher: PyTree, alpha: float | jax.Array = 3.0, beta: float | jax.Array = 3.0
+) -> jax.Array:
+    """How unlikely the order of a teacher is to its student (DarkRank; Chen et al. 2018, arXiv:1707.01220).
+
+    Each example asks for the others. The teacher puts them in the order of their nearness; to the student this order
+    has the probability ``prod_i exp(s_i) / sum_{k >= i} exp(s_k)`` (Plackett and Luce), ``s = -alpha ||x_i - x_j||**
+    beta`` of features of unit length. The mean over examples of its negative logarithm; a sum over layers.
+
+    Args:
+      student: features (batch, ...), or a pytree of them.
+      teacher: the same of the teacher, of any width.
+      alpha: how much distance counts.
+      beta: the power of the distance.
+
+    Returns:
+      A float32 scalar, least where far examples are far and near ones near; above 0.
+
+    Raises:
+      ValueError: for trees or batches that differ, or an ``alpha`` or ``beta`` that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+      >>> bool(jc.distill.ranking(x, x) < jc.distill.ranking(x[::-1], x[jnp.array([0, 2, 1])]))
+      True
+    """
+    positive("ranking", "alpha", alpha)
+    positive("ranking", "beta", beta)
+
+    def nearness(x: jax.Array) -> jax.Array:
+        x = unit(rows(x))
+        return -alpha * _root(jnp.sum(jnp.square(x[:, None] - x[None]), axis=-1)) ** beta
+
+    def once(s: jax.Array, t: jax.Array) -> jax.Array:
+        itself = jnp.eye(len(t), dtype=bool)
+        order = jnp.argsort(jnp.where(itself, -jnp.inf, nearness(t)), axis=-1, descending=True)[:, :-1]
+        found = jnp.take_along_axis(nearness(s), order, axis=-1)
+        rest = jax.lax.cumlogsumexp(found, axis=1, reverse=True)
+        return jnp.sum(rest - found) / max(1, len(s))
+
+    return summed(once(s, t) for s, t in pairs("ranking", student, teacher, "batch"))
+
+
 def contrastive(
     student: jax.Array,
     teacher: jax.Array,
