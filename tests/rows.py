@@ -257,6 +257,8 @@ METHODS = [
         stationary=False, gathers=True, adjusts=True,
     ),
     Row("by-mixture", jc.share.ByMixture(MIXTURE), exact=False, sums=True, adjusts=True),
+    Row("predicted", F.Predicted(anchors=0.5, grid=(4, 4)), exact=False, gathers="inputs", adjusts=True, empty=False),
+    Row("predicted-window", F.Predicted(4), (3, 3, 4, 8), exact=False, gathers="inputs", adjusts=True, empty=False),
     Row("templates", jc.share.Templates(count=1), exact=False),
     Row("tied-rows", jc.share.TiedRows(similarity=0.3), jit=False, exact=False, gathers=True),
     Row("hashed", jc.share.Hashed(ratio=0.3), exact=False, adjusts=True),

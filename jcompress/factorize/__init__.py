@@ -5,6 +5,7 @@ from jcompress.factorize.cp import CP
 from jcompress.factorize.initial import spectral_init
 from jcompress.factorize.lcc import LCC
 from jcompress.factorize.nonnegative import NMF
+from jcompress.factorize.predicted import Predicted
 from jcompress.factorize.products import Kronecker, Monarch
 from jcompress.factorize.rank_choice import evbmf
 from jcompress.factorize.separable import Separable
@@ -24,6 +25,7 @@ __all__ = [
     "FisherSVD",
     "Kronecker",
     "Monarch",
+    "Predicted",
     "Separable",
     "Spectrum",
     "TensorRing",

@@ -17,6 +17,7 @@ from jcompress.formats.gated import Gated
 from jcompress.formats.gathered import Gathered
 from jcompress.formats.gaussian import Gaussian
 from jcompress.formats.horseshoe import Horseshoe
+from jcompress.formats.interpolated import Interpolated
 from jcompress.formats.jeffreys import Jeffreys
 from jcompress.formats.learned_integers import Latent
 from jcompress.formats.lowrank import LowRank
@@ -54,6 +55,7 @@ __all__ = [
     "Gathered",
     "Gaussian",
     "Horseshoe",
+    "Interpolated",
     "Jeffreys",
     "Latent",
     "LowRank",
