@@ -368,6 +368,39 @@ def test_a_table_of_scores_must_fit():
             jc.compress(params, jc.plan(params, [(name, method)]))
 
 
+def test_what_training_changed_against_its_formulas(rng):
+    first, last = normal(rng, 6, 5), normal(rng, 6, 5)
+    context = jc.Context(path="w")
+    want = {
+        "magnitude_increase": 0.5 * np.abs(last) - np.abs(first),
+        "movement": np.abs(last - first),
+        "large_init_large_final": np.minimum(0.5 * np.abs(last), np.abs(first)),
+    }
+    for name, value in want.items():
+        score = jc.prune.scores.since({"w": first}, name, alpha=0.5)
+        np.testing.assert_allclose(score(last, context), value, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(score, static_argnums=1)(last, context), value, rtol=1e-6)
+    with pytest.raises(ValueError, match="since: change='size' is unknown; use one of magnitude_increase"):
+        jc.prune.scores.since({"w": first}, "size")
+    with pytest.raises(ValueError, match=r"w: looked for scores of shape .* and found no such path"):
+        jc.prune.scores.since({"v": first})(last, context)
+
+
+def test_a_weight_that_grew_is_kept_before_one_that_was_large(rng):
+    x, w = normal(rng, 200, 10), jnp.where(jnp.arange(10) < 3, 1.0, 0.0)
+    first = {"w": jnp.where(jnp.arange(10) < 3, 0.0, 2.0)}  # large where nothing is needed
+    grad = jax.grad(lambda p: jnp.mean((x @ p["w"] - x @ w) ** 2))
+    trained = first
+    for _ in range(12):
+        trained = jax.tree.map(lambda p, g: p - 0.05 * g, trained, grad(trained))
+
+    def kept(score):
+        method = jc.prune.ByScore(sparsity=0.7, score=score)
+        return jc.compress(trained, jc.plan(trained, [("w", method)]))["w"].mask[:3].sum()
+
+    assert kept(jc.prune.scores.since(first)) == 3 > kept(jc.prune.scores.magnitude)
+
+
 def test_samples_follow_the_scores_and_their_number_is_exact():
     w = jnp.array([1.0, 2.0, 3.0, 0.0, 4.0])
     draw = jax.jit(jax.vmap(lambda key: Sampled(0.8)(w, jc.Context(key=key)).mask))

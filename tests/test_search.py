@@ -11,6 +11,7 @@ import pytest
 
 from jcompress import measure
 from jcompress.prune import search
+from jcompress.prune.search.distributions import policy_gradient
 
 KEY = jax.random.key(5)
 
@@ -43,6 +44,53 @@ def test_without_elites_the_best_can_be_lost():
     fitness, _, _ = planted()
     found = search.genetic(fitness, KEY, 12, population=8, generations=60, elites=0, mutation=0.3)
     assert bool((jnp.diff(found.history) < 0).any())
+
+
+@pytest.mark.parametrize("search_by", [search.pbil, search.reinforce])
+def test_a_distribution_that_moves_finds_what_exhaustive_search_finds(search_by):
+    fitness, masks, values = planted()
+    found = jax.jit(lambda key: search_by(fitness, key, 12, generations=120))(KEY)
+    np.testing.assert_array_equal(found.best, masks[values.argmax()])
+    np.testing.assert_allclose(found.fitness, values.max(), rtol=1e-5)
+    assert bool((jnp.diff(found.history) >= 0).all())
+    partly = search_by(lambda mask: jnp.where(mask[0], jnp.nan, fitness(mask)), KEY, 12, generations=60)
+    assert not partly.best[0] and partly.fitness > 0.9 * values[~masks[:, 0]].max()
+    nothing = search_by(lambda mask: jnp.nan, KEY, 12, generations=3)
+    assert nothing.fitness == -jnp.inf and not nothing.best.any()
+
+
+def test_the_policy_gradient_is_that_of_the_expected_fitness():
+    rng = np.random.default_rng(0)
+    logits, values = jnp.asarray(rng.normal(size=3), jnp.float32), jnp.asarray(rng.normal(size=8), jnp.float32)
+    masks = jnp.array(list(itertools.product([False, True], repeat=3)))
+
+    def chances(logits):
+        p = jax.nn.sigmoid(logits)
+        return jnp.prod(jnp.where(masks, p, 1 - p), -1)
+
+    want = jax.grad(lambda z: chances(z) @ values)(logits)
+    pairs = jnp.array(list(itertools.product(range(8), repeat=2)))  # every generation of two, with its chance
+    each = jax.vmap(lambda i: policy_gradient(jax.nn.sigmoid(logits), masks[i], values[i]))(pairs)
+    found = jnp.prod(chances(logits)[pairs], -1) @ each
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+def test_the_reward_of_a_student_pays_for_size_less_and_less():
+    rewards = [search.n2n_reward(size, 0.9, 0.9) for size in (1.0, 0.5, 0.1, 0.01)]
+    np.testing.assert_allclose(rewards, [0, 0.75, 0.99, 0.9999])
+    np.testing.assert_allclose(search.n2n_reward(0.5, 0.45, 0.9), 0.375)
+
+
+def test_searches_of_distributions_say_what_does_not_fit():
+    fitness = planted()[0]
+    for call, told in (
+        (lambda: search.pbil(fitness, KEY, 12, best=65), "best=65 must be in 1 .. population=64"),
+        (lambda: search.pbil(fitness, KEY, 12, rate=0.0), "rate=0.0 must be in"),
+        (lambda: search.reinforce(fitness, KEY, 12, population=1), "population=1 must be at least 2"),
+        (lambda: search.reinforce(fitness, KEY, 12, density=1.0), "density=1.0 must be in"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
 
 
 @pytest.mark.parametrize("swap", [True, False])

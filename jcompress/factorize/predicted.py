@@ -24,7 +24,8 @@ class Predicted(Method):
     Weights of neighbouring pixels are alike, so a kernel ridge regression over the grid of pixels gives those between:
     the first layer of a network on images or other signals, or a convolution of a wide window. That is a low rank whose
     first factor is known from the grid alone, and so neither stored nor trained. The rows are chosen one by one, where
-    the rows before say least; their values are those of least squares over all rows, and ``jc.split`` trains them. A kernel sharded by inputs is gathered.
+    the rows before say least; their values are those of least squares over all rows, and ``jc.split`` trains them. A
+    kernel sharded by inputs is gathered.
 
     Attributes:
       anchors: how many rows of the grid are stored, or their share, in (0, 1).

@@ -17,6 +17,7 @@ from jcompress.prune.scores.weights import (
     random,
     reads,
     signed_taylor,
+    since,
     squared,
     taylor,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "random",
     "reads",
     "signed_taylor",
+    "since",
     "squared",
     "taylor",
 ]

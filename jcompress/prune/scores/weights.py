@@ -9,12 +9,13 @@ The same score serves masks (:class:`jcompress.prune.ByScore`) and whole groups
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jcompress.core import Context
+from jcompress import rules
+from jcompress.core import Context, PyTree
 from jcompress.numeric.damping import filled
 
 Score = Callable[[jax.Array, Context], jax.Array]
@@ -338,3 +339,48 @@ def lookup(table: Mapping[str, Any]) -> Score:
         return jnp.asarray(found, jnp.promote_types(jnp.result_type(found), jnp.bfloat16))
 
     return looked_up
+
+
+Change = Literal["magnitude_increase", "movement", "large_init_large_final"]
+
+
+def since(initial: PyTree, change: Change = "magnitude_increase", alpha: float | jax.Array = 1.0) -> Score:
+    """What training made of a weight, from its value before: criteria for lottery tickets (Zhou et al. 2019).
+
+    With the weight ``w_i`` before and ``w_f`` now: ``"magnitude_increase"`` is ``alpha |w_f| - |w_i|``, at least as
+    good as ``|w_f|`` in the paper, ``"movement"`` ``|w_f - w_i|``, and ``"large_init_large_final"``
+    ``min(alpha |w_f|, |w_i|)`` (arXiv:1905.01067). A score of the negative value is the paper's control.
+
+    Args:
+      initial: the parameters before training, or ``{path: array}``.
+      change: which one.
+      alpha: how much the trained weight counts.
+
+    Returns:
+      A score.
+
+    Raises:
+      ValueError: for an unknown criterion; when it is asked for a path that ``initial`` lacks, or another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> first, trained = {"w": jnp.array([2.0, -0.5, 0.1])}, {"w": jnp.array([1.5, -0.4, 0.3])}
+      >>> method = jc.prune.ByScore(sparsity=0.7, score=jc.prune.scores.since(first))
+      >>> jc.compress(trained, jc.plan(trained, [("w", method)]))["w"].mask.tolist()
+      [False, False, True]
+    """
+    if change not in _CHANGES:
+        raise ValueError(f"since: change={change!r} is unknown; use one of {', '.join(_CHANGES)}")
+    before = lookup(dict(rules.paths(initial)))
+
+    def changed(w: jax.Array, context: Context) -> jax.Array:
+        return _CHANGES[change](before(w, context), w, alpha)
+
+    return changed
+
+
+_CHANGES: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
+    "magnitude_increase": lambda first, last, alpha: alpha * jnp.abs(last) - jnp.abs(first),
+    "movement": lambda first, last, alpha: jnp.abs(last - first),
+    "large_init_large_final": lambda first, last, alpha: jnp.minimum(alpha * jnp.abs(last), jnp.abs(first)),
+}

@@ -6,6 +6,7 @@ That of ``amc`` is a function of the kept fraction of each layer. It must be tra
 the fitness says.
 """
 
+from jcompress.prune.search.distributions import n2n_reward, pbil, reinforce
 from jcompress.prune.search.evolution import Fitness, Found, Front, genetic, genetic_front, weight_agnostic
 from jcompress.prune.search.filtering import Filtered, particle_filter, systematic
 from jcompress.prune.search.reinforcement import amc
@@ -20,8 +21,11 @@ __all__ = [
     "anneal",
     "genetic",
     "genetic_front",
+    "n2n_reward",
     "particle_filter",
     "particle_swarm",
+    "pbil",
+    "reinforce",
     "systematic",
     "weight_agnostic",
 ]
