@@ -199,6 +199,7 @@ METHODS = [
     Row("svd-share", SVD(rank=0.5), exact=False, gathers=True, empty=False),
     Row("whitened-svd", F.WhitenedSVD(rank=3), **FACTORS),
     Row("whitened-cp", F.Whitened(F.CP(rank=3, sweeps=5)), **FACTORS),
+    Row("principal-components", F.PrincipalComponents(rank=3), **FACTORS, adjusts=True),
     Row("fisher-svd", F.FisherSVD(rank=3), **FACTORS),
     Row("nmf", F.NMF(rank=3, sweeps=5), exact=False, stationary=False, empty=False, adjusts=True),
     Row("tucker", F.Tucker(ranks=(4, 3)), **FACTORS),

@@ -91,3 +91,36 @@ def test_dense_factors_as_the_oracle_of_tensorly():
     w = np.asarray(matrix(), np.float64)
     u, s, v = partial_svd(w, n_eigenvecs=4)
     np.testing.assert_allclose(SVD(rank=4)(matrix()).materialize(), (u * s) @ v, atol=1e-5)
+
+
+# Principal components of the inputs
+
+
+def outputs_moved(node, w, gram):
+    change = np.asarray(node.materialize() - w, np.float64).reshape(-1, w.shape[-1])
+    return np.einsum("ki,kl,li->", change, np.asarray(gram, np.float64), change)
+
+
+def met(k, seed=3):
+    x = np.random.default_rng(seed).normal(size=(200, k)) * np.logspace(-1, 1, k)
+    return jc.trace.Stats(gram=jnp.asarray(x.T @ x, jnp.float32), axes=(0,))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 11])
+def test_errors_of_components_add_up_and_the_least_are_cut(rank):
+    w, stats = matrix((12, 7)), met(12)
+    node = jc.factorize.PrincipalComponents(rank=min(rank, 7))(w, jc.Context(stats=stats))
+    values, vectors = np.linalg.eigh(np.asarray(stats.gram, np.float64))
+    worth = np.sort(values * ((vectors.T @ np.asarray(w, np.float64)) ** 2).sum(1))
+    np.testing.assert_allclose(outputs_moved(node, w, stats.gram), worth[: 12 - min(rank, 7)].sum(), rtol=1e-3)
+    np.testing.assert_allclose(node.u.T @ node.u, np.eye(node.u.shape[1]), atol=1e-5)
+    whitened = jc.factorize.WhitenedSVD(rank=min(rank, 7), damping=1e-6)(w, jc.Context(stats=stats))
+    assert outputs_moved(whitened, w, stats.gram) <= 1.001 * outputs_moved(node, w, stats.gram)
+
+
+def test_inputs_of_few_dimensions_need_no_more_components():
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(100, 3)) @ rng.normal(size=(3, 12))
+    stats = jc.trace.Stats(gram=jnp.asarray(x.T @ x, jnp.float32), axes=(0,))
+    node = jc.factorize.PrincipalComponents(rank=3)(matrix((12, 7)), jc.Context(stats=stats))
+    np.testing.assert_allclose(x @ node.materialize(), x @ matrix((12, 7)), atol=1e-3)

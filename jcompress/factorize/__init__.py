@@ -14,7 +14,7 @@ from jcompress.factorize.svd import SVD
 from jcompress.factorize.ternary import TernarySVD, additions
 from jcompress.factorize.trains import TensorRing, TensorTrain
 from jcompress.factorize.tucker import BlockTerm, Tucker
-from jcompress.factorize.weighted import FisherSVD, Whitened, WhitenedSVD
+from jcompress.factorize.weighted import FisherSVD, PrincipalComponents, Whitened, WhitenedSVD
 
 __all__ = [
     "CP",
@@ -26,6 +26,7 @@ __all__ = [
     "Kronecker",
     "Monarch",
     "Predicted",
+    "PrincipalComponents",
     "Separable",
     "Spectrum",
     "TensorRing",

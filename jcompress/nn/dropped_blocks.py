@@ -69,6 +69,44 @@ def stochastic_depth(
     return x + jnp.where(stays, branch, 0)
 
 
+def separated_depth(
+    x: jax.Array, branch: jax.Array, survival: float | jax.Array, key: jax.Array | None = None
+) -> jax.Array:
+    """:func:`stochastic_depth` of a block that adds channels, old and new ones apart (Yamada et al. 2016, 1612.01230).
+
+    In a pyramidal network the branch has more channels than ``x``, whose shortcut is filled up with zeros. What the
+    branch adds to the channels of ``x`` and what it puts into the new ones is left out independently, so that an
+    example often keeps one of the two.
+
+    Args:
+      x: (batch, ..., channels).
+      branch: ``f(x)``, (batch, ..., as many channels or more).
+      survival: how often each of both parts stays, in (0, 1].
+      key: in training.
+
+    Returns:
+      The sum, of the shape of ``branch``.
+
+    Raises:
+      ValueError: for a branch of other positions, or fewer channels.
+
+    Example:
+      >>> import jax.numpy as jnp, jcompress as jc
+      >>> jc.nn.separated_depth(jnp.ones((1, 2)), jnp.ones((1, 3)), 0.5).tolist()
+      [[1.5, 1.5, 0.5]]
+    """
+    channels = x.shape[-1]
+    if x.shape[:-1] != branch.shape[:-1] or channels > branch.shape[-1]:
+        raise ValueError(
+            f"separated_depth: found x {x.shape} and a branch {branch.shape}, expected equal shapes but for more "
+            "channels of the branch"
+        )
+    first, second = (None, None) if key is None else jax.random.split(key)
+    old, new = branch[..., :channels], branch[..., channels:]
+    parts = [stochastic_depth(x, old, survival, first), stochastic_depth(jnp.zeros_like(new), new, survival, second)]
+    return jnp.concatenate(parts, axis=-1)
+
+
 class StochasticDepth(nnx.Module):
     """A block that is there for some examples in training: :func:`stochastic_depth` (Huang et al. 2016, 1603.09382).
 
