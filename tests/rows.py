@@ -263,6 +263,7 @@ METHODS = [
     Row("templates", jc.share.Templates(count=1), exact=False),
     Row("tied-rows", jc.share.TiedRows(similarity=0.3), jit=False, exact=False, gathers=True),
     Row("hashed", jc.share.Hashed(ratio=0.3), exact=False, adjusts=True),
+    Row("hashed-global", jc.share.Hashed(ratio=0.3, scope="global"), exact=False, adjusts=True),
     Row("hashed-vector", jc.share.Hashed(ratio=0.5, seed=7), shape=(40,), exact=False, adjusts=True),
     Row("hashed-int8", jc.chain(jc.share.Hashed(ratio=0.3), Int(bits=8)), exact=False, adjusts=True, stationary=False),
     Row("magnitude-hashed", jc.chain(M(sparsity=0.7), jc.share.Hashed(ratio=0.3)), exact=False, adjusts=True),

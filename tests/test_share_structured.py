@@ -5,11 +5,13 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.fft
 import scipy.linalg
 
 import jcompress as jc
+from jcompress import core
 from jcompress.formats import FastProduct, Gathered
 
 S = jc.share
@@ -263,3 +265,71 @@ def test_small_and_hashed_ones_are_made_dense():
         small = jc.compress(params, jc.plan(params, [("w", method)]))
         (row,) = jc.accelerate(fn).report(small, matrix((3, 24))).rows
         assert row.how == "dense: Gathered is made dense"
+
+
+# One bank of values for all leaves
+
+
+BANK = S.Hashed(ratio=0.25, seed=5, scope="global")
+
+
+def bank_of(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(rng.normal(size=shape), jnp.float32) for k, shape in shapes.items()}
+
+
+def test_one_bank_serves_leaves_of_all_shapes_and_is_stored_once(tmp_path):
+    params = bank_of({"a": (16, 8), "b": (3, 3, 4, 5), "c": (40,)})
+    small = jc.compress(params, jc.plan(params, [(".*", BANK)]))
+    size = sum(x.size for x in params.values())
+    assert jc.nbits(small) == 32 * round(0.25 * size)
+    assert small["b"].values == jc.formats.Reference("a/values", sizes=(round(0.25 * size),))
+    train, held = jc.split(small)
+    assert len(jax.tree.leaves(train)) == 1
+
+    def error(train, arrays):
+        dense = jc.materialize(jc.merge(train, held))
+        return sum(jnp.sum((dense[k] - x) ** 2) for k, x in arrays.items())
+
+    # The gradient of the one bank is the sum over all uses, and vanishes at the least squares.
+    np.testing.assert_allclose(jax.tree.leaves(jax.grad(error)(train, params))[0], 0, atol=1e-4)
+    other = bank_of({k: x.shape for k, x in params.items()}, seed=1)
+    again = jc.split(core.projected(small, other))[0]
+    np.testing.assert_allclose(jax.tree.leaves(jax.grad(error)(again, other))[0], 0, atol=1e-4)
+    jc.save(tmp_path / "x.jc", small)
+    jax.tree.map(np.testing.assert_array_equal, jc.materialize(jc.load(tmp_path / "x.jc")), jc.materialize(small))
+
+
+def test_a_bank_trains_in_the_usual_loops():
+    params = bank_of({"a": (12, 8), "b": (8, 4)})
+    x = bank_of({"x": (64, 12)}, seed=2)["x"]
+    plan = jc.plan(params, [(".*", BANK)])
+    target = jnp.tanh(x @ params["a"]) @ params["b"]
+
+    def loss(p):
+        return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - target) ** 2)
+
+    tx = optax.chain(optax.adam(0.03), jc.project(plan))
+    state, p = tx.init(params), jc.materialize(jc.compress(params, plan))
+    before, step = loss(p), jax.jit(jax.grad(loss))
+    for _ in range(150):
+        updates, state = tx.update(step(p), state, p)
+        p = optax.apply_updates(p, updates)
+    assert loss(p) < 0.6 * before
+    small = jc.nodes(p, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jc.materialize(small), p)
+    assert jc.nbits(small) == 32 * round(0.25 * (96 + 32))
+
+
+def test_a_bank_of_stacked_layers_and_of_narrow_floats():
+    params = bank_of({"a": (3, 8, 4), "b": (3, 4, 4)})
+    small = jc.compress(params, jc.plan(params, [(".*", jc.stacked(BANK))]))
+    one = {k: x[1] for k, x in params.items()}
+    alone = jc.materialize(jc.compress(one, jc.plan(one, [(".*", BANK)])))
+    dense = jc.materialize(small)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-6), dense, alone)
+    both = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8), jnp.bfloat16)}
+    found = jc.materialize(jc.compress(both, jc.plan(both, [(".*", BANK)])))
+    assert {k: x.dtype for k, x in found.items()} == {k: x.dtype for k, x in both.items()}
+    with pytest.raises(ValueError, match="Hashed: scope='all' is unknown"):
+        S.Hashed(scope="all")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -78,17 +79,34 @@ class Gathered(Compressed):
         For ``"frequency"``, entries off ``where`` count as zeros.
         """
         unit = scaling.unit([w])
-        x = unit.divide(w)
+        return self._of_means(*self._totals(unit.divide(w), where), unit, w.dtype)
+
+    @classmethod
+    def project_together(
+        cls, nodes: Sequence[Any], ws: Sequence[jax.Array], wheres: Sequence[jax.Array | None]
+    ) -> list[Any]:
+        """Where the values are one, they become the signed means of their entries in all arrays."""
+        if not all(isinstance(node.values, core.Common) for node in nodes):
+            return super().project_together(nodes, ws, wheres)
+        unit = scaling.unit(ws)
+        found = [node._totals(unit.divide(w), where) for node, w, where in zip(nodes, ws, wheres, strict=True)]
+        total, count = (sum(column) for column in zip(*found, strict=True))
+        return [node._of_means(total, count, unit, ws[0].dtype) for node in nodes]
+
+    def _totals(self, x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Sum and number, float32 (layers..., values), of the signed entries of each value."""
+        layers = x.shape[: x.ndim - len(self.sizes)]
         if self.rule == "frequency" and where is not None:
             x, where = jnp.where(where, x, 0), None
         x, (places, minus) = self._windowed(x), self._places()
-        layers = w.shape[: w.ndim - len(self.sizes)]
         first = self.count * jnp.arange(math.prod(layers), dtype=jnp.int32).reshape(*layers, *[1] * len(self.sizes))
         x = x if minus is None else jnp.where(minus, -x, x)
         places = jnp.broadcast_to(places + first if layers else places, x.shape)
         total, count = cluster_totals(x, places, math.prod(layers) * self.count, where)
-        mean = jnp.where(count > 0, total / jnp.maximum(count, 1), 0).reshape(*layers, self.count)
-        mean = unit.saturated(mean).astype(w.dtype)
+        return total.reshape(*layers, self.count), count.reshape(*layers, self.count)
+
+    def _of_means(self, total: jax.Array, count: jax.Array, unit: scaling.Unit, dtype: Any) -> Gathered:
+        mean = unit.saturated(jnp.where(count > 0, total / jnp.maximum(count, 1), 0)).astype(dtype)
         return dataclasses.replace(self, values=core.refitted(self.values, mean))
 
     def multiply(self, x: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -20,27 +22,59 @@ class Hashed(Method):
     ``w[i, j] = sign(i, j) * values[bucket(i, j)]`` with both functions of ``(seed, i, j)`` alone, the same on every
     platform, and so not stored. A value is fitted by the signed mean of its entries, the optimum of least squares;
     ``jc.split`` trains the values. Which weights share is chance: a hash keeps about the share ``ratio`` of the squared
-    norm of trained weights, so train it, or train it from the start.
+    norm of trained weights, so train it, or train it from the start. With ``scope="global"`` one bank of values serves
+    leaves of any shapes, as in parameter allocation search (Plummer et al. 2022, arXiv:2006.10598): the first one's
+    node owns it, the others refer to it, and each has a hash of its own.
 
     Attributes:
       ratio: how many values there are for each entry, in (0, 1].
-      seed: of the hash, from 0 to 2**32 - 1.
+      seed: of the hash, from 0 to 2**32 - 1; with a bank for all, of the first leaf, and one more for each after it.
+      scope: ``"leaf"``, values for each leaf, or ``"global"``, one bank for all leaves of the rule.
 
     Raises:
-      ValueError: for a ratio or a seed outside these.
+      ValueError: for a ratio, a seed or a scope outside these.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> node = jc.share.Hashed(ratio=0.125)(jnp.ones((64, 32)))
       >>> node.shape, node.nbits()
       ((64, 32), 8192)
+      >>> params = {"a": jnp.ones((64, 32)), "b": jnp.ones((32, 10))}
+      >>> small = jc.compress(params, jc.plan(params, [(".*", jc.share.Hashed(ratio=0.125, scope="global"))]))
+      >>> jc.nbits(small) // 32 == round(0.125 * (64 * 32 + 32 * 10))
+      True
     """
 
     ratio: float = 0.125
     seed: int = 0
+    scope: Literal["leaf", "global"] = "leaf"
 
     def __post_init__(self) -> None:
         check_hash("Hashed", self.ratio, self.seed)
+        if self.scope not in ("leaf", "global"):
+            raise ValueError(f"Hashed: scope={self.scope!r} is unknown; use 'leaf' or 'global'")
+
+    @property
+    def joint(self) -> bool:
+        """Whether one bank serves all leaves of the rule."""
+        return self.scope == "global"
+
+    def fit(self, arrays: Sequence[jax.Array], contexts: Sequence[Context]) -> list[Gathered]:
+        """One node for each array of the rule."""
+        if not self.joint or len(arrays) == 1:
+            return super().fit(arrays, contexts)
+        slots = max(round(self.ratio * sum(w.size for w in arrays)), 1)
+
+        def node(i: int, w: jax.Array) -> Gathered:
+            bank = core.Common(None, (w.dtype.name,), (slots,))
+            return Gathered(bank, w.shape, "hash", (slots,), (self.seed + i) % 2**32)
+
+        nodes = [node(i, w) for i, w in enumerate(arrays)]
+        fitted = Gathered.project_together(nodes, arrays, [context.where for context in contexts])
+        return [
+            dataclasses.replace(x, values=core.Common(x.values.value.astype(w.dtype), x.values.group))
+            for x, w in zip(fitted, arrays, strict=True)
+        ]
 
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Gathered:
