@@ -97,7 +97,7 @@ ROWS = {
     "relational_distance": Row(distill.relational_distance, *LAYERS),
     "relational_angle": Row(distill.relational_angle, *LAYERS),
     "correlation_congruence": Row(distill.correlation_congruence, *LAYERS),
-    "ranking": Row(distill.ranking, *LAYERS, equal=False),
+    "darkrank": Row(distill.darkrank, *LAYERS, equal=False),
     "contrastive": Row(distill.contrastive, *LOGITS, equal=False),
     "distilbert": Row(distill.distilbert, *((x, x[:, :3]) for x in LOGITS)),
     "tinybert": Row(distill.tinybert, *BUNDLE),

@@ -58,7 +58,7 @@ def _selectivity(s, t):
     return total / len(s)
 
 
-def _ranking(s, t):
+def _darkrank(s, t):
     total = 0
     for i in range(len(s)):
         others = [j for j in range(len(s)) if j != i]
@@ -157,7 +157,7 @@ FORMULAS = {
     "relational_distance": _distance,
     "relational_angle": _angle,
     "correlation_congruence": _correlation,
-    "ranking": _ranking,
+    "darkrank": _darkrank,
     "contrastive": _contrastive,
 }
 
@@ -186,7 +186,7 @@ def test_a_student_of_another_width_learns_the_order_of_its_teacher():
 
     assert (orders(student) == orders(teacher)).mean() < 0.7
     for _ in range(200):
-        updates, state = tx.update(jax.grad(distill.ranking)(student, teacher), state)
+        updates, state = tx.update(jax.grad(distill.darkrank)(student, teacher), state)
         student = optax.apply_updates(student, updates)
     assert (orders(student) == orders(teacher)).mean() > 0.9
 

@@ -288,17 +288,17 @@ def test_the_weight_of_a_useless_teacher_goes_to_zero():
 def test_each_network_learns_from_what_its_peer_finds_easy():
     rng = np.random.default_rng(0)
     losses = jnp.asarray(rng.random((3, 10)), jnp.float32)
-    weights = distill.small_losses(losses, 0.4)
+    weights = distill.co_teaching(losses, 0.4)
     assert weights.sum(-1).tolist() == [4.0] * 3
     for own, theirs in zip(weights, (losses[1], losses[2], losses[0]), strict=True):
         assert theirs[own == 1].max() < theirs[own == 0].min()
-    assert distill.small_losses(jnp.zeros((2, 10)), 0.01).sum(-1).tolist() == [1.0, 1.0]  # and ties keep the count
-    assert not jax.grad(lambda x: distill.small_losses(x, 0.5).sum())(losses).any()
-    np.testing.assert_array_equal(jax.jit(distill.small_losses)(losses, 0.4), weights)
+    assert distill.co_teaching(jnp.zeros((2, 10)), 0.01).sum(-1).tolist() == [1.0, 1.0]  # and ties keep the count
+    assert not jax.grad(lambda x: distill.co_teaching(x, 0.5).sum())(losses).any()
+    np.testing.assert_array_equal(jax.jit(distill.co_teaching)(losses, 0.4), weights)
     with pytest.raises(ValueError, match=r"losses \(1, 4\), expected \(networks, batch\) of two"):
-        distill.small_losses(jnp.ones((1, 4)), 0.5)
+        distill.co_teaching(jnp.ones((1, 4)), 0.5)
     with pytest.raises(ValueError, match=r"keep=0, expected a share in"):
-        distill.small_losses(jnp.ones((2, 4)), 0)
+        distill.co_teaching(jnp.ones((2, 4)), 0)
 
 
 def test_wrong_labels_are_left_out():
@@ -314,7 +314,7 @@ def test_wrong_labels_are_left_out():
 
             def loss(p, share=max(keep, 1 - number / 30)):
                 losses = jax.vmap(lambda p: optax.sigmoid_binary_cross_entropy(x @ p, labels))(p)
-                weights = distill.small_losses(losses, share)
+                weights = distill.co_teaching(losses, share)
                 return jnp.sum(weights * losses) / jnp.sum(weights)
 
             updates, state = tx.update(jax.grad(loss)(p), state)

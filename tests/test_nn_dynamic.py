@@ -161,12 +161,12 @@ def test_rates_of_survival_and_the_mean():
 
 def test_old_and_new_channels_survive_apart():
     x, branch = normal(1, 20000, 1), normal(2, 20000, 3)
-    y = jc.nn.separated_depth(x, branch, 0.3, key=KEY)
+    y = jc.nn.separated_stochastic_depth(x, branch, 0.3, key=KEY)
     old, new = np.isclose(y[:, 0], x[:, 0] + branch[:, 0]), np.isclose(y[:, 1:], branch[:, 1:]).all(-1)
     assert np.all(old | np.isclose(y[:, 0], x[:, 0])) and np.all(new | (y[:, 1:] == 0).all(-1))
     np.testing.assert_allclose([old.mean(), new.mean(), (old & new).mean()], [0.3, 0.3, 0.09], atol=0.02)
-    close(jc.nn.separated_depth(x, branch, 0.3), jnp.pad(x, ((0, 0), (0, 2))) + 0.3 * branch)
-    close(jc.nn.separated_depth(x, branch[:, :1], 0.3), jc.nn.stochastic_depth(x, branch[:, :1], 0.3))
+    close(jc.nn.separated_stochastic_depth(x, branch, 0.3), jnp.pad(x, ((0, 0), (0, 2))) + 0.3 * branch)
+    close(jc.nn.separated_stochastic_depth(x, branch[:, :1], 0.3), jc.nn.stochastic_depth(x, branch[:, :1], 0.3))
 
 
 def test_reinforce_is_unbiased():
@@ -283,7 +283,7 @@ WRONG = {
     "1 thresholds, expected": lambda: jc.nn.first_exit(jnp.zeros((4, 2)), [0.5]),
     "survival 0": lambda: jc.nn.StochasticDepth(flat, 0),
     "a branch \\(6, 3\\)": lambda: jc.nn.stochastic_depth(X, X[:, 1:], 0.5),
-    "branch \\(6, 2\\), expected equal shapes but": lambda: jc.nn.separated_depth(X, X[:, :2], 0.5),
+    "branch \\(6, 2\\), expected equal shapes but": lambda: jc.nn.separated_stochastic_depth(X, X[:, :2], 0.5),
     "last 1.5": lambda: jc.nn.survival_rates(3, 1.5),
     "temperature 0": lambda: jc.nn.gumbel_gates(X, temperature=0),
     "gates \\(6, 4\\), expected \\(6, 1\\)": lambda: jc.nn.gated_blocks(X, [flat], X),

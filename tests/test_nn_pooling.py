@@ -26,7 +26,7 @@ def windows(x, size):
 
 def test_rows_and_columns_are_drawn_from_each_strip_in_order():
     place = jnp.arange(144.0).reshape(1, 12, 12, 1)  # rises, so a window's maximum is its last position
-    y = np.asarray(jc.nn.stochastic_pool(place, 3, 6, KEY))[0, :, :, 0]
+    y = np.asarray(jc.nn.s3pool(place, 3, 6, KEY))[0, :, :, 0]
     rows, columns = y // 12, y % 12
     assert np.all(rows == rows[:, :1]) and np.all(columns == columns[:1])  # whole rows and columns
     for line in (rows[:, 0], columns[0]):
@@ -38,9 +38,9 @@ def test_on_the_mean_it_is_average_pooling_of_maxima():
     x = normal(0, 2, 4, 6, 3)
     padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=-np.inf)
     top = np.max([padded[:, i : i + 4, j : j + 6] for i, j in itertools.product(range(2), repeat=2)], axis=0)
-    np.testing.assert_allclose(jc.nn.stochastic_pool(x), windows(top, 2).mean(-2), rtol=1e-6)
-    drawn = jax.vmap(lambda key: jc.nn.stochastic_pool(x, key=key))(jax.random.split(KEY, 4000))
-    np.testing.assert_allclose(drawn.mean(0), jc.nn.stochastic_pool(x), atol=0.06)
+    np.testing.assert_allclose(jc.nn.s3pool(x), windows(top, 2).mean(-2), rtol=1e-6)
+    drawn = jax.vmap(lambda key: jc.nn.s3pool(x, key=key))(jax.random.split(KEY, 4000))
+    np.testing.assert_allclose(drawn.mean(0), jc.nn.s3pool(x), atol=0.06)
     assert drawn.std(0).max() > 0.1
 
 
@@ -84,6 +84,6 @@ def test_the_module_learns_to_take_the_maximum():
 def test_what_does_not_fit_is_told():
     x = jnp.ones((1, 4, 6, 1))
     with pytest.raises(ValueError, match=r"x \(1, 4, 6, 1\), window 2 and grid 4; expected a grid that divides"):
-        jc.nn.stochastic_pool(x, 2, 4)
+        jc.nn.s3pool(x, 2, 4)
     with pytest.raises(ValueError, match="window 3, expected one that divides height and width"):
         jc.nn.detail_preserving_pool(x, window=3)

@@ -30,12 +30,12 @@ from jcompress.distill.logits import (
     soft_targets,
 )
 from jcompress.distill.memory import MemoryBank, draw, memory_bank, remember
-from jcompress.distill.peers import codistillation, gated_logits, mean_soft_targets, mutual, small_losses
+from jcompress.distill.peers import co_teaching, codistillation, gated_logits, mean_soft_targets, mutual
 from jcompress.distill.relations import (
     contrastive,
     correlation_congruence,
+    darkrank,
     fsp,
-    ranking,
     relational_angle,
     relational_distance,
     similarity_preserving,
@@ -64,11 +64,13 @@ __all__ = [
     "attention_divergence",
     "attention_transfer",
     "beam_search",
+    "co_teaching",
     "codistillation",
     "confidence_weighted",
     "contrastive",
     "correlation_congruence",
     "cosine_errors",
+    "darkrank",
     "dataset_distillation",
     "distilbert",
     "draw",
@@ -99,14 +101,12 @@ __all__ = [
     "patient",
     "permuted_targets",
     "probability_errors",
-    "ranking",
     "regressors",
     "relational_angle",
     "relational_distance",
     "remember",
     "sequence_errors",
     "similarity_preserving",
-    "small_losses",
     "soft_targets",
     "synthesize",
     "teacher_params",

@@ -41,7 +41,7 @@ def mutual(peers: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
     return temperature**2 * jnp.sum(each) / (len(peers) - 1)
 
 
-def small_losses(losses: jax.Array, keep: float | jax.Array) -> jax.Array:
+def co_teaching(losses: jax.Array, keep: float | jax.Array) -> jax.Array:
     """Which examples each network learns from: those that its peer has the least loss of (co-teaching).
 
     Labels that are wrong are learned last, so what has a large loss early is left out; that the other network chooses
@@ -62,13 +62,13 @@ def small_losses(losses: jax.Array, keep: float | jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
-      >>> jc.distill.small_losses(jnp.array([[0.1, 2.0, 0.3], [5.0, 0.2, 0.1]]), 2 / 3).tolist()
+      >>> jc.distill.co_teaching(jnp.array([[0.1, 2.0, 0.3], [5.0, 0.2, 0.1]]), 2 / 3).tolist()
       [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]
     """
     if jnp.ndim(losses) != 2 or len(losses) < 2:
-        raise ValueError(f"small_losses: found losses {jnp.shape(losses)}, expected (networks, batch) of two at least")
+        raise ValueError(f"co_teaching: found losses {jnp.shape(losses)}, expected (networks, batch) of two at least")
     if not isinstance(keep, jax.core.Tracer) and not 0 < keep <= 1:
-        raise ValueError(f"small_losses: found keep={keep}, expected a share in (0, 1]")
+        raise ValueError(f"co_teaching: found keep={keep}, expected a share in (0, 1]")
     theirs = jnp.roll(fixed(losses), -1, axis=0)
     place = jnp.argsort(jnp.argsort(theirs, axis=-1), axis=-1)
     count = jnp.maximum(jnp.round(keep * theirs.shape[1]), 1)

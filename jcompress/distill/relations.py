@@ -197,7 +197,7 @@ def correlation_congruence(
     return summed(jnp.mean(jnp.square(correlations(t) - correlations(s))) for s, t in found)
 
 
-def ranking(
+def darkrank(
     student: PyTree, teacher: PyTree, alpha: float | jax.Array = 3.0, beta: float | jax.Array = 3.0
 ) -> jax.Array:
     """How unlikely the order of a teacher is to its student (DarkRank; Chen et al. 2018, arXiv:1707.01220).
@@ -221,11 +221,11 @@ def ranking(
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
       >>> x = jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-      >>> bool(jc.distill.ranking(x, x) < jc.distill.ranking(x[::-1], x[jnp.array([0, 2, 1])]))
+      >>> bool(jc.distill.darkrank(x, x) < jc.distill.darkrank(x[::-1], x[jnp.array([0, 2, 1])]))
       True
     """
-    positive("ranking", "alpha", alpha)
-    positive("ranking", "beta", beta)
+    positive("darkrank", "alpha", alpha)
+    positive("darkrank", "beta", beta)
 
     def nearness(x: jax.Array) -> jax.Array:
         x = unit(rows(x))
@@ -238,7 +238,7 @@ def ranking(
         rest = jax.lax.cumlogsumexp(found, axis=1, reverse=True)
         return jnp.sum(rest - found) / max(1, len(s))
 
-    return summed(once(s, t) for s, t in pairs("ranking", student, teacher, "batch"))
+    return summed(once(s, t) for s, t in pairs("darkrank", student, teacher, "batch"))
 
 
 def contrastive(

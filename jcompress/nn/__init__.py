@@ -14,7 +14,7 @@ from jcompress.nn.dropped_blocks import (
     gated_blocks,
     gumbel_gates,
     reinforce_loss,
-    separated_depth,
+    separated_stochastic_depth,
     stochastic_depth,
     survival_rates,
 )
@@ -33,7 +33,7 @@ from jcompress.nn.experts import SparseExperts, balance_loss, noisy_top_k, spars
 from jcompress.nn.fast_filters import FFTConv, WinogradConv, fft_convolution, winograd_convolution
 from jcompress.nn.halting import AdaptiveSteps, adaptive_steps
 from jcompress.nn.implicit import equilibrium
-from jcompress.nn.pooling import DetailPreservingPool, detail_preserving_pool, stochastic_pool
+from jcompress.nn.pooling import DetailPreservingPool, detail_preserving_pool, s3pool
 from jcompress.nn.separated import (
     DepthwiseSeparable,
     GroupedConv,
@@ -109,14 +109,14 @@ __all__ = [
     "multi_bias",
     "noisy_top_k",
     "reinforce_loss",
-    "separated_depth",
+    "s3pool",
+    "separated_stochastic_depth",
     "slim_channels",
     "slim_convolution",
     "sparse_experts",
     "split_recurrent",
     "squeeze_excite",
     "stochastic_depth",
-    "stochastic_pool",
     "survival_rates",
     "transform_plane",
     "winograd_convolution",

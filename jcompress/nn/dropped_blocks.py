@@ -69,7 +69,7 @@ def stochastic_depth(
     return x + jnp.where(stays, branch, 0)
 
 
-def separated_depth(
+def separated_stochastic_depth(
     x: jax.Array, branch: jax.Array, survival: float | jax.Array, key: jax.Array | None = None
 ) -> jax.Array:
     """:func:`stochastic_depth` of a block that adds channels, old and new ones apart (Yamada et al. 2016, 1612.01230).
@@ -92,14 +92,14 @@ def separated_depth(
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
-      >>> jc.nn.separated_depth(jnp.ones((1, 2)), jnp.ones((1, 3)), 0.5).tolist()
+      >>> jc.nn.separated_stochastic_depth(jnp.ones((1, 2)), jnp.ones((1, 3)), 0.5).tolist()
       [[1.5, 1.5, 0.5]]
     """
     channels = x.shape[-1]
     if x.shape[:-1] != branch.shape[:-1] or channels > branch.shape[-1]:
         raise ValueError(
-            f"separated_depth: found x {x.shape} and a branch {branch.shape}, expected equal shapes but for more "
-            "channels of the branch"
+            f"separated_stochastic_depth: found x {x.shape} and a branch {branch.shape}, expected equal shapes but for "
+            "more channels of the branch"
         )
     first, second = (None, None) if key is None else jax.random.split(key)
     old, new = branch[..., :channels], branch[..., channels:]

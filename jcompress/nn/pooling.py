@@ -11,7 +11,7 @@ from flax import nnx
 from jcompress.nn.kernels import array, param
 
 
-def stochastic_pool(x: jax.Array, window: int = 2, grid: int | None = None, key: jax.Array | None = None) -> jax.Array:
+def s3pool(x: jax.Array, window: int = 2, grid: int | None = None, key: jax.Array | None = None) -> jax.Array:
     """Pooling that draws which rows and columns stay (S3Pool; Zhai et al. 2017, arXiv:1611.05138).
 
     The maximum over a window of each position comes first, without strides. Then of every ``grid`` rows one in
@@ -33,15 +33,15 @@ def stochastic_pool(x: jax.Array, window: int = 2, grid: int | None = None, key:
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
       >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
-      >>> jc.nn.stochastic_pool(x)[0, :, :, 0].tolist()
+      >>> jc.nn.s3pool(x)[0, :, :, 0].tolist()
       [[7.25, 8.75], [12.25, 13.75]]
-      >>> jc.nn.stochastic_pool(x, grid=4, key=jax.random.key(0)).shape
+      >>> jc.nn.s3pool(x, grid=4, key=jax.random.key(0)).shape
       (1, 2, 2, 1)
     """
     grid = window if grid is None else grid
     if window < 1 or grid % window or x.shape[-3] % grid or x.shape[-2] % grid:
         raise ValueError(
-            f"stochastic_pool: found x {x.shape}, window {window} and grid {grid}; expected a grid that divides height "
+            f"s3pool: found x {x.shape}, window {window} and grid {grid}; expected a grid that divides height "
             "and width, and a window that divides the grid"
         )
     ones, ends = [1] * (x.ndim - 3), [(0, 0)] * (x.ndim - 3)
@@ -102,13 +102,13 @@ def detail_preserving_pool(
 
 
 class DetailPreservingPool(nnx.Module):
-    """:func:`detail_preserving_pool` with an alpha and a power learned for each channel, from 1 on.
+    """:func:`detail_preserving_pool`, alpha and power learned for each channel (Saeedan et al. 2018, 1804.04076).
 
     Args:
       features: channels.
       window: how much smaller height and width become.
       symmetric: whether what is below the mean counts as what is above.
-      param_dtype: of the parameters, the logarithms of both.
+      param_dtype: of the parameters, the logarithms of both, which begin at 0.
       rngs: with a stream ``params``.
 
     Example:

@@ -22,8 +22,9 @@ class Templates(Method):
     The templates are stored once, by the first leaf's node, and the others refer to it: their gradient is the sum over
     all layers. They are the best in least squares, from the singular vectors of the leaves, so with as many templates
     as leaves nothing changes; a layer costs ``count`` numbers of its own. Trained from there, or from the start, layers
-    of like weights become loops over one layer (arXiv:1902.09701). Layers that are all one template are those of
-    ``jc.tie``.
+    of like weights become loops over one layer (arXiv:1902.09701). Kernels of a static hypernetwork (Ha et al. 2016,
+    arXiv:1609.09106), which are affine in an embedding of their layer, are such sums too. Layers that are all one
+    template are those of ``jc.tie``.
 
     Attributes:
       count: how many templates, at most as many as leaves.
