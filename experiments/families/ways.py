@@ -123,6 +123,19 @@ class RandomFactors(jc.Method):
         return jc.formats.LowRank(u, jnp.swapaxes(u, -1, -2) @ w)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows(jc.Method):
+    """Of a layer on images some rows, from which the others are predicted; a low rank of any other."""
+
+    share: float
+    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+
+    def __call__(self, w: Any, context: Any) -> Any:
+        if w.shape[0] in IMAGES:
+            return F.Predicted(anchors=self.share, grid=IMAGES[w.shape[0]])(w, context)
+        return F.WhitenedSVD(rank=self.share)(w, context)
+
+
 def stored(lab: Lab) -> Callable[[Any], Any]:
     """Bits of the leaves of a tree."""
     return jc.budget.bits
@@ -198,12 +211,15 @@ def tied(lab: Lab, seed: int, point: int) -> Network:
 
 GROUP, BLOCK, WORDS = 32, (4, 1), (256, 128, 64, 32, 16)
 LOW, SPARSE, BITS, UNITS, SHARED = "factors", "pruning", "quantization", "units", "sharing"
+IMAGES = {64: (8, 8), 784: (28, 28)}
 SPARSITIES = (0.5, 0.75, 0.88, 0.94, 0.97)
 
 FAMILIES = [
     Family("dense", "dense", lambda lab, seed, point: Network(lab.dense(seed)), (0,), "as trained"),
     Family("SVD", LOW, of(lambda r: F.SVD(rank=r)), SHARES, "share of the numbers"),
     Family("whitened SVD", LOW, of(lambda r: F.WhitenedSVD(rank=r)), SHARES, "share of the numbers"),
+    Family("principal components", LOW, of(lambda r: F.PrincipalComponents(rank=r)), SHARES, "share of the numbers"),
+    Family("predicted rows", LOW, of(Rows), SHARES, "share of the numbers"),
     Family("tensor train", LOW, of(Train), SHARES, "share of the numbers"),
     Family("Tucker", LOW, of(lambda r: F.Tucker(ranks=r)), SHARES, "share of the numbers"),
     Family("CP", LOW, of(lambda r: F.CP(rank=r)), SHARES, "share of the numbers"),
@@ -233,6 +249,10 @@ FAMILIES = [
         (256, 64, 16), "words",
     ),
     Family("hashed", SHARED, of(lambda r: S.Hashed(ratio=r)), (0.5, 0.25, 0.12, 0.06, 0.03), "share of the numbers"),
+    Family(
+        "hashed, one bank", SHARED, of(lambda r: S.Hashed(ratio=r, scope="global")), (0.5, 0.25, 0.12, 0.06, 0.03),
+        "share of the numbers",
+    ),
     Family("Toeplitz-like", SHARED, of(lambda r: S.Toeplitz(rank=r)), (16, 8, 4, 2, 1), "displacement rank"),
     Family("tied layers", SHARED, tied, (2, 1, 3), "of head, blocks, both"),
     Family("circulant", SHARED, of(lambda _: S.Circulant()), (1,), "matrix a layer"),
