@@ -10,7 +10,7 @@ from typing import Any
 import griffe
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from hooks import all_public_names
+from names import all_public_names
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|obj):`~?([\w.]+)`")
 

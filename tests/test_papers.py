@@ -1,0 +1,36 @@
+"""The index of papers is that of the docstrings, and reads citations as they are written."""
+
+import importlib
+import pathlib
+import sys
+
+import pytest
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
+papers = importlib.import_module("papers")
+
+
+def test_the_page_is_up_to_date():
+    found = (DOCS / "papers.md").read_text(encoding="utf-8")
+    assert found == papers.page(), "write it anew: PYTHONPATH=. python docs/papers.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Keep it (Han et al. 2015, arXiv:1506.02626).", [("Han et al.", "2015", "1506.02626")]),
+        ("as LeCun, Denker\n    & Solla 1990 do", [("LeCun, Denker & Solla", "1990", "")]),
+        ("(STR; Kusupati et al. 2020, 2002.03231; below)", [("Kusupati et al.", "2020", "2002.03231")]),
+        ("Cantu-Paz (2003), Fazel 2002", [("Cantu-Paz", "2003", ""), ("Fazel", "2002", "")]),
+        ("by Van Loan & Pitsianis (1993)", [("Van Loan & Pitsianis", "1993", "")]),
+        ("MiniLMv2's 2012.15828 and ICLR 2018", []),
+    ],
+)
+def test_citations_are_read(text, found):
+    assert list(papers.cited(text)) == found
+
+
+def test_each_paper_has_names_that_are_public():
+    for paper, names in papers.papers().items():
+        assert names and set(names) <= set(papers.all_public_names()), paper
