@@ -113,11 +113,16 @@ def test_it_trains_and_is_stored(tmp_path):
         (Predicted(), (8, 4), r"w: Predicted found shape \(8, 4\) and no grid; say which"),
         (Predicted(grid=(3, 3)), (8, 4), r"w: Predicted found 8 inputs, expected a multiple of grid=\(3, 3\), 9"),
         (Predicted(anchors=9, grid=(8,)), (8, 4), r"w: Predicted found anchors=9, expected at most 8 of grid=\(8,\)"),
+        (
+            Predicted(0.5, grid=(100, 100)),
+            (10_000, 2),
+            r"w: Predicted found 5000 anchors of grid=\(100, 100\), expected",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(method, shape, told):
     with pytest.raises(ValueError, match=told):
-        jc.compress({"w": jnp.ones(shape)}, jc.plan({"w": jnp.ones(shape)}, [("w", method)]))
+        jc.plan({"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, [("w", method)])
 
 
 def test_hyperparameters_out_of_range():

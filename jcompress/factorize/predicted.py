@@ -16,6 +16,9 @@ from jcompress.factorize.subspaces import check_filled
 from jcompress.formats import Interpolated
 from jcompress.formats.interpolated import points
 
+MANY = 4096
+"""More anchors than these take too long to solve for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Predicted(Method):
@@ -35,7 +38,7 @@ class Predicted(Method):
       ridge: how much single weights may stray, in units of their variance.
 
     Raises:
-      ValueError: for more rows than the grid has, a grid that does not divide the inputs, a matrix without a grid, or
+      ValueError: for more rows than the grid has, or than 4,096, a grid that does not divide the inputs, a matrix without a grid, or
         a width or ridge that is not positive.
 
     Example:
@@ -79,6 +82,11 @@ class Predicted(Method):
         wanted = max(round(self.anchors * most), 1) if self.anchors < 1 else int(self.anchors)
         if wanted > most:
             raise ValueError(f"{path}: Predicted found anchors={self.anchors}, expected at most {most} of grid={grid}")
+        if wanted > MANY:
+            raise ValueError(
+                f"{path}: Predicted found {wanted} anchors of grid={grid}, expected at most {MANY}, since a matrix of as "
+                "many rows and columns is solved for the others; take fewer"
+            )
         return tuple(grid), wanted
 
     @core.compiled
