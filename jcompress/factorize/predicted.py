@@ -38,8 +38,8 @@ class Predicted(Method):
       ridge: how much single weights may stray, in units of their variance.
 
     Raises:
-      ValueError: for more rows than the grid has, or than 4,096, a grid that does not divide the inputs, a matrix without a grid, or
-        a width or ridge that is not positive.
+      ValueError: for more rows than the grid has, or than 4,096, a grid that does not divide the inputs, a matrix
+        without a grid, or a width or ridge that is not positive.
 
     Example:
       >>> import jax.numpy as jnp, jcompress as jc
@@ -84,8 +84,8 @@ class Predicted(Method):
             raise ValueError(f"{path}: Predicted found anchors={self.anchors}, expected at most {most} of grid={grid}")
         if wanted > MANY:
             raise ValueError(
-                f"{path}: Predicted found {wanted} anchors of grid={grid}, expected at most {MANY}, since a matrix of as "
-                "many rows and columns is solved for the others; take fewer"
+                f"{path}: Predicted found {wanted} anchors of grid={grid}, expected at most {MANY}, since a matrix of "
+                "as many rows and columns is solved for the others; take fewer"
             )
         return tuple(grid), wanted
 
