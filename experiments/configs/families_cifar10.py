@@ -10,7 +10,7 @@ from experiments.families.lab import Config
 WAYS = (
     "dense", "whitened SVD", "Tucker", "CP", "whitened CP", "chosen ranks", "chosen CP", "random factors",
     "ranks and bits chosen", "magnitude, 8 bits", "units", "shared values", "shared blocks of 4",
-    "shared blocks, twice", "shared blocks, in sum", "hashed", "circulant", "rounding", "GPTQ",
+    "shared blocks, twice", "shared blocks, in sum", "hashed", "circulant", "rounding", "trellis", "GPTQ",
 )  # fmt: skip
 
 
