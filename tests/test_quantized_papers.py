@@ -294,3 +294,44 @@ def test_weak_weights_step_as_far_as_with_floats(rng):
         states = first, second
     weak = np.asarray(size) < np.quantile(size, 0.2)
     assert 0.5 < float(jnp.abs(b["w"])[weak].mean() / jnp.abs(a["w"])[weak].mean()) < 1.1
+
+
+def test_a_shifted_backward_pass_multiplies_errors_by_powers_of_two(rng):
+    x, w, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 5), (5, 3), (6, 3)))
+    product = training.shifted_backward(jnp.matmul)
+    y, pull = jax.vjp(jax.jit(product), x, w)
+    np.testing.assert_allclose(y, x @ w, rtol=1e-6)
+    dx, dw = pull(g)
+    power = np.sign(x) * 2.0 ** np.round(np.log2(np.abs(np.asarray(x, np.float64))))
+    np.testing.assert_allclose(dx, g @ w.T, rtol=1e-5)
+    np.testing.assert_allclose(dw, power.T @ np.asarray(g), rtol=1e-5, atol=1e-6)
+    few = training.shifted_backward(jnp.matmul, (-1, 1))
+    own = jax.grad(lambda w: few(jnp.array([[0.0, 0.3, 0.6, -9.0]]), w).sum())(jnp.ones((4, 1)))
+    assert own.ravel().tolist() == [
+        0.0,
+        0.0,
+        0.5,
+        -2.0,
+    ]  # 0 stays, what is nearer to a quarter is none, 8 is out of range
+    with pytest.raises(ValueError, match=r"exponents=\(2, 1\), expected the least and then the largest"):
+        training.shifted_backward(jnp.matmul, (2, 1))
+
+
+def test_drawn_signs_and_shifted_errors_train_a_network(rng):
+    x = jnp.asarray(rng.normal(size=(256, 8)), jnp.float32)
+    y = x @ jnp.asarray(np.sign(rng.normal(size=(8, 4))), jnp.float32)
+    product = training.shifted_backward(jnp.matmul)
+    node = training.BinaryConnect(stochastic=True)(jnp.asarray(rng.normal(size=(8, 4)), jnp.float32))
+    train, held = jc.split(node)
+    tx = optax.chain(optax.adam(0.05), training.clip_values())
+    state = tx.init(train)
+
+    def loss(train, key=None):
+        return jnp.mean((product(x, jc.merge(train, held).materialize(key=key)) - y) ** 2)
+
+    before = loss(train)
+    for number in range(200):
+        slopes = jax.grad(loss)(train, jax.random.key(number))
+        updates, state = tx.update(slopes, state, train)
+        train = optax.apply_updates(train, updates)
+    assert loss(train) < 0.3 * before

@@ -19,6 +19,7 @@ from jcompress.quantize.training.loss_error import elq
 from jcompress.quantize.training.loss_scale import loss_scaled
 from jcompress.quantize.training.noise import QuantNoise
 from jcompress.quantize.training.relaxed import Relaxed
+from jcompress.quantize.training.shifts import shifted_backward
 from jcompress.quantize.training.soft import DSQ, assignment_entropy, soft_assign, temper
 from jcompress.quantize.training.steps import LSQ, lsq, lsq_plus
 from jcompress.quantize.training.ternary import TTQ, pruned_ternary
@@ -44,6 +45,7 @@ __all__ = [
     "pruned_ternary",
     "rate",
     "scaled_sign",
+    "shifted_backward",
     "sign_ste",
     "soft_assign",
     "temper",
