@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -98,7 +99,7 @@ def counted(x: jax.Array, where: Any) -> jax.Array:
 
 def rows(x: jax.Array) -> jax.Array:
     """(batch, features): what follows the batch, flattened."""
-    return x.reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def unit(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
