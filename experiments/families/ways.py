@@ -253,7 +253,7 @@ FAMILIES = [
         "hashed, one bank", SHARED, of(lambda r: S.Hashed(ratio=r, scope="global")), (0.5, 0.25, 0.12, 0.06, 0.03),
         "share of the numbers",
     ),
-    Family("Toeplitz-like", SHARED, of(lambda r: S.Toeplitz(rank=r)), (16, 8, 4, 2, 1), "displacement rank"),
+    Family("Toeplitz-like", SHARED, of(lambda r: S.Toeplitz(rank=r)), (8, 6, 4, 2, 1), "displacement rank"),
     Family("tied layers", SHARED, tied, (2, 1, 3), "of head, blocks, both"),
     Family("circulant", SHARED, of(lambda _: S.Circulant()), (1,), "matrix a layer"),
     Family("ACDC", SHARED, of(lambda n: S.ACDC(layers=n)), (4, 2, 1), "layers"),
