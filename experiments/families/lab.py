@@ -176,10 +176,15 @@ class Lab:
         if not steps:
             return tree
 
-        def build() -> Any:
-            return make_step(apply or self.apply, lambda pace: tx, _dense_of)
+        fast = any(isinstance(x, jc.formats.FastProduct) for x in jax.tree.leaves(tree, is_leaf=_is_node))
 
-        step = build() if apply is not None else self.once(("step", order), build)
+        def build() -> Any:
+            own = apply or self.apply
+            # Fast transforms of a batch take less than those of a whole matrix.
+            model, seen = (jc.accelerate(own), _nodes_of) if fast else (own, _dense_of)
+            return make_step(model, lambda pace: tx, seen)
+
+        step = build() if apply is not None else self.once(("step", order, fast), build)
         train, rest = jc.split(tree)
         state = State(widened(train), tx.init(widened(train)), jnp.zeros((), jnp.int32))
         key = jax.random.fold_in(jax.random.key(seed), order)
@@ -243,8 +248,16 @@ def taught(
 
 
 def _dense_of(train: PyTree, held: PyTree, step: jax.Array) -> PyTree:
+    return jc.materialize(_nodes_of(train, held, step))
+
+
+def _nodes_of(train: PyTree, held: PyTree, step: jax.Array) -> PyTree:
     dtypes, rest = held
-    return jc.materialize(jc.merge(narrowed(train, dtypes), rest))
+    return jc.merge(narrowed(train, dtypes), rest)
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, jc.Compressed)
 
 
 class Pretrained(Lab):

@@ -16,6 +16,8 @@ from jcompress.numeric import fast_products, hashing, scaling
 
 _STEPS = 8
 """Of conjugate gradients towards the best vector with the others as they are."""
+_ROWS = 64
+"""Of the identity that go through the steps at once, where they may."""
 _WITH_VECTOR: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "diagonal": jnp.multiply,
     "circulant": fast_products.circulant,
@@ -122,8 +124,10 @@ class FastProduct(Compressed):
         if vectors[0].ndim > 2:
             return jax.vmap(self._dense_of)(list(vectors))
         eye = jnp.eye(math.prod(self.sizes[:-1]), dtype=vectors[0].dtype)
-        # Row by row: where several are sharded, XLA may lay them out as its transforms on a CPU do not take them.
-        return jax.lax.map(lambda row: self._through(row, vectors), eye).reshape(self.sizes)
+        # Where rows are sharded over devices of a CPU, XLA may lay several out as its transforms do not take them.
+        is_alone = jax.default_backend() != "cpu" or jax.device_count() == 1
+        rows = _ROWS if is_alone else None
+        return jax.lax.map(lambda row: self._through(row, vectors), eye, batch_size=rows).reshape(self.sizes)
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x @ w`` for ``x`` (..., window and inputs): one step after the other."""
