@@ -1,4 +1,4 @@
-"""The build fails for a public name that no page shows."""
+"""The build writes the list of papers, and fails for a public name that no page shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import Any
 import mkdocs.exceptions
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import papers
 from names import all_public_names
+
+
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """The page of the papers, with their list."""
+    return markdown.replace("<!-- papers -->", papers.table()) if page.file.src_uri == "papers.md" else markdown
 
 
 def on_post_build(config: Any, **kwargs: Any) -> None:

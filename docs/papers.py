@@ -1,4 +1,4 @@
-"""Writes ``docs/papers.md``, an index of the papers that docstrings cite, and of what is there of each.
+"""The papers that docstrings cite, and what is there of each: printed, and in the site the page ``papers.md``.
 
 PYTHONPATH=. python docs/papers.py
 """
@@ -9,8 +9,8 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from names import all_public_names
 
@@ -21,13 +21,6 @@ CITED = re.compile(
 )
 """Authors, a year, and where it stands behind them the number on arXiv."""
 OTHERS = ("Conference", "NeurIPS")
-
-HEAD = """# Papers
-
-The {count} papers that docstrings cite, and what cites them: the method itself, or what it begins from. Written by
-`PYTHONPATH=. python docs/papers.py`.
-
-"""
 
 Paper = tuple[str, str, str]
 
@@ -55,15 +48,16 @@ def papers() -> dict[Paper, list[str]]:
     return dict(sorted(found.items()))
 
 
-def page() -> str:
-    """The page in Markdown."""
+def table() -> str:
+    """The index in Markdown, with links to what the site shows of each name."""
     lines = ["| paper | what is there |", "| --- | --- |"]
     for (authors, year, number), names in papers().items():
         paper = f"{authors} {year}" + (f", [{number}](https://arxiv.org/abs/{number})" if number else "")
-        shown = ", ".join(f"`{name.replace('jcompress', 'jc', 1)}`" for name in sorted(names))
+        shown = ", ".join(f"[`{name.replace('jcompress', 'jc', 1)}`][{name}]" for name in sorted(names))
         lines.append(f"| {paper} | {shown} |")
-    return HEAD.format(count=len(papers())) + "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "papers.md").write_text(page(), encoding="utf-8")
+    for (authors, year, _), names in papers().items():
+        sys.stdout.write(f"{authors} {year}: {', '.join(names)}\n")
