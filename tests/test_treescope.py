@@ -34,6 +34,7 @@ METHODS = {
     "soft": jc.prune.dynamic.STR(),
     "network": jc.factorize.Monarch(blocks=4),
     "hashed": jc.share.Hashed(ratio=0.5),
+    "interpolated": jc.factorize.Predicted(anchors=4, grid=(16,)),
     "fast_product": jc.share.ACDC(),
     "shift_add": jc.factorize.LCC(),
     "coded": jc.quantize.E8P(),
