@@ -266,8 +266,9 @@ def _check_range(path: str, w: jax.Array, largest: jax.Array, node: Any, method:
 
 def _check_results(nodes: Mapping[str, Any], plan: Plan) -> None:
     """Raise for what is no number among what methods gave; under ``jit`` nothing can be seen."""
-    known = {path: node for path, node in nodes.items() if all(map(core.is_concrete, jax.tree.leaves(node)))}
-    found, whole = {path: _extent(node) for path, node in known.items()}, core.untie(known)
+    whole = core.untie(dict(nodes))  # a node may have no arrays but those that it refers to
+    known = {path: x for path, x in nodes.items() if all(map(core.is_concrete, jax.tree.leaves(whole[path])))}
+    found = {path: _extent(node) for path, node in known.items()}
     found = jax.device_get({path: x for path, x in found.items() if core.is_concrete(x)})
     for path, largest in found.items():
         if not np.isfinite(largest) or (_is_far(largest, known[path]) and not _is_finite(core.dense(whole[path]))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +50,7 @@ def beside(params: PyTree, tree: PyTree) -> dict[str, Any]:
     return dict(zip([path for path, _ in paths(params)], treedef.flatten_up_to(tree), strict=True))
 
 
-@overload
-def key_of(key: jax.Array, path: str) -> jax.Array: ...
-@overload
-def key_of(key: None, path: str) -> None: ...
-def key_of(key: jax.Array | None, path: str) -> jax.Array | None:
+def key_of(key: jax.Array | None, path: str) -> Any:
     """A key of this path's own, whatever else is in the tree; None without a key."""
     return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 

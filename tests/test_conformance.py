@@ -97,6 +97,22 @@ def abstract(row):
     return jax.eval_shape(partial(compress, row.method), array(row))
 
 
+@pytest.mark.parametrize("row", [r for r in METHODS if r.jit and core.methods.is_joint(r.method)], ids=lambda r: r.name)
+def test_what_decides_for_several_leaves_does_so_under_jit(row):
+    params = {name: array(row, seed=i) for i, name in enumerate("abc")}
+    plan = jc.plan(params, [(".*", row.method)])
+    stats = {name: statistics(row.shape) for name in params}
+    make = partial(jc.compress, plan=plan, key=KEY, stats=stats, grads=jax.tree.map(jnp.cos, params))
+    assert_same(jax.jit(make)(params), make(params), exact=False, tolerance=1e-4)
+
+
+@every_row
+def test_a_notebook_shows_its_formats(row):
+    treescope = pytest.importorskip("treescope")
+    shown = treescope.render_to_text(node_of(row))
+    assert all(f"{found.__name__}(" in shown for found in formats_in(node_of(row)))
+
+
 def test_every_public_method_and_format_has_its_row():
     listed = {method for row in METHODS for method in classes_in(row.method)}
     rooms = (jc.prune, jc.prune.dynamic, jc.quantize, jc.quantize.training, jc.factorize, jc.share)

@@ -51,6 +51,31 @@ def _with(node, values):
     return jc.merge(jax.tree.map(lambda _: values, train), held)
 
 
+def test_only_what_a_mask_shows_is_fitted():
+    w, shown = normal(0, 36, 4), jnp.asarray(np.random.default_rng(1).random((36, 4)) < 0.7)
+    shown = shown.at[:, 3].set(False)
+    node = Predicted(anchors=9, grid=(6, 6))(jnp.where(shown, w, 99.0), jc.Context(where=shown))
+    basis = np.asarray(node._basis(), np.float64)
+    for i in range(3):
+        rows = np.asarray(shown[:, i])
+        want = np.linalg.lstsq(basis[rows], np.asarray(w, np.float64)[rows, i], rcond=None)[0]
+        np.testing.assert_allclose(node.values[:, 0, i], want, atol=2e-3)
+    assert not node.values[:, 0, 3].any()  # nothing is shown of it
+
+
+@pytest.mark.parametrize("other", [jc.prune.Magnitude(0.9), jc.prune.Magnitude(0.5)], ids=repr)
+def test_beside_a_sparse_term_it_stays_on_the_set_through_training(other):
+    params = {"w": normal(0, 36, 8)}
+    plan = jc.plan(params, [("w", jc.residual(Predicted(0.4, grid=(6, 6)), other))])
+    tx = optax.chain(optax.adam(0.05), jc.project(plan, every=3))
+    state, p = tx.init(params), params
+    step = jax.jit(tx.update)
+    for _ in range(8):
+        updates, state = step(jax.tree.map(jnp.sin, p), state, p)
+        p = optax.apply_updates(p, updates)
+    np.testing.assert_allclose(jc.materialize(jc.nodes(p, state))["w"], p["w"], atol=1e-4)
+
+
 def test_each_row_is_where_the_rows_before_say_least():
     places, width, found = points((5, 4)), 1.5, []
     kernel = np.exp(-((places[:, None] - places[None]) ** 2).sum(-1) / (2 * width**2))

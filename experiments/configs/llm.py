@@ -12,8 +12,8 @@ most (Frantar et al. 2022, arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978).
 a 4-bit grid of groups of 32 already: rounding to that grid costs nothing there, so rows of 4 bits say little about that
 file, those of 3 and 2 bits and of pruning much. GPTQ as published is *worse* than rounding on this network: its outputs
 are nearer in sum and farther at the first token, which all others attend to. Positions that count by the attention paid
-to their values ("attended") mend that at the price of the attention alone, those that count by the gradient of the loss
-("guided") as well as that at three times the price of calibration. Ranges of least error (clip="mse") and inputs of
+to their values ("attended") mend that at the price of the attention alone; those that count by the gradient of the loss
+("guided") take three passes for one. Ranges of least error (clip="mse") and inputs of
 most energy first (order=True) harm here; in a rotated basis of inputs ("turned") the first helps more than all else.
 """
 

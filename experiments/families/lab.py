@@ -176,7 +176,7 @@ class Lab:
         if not steps:
             return tree
 
-        fast = any(isinstance(x, jc.formats.FastProduct) for x in jax.tree.leaves(tree, is_leaf=_is_node))
+        fast = any(isinstance(x, jc.formats.FastProduct) for x in jax.tree.leaves(tree, is_leaf=jc.core.is_node))
 
         def build() -> Any:
             own = apply or self.apply
@@ -254,10 +254,6 @@ def _dense_of(train: PyTree, held: PyTree, step: jax.Array) -> PyTree:
 def _nodes_of(train: PyTree, held: PyTree, step: jax.Array) -> PyTree:
     dtypes, rest = held
     return jc.merge(narrowed(train, dtypes), rest)
-
-
-def _is_node(x: Any) -> bool:
-    return isinstance(x, jc.Compressed)
 
 
 class Pretrained(Lab):

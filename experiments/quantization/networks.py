@@ -36,6 +36,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "trellis": Walks,
 }
 MOST = {"trellis": 4}
+"""The most bits, of those that do not go to 8."""
 
 
 class Bench:

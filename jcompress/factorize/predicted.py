@@ -94,7 +94,7 @@ class Predicted(Method):
         """The node for one array."""
         grid, count = self._sizes(context.path, w.shape)
         anchors = jnp.asarray(chosen(points(grid), count, self.width))
-        return Interpolated(None, anchors, w.shape, grid, self.width, self.ridge).project(w)
+        return Interpolated(None, anchors, w.shape, grid, self.width, self.ridge).project(w, context.where)
 
 
 def chosen(places: np.ndarray, count: int, width: float) -> np.ndarray:

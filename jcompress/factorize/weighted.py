@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -64,22 +65,18 @@ class WhitenedSVD(Method):
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> LowRank:
         """The node for one array."""
-        layer, gram = matrices.of(w, context, "gram")
-        rank = chosen_rank("WhitenedSVD", context.path, self.rank, w.shape[layer.lead :])
-        u, v = jax.vmap(lambda w, gram: _under(w, gram, rank, self.damping))(layer.matrix(), gram)
-        u = u.reshape(*w.shape[:-1], rank).astype(w.dtype)
-        return LowRank(u, v.reshape(*w.shape[: layer.lead], rank, w.shape[-1]).astype(w.dtype))
+        return _by_gram("WhitenedSVD", self.rank, w, context, partial(_under, damping=self.damping))
 
 
 @dataclasses.dataclass(frozen=True)
 class PrincipalComponents(Method):
-    """The principal components of the inputs that the outputs depend on most; the others are cut off (Levin 1994).
+    """The principal components of the inputs that the outputs depend on most; the others are cut off.
 
     With eigenvectors ``u_i`` and eigenvalues ``l_i`` of the Gram matrix, component i is worth ``l_i ||u_i^T W||**2``,
     the squared error of the outputs without it, and these errors add up (Levin, Leen & Moody 1994). The first factor
     holds the components that stay, orthonormal, the second what is made of them. Components are those of the inputs
-    alone, so :class:`WhitenedSVD` of a rank is never worse in the outputs; what is won is that the first factor serves
-    all kernels that read the same inputs. Needs the statistic ``gram``. Gathers a sharded matrix, once.
+    alone, so :class:`WhitenedSVD` of a rank is never worse in the outputs. Needs the statistic ``gram``. Gathers a
+    sharded matrix, once.
 
     Attributes:
       rank: how many components stay, or the share of the numbers that is kept, in (0, 1).
@@ -110,11 +107,16 @@ class PrincipalComponents(Method):
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> LowRank:
         """The node for one array."""
-        layer, gram = matrices.of(w, context, "gram")
-        rank = chosen_rank("PrincipalComponents", context.path, self.rank, w.shape[layer.lead :])
-        u, v = jax.vmap(lambda w, gram: _components(w, gram, rank))(layer.matrix(), gram)
-        u = u.reshape(*w.shape[:-1], rank).astype(w.dtype)
-        return LowRank(u, v.reshape(*w.shape[: layer.lead], rank, w.shape[-1]).astype(w.dtype))
+        return _by_gram("PrincipalComponents", self.rank, w, context, _components)
+
+
+def _by_gram(name: str, rank: Any, w: jax.Array, context: Context, factors: Callable[..., Any]) -> LowRank:
+    """The node of two factors, which ``factors(matrix, gram, rank=)`` finds for each layer of an array."""
+    layer, gram = matrices.of(w, context, "gram")
+    rank = chosen_rank(name, context.path, rank, w.shape[layer.lead :])
+    u, v = jax.vmap(partial(factors, rank=rank))(layer.matrix(), gram)
+    u = u.reshape(*w.shape[:-1], rank).astype(w.dtype)
+    return LowRank(u, v.reshape(*w.shape[: layer.lead], rank, w.shape[-1]).astype(w.dtype))
 
 
 def _components(w: jax.Array, gram: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

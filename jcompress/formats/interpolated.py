@@ -15,6 +15,8 @@ from jcompress.core import Compressed
 from jcompress.numeric import scaling
 
 _HIGH = jax.lax.Precision.HIGHEST
+_STEPS, _ENOUGH = 200, 1e-6
+"""Of conjugate gradients, the most and how small the rest is when they end."""
 
 
 @jax.tree_util.register_dataclass
@@ -56,13 +58,31 @@ class Interpolated(Compressed):
         return found.reshape(*values.shape[:-3], *self.sizes).astype(values.dtype)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Interpolated:
-        """The values of least squares, by a QR decomposition of what they are multiplied by; ``where`` is not used."""
+        """The values of least squares, over the entries of ``where`` alone.
+
+        By a QR decomposition of what values are multiplied by; where entries are left out, by conjugate gradients from
+        there on.
+        """
         unit = scaling.unit([w])
         layers, count = w.shape[: w.ndim - len(self.sizes)], math.prod(self.grid)
-        rows = unit.divide(w).reshape(*layers, count, math.prod(self.sizes[:-1]) // count, self.sizes[-1])
+        shape = (*layers, count, math.prod(self.sizes[:-1]) // count, self.sizes[-1])
         q, r = jnp.linalg.qr(self._basis())
-        inverse = jax.scipy.linalg.solve_triangular(r, jnp.swapaxes(q, -1, -2))
-        values = unit.saturated(jnp.einsum("...ag,...gio->...aio", inverse, rows, precision=_HIGH)).astype(w.dtype)
+
+        def across(q: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.einsum("...ga,...gio->...aio", q, x, precision=_HIGH)
+
+        if where is None:
+            found = across(q, unit.divide(w).reshape(shape))
+        else:
+            shown = jnp.broadcast_to(where, w.shape).reshape(shape)
+            rows = jnp.where(shown, unit.divide(w).reshape(shape), 0)
+
+            def product(x: jax.Array) -> jax.Array:
+                return across(q, jnp.where(shown, jnp.einsum("...ga,...aio->...gio", q, x, precision=_HIGH), 0))
+
+            found = jax.scipy.sparse.linalg.cg(product, across(q, rows), tol=_ENOUGH, maxiter=_STEPS)[0]
+        inverse = jax.scipy.linalg.solve_triangular(r, jnp.broadcast_to(jnp.eye(r.shape[-1]), r.shape))
+        values = unit.saturated(jnp.einsum("...ab,...bio->...aio", inverse, found, precision=_HIGH)).astype(w.dtype)
         return dataclasses.replace(self, values=core.refitted(self.values, values))
 
     def _basis(self) -> jax.Array:

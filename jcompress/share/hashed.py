@@ -23,8 +23,8 @@ class Hashed(Method):
     platform, and so not stored. A value is fitted by the signed mean of its entries, the optimum of least squares;
     ``jc.split`` trains the values. Which weights share is chance: a hash keeps about the share ``ratio`` of the squared
     norm of trained weights, so train it, or train it from the start. With ``scope="global"`` one bank of values serves
-    leaves of any shapes, as in parameter allocation search (Plummer et al. 2022, arXiv:2006.10598): the first one's
-    node owns it, the others refer to it, and each has a hash of its own.
+    leaves of one dtype and any shapes, as in parameter allocation search (Plummer et al. 2022, arXiv:2006.10598): the
+    first one's node owns it, the others refer to it, and each has a hash of its own.
 
     Attributes:
       ratio: how many values there are for each entry, in (0, 1].
