@@ -34,7 +34,7 @@ def s3pool(x: jax.Array, window: int = 2, grid: int | None = None, key: jax.Arra
       >>> import jax, jax.numpy as jnp, jcompress as jc
       >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
       >>> jc.nn.s3pool(x)[0, :, :, 0].tolist()
-      [[7.25, 8.75], [12.25, 13.75]]
+      [[7.5, 9.0], [13.5, 15.0]]
       >>> jc.nn.s3pool(x, grid=4, key=jax.random.key(0)).shape
       (1, 2, 2, 1)
     """
