@@ -40,6 +40,9 @@ def lowest(points: Sequence[measure.Point], far: float = 6.0) -> float | None:
 
 
 Spread = tuple[float, float, int]
+UNITS = {"image": "test error, %", "text": "bits per byte", "pairs": "100 (1 - rank correlation)"}
+"""What is measured, by the kind of the data; lower is better."""
+
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _INK, _GREY = "#222222", "#777777"
 
@@ -213,7 +216,7 @@ def families(found: Sequence[Row], kind: str, path: Path, title: str) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             if group == groups[-1]:
                 axes.set_xlabel(name)
-        line[0].set_ylabel("bits per byte" if kind == "text" else "test error, %")
+        line[0].set_ylabel(UNITS[kind])
         line[0].set_title(group, fontsize=9, loc="left", color=_INK)
         lines = line[-1].get_legend_handles_labels()
         line[-1].legend(*lines, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)

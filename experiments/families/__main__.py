@@ -5,6 +5,7 @@ Examples:
   python -m experiments.families --config.data=mnist --data_dir=<folder with MNIST's idx files>
   python -m experiments.families --config.data=text --data_dir=<folder with tinyshakespeare.txt>
   python -m experiments.families --config.data=cifar10 --data_dir=<folder with CIFAR-10 and resnet20_cifar10.npz>
+  python -m experiments.families --config.data=sts --data_dir=<folder with sentences.txt, the pairs of STS, minilm>
 
 It writes ``results.jsonl``, ``table.md``, ``curve.png`` and ``record.json`` to ``--workdir``. Interrupted, the same
 command continues. ``experiments/families/ways.py`` has the families, ``experiments/families/lab.py`` what they share.
@@ -30,7 +31,7 @@ def config_of(data: str) -> Config:
     """That of the digits is the default, those of other data stand in ``experiments/configs``."""
     if data == "digits":
         return Config()
-    if data not in ("mnist", "text", "cifar10"):
+    if data not in ("mnist", "text", "cifar10", "sts"):
         raise LookupError(data)
     return importlib.import_module(f"experiments.configs.families_{data}").get_config()
 
@@ -92,7 +93,9 @@ def finish(rows: Sequence[Row], kind: str, steps: int, table: Path, picture: Pat
 
 
 def score(row: Row, kind: str, when: str = "") -> float:
-    """Test error in percent, or bits per byte."""
+    """Test error in percent, bits per byte, or what a rank correlation lacks in hundredths."""
+    if kind == "pairs":
+        return 100 * (1 - row[f"test_spearman{when}"])
     return row[f"test_bits{when}"] if kind == "text" else 100 * (1 - row[f"test_accuracy{when}"])
 
 
@@ -121,7 +124,7 @@ def cells(rows: Sequence[Row], kind: str) -> list[Row]:
 def markdown(found: Sequence[Row], kind: str, steps: int) -> str:
     """The table: a line a point."""
     told, digits = {family.name: family.told for family in FAMILIES}, 3 if kind == "text" else 2
-    unit = "bits per byte" if kind == "text" else "test error, %"
+    unit = pictures.UNITS[kind]
     shown = [["family", "point", "bytes", "multiply-adds", f"{unit}: as it is", f"after {steps} steps"]]
     for row in found:
         point = f"{row['point']:g} {told[row['way']]}" if row["way"] != "dense" else told["dense"]

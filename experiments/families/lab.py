@@ -79,7 +79,8 @@ class Lab:
         self.config = config
         self.load = self._loader(data_dir)
         data = self.load(0)
-        self.kind, self.about = data.kind, str(data)
+        self.kind: str = data.kind
+        self.about = str(data)
         self.apply, self._start = self._network(data, data_dir)
         self.evaluate = lab.make_evaluate(self.apply, 250)
         self.shapes = jax.eval_shape(self._start, jax.random.key(0))
@@ -205,11 +206,15 @@ class Lab:
                 row |= {f"{name}_accuracy": found.accuracy, f"{name}_bits": found.bits}
         return row
 
+    def stored(self, network: Network) -> PyTree:
+        """What the file holds."""
+        return network.tree
+
     def size(self, network: Network) -> dict[str, float]:
         """Bytes of the file and multiply-adds of one example, if zeros were skipped and factors applied in turn."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.jc"
-            jc.save(path, network.tree)
+            jc.save(path, self.stored(network))
             stored = path.stat().st_size
         cost = jc.trace.cost(network.apply or self.apply, network.tree, self.example)
         return {"bytes": stored, "multiply_adds": cost.total.compressed_multiply_adds}
@@ -314,4 +319,8 @@ class Pretrained(Lab):
 
 def of(config: Config, data_dir: str | None) -> Lab:
     """The lab of a config."""
+    if config.model == "minilm":
+        from experiments.families.encoder import Sentences
+
+        return Sentences(config, data_dir)
     return (Pretrained if config.model.startswith("resnet") else Lab)(config, data_dir)

@@ -71,8 +71,9 @@ def chosen(name: str, group: Group, members: Members, match: str, found: Mapping
     picked = [(path, axis) for path, axis in listed if re.fullmatch(match, path)]
     if members == "kernels":
         # Channels of heads are made by queries and keys, and summed over where these meet: all of them count.
-        picked = picked or [(path, axis) for path, axis in group.members if re.fullmatch(match, path)]
-        picked = [(path, axis) for path, axis in picked if np.ndim(leaf(found, path, name)) > 1]
+        every = [(path, axis) for path, axis in group.members if re.fullmatch(match, path)]
+        kernels = ([x for x in part if np.ndim(leaf(found, x[0], name)) > 1] for part in (picked, every))
+        picked = next(filter(None, kernels), [])
     if not picked:
         raise ValueError(
             f"{name}: none of its {len(group.members)} members {list(group.members)[:4]} is among members={members!r} "
