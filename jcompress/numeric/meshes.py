@@ -184,7 +184,7 @@ def kept(tree: Any, like: Any) -> Any:
     Outside ``jit`` and with automatic axes the compiler spreads them as it likes, and what is made of them then.
     """
     sharding = getattr(like, "sharding", None) if isinstance(like, jax.Array) and _is_concrete(like) else None
-    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated or mesh_of(like) is not None:
         return tree
 
     def place(x: Any) -> Any:
@@ -203,8 +203,12 @@ def _is_concrete(x: Any) -> bool:
 
 
 def _fitted(spec: Iterable[Any], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    pairs = zip(spec, shape, strict=False)
-    return PartitionSpec(*(None if names is None or n % _parts(names, mesh) else names for names, n in pairs))
+    """The spec for other lengths: of axes that are divisible, each mesh axis for the first one that names it."""
+    found: list[Any] = []
+    for names, n in zip(spec, shape, strict=False):
+        taken = names is None or n % _parts(names, mesh) or set(_names(names)) & set(_used(found))
+        found.append(None if taken else names)
+    return PartitionSpec(*found)
 
 
 def _parts(names: Any, mesh: Any) -> int:
