@@ -83,24 +83,32 @@ def seen(bits: int) -> Any:
     return jc.chain(jc.quantize.Int(bits=bits, group_size=64, symmetric=False), HALF)
 
 
+def walks(bits: int) -> Any:
+    """Kernels as walks through a trellis, inputs rotated, for the outputs."""
+    return jc.chain(jc.quantize.Rotation(jc.quantize.Trellis(bits=bits, block=(2, 128), weigh="gram")), HALF)
+
+
 class Way(NamedTuple):
-    """The methods of kernels and of the table of words; places take 8 bits and all else 16.
+    """The methods of kernels, of the table of words and of that of places; all else takes 16 bits.
 
     Attributes:
       kernels: one from statistics, whose scales are taught; or with ``simulated`` one that the teaching looks through.
       words: its vectors are taught, the codes are not.
       simulated: whether the kernels themselves are taught, and rounded at the end.
+      places: as ``words``.
     """
 
     kernels: Any
     words: Any
     simulated: bool = False
+    places: Any = grid(8)
 
 
 WAYS: dict[str, Way] = {
     "3 bits and words": Way(kernels(3), words(256, 8)),
     "3 bits in training and words": Way(seen(3), words(512, 8), simulated=True),
     "2 bits in training and words": Way(seen(2), words(512, 8), simulated=True),
+    "2 bits on a trellis and words": Way(walks(2), words(384, 8), places=words(256, 4)),
     "4 bits": Way(kernels(4), grid(4)),
 }
 
@@ -289,7 +297,7 @@ class Halving:
     def _compressed(self, way: Way) -> tuple[PyTree, Any]:
         """The student as it is taught, and the plan of what is rounded only after that."""
         student, key = self._student(), jax.random.key(self.config.seed)
-        others = [(TABLES, way.words), (PLACES, grid(8)), (".*", HALF)]
+        others = [(TABLES, way.words), (PLACES, way.places), (".*", HALF)]
         if way.simulated:
             later = jc.plan(student, [(KERNELS, way.kernels), (".*", None)])
             return jc.compress(student, jc.plan(student, [(KERNELS, None), *others]), key=key), later
