@@ -1,5 +1,6 @@
 """The rows of the sentence encoder's table, on a random encoder: made, continued, refused; training of the student."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,9 @@ import pytest
 import jcompress as jc
 from experiments import minilm as command
 from experiments import runner
+from experiments.configs import families_sts
 from experiments.configs import minilm as full
+from experiments.families import encoder, ways
 from experiments.models import minilm
 from experiments.quantization import recipes, selfdistill, sts
 from tests.test_minilm import ENCODER, HEADS, LAYERS, bert
@@ -153,3 +156,24 @@ def test_the_interval_of_a_difference_holds_it_and_is_nothing_for_the_same_encod
     assert interval([(x, scores)], [(x, scores)], draws=20) == (0.0, 0.0, 0.0)
     difference, low, high = interval([(x, scores)], [(noisy, scores)], draws=200)
     assert 0 < low <= difference <= high
+
+
+@pytest.mark.parametrize("name", ["whitened SVD", "chosen ranks", "units", "shared blocks of 4", "GPTQ"])
+def test_a_family_is_taught_by_the_encoder_itself(folder, tmp_path, name):
+    for file in folder.glob("*.tsv"):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "minilm").symlink_to(folder)
+    rng = np.random.default_rng(1)
+    (tmp_path / "sentences.txt").write_text("\n".join(" ".join(rng.choice(WORDS, 5)) for _ in range(80)))
+    config = dataclasses.replace(families_sts.get_config(), finetuning=3, batch_size=16, calibration=32)
+    lab = encoder.Sentences(config, str(tmp_path), longest=8, held=8)
+    dense = lab.size(ways.Network(lab.dense(0)))
+    assert dense["multiply_adds"] == 8 * LAYERS * (4 * 12 * 12 + 2 * 12 * 20 + 2 * 8 * 12)
+    family = next(family for family in ways.FAMILIES if family.name == name)
+    network = family.make(lab, 0, family.points[-1])
+    size = lab.size(network)
+    assert size["bytes"] < dense["bytes"] and size["multiply_adds"] <= dense["multiply_adds"]
+    after = lab.finetuned(network, 0)
+    assert jax.tree.structure(after.tree) == jax.tree.structure(network.tree)
+    assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (after.tree, network.tree)), strict=True))
+    assert -1 <= lab.score(after, 0)["test_spearman"] <= 1

@@ -89,6 +89,22 @@ def test_entries_of_other_groups_do_not_count():
         assert structured.importance(params, {"g": group}, reduce=reduce)["g"].tolist() == expected
 
 
+def test_channels_of_heads_count_by_their_kernels_beside_biases(rng):
+    """Queries and keys meet in a product, so that of both only biases make the channels that are summed over."""
+    p = random_params(rng, {f"{n}/{kind}": (6, 6)[i:] for n in "qkv" for i, kind in enumerate(("kernel", "bias"))})
+    p["o/kernel"] = random_params(rng, {"o": (6, 5)})["o"]
+
+    def attend(p, x):
+        q, k, v = ((x @ p[f"{n}/kernel"] + p[f"{n}/bias"]).reshape(-1, 2, 3) for n in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k))
+        return jnp.einsum("hqk,khd->qhd", weights, v).reshape(-1, 6) @ p["o/kernel"]
+
+    groups = jc.trace.coupling(attend, p, jnp.ones((4, 6)))
+    (name,) = (name for name, g in groups.items() if {path for path, _ in g.producers} == {"q/bias", "k/bias"})
+    expected = (np.abs(p["q/kernel"]) + np.abs(p["k/kernel"])).reshape(6, 2, 3).sum((0, 1))
+    np.testing.assert_allclose(structured.l1(p, groups)[name], expected, rtol=1e-5)
+
+
 def test_signed_scores_add_up_before_their_magnitude():
     params, grads = {"w": jnp.array([[1.0, 1.0], [1.0, 1.0]])}, {"w": jnp.array([[2.0, -3.0], [-2.0, -1.0]])}
     groups = {"g": jc.trace.Group(size=2, producers=(("w", 1),))}

@@ -52,7 +52,7 @@ class Comparison:
         if other := [x.name for x in self.networks.values() if self.tuned and not isinstance(x, networks.ResNet)]:
             raise ValueError(f"--tuned={self.tuned} trains ResNets, found {', '.join(other)}")
         if self.tuned and any(self.states):
-            raise ValueError(f"--tuned={self.tuned} trains kernels of one quantizer, found --states={args.states}; use 0")
+            raise ValueError(f"--tuned={self.tuned} trains codes of one quantizer: --states={args.states} must be 0")
         self.setting = {"networks": args.networks, "states": self.states, "tuned": args.tuned}
         self._judges = {name: jax.jit(x.divergence) for name, x in self.networks.items()}
         self._made: dict[str, Any] = {}

@@ -47,8 +47,8 @@ class Sentences(Lab):
         self.pairs = sts.labelled(self.pairs)
         short = [x for x in self.encoder.tokens(lines) if len(x) <= self.longest]
         x, _ = minilm.pad(short, self.longest)
-        parts = (datasets.Split(part, np.zeros(len(part), np.int32)) for part in (x[self.held :], x[: self.held], x[:0]))
-        found = datasets.Data("sentences", "text", 0, *parts)
+        held, train, none = (datasets.Split(part, np.zeros(len(part))) for part in np.split(x, (self.held, len(x))))
+        found = datasets.Data("sentences", "text", 0, train, held, none)
         rules = [("token|position", TABLE), (".*", None)]
         embeddings = {name: table["embedding"] for name, table in params["embeddings"].items() if name != "norm"}
         self.tables = jc.compress(embeddings, jc.plan(embeddings, rules))
