@@ -9,7 +9,8 @@ from experiments.families.lab import Config
 
 WAYS = (
     "dense", "whitened SVD", "chosen ranks", "SVD, 8 bits", "random factors", "magnitude, 8 bits", "units",
-    "shared values", "tied layers", "GPTQ",
+    "shared values", "shared blocks of 4", "shared blocks, twice", "shared values, by outputs",
+    "shared blocks of 4, by outputs", "hashed", "tied layers", "circulant", "trellis", "GPTQ",
 )  # fmt: skip
 
 
