@@ -16,7 +16,6 @@ import jcompress as jc
 from experiments import lab as labs
 from experiments import pictures, tables
 from experiments.families import __main__ as families
-from experiments.families import lab as family_labs
 from experiments.families import ways
 from experiments.families.lab import Config as Network
 from experiments.workdir import Row, Rows, write
@@ -129,7 +128,7 @@ class Schools:
             raise ValueError(f"config.only: {sorted(unknown)} unknown; use some of {', '.join(known)}")
         self.losses = [x for x in known if not config.only or x in config.only.split(",")]
         self.config, self.workdir = config, Path(workdir or f"runs/distillation/{config.name}")
-        self.lab = family_labs.of(config.network, data_dir)
+        self.lab = families.lab_of(config.network, data_dir)
         setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "only", "seeds")}
         self.setting = {"config": setting, "checksum": self.lab.load(0).checksum()}
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import pictures, runner, tables
-from experiments.families import lab as labs
-from experiments.families.lab import Config
+from experiments.families.encoder import Sentences
+from experiments.families.lab import Config, Lab, Pretrained
 from experiments.families.ways import FAMILIES, LAYERED
 from experiments.workdir import Row, Rows, write
 
@@ -34,6 +34,12 @@ def config_of(data: str) -> Config:
     if data not in ("mnist", "text", "cifar10", "sts"):
         raise LookupError(data)
     return importlib.import_module(f"experiments.configs.families_{data}").get_config()
+
+
+def lab_of(config: Config, data_dir: str | None) -> Lab:
+    """The lab of a config."""
+    kind = Sentences if config.model == "minilm" else Pretrained if config.model.startswith("resnet") else Lab
+    return kind(config, data_dir)
 
 
 class Comparison:
@@ -54,7 +60,7 @@ class Comparison:
             raise ValueError(f"config.seeds={config.seeds} must be positive")
         self.config, self.workdir = config, Path(workdir or f"runs/families/{config.name}")
         self.families = [known[name] for name in config.ways or known if config.ways or name not in LAYERED]
-        self.lab = labs.of(config, data_dir)
+        self.lab = lab_of(config, data_dir)
         setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "ways", "seeds")}
         self.setting = {"config": setting, "checksum": self.lab.load(0).checksum()}
         self._tree: Any = None

@@ -315,12 +315,3 @@ class Pretrained(Lab):
 
     def score(self, network: Network, seed: int) -> dict[str, float]:
         return super().score(self.settled(network, seed), seed)
-
-
-def of(config: Config, data_dir: str | None) -> Lab:
-    """The lab of a config."""
-    if config.model == "minilm":
-        from experiments.families.encoder import Sentences
-
-        return Sentences(config, data_dir)
-    return (Pretrained if config.model.startswith("resnet") else Lab)(config, data_dir)
