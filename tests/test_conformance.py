@@ -371,6 +371,25 @@ def test_the_input_may_be_donated(row):
     assert small["bias"].tolist() == [1, 1, 1]
 
 
+@every_row
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=lambda x: jnp.dtype(x).name)
+def test_wide_types_give_the_same_node(row, dtype):
+    """With 64-bit types switched on, weights of 32 bits give what they give without, those of 64 keep theirs."""
+    w = array(row)
+    with jax.enable_x64(True):
+        wide = jnp.asarray(w, dtype)
+        node = fitted(row, wide)
+        assert core.dense(node).dtype == wide.dtype
+        again = jax.tree.map(lambda x: x.dtype, node.project(wide))
+        found = jax.device_get(node)
+    assert again == jax.tree.map(lambda x: x.dtype, found)
+    if dtype == jnp.float32:
+        expected = node_of(row)
+        assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, expected)
+        tolerance = 1e-4 if row.stationary else 1e-3
+        assert_same(found, expected, row.exact and not row.sums, tolerance)
+
+
 def sharded(row):
     """The row's shape with an axis that eight devices divide, for each of its axes; as it is, if it must be."""
     for axis in range(len(row.shape)):

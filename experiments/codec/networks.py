@@ -132,30 +132,25 @@ class ResNet(Network):
         return (jnp.exp(self.wanted) * (self.wanted - found)).sum(-1).mean()
 
     def tuned(self, tree: PyTree, steps: int, seed: int = 0) -> PyTree:
-        """The tree trained towards the dense network's outputs for so many steps, its kernels as they are stored."""
-        dense, nodes = jc.materialize(tree), {p: x for p, x in tree.items() if re.fullmatch(self.kernels, p)}
-        rates = {path: 0.03 * x.scales() if path in nodes else 1e-3 for path, x in tree.items()}
-        tx = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(optax.cosine_decay_schedule(1.0, steps)))
-
-        def stored(train: PyTree) -> PyTree:
-            found = {path: jc.materialize(x.encode(train[path])) for path, x in nodes.items()}
-            return train | {path: train[path] + jax.lax.stop_gradient(x - train[path]) for path, x in found.items()}
+        """The tree with what is no kernel trained towards the dense network's outputs for so many steps."""
+        dense = jc.materialize(tree)
+        held = {path: x for path, x in dense.items() if re.fullmatch(self.kernels, path)}
+        train = {path: x for path, x in dense.items() if path not in held}
+        tx = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
 
         @jax.jit
         def step(train: PyTree, state: Any, x: Any, targets: Any) -> tuple[PyTree, Any]:
             def loss(train: PyTree) -> Any:
-                return jc.distill.soft_targets(self._fn(stored(train), x), targets, temperature=1.0)
+                return jc.distill.soft_targets(self._fn({**held, **train}, x), targets, temperature=1.0)
 
             updates, state = tx.update(jax.grad(loss)(train), state)
-            return optax.apply_updates(train, jax.tree.map(jnp.multiply, updates, rates)), state
+            return optax.apply_updates(train, updates), state
 
-        train, state, order = dense, tx.init(dense), batches(jax.random.key(seed), len(self.train), 100)
+        state, order = tx.init(train), batches(jax.random.key(seed), len(self.train), 100)
         for number, index in zip(range(steps), order, strict=False):
             x = resnet.augmented(self.train[index], number)
             train, state = step(train, state, x, self._logits(self.params, x))
-        others = {path: x for path, x in train.items() if path not in nodes}
-        rounded = jc.compress(others, jc.plan(others, [(".*", BITS)]))
-        return {path: nodes[path].encode(x) if path in nodes else rounded[path] for path, x in train.items()}
+        return {**tree, **jc.compress(train, jc.plan(train, [(".*", BITS)]))}
 
     def judged(self, params: PyTree) -> float:
         found = [

@@ -164,11 +164,11 @@ def _regressor(ours: tuple[int, ...], theirs: tuple[int, ...], key: jax.Array) -
     if len(ours) != len(theirs) or len(ours) < 2 or any(size < 1 for size in window) or len(window) > 3:
         raise ValueError(f"regressors: found features {ours} for the teacher's {theirs}; pool the larger ones first")
     if ours[1:] == theirs[1:]:
-        kernel = jnp.eye(ours[-1]).reshape(*window, ours[-1], ours[-1])
+        kernel = jnp.eye(ours[-1], dtype=jnp.float32).reshape(*window, ours[-1], ours[-1])
     else:
         shape = (*window, ours[-1], theirs[-1])
-        kernel = jax.random.normal(key, shape) / math.sqrt(math.prod(shape[:-1]))
-    return Regressor(kernel, jnp.zeros(theirs[-1]))
+        kernel = jax.random.normal(key, shape, jnp.float32) / math.sqrt(math.prod(shape[:-1]))
+    return Regressor(kernel, jnp.zeros(theirs[-1], jnp.float32))
 
 
 def hints(student: PyTree, teacher: PyTree, regressor: Maps | None = None) -> jax.Array:

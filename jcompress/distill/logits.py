@@ -162,7 +162,7 @@ def noisy_logits(
     teacher = fixed(teacher)
     draw, choose = jax.random.split(key)
     noise = scale * jax.random.normal(draw, teacher.shape, teacher.dtype)
-    chosen = jax.random.bernoulli(choose, fraction, (*teacher.shape[:-1], 1))
+    chosen = jax.random.bernoulli(choose, jnp.float32(fraction), (*teacher.shape[:-1], 1))
     return jnp.where(chosen, teacher * (1 + noise), teacher)
 
 
@@ -221,7 +221,7 @@ def permuted_targets(student: jax.Array, teacher: jax.Array, *, key: jax.Array) 
     ((student, teacher),) = pairs("permuted_targets", jnp.asarray(student), jnp.asarray(teacher))
     log_p = jax.nn.log_softmax(teacher)
     best = jax.nn.one_hot(jnp.argmax(log_p, -1), log_p.shape[-1], dtype=bool)
-    drawn = jnp.where(best, -1.0, jax.random.uniform(key, log_p.shape))
+    drawn = jnp.where(best, -1.0, jax.random.uniform(key, log_p.shape, log_p.dtype))
     places = jnp.argsort(jnp.argsort(drawn, -1), -1)
     permuted = jnp.take_along_axis(jnp.flip(jnp.sort(log_p, -1), -1), places, -1)
     return jnp.mean(divergence(permuted, jax.nn.log_softmax(student)))

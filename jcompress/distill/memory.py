@@ -51,7 +51,7 @@ def memory_bank(examples: int, width: int, *, key: jax.Array) -> MemoryBank:
     """
     if examples < 2:
         raise ValueError(f"memory_bank: found {examples} examples, expected 2 at least")
-    return MemoryBank(unit(jax.random.normal(key, (examples, width))))
+    return MemoryBank(unit(jax.random.normal(key, (examples, width), jnp.float32)))
 
 
 def draw(bank: MemoryBank, indices: jax.Array, count: int, *, key: jax.Array) -> jax.Array:

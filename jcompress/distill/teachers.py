@@ -174,7 +174,7 @@ def langevin(rate: float | optax.Schedule, *, key: jax.Array) -> optax.GradientT
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), max(1, len(leaves)))
 
         def moved(g: jax.Array, k: jax.Array) -> jax.Array:
-            noise = jax.random.normal(k, g.shape)
+            noise = jax.random.normal(k, g.shape, jnp.float32)
             return (jnp.sqrt(e) * noise - e / 2 * g).astype(g.dtype)
 
         steps = jax.tree.unflatten(tree, [moved(g, k) for g, k in zip(leaves, keys, strict=False)])

@@ -105,10 +105,10 @@ def _start(w: jax.Array, rank: int) -> list[jax.Array]:
 
     Of the first factor nothing but the lengths of its columns is read before it is refitted.
     """
-    found = [jnp.zeros((w.shape[0], rank)).at[0].set(1)]
+    found = [jnp.zeros((w.shape[0], rank), jnp.float32).at[0].set(1)]
     for i, n in list(enumerate(w.shape))[1:]:
         u = sketched(jnp.moveaxis(w, i, 0), min(rank, n))
-        more = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (n, rank - min(rank, n)))
+        more = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (n, rank - min(rank, n)), jnp.float32)
         found.append(jnp.concatenate([u, more / math.sqrt(n)], axis=1))
     return found
 
@@ -123,7 +123,7 @@ def _fitted(w: jax.Array, factors: list[jax.Array], sweeps: int, tolerance: floa
         for j in range(w.ndim):
             if j != place:
                 gram = gram * jnp.matmul(factors[j].T, factors[j], precision=_HIGH)
-        held = gram + ridge * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram))
+        held = gram + ridge * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=jnp.float32)
         return jax.scipy.linalg.cho_solve((cholesky(held)[0], True), right).T, gram
 
     def sweep(state: tuple) -> tuple:

@@ -67,8 +67,8 @@ def _fitted(method: NMF, w: jax.Array, rank: int) -> LowRank:
     matrix = unit.divide(w).reshape(-1, w.shape[-1])
     rows, columns = jax.random.split(jax.random.key(0))
     size = jnp.sqrt(jnp.mean(jnp.abs(matrix)) / max(rank, 1)) if matrix.size else 0.0
-    f = size * jax.random.uniform(rows, (len(matrix), rank), minval=0.1)
-    g = size * jax.random.uniform(columns, (rank, matrix.shape[1]), minval=0.1)
+    f = size * jax.random.uniform(rows, (len(matrix), rank), jnp.float32, minval=0.1)
+    g = size * jax.random.uniform(columns, (rank, matrix.shape[1]), jnp.float32, minval=0.1)
 
     def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision=_HIGH)

@@ -314,5 +314,5 @@ def _ring_start(w: jax.Array, modes: Modes, rank: int) -> list[jax.Array]:
 
 def _padded(u: jax.Array, columns: int) -> jax.Array:
     """With small columns beside those that there are, so that a sweep may use them."""
-    more = jax.random.normal(jax.random.key(0), (len(u), columns - u.shape[1])) * 0.1
+    more = jax.random.normal(jax.random.key(0), (len(u), columns - u.shape[1]), u.dtype) * 0.1
     return jnp.concatenate([u, more], axis=1) if u.shape[1] < columns else u

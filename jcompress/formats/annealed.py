@@ -65,7 +65,7 @@ class Annealed(Compressed):
         logits = core.dense(self.logits)
         channels = logits.shape[self.axis]
         if not 0 < self.kept < channels:
-            return jnp.full(logits.shape, float(self.kept > 0))
+            return jnp.full(logits.shape, float(self.kept > 0), logits.dtype)
         deviation = jnp.std(logits, self.axis, keepdims=True)
         standard = (logits - jnp.mean(logits, self.axis, keepdims=True)) / (deviation + gating.TINY)
         cut = jnp.quantile(jax.lax.stop_gradient(standard), 1 - self.kept / channels, self.axis, keepdims=True)

@@ -46,7 +46,7 @@ class Binarized(Compressed):
     def materialize(self, *, key: jax.Array | None = None) -> jax.Array:
         values, scale = core.dense(self.values, key=key), core.dense(self.scale, key=key)
         if self.stochastic and key is not None:
-            draws = jax.random.uniform(key, values.shape)
+            draws = jax.random.uniform(key, values.shape, jnp.float32)
             positive = draws < jnp.clip((values.astype(jnp.float32) + 1) / 2, 0, 1)
         else:
             positive = values >= 0

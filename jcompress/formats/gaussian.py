@@ -62,7 +62,7 @@ class Gaussian(Compressed):
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Gaussian:
         """The mean becomes ``w``, and every dropout rate what it was at the start."""
-        log_variance = self.start - gating.log_alpha(w, jnp.zeros(()))
+        log_variance = self.start - gating.log_alpha(w, jnp.zeros((), jnp.float32))
         return dataclasses.replace(
             self, mean=core.refitted(self.mean, w), log_variance=core.refitted(self.log_variance, log_variance)
         )

@@ -81,7 +81,7 @@ class Interpolated(Compressed):
                 return across(q, jnp.where(shown, jnp.einsum("...ga,...aio->...gio", q, x, precision=_HIGH), 0))
 
             found = jax.scipy.sparse.linalg.cg(product, across(q, rows), tol=_ENOUGH, maxiter=_STEPS)[0]
-        inverse = jax.scipy.linalg.solve_triangular(r, jnp.broadcast_to(jnp.eye(r.shape[-1]), r.shape))
+        inverse = jax.scipy.linalg.solve_triangular(r, jnp.broadcast_to(jnp.eye(r.shape[-1], dtype=r.dtype), r.shape))
         values = unit.saturated(jnp.einsum("...ab,...bio->...aio", inverse, found, precision=_HIGH)).astype(w.dtype)
         return dataclasses.replace(self, values=core.refitted(self.values, values))
 
@@ -89,7 +89,7 @@ class Interpolated(Compressed):
         """What the values are multiplied by, float32 (..., grid, anchors)."""
         every = points(self.grid)
         some = jnp.take(every, self.anchors, axis=0, mode="clip")
-        beside = kernel(some, some, self.width) + self.ridge * jnp.eye(some.shape[-2])
+        beside = kernel(some, some, self.width) + self.ridge * jnp.eye(some.shape[-2], dtype=some.dtype)
         return jnp.swapaxes(jnp.linalg.solve(beside, kernel(some, every, self.width)), -1, -2)
 
 

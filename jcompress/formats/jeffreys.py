@@ -72,7 +72,7 @@ class Jeffreys(Compressed):
         scale, ours, theirs = core.dense(self.group_mean), *jax.random.split(key)
         scale += jnp.exp(0.5 * core.dense(self.group_log_variance)) * jax.random.normal(ours, scale.shape, jnp.float32)
         deviation = jnp.exp(0.5 * core.dense(self.log_variance))
-        return (scale * (like + deviation * jax.random.normal(theirs, like.shape))).astype(like.dtype)
+        return (scale * (like + deviation * jax.random.normal(theirs, like.shape, jnp.float32))).astype(like.dtype)
 
     def project(self, w: jax.Array, where: jax.Array | None = None) -> Jeffreys:
         """The means become ``w``; scales and variances what they were at the start."""

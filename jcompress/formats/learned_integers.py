@@ -62,7 +62,7 @@ class Latent(Compressed):
         """The bits of all values by the density, float32 (); with a key those of values with uniform noise."""
         values = core.dense(self.values, key=key).astype(jnp.float32)
         if key is not None:
-            values = values + jax.random.uniform(key, values.shape, minval=-0.5, maxval=0.5)
+            values = values + jax.random.uniform(key, values.shape, jnp.float32, minval=-0.5, maxval=0.5)
         density = core.dense(self.density)
         lead = density.shape[:-2]  # of stacked layers
         shape = (*lead, *[1] * (values.ndim - len(lead)), density.shape[-1])
@@ -84,8 +84,8 @@ class Latent(Compressed):
         count = x.size if where is None else jnp.sum(jnp.broadcast_to(where, x.shape))
         deviation = jnp.sqrt(jnp.sum((shown / step) ** 2) / jnp.maximum(count, 1))
         sizes = jnp.log(jnp.maximum(deviation, 0.1) * math.sqrt(3) / math.pi)
-        spread = jnp.linspace(-0.7, 0.7, self.components) if self.components > 1 else jnp.zeros(1)
-        nothing = jnp.zeros(self.components)
+        spread = jnp.linspace(-0.7, 0.7, self.components, dtype=jnp.float32) if self.components > 1 else jnp.zeros(1, jnp.float32)
+        nothing = jnp.zeros(self.components, jnp.float32)
         density = jnp.stack([nothing, nothing, sizes + spread])
         return dataclasses.replace(
             self,

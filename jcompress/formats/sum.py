@@ -121,7 +121,7 @@ def _together(terms: Sequence[Quantized], w: jax.Array, where: jax.Array | None)
     right = jnp.stack([total(a * w) for a in levels], -1)
     # Equal terms share what they stand for: a ridge decides, and one step of refinement takes its shift back.
     size = jnp.maximum(jnp.trace(gram, axis1=-2, axis2=-1), 1e-30)[..., None, None]
-    factor = jax.scipy.linalg.cho_factor(gram + 1e-6 * size * jnp.eye(len(terms)))
+    factor = jax.scipy.linalg.cho_factor(gram + 1e-6 * size * jnp.eye(len(terms), dtype=gram.dtype))
     found = jnp.zeros_like(right)
     for _ in range(2):
         left = right - jnp.einsum("...ij,...j->...i", gram, found, precision="highest")

@@ -65,7 +65,7 @@ def stochastic_depth(
         raise ValueError(f"stochastic_depth: found x {x.shape} and a branch {branch.shape}, expected equal shapes")
     if key is None:
         return x + jnp.asarray(survival, branch.dtype) * branch
-    stays = jax.random.bernoulli(key, survival, (x.shape[0], *(1 for _ in x.shape[1:])))
+    stays = jax.random.bernoulli(key, jnp.float32(survival), (x.shape[0], *(1 for _ in x.shape[1:])))
     return x + jnp.where(stays, branch, 0)
 
 

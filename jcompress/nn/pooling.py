@@ -52,7 +52,7 @@ def s3pool(x: jax.Array, window: int = 2, grid: int | None = None, key: jax.Arra
         return _means(top, window)
     for axis, part in zip((-3, -2), jax.random.split(key), strict=True):
         strips = x.shape[axis] // grid
-        order = jnp.argsort(jax.random.uniform(part, (strips, grid)), axis=-1)
+        order = jnp.argsort(jax.random.uniform(part, (strips, grid), jnp.float32), axis=-1)
         stay = jnp.sort(order[:, : grid // window], axis=-1) + grid * jnp.arange(strips)[:, None]
         top = jnp.take(top, stay.ravel(), axis=axis)
     return top

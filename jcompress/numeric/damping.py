@@ -46,7 +46,7 @@ def met(gram: jax.Array) -> jax.Array:
     """Gram matrices (layers, k, k), with the mean energy of the others for inputs of layers that saw nothing at all."""
     energy = jnp.diagonal(gram, axis1=-2, axis2=-1)
     whole = ~jnp.any(energy > 0, axis=-1, keepdims=True)
-    return gram + jnp.eye(gram.shape[-1]) * jnp.where(whole, filled(energy), 0)[:, None, :]
+    return gram + jnp.eye(gram.shape[-1], dtype=gram.dtype) * jnp.where(whole, filled(energy), 0)[:, None, :]
 
 
 def cholesky(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +79,7 @@ def cholesky(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     start = (jnp.int32(0), jnp.zeros_like(scaled), jnp.float32(0), jnp.bool_(False))
     _, root, raised, held = lax.while_loop(lambda state: ~state[3] & (state[0] < _TRIES), raise_, start)
-    root = jnp.where(held, root, jnp.eye(len(hessian)))
+    root = jnp.where(held, root, jnp.eye(len(hessian), dtype=hessian.dtype))
     return root * unit.root, jnp.where(held, raised, jnp.inf)
 
 

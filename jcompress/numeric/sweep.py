@@ -64,7 +64,8 @@ def sweep(
     block = min(block_size, -(-k // spans[1]) * spans[1]) if len(spans) > 1 else block_size
     more = -(-k // block) * block - k
     # Inputs that fill up the last block: weights of zero that nothing moves.
-    factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag(jnp.pad(jnp.zeros(k), (0, more), constant_values=1.0))
+    ones = jnp.pad(jnp.zeros(k, factor.dtype), (0, more), constant_values=1.0)
+    factor = jnp.pad(factor, ((0, more), (0, more))) + jnp.diag(ones)
     known = {name: by_outputs(x) if x.shape == w.shape else x for name, x in known.items()}
     padded = jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), (by_outputs(w), known))
     whole = [dataclasses.replace(d, span=min(d.span, block)) for d in decisions]

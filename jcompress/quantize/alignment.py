@@ -38,7 +38,7 @@ def align(w: jax.Array, gram: jax.Array, cross: jax.Array, rounds: int = 1) -> j
         raise ValueError(f"align: rounds={rounds} must be positive")
     wide, high = w.astype(jnp.float32), jax.lax.Precision.HIGHEST
     seen = jnp.diagonal(gram, axis1=-2, axis2=-1) > 0
-    lower = jnp.tril(gram) + jnp.eye(gram.shape[-1]) * ~seen[..., None]
+    lower = jnp.tril(gram) + jnp.eye(gram.shape[-1], dtype=gram.dtype) * ~seen[..., None]
     upper, goal = jnp.triu(gram, 1), jnp.matmul(cross, wide, precision=high)
 
     def solved(right: jax.Array) -> jax.Array:

@@ -110,6 +110,6 @@ def tried(
 
 def best(points: int, error: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Of so many evenly spaced powers from 0 to 1, that of the least error."""
-    powers = jnp.linspace(0, 1, points)
+    powers = jnp.linspace(0, 1, points, dtype=jnp.float32)
     errors = jax.lax.map(error, powers)
     return powers[extremes.argmin(errors)]

@@ -57,7 +57,7 @@ def clipped(grid: Method, clips: int, layer: matrices.Contraction, gram: jax.Arr
         moved = change * jnp.matmul(own, change, precision=jax.lax.Precision.HIGHEST)
         return pool(layer.of(w.astype(jnp.float32)).restore(moved), how[0], how[1], jnp.add, 0.0, how[2])
 
-    parts = jnp.linspace(1.0, _LEAST, clips)
+    parts = jnp.linspace(1.0, _LEAST, clips, dtype=jnp.float32)
     errors = jax.lax.map(error, parts)
     best = parts[jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors), 0)]
     found = [fitted(part) for part in (jnp.ones_like(best), best)]

@@ -125,7 +125,7 @@ def chosen(
 
 def _lengths(codes: jax.Array, quantizer: jax.Array, counted: jax.Array, most: int) -> jax.Array:
     """Code lengths by quantizer and code, float32 (2, 2 most + 1)."""
-    counts = jnp.zeros((2, 2 * most + 1)).at[quantizer, codes + most].add(counted)
+    counts = jnp.zeros((2, 2 * most + 1), jnp.float32).at[quantizer, codes + most].add(counted)
     return code_lengths(counts, floor=0.01)
 
 

@@ -89,7 +89,7 @@ class GPFQ(Method):
         known = {**known, "shown": matrices.visible(layer, context), "dense": matrix}
         known["shrink"] = self.threshold * known["scale"]
         if self.stochastic:
-            known["noise"] = jax.random.uniform(context.key, matrix.shape) - 0.5
+            known["noise"] = jax.random.uniform(context.key, matrix.shape, jnp.float32) - 0.5
         return filled(node, layer, _followed(matrix, gram, known, rounding=found), known, found)
 
 

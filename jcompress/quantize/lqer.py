@@ -73,7 +73,8 @@ class LQER(Method):
             )
         quantized = self.grid(w, context)
         if not w.size:
-            u, v = jnp.zeros((*w.shape[:-1], self.rank)), jnp.zeros((*w.shape[: layer.lead], self.rank, w.shape[-1]))
+            shapes = (*w.shape[:-1], self.rank), (*w.shape[: layer.lead], self.rank, w.shape[-1])
+            u, v = (jnp.zeros(shape, jnp.float32) for shape in shapes)
             return Sum((quantized, LowRank(u.astype(w.dtype), v.astype(w.dtype))))
         left = layer.of(w - core.dense(quantized)).matrix()
         u, v = jax.vmap(partial(_factors, rank=self.rank, by=self.by))(left, self._damped(gram))

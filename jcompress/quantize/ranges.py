@@ -187,8 +187,8 @@ def _least_error(problem: Problem, candidates: int) -> Range:
 
         return jax.lax.fori_loop(0, parts.size, one, best)
 
-    coarse = search(_Tried(problem.error(full), full), jnp.linspace(0.04, 0.98, candidates))
-    return search(coarse, jnp.linspace(0.98, 1.02, max(candidates // 3, 2))).ends
+    coarse = search(_Tried(problem.error(full), full), jnp.linspace(0.04, 0.98, candidates, dtype=jnp.float32))
+    return search(coarse, jnp.linspace(0.98, 1.02, max(candidates // 3, 2), dtype=jnp.float32)).ends
 
 
 class Observed(NamedTuple):

@@ -89,8 +89,8 @@ class RateDistortion(Method):
 
         def turn(_: Any, best: jax.Array) -> jax.Array:
             taken = jnp.take_along_axis(places, best[None], 0)[0]
-            counts = jnp.zeros(high - low + 1).at[taken].add(counted.astype(jnp.float32))
-            return jnp.argmin(errors + self.price * code_lengths(counts, floor=0.01)[places], axis=0)
+            counts = jnp.zeros(high - low + 1, jnp.float32).at[taken].add(counted.astype(jnp.float32))
+            return jnp.argmin(errors + self.price * code_lengths(counts, floor=0.01)[places], axis=0).astype(best.dtype)
 
         best = jax.lax.fori_loop(0, _ROUNDS, turn, jnp.zeros(w.shape, jnp.int32))
         codes = jnp.take_along_axis(choices, best[None], 0)[0].astype(node.codes.dtype)

@@ -54,7 +54,7 @@ class Rotation(Method):
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Rotated:
         """The node for one array."""
         self.check(context.path, w.shape, w.dtype)
-        signs = jax.random.bernoulli(jax.random.key(self.seed), shape=(w.shape[-2], 1))
+        signs = jax.random.bernoulli(jax.random.key(self.seed), jnp.float32(0.5), (w.shape[-2], 1))
         signs = jnp.broadcast_to(signs, (*[1] * (w.ndim - 2), *signs.shape))
         empty = Rotated(None, signs)
         shown = w if context.where is None else jnp.where(context.where, w, jnp.zeros_like(w))

@@ -53,7 +53,7 @@ class Stochastic(Method):
             )
         scale = spread(core.dense(node.scale).astype(jnp.float32), node.codes, node.group_size)
         scaled = w.astype(jnp.float32) / scale
-        rounded = _rounded(scaled, jax.random.uniform(own, w.shape), node)
+        rounded = _rounded(scaled, jax.random.uniform(own, w.shape, jnp.float32), node)
         zero = None if node.zero is None else spread(node.zero.astype(jnp.float32), node.codes, node.group_size)
         codes = nearest(rounded, 1.0, zero, node.bits, node.table, jnp.dtype(node.codes.dtype))
         return dataclasses.replace(node, codes=codes)

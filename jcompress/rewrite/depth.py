@@ -114,7 +114,7 @@ def _fused(a: PyTree, b: PyTree, share: float, mode: Fusion, key: jax.Array | No
     assert key is not None
     leaves, treedef = jax.tree.flatten(a)
     keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
-    return jax.tree.map(lambda x, y, k: jnp.where(jax.random.bernoulli(k, 0.5, x.shape), x, y), a, b, keys)
+    return jax.tree.map(lambda x, y, k: jnp.where(jax.random.bernoulli(k, jnp.float32(0.5), x.shape), x, y), a, b, keys)
 
 
 def remove_layers(layers: PyTree, scores: jax.Array | Sequence[float], count: int) -> tuple[PyTree, list[int]]:

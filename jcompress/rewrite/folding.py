@@ -193,7 +193,7 @@ def fold_rotations(params: PyTree, groups: Mapping[str, Group], key: jax.Array) 
         group = groups[name]
         links_.check(found, name, tuple(path for path, _ in group.members))
         own = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-        signs = jax.random.bernoulli(own, shape=(group.size,))
+        signs = jax.random.bernoulli(own, jnp.float32(0.5), (group.size,))
         for path, axis in group.members:
             index = group.maps[path, axis]
             if (index < 0).any() or len(set(np.bincount(index, minlength=group.size))) > 1:

@@ -49,7 +49,7 @@ def best_intervals(points: jax.Array, weight: jax.Array, clusters: int) -> jax.A
     kind = jnp.uint8 if longest < 256 else jnp.uint16
 
     def row(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        before = jnp.concatenate([jnp.full(longest, jnp.inf), state[0]])
+        before = jnp.concatenate([jnp.full(longest, jnp.inf, jnp.float32), state[0]])
 
         def longer(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             error = lax.dynamic_slice_in_dim(before, longest - 1 - i, n + 1) + errors[i]
@@ -58,7 +58,7 @@ def best_intervals(points: jax.Array, weight: jax.Array, clusters: int) -> jax.A
         best, length = lax.fori_loop(0, longest, longer, (state[0], jnp.zeros(n + 1, jnp.int32)))
         return best, lax.dynamic_update_index_in_dim(state[1], length.astype(kind), k, 0)
 
-    start = jnp.full(n + 1, jnp.inf).at[0].set(0.0), _later(errors, (clusters, n + 1), kind)
+    start = jnp.full(n + 1, jnp.inf, jnp.float32).at[0].set(0.0), _later(errors, (clusters, n + 1), kind)
     _, lengths = lax.fori_loop(0, clusters, row, start)
 
     def back(end: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -72,7 +72,7 @@ def best_intervals(points: jax.Array, weight: jax.Array, clusters: int) -> jax.A
 def _errors(points: jax.Array, weight: jax.Array, longest: int) -> jax.Array:
     """The squared error of the points before each end, (longest, n + 1): of the last one, the last two, ..."""
     n = points.shape[0]
-    lead, none = jnp.zeros(longest), jnp.zeros(n + 1)
+    lead, none = jnp.zeros(longest, jnp.float32), jnp.zeros(n + 1, jnp.float32)
     found = _later(weight, (longest, n + 1), jnp.float32)
     points, weight = jnp.concatenate([lead, points, lead[:1]]), jnp.concatenate([lead, weight, lead[:1]])
 

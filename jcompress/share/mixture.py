@@ -67,10 +67,10 @@ class Mixture:
         arrays = rules.matching(params, match, "Mixture: match").values()
         low = jnp.stack([jnp.min(x).astype(jnp.float32) for x in arrays]).min()
         high = jnp.stack([jnp.max(x).astype(jnp.float32) for x in arrays]).max()
-        spots = jnp.linspace(low, high, components - 1)
+        spots = jnp.linspace(low, high, components - 1, dtype=jnp.float32)
         wide = jnp.maximum((high - low) / max(components - 2, 1), 1e-6)
-        means = jnp.concatenate([jnp.zeros(1), spots])
-        return cls(means, jnp.full(components, jnp.log(wide / 2)), jnp.zeros(components), zero)
+        means = jnp.concatenate([jnp.zeros(1, jnp.float32), spots])
+        return cls(means, jnp.full(components, jnp.log(wide / 2), jnp.float32), jnp.zeros(components, jnp.float32), zero)
 
     def centers(self) -> jax.Array:
         """The means, float32 (components,), the first one zero."""
@@ -79,7 +79,7 @@ class Mixture:
     def share(self) -> jax.Array:
         """The share of each component, float32 (components,)."""
         others = jax.nn.softmax(self.logits[1:]) * (1 - self.zero)
-        return jnp.concatenate([jnp.full(1, self.zero), others])
+        return jnp.concatenate([jnp.full(1, self.zero, jnp.float32), others])
 
     def log_densities(self, w: jax.Array) -> jax.Array:
         """``log pi_j N(w; ...)`` of each weight and component, float32 (..., components)."""

@@ -137,7 +137,7 @@ def _offset(leaves: Sequence[Product], clusters: int, worth: jax.Array) -> jax.A
 
 def _swept(leaf: Product, words: jax.Array, offset: jax.Array) -> Product:
     """Every block of inputs in turn, in every layer."""
-    shown = jnp.ones((len(leaf.w), 1, 1)) if leaf.shown is None else leaf.shown
+    shown = jnp.ones((len(leaf.w), 1, 1), jnp.float32) if leaf.shown is None else leaf.shown
     one = partial(_sweep, words=words, offset=offset, d=leaf.d, e=leaf.e, masked=leaf.shown is not None)
     return dataclasses.replace(leaf, codes=jax.vmap(one)(leaf.w, leaf.quantized(words), leaf.codes, leaf.gram, shown))
 

@@ -94,10 +94,10 @@ def _grouping(points: jax.Array, weight: jax.Array, size: int) -> jax.Array:
 def grouped(points: jax.Array, weight: jax.Array, group: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Mean and weight of each group. A group of one point has it as its mean, to the bit."""
     group = jnp.where(weight > 0, group, size)
-    first = jnp.full(size, jnp.inf).at[group].min(points, mode="drop")
+    first = jnp.full(size, jnp.inf, jnp.float32).at[group].min(points, mode="drop")
     first = jnp.where(jnp.isfinite(first), first, 0.0)
     apart = points - first.at[group].get(mode="clip")
-    total, count = (jnp.zeros(size).at[group].add(x, mode="drop") for x in (weight * apart, weight))
+    total, count = (jnp.zeros(size, jnp.float32).at[group].add(x, mode="drop") for x in (weight * apart, weight))
     return moved(first, total, count), count
 
 

@@ -120,7 +120,7 @@ def _surgeon(
         # The row and column of the weight that is gone become those of the identity, so that nothing divides by zero.
         rest = inverse - jnp.outer(column, column) / pivot
         rest = jnp.where(least > 0, jnp.maximum(rest, least), rest)
-        rest = jnp.where(gone[:, None] | gone, jnp.eye(k), rest)
+        rest = jnp.where(gone[:, None] | gone, jnp.eye(k, dtype=rest.dtype), rest)
         left = alive & ~gone
         return jnp.where(left, w - (w[q] / pivot) * column, 0), rest, left
 

@@ -37,7 +37,7 @@ def sampled(score: scores.Score) -> scores.Score:
 
     @scores.reads(*scores.needs(score), "key")
     def drawn(w: jax.Array, context: Context) -> jax.Array:
-        noise = jnp.zeros_like(w, jnp.float32) + jax.random.exponential(context.key, w.shape)
+        noise = jnp.zeros_like(w, jnp.float32) + jax.random.exponential(context.key, w.shape, jnp.float32)
         return score(w, context).astype(jnp.float32) / jnp.maximum(noise, jnp.finfo(jnp.float32).tiny)
 
     return drawn

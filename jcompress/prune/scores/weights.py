@@ -157,7 +157,7 @@ def random(w: jax.Array, context: Context) -> jax.Array:
       >>> drawn.shape, bool(0.4 < drawn.mean() < 0.6)
       ((1000,), True)
     """
-    return jnp.zeros_like(w, jnp.float32) + jax.random.uniform(context.key, w.shape)
+    return jnp.zeros_like(w, jnp.float32) + jax.random.uniform(context.key, w.shape, jnp.float32)
 
 
 @reads("grad")

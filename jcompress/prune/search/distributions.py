@@ -66,7 +66,7 @@ def pbil(
         top = masks[jnp.argsort(scores, descending=True)[:best]]
         return jnp.clip((1 - rate) * p + rate * top.mean(0), edge, 1 - edge)
 
-    return _search(fitness, key, jnp.full(length, density), lambda p: p, move, population, generations)
+    return _search(fitness, key, jnp.full(length, density, jnp.float32), lambda p: p, move, population, generations)
 
 
 def reinforce(
@@ -115,7 +115,7 @@ def reinforce(
     if not 0 < density < 1:
         raise ValueError(f"reinforce: density={density} must be in (0, 1)")
     tx = optax.adam(rate)
-    start = jnp.full(length, jnp.log(density / (1 - density)))
+    start = jnp.full(length, jnp.log(density / (1 - density)), jnp.float32)
 
     def move(policy: Any, drawn: jax.Array, masks: jax.Array, scores: jax.Array) -> Any:
         logits, state = policy
@@ -178,7 +178,7 @@ def _search(
     def step(state: tuple, key: jax.Array) -> tuple[tuple, jax.Array]:
         policy, best, top = state
         drawn = probabilities(policy)
-        masks = jax.random.bernoulli(key, drawn, (population, length))
+        masks = jax.random.bernoulli(key, drawn.astype(jnp.float32), (population, length))
         scores = extremes.lowest(jax.vmap(fitness)(masks))
         place = jnp.argmax(scores)
         best, top = jnp.where(scores[place] > top, masks[place], best), jnp.maximum(scores[place], top)

@@ -130,7 +130,7 @@ def genetic(
         return (children, scores, best), best[1]
 
     start, key = jax.random.split(key)
-    masks = jax.random.bernoulli(start, density, (population, length))
+    masks = jax.random.bernoulli(start, jnp.float32(density), (population, length))
     scores = measure(masks)
     start_state = masks, scores, better((masks[0], scores[0]), masks, scores)
     (_, _, best), history = jax.lax.scan(step, start_state, jax.random.split(key, generations))
@@ -139,9 +139,9 @@ def genetic(
 
 def _children(key: jax.Array, a: jax.Array, b: jax.Array, crossover: Any, mutation: Any) -> jax.Array:
     mixed, chosen, flipped = jax.random.split(key, 3)
-    mixes = jax.random.bernoulli(mixed, crossover, (a.shape[0], 1))
-    children = jnp.where(mixes & jax.random.bernoulli(chosen, 0.5, a.shape), b, a)
-    return children ^ jax.random.bernoulli(flipped, mutation, a.shape)
+    mixes = jax.random.bernoulli(mixed, jnp.float32(crossover), (a.shape[0], 1))
+    children = jnp.where(mixes & jax.random.bernoulli(chosen, jnp.float32(0.5), a.shape), b, a)
+    return children ^ jax.random.bernoulli(flipped, jnp.float32(mutation), a.shape)
 
 
 def genetic_front(
@@ -198,7 +198,7 @@ def genetic_front(
         return ordered(jnp.concatenate([masks, children]), jnp.concatenate([scores, measure(children)])), None
 
     start, key = jax.random.split(key)
-    masks = jax.random.bernoulli(start, density, (population, length))
+    masks = jax.random.bernoulli(start, jnp.float32(density), (population, length))
     first = ordered(masks, measure(masks))
     (masks, scores), _ = jax.lax.scan(step, first, jax.random.split(key, generations))
     return Front(masks, scores, dominance.ranks(scores))

@@ -74,7 +74,7 @@ def particle_filter(
     def step(state: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         masks, logs = state
         flipped, drawn = jax.random.split(key)
-        masks = masks ^ jax.random.bernoulli(flipped, rate, masks.shape)
+        masks = masks ^ jax.random.bernoulli(flipped, jnp.float32(rate), masks.shape)
         logs = jax.nn.log_softmax(logs - errors(masks))
         effective = jnp.exp(-jax.nn.logsumexp(2 * logs))
         poor = effective < particles / 2
@@ -82,8 +82,8 @@ def particle_filter(
         return (masks[places], jnp.where(poor, jnp.zeros_like(logs), logs)), effective
 
     first, key = jax.random.split(key)
-    masks = jax.random.bernoulli(first, density, (particles, length))
-    (masks, logs), effective = jax.lax.scan(step, (masks, jnp.zeros(particles)), jax.random.split(key, steps))
+    masks = jax.random.bernoulli(first, jnp.float32(density), (particles, length))
+    (masks, logs), effective = jax.lax.scan(step, (masks, jnp.zeros(particles, jnp.float32)), jax.random.split(key, steps))
     return Filtered(masks, jax.nn.softmax(logs), effective)
 
 
@@ -105,5 +105,5 @@ def systematic(key: jax.Array, weights: jax.Array) -> jax.Array:
     """
     n = weights.shape[0]
     sums = jnp.cumsum(weights)
-    points = (jnp.arange(n) + jax.random.uniform(key)) / n * sums[-1]
+    points = (jnp.arange(n) + jax.random.uniform(key, dtype=jnp.float32)) / n * sums[-1]
     return jnp.minimum(jnp.searchsorted(sums, points, side="right"), n - 1)

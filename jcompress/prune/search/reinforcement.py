@@ -91,7 +91,7 @@ class _Task(NamedTuple):
             met = self.seen(i, spent, last)
             mean = _act(actor, met, least)
             ends = (least - mean) / deviation, (1 - mean) / deviation
-            noisy = mean + deviation * jax.random.truncated_normal(first, *ends)
+            noisy = mean + deviation * jax.random.truncated_normal(first, *ends, dtype=jnp.float32)
             keep = jnp.where(random, jax.random.uniform(second, (), jnp.float32, least, 1), noisy)
             most = (self.room - spent - least * self.later[i]) / self.share[i]
             keep = jnp.clip(keep, least, jnp.clip(most, least, 1))
@@ -233,7 +233,7 @@ def _learned(
 def _network(key: jax.Array, widths: Sequence[int]) -> _Layers:
     keys = jax.random.split(key, len(widths) - 1)
     sizes = zip(keys, widths[:-1], widths[1:], strict=True)
-    return [(jax.random.normal(k, (m, n)) * m**-0.5, jnp.zeros(n)) for k, m, n in sizes]
+    return [(jax.random.normal(k, (m, n), jnp.float32) * m**-0.5, jnp.zeros(n, jnp.float32)) for k, m, n in sizes]
 
 
 def _forward(layers: _Layers, x: jax.Array) -> jax.Array:

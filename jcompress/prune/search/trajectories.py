@@ -58,12 +58,12 @@ def particle_swarm(
         return extremes.lowest(jax.vmap(fitness)(positions))
 
     start, moving, key = jax.random.split(key, 3)
-    positions = jax.random.uniform(start, (particles, length), minval=low, maxval=high)
-    velocities = jax.random.uniform(moving, (particles, length), minval=-0.5, maxval=0.5) * (high - low)
+    positions = jax.random.uniform(start, (particles, length), jnp.float32, minval=low, maxval=high)
+    velocities = jax.random.uniform(moving, (particles, length), jnp.float32, minval=-0.5, maxval=0.5) * (high - low)
 
     def step(state: _Four, key: jax.Array) -> tuple[_Four, jax.Array]:
         x, v, top, scores = state
-        u = jax.random.uniform(key, (2, *x.shape))
+        u = jax.random.uniform(key, (2, *x.shape), jnp.float32)
         v = inertia * v + own * u[0] * (top - x) + best * u[1] * (top[extremes.argmax(scores)] - x)
         x = x + v
         new = measure(x)
@@ -118,7 +118,7 @@ def anneal(
     def propose(key: jax.Array, mask: jax.Array) -> jax.Array:
         if not swap:
             return mask ^ (jnp.arange(mask.size) == jax.random.randint(key, (), 0, mask.size))
-        draws = jax.random.uniform(key, mask.shape)
+        draws = jax.random.uniform(key, mask.shape, jnp.float32)
         out, into = jnp.argmax(jnp.where(mask, draws, -1)), jnp.argmax(jnp.where(mask, -1, draws))
         # Where one of the two kinds is missing, both indices agree or the mask would change its count.
         possible = mask[out] & ~mask[into]
@@ -130,7 +130,7 @@ def anneal(
         first, second = jax.random.split(key)
         other = propose(first, mask)
         new = extremes.lowest(fitness(other))
-        taken = jnp.log(jax.random.uniform(second)) * t < new - score
+        taken = jnp.log(jax.random.uniform(second, dtype=jnp.float32)) * t < new - score
         mask, score = jnp.where(taken, other, mask), jnp.where(taken, new, score)
         best, top = jnp.where(score > top, mask, best), jnp.maximum(score, top)
         return (mask, score, best, top), top

@@ -56,7 +56,7 @@ class QuantNoise(Method):
         """The node for one array."""
         draw, inner = jax.random.split(context.key)
         node = core.fit(self.method, [w], [dataclasses.replace(context, key=inner)])[0]
-        drawn = jax.random.bernoulli(draw, core.value_at(self.rate, context.step), self._blocks(w.shape))
+        drawn = jax.random.bernoulli(draw, jnp.float32(core.value_at(self.rate, context.step)), self._blocks(w.shape))
         axis = -2 if w.ndim > 1 else -1
         if self.block_size > 1 and w.ndim:
             drawn = jnp.repeat(drawn, self.block_size, axis)

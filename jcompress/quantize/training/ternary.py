@@ -77,7 +77,7 @@ def pruned_ternary(w: jax.Array, sparsity: Any, axes: tuple[int, ...] | None = N
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(x, axes, keepdims=True)
 
-    number = total(jnp.ones(w.shape)) - jnp.round(sparsity * total(jnp.ones(w.shape)))
+    number = total(jnp.ones(w.shape, jnp.float32)) - jnp.round(sparsity * total(jnp.ones(w.shape, jnp.float32)))
     signs = jnp.sign(wide) * (_order(jnp.abs(wide), axes) < number)
     level = total(wide * signs) / jnp.maximum(total(jnp.abs(signs)), 1)
     size, norm = jnp.sqrt(total(jnp.square(level * signs))), jnp.sqrt(total(jnp.square(wide)))
