@@ -47,7 +47,8 @@ class Sentences(Lab):
         self.pairs = sts.labelled(self.pairs)
         short = [x for x in self.encoder.tokens(lines) if len(x) <= self.longest]
         x, _ = minilm.pad(short, self.longest)
-        held, train, none = (datasets.Split(part, np.zeros(len(part))) for part in np.split(x, (self.held, len(x))))
+        parts = np.split(x, (self.held, len(x)))
+        held, train, none = (datasets.Split(part, np.zeros(len(part), np.int32)) for part in parts)
         found = datasets.Data("sentences", "text", 0, train, held, none)
         rules = [("token|position", TABLE), (".*", None)]
         embeddings = {name: table["embedding"] for name, table in params["embeddings"].items() if name != "norm"}
