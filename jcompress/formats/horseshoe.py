@@ -92,7 +92,8 @@ class Horseshoe(Compressed):
             return gating.kept_or_zero(-self.log_mode() < self.threshold, self.moments()[0], like)
         ours, theirs = jax.random.split(key)
         deviation = jnp.exp(0.5 * core.dense(self.log_variance))
-        return (self._scales(ours) * (like + deviation * jax.random.normal(theirs, like.shape, jnp.float32))).astype(like.dtype)
+        noise = jax.random.normal(theirs, like.shape, jnp.float32)
+        return (self._scales(ours) * (like + deviation * noise)).astype(like.dtype)
 
     def _scales(self, key: jax.Array) -> jax.Array:
         """Samples of the scales; the variable of the whole array is one for all groups."""

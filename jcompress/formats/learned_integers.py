@@ -84,8 +84,8 @@ class Latent(Compressed):
         count = x.size if where is None else jnp.sum(jnp.broadcast_to(where, x.shape))
         deviation = jnp.sqrt(jnp.sum((shown / step) ** 2) / jnp.maximum(count, 1))
         sizes = jnp.log(jnp.maximum(deviation, 0.1) * math.sqrt(3) / math.pi)
-        spread = jnp.linspace(-0.7, 0.7, self.components, dtype=jnp.float32) if self.components > 1 else jnp.zeros(1, jnp.float32)
         nothing = jnp.zeros(self.components, jnp.float32)
+        spread = jnp.linspace(-0.7, 0.7, self.components, dtype=jnp.float32) if self.components > 1 else nothing
         density = jnp.stack([nothing, nothing, sizes + spread])
         return dataclasses.replace(
             self,

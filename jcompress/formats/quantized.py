@@ -124,7 +124,7 @@ class Quantized(Compressed):
         scale = jnp.where(square > 0, product / jnp.maximum(square * small, jnp.finfo(jnp.float32).tiny), 0.0)
         if core.is_node(self.scale):
             return dataclasses.replace(self, scale=self.scale.project(scale))
-        return dataclasses.replace(self, scale=scale.astype(jnp.result_type(scale if self.scale is None else self.scale)))
+        return dataclasses.replace(self, scale=scale if self.scale is None else scale.astype(self.scale.dtype))
 
     def _small(self, size: int) -> float:
         """A power of two, under which so many levels times weights add up inside float32."""

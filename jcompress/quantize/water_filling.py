@@ -83,7 +83,8 @@ class WaterFilling(Method):
         layer, gram = matrices.of(w, context, "gram")
         matrix, shown, most = layer.matrix(), matrices.visible(layer, context), 2 ** (self.bits - 1) - 1
         if not w.size:
-            return self._node(layer, jnp.zeros(matrix.shape, jnp.float32), jnp.ones(matrix.shape[:-1], jnp.float32), context)
+            steps = jnp.ones(matrix.shape[:-1], jnp.float32)
+            return self._node(layer, jnp.zeros(matrix.shape, jnp.float32), steps, context)
         unit = scaling.unit([matrix])
         solve = jax.vmap(lambda w, gram, shown: self._solve(w, gram, shown, most))
         values, steps = solve(unit.divide(matrix), gram, shown)
@@ -112,7 +113,8 @@ class WaterFilling(Method):
         prices = self.price * laplace_lengths(jnp.maximum(scale, 0.05), most, 2 if self.states else 1)
         x = jnp.clip(x, -most, most)
         if self.states:
-            codes, quantizer = rounding.path(x[:, None], jnp.ones((), jnp.float32), shown[:, None], prices, most, self.states)
+            unit = jnp.ones((), jnp.float32)
+            codes, quantizer = rounding.path(x[:, None], unit, shown[:, None], prices, most, self.states)
             return (codes - jnp.sign(codes) * quantizer / 2)[:, 0]
         near, sign = jnp.round(jnp.abs(x)), jnp.sign(x)
         tried = jnp.stack([near, jnp.maximum(near - 1, 0), jnp.zeros_like(near)])

@@ -70,7 +70,8 @@ class Mixture:
         spots = jnp.linspace(low, high, components - 1, dtype=jnp.float32)
         wide = jnp.maximum((high - low) / max(components - 2, 1), 1e-6)
         means = jnp.concatenate([jnp.zeros(1, jnp.float32), spots])
-        return cls(means, jnp.full(components, jnp.log(wide / 2), jnp.float32), jnp.zeros(components, jnp.float32), zero)
+        log_deviations, logits = jnp.full(components, jnp.log(wide / 2), jnp.float32), jnp.zeros_like(means)
+        return cls(means, log_deviations, logits, zero)
 
     def centers(self) -> jax.Array:
         """The means, float32 (components,), the first one zero."""

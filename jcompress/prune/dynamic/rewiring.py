@@ -129,7 +129,8 @@ def _walk(
 
 def _reactivated(state: RewiringState, alive: dict[str, jax.Array], scope: Scope) -> dict[str, jax.Array]:
     """As many masks True as before, what is missing drawn at random."""
-    scores = {path: jnp.where(x, 2.0, jax.random.uniform(_key(state, path, 1), x.shape, jnp.float32)) for path, x in alive.items()}
+    drawn = {path: jax.random.uniform(_key(state, path, 1), x.shape, jnp.float32) for path, x in alive.items()}
+    scores = {path: jnp.where(x, 2.0, drawn[path]) for path, x in alive.items()}
     numbers = [counted(state.masks[path]) for path in alive]
     if scope == "global" and alive:
         chosen = keep_largest(list(scores.values()), Count.total(numbers))

@@ -83,7 +83,8 @@ def particle_filter(
 
     first, key = jax.random.split(key)
     masks = jax.random.bernoulli(first, jnp.float32(density), (particles, length))
-    (masks, logs), effective = jax.lax.scan(step, (masks, jnp.zeros(particles, jnp.float32)), jax.random.split(key, steps))
+    start = masks, jnp.zeros(particles, jnp.float32)
+    (masks, logs), effective = jax.lax.scan(step, start, jax.random.split(key, steps))
     return Filtered(masks, jax.nn.softmax(logs), effective)
 
 

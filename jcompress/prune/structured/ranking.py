@@ -130,7 +130,8 @@ def random(groups: Mapping[str, Group], key: jax.Array) -> dict[str, jax.Array]:
       (3,)
     """
     keys = {name: rules.key_of(key, name) for name in units.prunable(groups)}
-    return {name: jax.random.uniform(own, (groups[name].size,), jnp.float32) for name, own in keys.items() if own is not None}
+    sizes = {name: (groups[name].size,) for name, own in keys.items() if own is not None}
+    return {name: jax.random.uniform(keys[name], size, jnp.float32) for name, size in sizes.items()}
 
 
 def l1(
