@@ -252,7 +252,7 @@ def top_eigenvalues(
                 return moved, jnp.vdot(v, moved)
 
             start = jax.random.normal(key, w.shape, jnp.float32)
-            return jax.lax.fori_loop(0, steps, step, (start, jnp.zeros(())))[1]
+            return jax.lax.fori_loop(0, steps, step, (start, jnp.zeros((), jnp.float32)))[1]
 
         return jax.jit(iterated)(leaves, batch)
 

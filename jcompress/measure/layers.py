@@ -121,7 +121,7 @@ def average_path_length(structure: Any, tolerance: float = 0.0) -> jax.Array:
             raise ValueError("average_path_length: found a tuple of no branches; write a skip connection as []")
         return jnp.mean(jnp.stack([average_path_length(branch, tolerance) for branch in structure]))
     if isinstance(structure, list):
-        return sum((average_path_length(part, tolerance) for part in structure), jnp.zeros(()))
+        return sum((average_path_length(part, tolerance) for part in structure), jnp.zeros((), jnp.float32))
     slopes = jnp.asarray(structure, jnp.float32)
     if slopes.size == 0:
         raise ValueError("average_path_length: found an activation without slopes; leave it out")

@@ -85,7 +85,7 @@ def p_pruning(
 
 def _output_products(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[str, Any]) -> jax.Array:
     """The inner products of what each two units put out, over all kernels that read them: (size, size)."""
-    total = jnp.zeros((group.size, group.size))
+    total = jnp.zeros((group.size, group.size), jnp.float32)
     for layer, axis in consumers.consumers(name, group, found, stats, "gram"):
         table = units.positions(layer.unit(axis, group.maps[layer.path, axis]), group.size)
         gram = jnp.reshape(layer.stat.gram, (-1, *layer.stat.gram.shape[-2:])).sum(axis=0)

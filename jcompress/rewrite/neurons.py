@@ -86,6 +86,6 @@ def _merged(
         return mixing, products, keep.at[j].set(False)
 
     cut = jnp.minimum(group.size - jnp.asarray(selection.kept(group.size, fraction), jnp.int32), group.size - 1)
-    start = (jnp.eye(group.size), products, jnp.ones(group.size, bool))
+    start = (jnp.eye(group.size, dtype=jnp.float32), products, jnp.ones(group.size, bool))
     mixing, _, keep = jax.lax.fori_loop(0, cut, merge, start)
     return mixing, keep

@@ -236,7 +236,7 @@ def _solved(a: jax.Array, b: jax.Array, ridge: Any) -> jax.Array:
     damping out of all but the directions in which ``a`` is zero.
     """
     least = 4 * float(jnp.finfo(jnp.float32).eps) * len(a) ** 0.5
-    factor = (cholesky(a + (ridge + least) * jnp.eye(len(a)))[0], True)
+    factor = (cholesky(a + (ridge + least) * jnp.eye(len(a), dtype=a.dtype))[0], True)
     x = jax.scipy.linalg.cho_solve(factor, b)
     for _ in range(2):
         residual = b - ridge * x - jnp.matmul(a, x, precision="highest")

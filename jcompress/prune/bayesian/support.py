@@ -74,8 +74,8 @@ def _sum_product(evidence: jax.Array, density: Any, run: Any, axis: int) -> tupl
     """Probabilities, extrinsic log odds, and the log of the mean of ``exp(s . evidence)`` over all chains."""
     moved = jnp.moveaxis(evidence.astype(jnp.float32), axis, 0)
     leave = 1 / jnp.asarray(run, jnp.float32)
-    enter = leave * density / (1 - density)
-    start = jnp.full(moved.shape[1:], jnp.log(density) - jnp.log1p(-density))
+    enter = leave * jnp.asarray(density / (1 - density), jnp.float32)
+    start = jnp.full(moved.shape[1:], jnp.log(density) - jnp.log1p(-density), jnp.float32)
 
     def forward(odds: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Log odds of an entry before its own evidence; those of the next follow from it and the transition.

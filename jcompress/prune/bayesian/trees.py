@@ -43,7 +43,7 @@ def penalty(tree: PyTree) -> jax.Array:
       >>> round(float(jc.prune.bayesian.penalty(gated)), 2)
       16.0
     """
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for node in _nodes(tree):
         if hasattr(node, "penalty"):
             total = total + node.penalty()

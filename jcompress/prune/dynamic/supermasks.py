@@ -242,7 +242,7 @@ def score_penalty(tree: PyTree) -> jax.Array:
       2.0
     """
     nodes = [x for x in jax.tree.leaves(tree, is_leaf=core.is_node) if isinstance(x, Scored)]
-    return sum((jnp.sum(jax.nn.sigmoid(core.dense(x.scores))) for x in nodes), jnp.zeros(()))
+    return sum((jnp.sum(jax.nn.sigmoid(core.dense(x.scores))) for x in nodes), jnp.zeros((), jnp.float32))
 
 
 def _check(method: Any) -> None:

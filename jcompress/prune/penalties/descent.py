@@ -140,7 +140,8 @@ def accelerated(
 
     def init(params: PyTree) -> AcceleratedState:
         chosen = rules.matching(params, match, "accelerated: match")
-        return AcceleratedState(transforms.steps(), jnp.ones(()), jax.tree.map(jnp.copy, params), dict.fromkeys(chosen))
+        t, iterate = jnp.ones((), jnp.float32), jax.tree.map(jnp.copy, params)
+        return AcceleratedState(transforms.steps(), t, iterate, dict.fromkeys(chosen))
 
     def update(
         updates: PyTree, state: AcceleratedState, params: PyTree | None = None, **extra: Any

@@ -96,7 +96,7 @@ def _products(name: str, group: Group, found: Mapping[str, Any], stats: Mapping[
     """
     layers = consumers.consumers(name, group, found, stats, "gram")
     weight, energy = scaling.unit([x.w for x, _ in layers]), scaling.unit([x.stat.gram for x, _ in layers])
-    total = jnp.zeros((group.size, group.size))
+    total = jnp.zeros((group.size, group.size), jnp.float32)
     for layer, axis in layers:
         unit = layer.unit(axis, group.maps[layer.path, axis])
         target = np.where(unit < 0, group.size, unit)
@@ -186,6 +186,7 @@ def _greedy(products: jax.Array) -> jax.Array:
         order, along = state  # ``along``: inner products with the sum of what is cut
         change = jnp.where(order > 0, jnp.inf, jnp.diag(products) + 2 * along)
         i = extremes.argmin(change)
-        return order.at[i].set((step + 1) / size), along + products[i]
+        return order.at[i].set((step + 1).astype(order.dtype) / size), along + products[i]
 
-    return jax.lax.fori_loop(0, size, cut, (jnp.zeros(size), jnp.zeros(size)))[0]
+    none = jnp.zeros(size, products.dtype)
+    return jax.lax.fori_loop(0, size, cut, (none, none))[0]

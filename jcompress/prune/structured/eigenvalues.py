@@ -45,7 +45,7 @@ def spectral(params: PyTree, groups: Mapping[str, Group]) -> dict[str, jax.Array
             if isinstance(node, Spectral) and axis == node.vectors.ndim - 1:
                 values = jnp.abs(node.outputs.astype(jnp.float32))
                 added = units.totals(values, values.ndim - 1, group.maps[path, axis], group.size)
-                scores[name] = scores.get(name, jnp.zeros(group.size)) + added
+                scores[name] = scores.get(name, jnp.zeros(group.size, jnp.float32)) + added
     if not scores:
         raise ValueError(
             f"spectral: none of the {len(groups)} groups is written by a Spectral node and may be cut; compress the "

@@ -49,7 +49,7 @@ def linearity_penalty(slopes: PyTree, power: float = 0.5) -> jax.Array:
       >>> float(structured.linearity_penalty({"act": jnp.array([1.0, 0.0, 0.75])}))
       1.5
     """
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for slope in jax.tree.leaves(slopes):
         away = jnp.abs(1 - jnp.asarray(slope, jnp.float32))
         total = total + jnp.sum(jnp.where(away > 0, jnp.where(away > 0, away, 1) ** power, 0))

@@ -97,7 +97,7 @@ def nisp(
             for consumer, axis in group.consumers:
                 if consumer == path:
                     added = units.totals(weighted, axis, group.maps[path, axis], group.size)
-                    scores[name] = scores.get(name, jnp.zeros(group.size)) + added
+                    scores[name] = scores.get(name, jnp.zeros(group.size, jnp.float32)) + added
     return scores
 
 

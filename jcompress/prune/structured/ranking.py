@@ -101,7 +101,7 @@ def _reduced(parts: list[tuple[jax.Array, int, np.ndarray]], size: int, reduce: 
     if reduce == "max":
         return jnp.stack([units.totals(x, axis, index, size, largest=True) for x, axis, index in parts]).max(axis=0)
     power = jnp.square if reduce == "norm" else jnp.asarray
-    total = sum((units.totals(power(x), axis, index, size) for x, axis, index in parts), jnp.zeros(size))
+    total = sum((units.totals(power(x), axis, index, size) for x, axis, index in parts), jnp.zeros(size, jnp.float32))
     if reduce == "mean":
         entries = sum(
             np.bincount(index[index >= 0], minlength=size) * (x.size // max(x.shape[axis], 1))

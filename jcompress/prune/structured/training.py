@@ -59,7 +59,7 @@ def group_lasso(
       >>> float(structured.group_lasso(params, {"hidden": jc.trace.Group(size=2, producers=(("a", 1),))}))
       5.0
     """
-    found, total = units.leaves(params), jnp.zeros(())
+    found, total = units.leaves(params), jnp.zeros((), jnp.float32)
     for name, group in units.prunable(groups).items():
         picked = units.chosen(name, group, members, match, found)
         square, count = _squares(name, group, picked, found)
@@ -123,7 +123,7 @@ def group_lasso_proximal(
                         f"{path}: found units on its axes {axes[path]} and {axis}, so weights belong to two; choose "
                         f"members other than {members!r}, or another match"
                     )
-                factors[path] = factors.get(path, jnp.ones(())) * along
+                factors[path] = factors.get(path, jnp.ones((), jnp.float32)) * along
         return {path: (new[path] * factor).astype(new[path].dtype) for path, factor in factors.items()}
 
     def paths(params: PyTree) -> list[str]:
@@ -247,7 +247,7 @@ def add_l1(strength: float, match: str = ".*scale") -> optax.GradientTransformat
 
 def _squares(name: str, group: Group, picked: list[Member], found: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """The sum of squares of each unit's weights, and how many there are: (size,) each."""
-    total, count = jnp.zeros(group.size), jnp.zeros(group.size)
+    total, count = jnp.zeros(group.size, jnp.float32), jnp.zeros(group.size, jnp.float32)
     for path, axis in picked:
         w, index = units.leaf(found, path, name).astype(jnp.float32), group.maps[path, axis]
         total = total + units.totals(jnp.square(w), axis, index, group.size)

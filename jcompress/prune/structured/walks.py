@@ -69,7 +69,7 @@ def diffusion(
         raise ValueError(f"diffusion: damping={damping} is outside [0, 1)")
     edges = list(_edges(units.leaves(params), groups, chain))
     names = list(dict.fromkeys(name for edge in edges for name in edge[:2]))
-    fed = {name: jnp.zeros(groups[name].size) for name in names}
+    fed = {name: jnp.zeros(groups[name].size, jnp.float32) for name in names}
     for _, out, weights in edges:
         fed[out] = fed[out] + weights.sum(axis=0)
     start = _start(groups, names, edges, restart)
@@ -131,12 +131,13 @@ def _start(
     """Where the walker starts, summing to 1."""
     if restart is None:
         read = {source for source, _, _ in edges}
-        restart = {name: jnp.ones(groups[name].size) for name in names if name not in read}
+        restart = {name: jnp.ones(groups[name].size, jnp.float32) for name in names if name not in read}
     unknown = sorted(set(restart) - set(names))
     if unknown or not restart:
         told = f"{unknown[0]}: the chain does not touch this group" if unknown else "the chain has no end"
         raise ValueError(f"{told}; give restart= for some of {names}")
-    start = {name: jnp.asarray(restart.get(name, jnp.zeros(groups[name].size)), jnp.float32) for name in names}
+    none = {name: jnp.zeros(groups[name].size, jnp.float32) for name in names}
+    start = {name: jnp.asarray(restart.get(name, none[name]), jnp.float32) for name in names}
     total = sum(jnp.sum(x) for x in start.values())
     return {name: x / total for name, x in start.items()}
 
@@ -180,7 +181,7 @@ def weighted_penalty(
       >>> float(structured.weighted_penalty(params, {"hidden": hidden}, scores, l1=1.0, l2=0.5))
       3.5
     """
-    found, total = units.leaves(params), jnp.zeros(())
+    found, total = units.leaves(params), jnp.zeros((), jnp.float32)
     for name, score in scores.items():
         if name not in groups:
             raise ValueError(f"{name}: there is no such group; {units.closest(name, groups)}")
