@@ -28,6 +28,7 @@ from experiments import lab as labs
 from experiments import runner, tables
 from experiments.families import lab as families
 from experiments.families import ways
+from experiments.families.__main__ import lab_of
 from experiments.families.ways import Network
 from experiments.models import resnet
 from experiments.workdir import Row, Rows, write
@@ -75,7 +76,7 @@ class Lighter:
             name=config.name, data=config.data, data_options={"val": 0.02}, model=config.model, steps=0,
             rules=r".*conv\d/weight", kept="conv1/weight", test=config.test,
         )  # fmt: skip
-        self.lab: Any = families.of(own, data_dir)
+        self.lab: Any = lab_of(own, data_dir)
         setting = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "fewer", "seeds")}
         self.setting = {"config": setting, "checksum": self.lab.load(0).checksum()}
 

@@ -28,6 +28,7 @@ import jcompress as jc
 from experiments import data as datasets
 from experiments import flags, lab, tables
 from experiments.families import lab as families
+from experiments.families.__main__ import lab_of
 from experiments.models import resnet
 from experiments.runner import refuse
 from experiments.workdir import Row, keep
@@ -100,7 +101,7 @@ def tuner(model: str, data_dir: str, test: int, steps: int, seeds: int) -> Calla
         data="cifar10", data_options={"val": 0.02}, model=model, rules=r".*conv\d/weight", kept="conv1/weight",
         finetuning=steps, finetuning_rate=2e-3, test=test,
     )  # fmt: skip
-    trained = families.of(config, data_dir)
+    trained = lab_of(config, data_dir)
 
     def error(network: families.Network, seed: int) -> float:
         return 100 * (1 - trained.score(network, seed)["test_accuracy"])
