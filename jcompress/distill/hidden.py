@@ -125,7 +125,9 @@ class Regressor:
         places = "DHW"[-len(window) :]
         numbers = (f"N{places}C", f"{places}IO", f"N{places}C")
         ones = (1,) * len(window)
-        return jax.lax.conv_general_dilated(features, self.kernel, ones, "VALID", dimension_numbers=numbers) + self.bias
+        wide = jnp.result_type(features, self.kernel)
+        features, kernel = features.astype(wide), self.kernel.astype(wide)
+        return jax.lax.conv_general_dilated(features, kernel, ones, "VALID", dimension_numbers=numbers) + self.bias
 
 
 def regressors(student: PyTree, teacher: PyTree, *, key: jax.Array) -> PyTree:

@@ -153,7 +153,7 @@ def apportion(total: Number, shares: jax.Array, room: Number) -> Any:
     if not isinstance(room, Count) or not isinstance(total, Count):
         none = Count(None, jnp.uint32(0))
         return apportion(none.like(total), shares, none.like(room)).low
-    shares = jnp.where(jnp.sum(shares) > 0, shares, 1.0)
+    shares = jnp.where(jnp.sum(shares) > 0, shares, 1.0).astype(jnp.float32)
     wanted, limit = total.real(), room.real()
 
     def share(_: int, given: jax.Array) -> jax.Array:

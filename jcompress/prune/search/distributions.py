@@ -179,7 +179,7 @@ def _search(
         policy, best, top = state
         drawn = probabilities(policy)
         masks = jax.random.bernoulli(key, drawn.astype(jnp.float32), (population, length))
-        scores = extremes.lowest(jax.vmap(fitness)(masks))
+        scores = extremes.lowest(jax.vmap(fitness)(masks)).astype(jnp.float32)
         place = jnp.argmax(scores)
         best, top = jnp.where(scores[place] > top, masks[place], best), jnp.maximum(scores[place], top)
         return (move(policy, drawn, masks, scores), best, top), top

@@ -69,7 +69,7 @@ def particle_filter(
       True
     """
     rate = 1 / length if flip is None else flip
-    errors = jax.vmap(lambda mask: jnp.nan_to_num(error(mask), nan=1e30))
+    errors = jax.vmap(lambda mask: jnp.nan_to_num(error(mask), nan=1e30).astype(jnp.float32))
 
     def step(state: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         masks, logs = state

@@ -69,7 +69,7 @@ class _Task(NamedTuple):
         layers, share = len(price), jnp.asarray(price / price.sum(), jnp.float32)
         later = jnp.asarray([price[i + 1 :].sum() / price.sum() for i in range(layers)], jnp.float32)
         # A little less than the budget: sums are rounded.
-        room, place = float(budget / price.sum()) * (1 - 1e-6), jnp.eye(layers)
+        room, place = float(budget / price.sum()) * (1 - 1e-6), jnp.eye(layers, dtype=jnp.float32)
         known = place if features is None else jnp.concatenate([place, jnp.asarray(features, jnp.float32)], 1)
         return cls(share, later, room, known, least)
 
@@ -206,9 +206,8 @@ def amc(
     size = 4 + task.known.shape[1]
     nets = _network(first, (size, width, width, 1)), _network(second, (size + 1, width, width, 1))
     agent = Agent(*nets, jax.tree.map(jnp.copy, nets), tuple(o.init(n) for o, n in zip(optimizers, nets, strict=True)))
-    one = jnp.zeros(memory)
-    met = Experience(jnp.zeros((memory, size)), one, one, jnp.zeros((memory, size)), one)
-    start: tuple[Any, ...] = agent, met, jnp.zeros(2), jnp.zeros(layers), jnp.float32(-jnp.inf)
+    one, seen, moments, none = (jnp.zeros(shape, jnp.float32) for shape in (memory, (memory, size), 2, layers))
+    start: tuple[Any, ...] = agent, Experience(seen, one, one, seen, one), moments, none, jnp.float32(-jnp.inf)
     numbers = jnp.arange(episodes), jax.random.split(third, episodes)
     found: tuple = jax.lax.scan(step, start, numbers)
     (*_, best, top), history = found
