@@ -55,6 +55,8 @@ SOURCES = (
            "dense, trained as long; random masks and factors"),
     Source("families/text.jsonl", "all families on a byte transformer", "experiments.families --config.data=text",
            _TEXT, "dense, trained as long; random factors"),
+    Source("families/sts.jsonl", "families of matrices on a sentence encoder", "experiments.families --config.data=sts",
+           "all-MiniLM-L6-v2: two sets of STS 2015, judged pairs", "dense, taught as long; random factors"),
     Source("families/cifar10*.jsonl", "all families on pretrained networks",
            "experiments.families --config.data=cifar10",
            "ResNet-20 and ResNet-56 on CIFAR-10, the first 2,000 test images",

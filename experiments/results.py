@@ -65,7 +65,7 @@ def draw(folder: Path) -> list[Path]:
     for path in sorted((folder / "families").glob("*.jsonl")):
         data, _, model = path.stem.partition("_")
         found, config = rows(path, families.Comparison.keys), families.config_of(data)
-        kind, (table, picture) = "text" if data == "text" else "image", beside(path)
+        kind, (table, picture) = {"text": "text", "sts": "pairs"}.get(data, "image"), beside(path)
         families.finish(found, kind, config.finetuning, table, picture, f"{model or config.model}, {data}")
         made.append(picture)
     for path in sorted((folder / "llm").glob("*.jsonl")):
