@@ -113,7 +113,7 @@ def chosen(
     flat = x.reshape(math.prod(lead), x.shape[-1] if x.ndim else 1).T
     seen = None if shown is None else shown.reshape(flat.T.shape).T
     h = jnp.broadcast_to(h, x.shape).reshape(flat.T.shape).T
-    counted = jnp.ones(flat.shape) if seen is None else seen.astype(jnp.float32)
+    counted = jnp.ones(flat.shape, jnp.float32) if seen is None else seen.astype(jnp.float32)
 
     def turn(_: Any, lengths: jax.Array) -> jax.Array:
         return _lengths(*path(flat, h, seen, price * lengths, most, states), counted, most)
