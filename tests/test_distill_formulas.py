@@ -283,6 +283,15 @@ def test_regressors_are_the_identity_between_equal_shapes_and_bridge_others():
         distill.regressors(teacher[0], student[0], key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_regressors_take_features_of_another_width(dtype):
+    with jax.enable_x64(True):
+        student = [jnp.ones((2, 4, 4, 3), dtype)]
+        (bridge,) = distill.regressors(student, [jnp.ones((2, 2, 2, 5), dtype)], key=jax.random.key(0))
+        assert bridge(student[0]).shape == (2, 2, 2, 5)
+
+
+
 def test_activation_boundaries_ignore_magnitudes_beyond_the_margin():
     s, t = losses.SPACE
     base = distill.activation_boundaries(s, t)

@@ -322,3 +322,15 @@ def test_a_fitness_of_nan_is_never_the_best():
     assert not bool(search.genetic_front(ends, key, 4, generations=5).masks[:, 0].any())
     drawn = search.particle_filter(lambda m: jnp.where(m[0], jnp.nan, 1.0), key, 4)
     assert float(drawn.weights.sum()) == pytest.approx(1)
+
+
+def test_fitnesses_of_64_bits_are_taken():
+    with jax.enable_x64(True):
+        worth = jnp.array([1.0, -0.3, 1.0, -0.4])
+        assert worth.dtype == jnp.float64
+        for find in (search.pbil, search.reinforce, search.genetic):
+            found = find(lambda mask: mask @ worth, KEY, 4, generations=50)
+            assert found.best.tolist() == [True, False, True, False]
+        search.particle_filter(lambda mask: (~mask) @ worth, KEY, 4, steps=3)
+        kept = search.amc(lambda keep: keep @ worth, KEY, [1.0, 1.0, 1.0, 1.0], 2.0, episodes=12, warmup=6)
+        assert kept.best.sum() <= 2.0

@@ -61,7 +61,7 @@ def chosen(name: str, group: Group, members: Members, match: str, found: Mapping
       name: of the group, for error messages.
       group: the group.
       members: ``"all"``, ``"producers"``, ``"consumers"``, or ``"kernels"``: producers of two axes or more,
-        or all members if there is no producer.
+        or all such members where no producer has them.
       match: a regular expression that must match the whole path.
       found: the parameters by their paths.
     """
