@@ -291,7 +291,6 @@ def test_regressors_take_features_of_another_width(dtype):
         assert bridge(student[0]).shape == (2, 2, 2, 5)
 
 
-
 def test_activation_boundaries_ignore_magnitudes_beyond_the_margin():
     s, t = losses.SPACE
     base = distill.activation_boundaries(s, t)
