@@ -5,6 +5,7 @@ import itertools
 import os
 import pathlib
 import tempfile
+import zlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Of a test with many cases the short run takes one in so many, beginning elsewhere for each test: on the conformance
 # list every row still meets some checks, and every check some rows. Of what belongs to single methods it takes one
-# test in six.
+# test in six. Which ones hangs on the test's own name and the case's place in its list, so a new test moves no other.
 ONE_IN = {"test_conformance": 32} | dict.fromkeys(
     (
         "test_contributing",
@@ -112,24 +113,26 @@ CASES, METHODS, BENCHMARKS = (
 LEFT_OUT = pytest.StashKey()
 
 
+def _number(name):
+    return zlib.crc32(name.encode())
+
+
 def _left_out(items):
     """``(test, why)`` for all that the short run leaves out."""
-    tests, cases, seen = {}, {}, 0
+    cases = collections.Counter()
     for item in items:
         part = ONE_IN.get(item.path.stem, ONE_IN_OTHERS)
         if any(x in item.nodeid for x in LONG):
             yield item, BENCHMARKS
             continue
         if part > 1 and hasattr(item, "callspec"):
-            test = tests.setdefault(f"{item.path}::{item.originalname}", len(tests))
-            cases[test] = cases.get(test, -1) + 1
-            if (test + cases[test]) % part:
+            test = f"{item.path.stem}::{item.originalname}"
+            cases[test] += 1
+            if (_number(test) + cases[test]) % part:
                 yield item, CASES
                 continue
-        if any(x in str(item.path) for x in OF_METHODS):
-            seen += 1
-            if seen % 6:
-                yield item, METHODS
+        if any(x in str(item.path) for x in OF_METHODS) and _number(item.nodeid) % 6:
+            yield item, METHODS
 
 
 def _in_shard(items, shard):

@@ -159,7 +159,8 @@ def test_a_node_has_the_face_of_its_array(method):
     assert np.asarray(node, np.float64).dtype == np.float64
     shapes = jax.eval_shape(lambda: node)
     assert (shapes.shape, shapes.dtype) == ((4, 4), jnp.float32)
+    half = jc.split(node)[1]
     with pytest.raises(AttributeError, match="stands for no array"):
-        jc.split(node)[1].shape  # noqa: B018
+        half.shape, half.dtype  # noqa: B018
     stack = jax.tree.map(lambda x: jnp.stack([x, x]), node)
     assert jax.lax.scan(lambda c, n: (c, n.materialize()), 0, stack)[1].shape == (2, 4, 4)
