@@ -128,6 +128,17 @@ def test_water_filling_against_one_step_for_all_inputs():
     assert sum(step[8]) < sum(step[0])
 
 
+@pytest.mark.parametrize("states", [0, 4])
+def test_water_filling_leaves_a_pruned_network_pruned(states):
+    w, x = W * (jnp.abs(W) > jnp.median(jnp.abs(W))), jax.random.normal(jax.random.key(1), (300, W.shape[0]))
+    method = jc.quantize.WaterFilling(0.3, 0.0, states)
+    plan = jc.plan({"w": w}, [("w", method)])
+    stats = jc.calibrate(lambda p, x: x @ p["w"], {"w": w}, [x @ jnp.triu(jnp.ones((len(W),) * 2))], plan=plan)
+    found = jc.compress({"w": w}, plan, stats=stats)["w"].materialize()
+    np.testing.assert_array_equal(found == 0, (w == 0) | (found == 0))
+    assert float((found != 0).mean()) > 0.2
+
+
 def test_lengths_are_those_of_the_cells():
     density, scale = scipy.stats.laplace(scale=0.8), jnp.float32(0.8)
     lengths = np.asarray(laplace_lengths(scale, 3, 2))

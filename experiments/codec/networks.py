@@ -34,6 +34,7 @@ class Network:
       kernels: a pattern for the leaves that take steps by their Gram matrices.
       tables: a pattern for those that are looked up, and have none.
       score: the unit of what is scored, and its sign: +1 where less is better.
+      least: the smallest part of the common step that a leaf takes.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Network:
     tables: str | None = None
     layout: Any = None
     score: tuple[str, int] = ("error, %", 1)
+    least: float = 0.3
 
     def divergence(self, params: PyTree) -> Any:
         """How far a network is from the dense one on data that is neither test nor calibration; may be traced."""
@@ -65,9 +67,9 @@ class Network:
         return Q.WaterFilling(step, price, states)
 
     def leaves(self) -> dict[str, int]:
-        """Numbers of each leaf that has a step of its own."""
+        """Numbers of each leaf that has a step of its own, those that are not zero."""
         both = self.kernels if self.tables is None else f"{self.kernels}|{self.tables}"
-        return {path: x.size for path, x in jc.paths(self.params) if re.fullmatch(both, path)}
+        return {path: np.count_nonzero(x) for path, x in jc.paths(self.params) if re.fullmatch(both, path)}
 
     def compressed(self, step: float, price: float, states: int, parts: Mapping[str, Any]) -> PyTree:
         """The tree, compiled once for all steps and prices."""
@@ -86,7 +88,7 @@ class Network:
 class Pruned(Network):
     """A pruned LeNet-300-100 from a file; judged by cross entropy on the last 5,000 training images."""
 
-    kernels = ".*/kernel"
+    kernels, least = ".*/kernel", 0.1
 
     def __init__(self, path: Path, data_dir: str) -> None:
         self.lab = Lab("lenet_300_100", lambda seed: datasets.load("mnist", data_dir, val=5000 / 60000))
@@ -213,7 +215,7 @@ def shares(network: Network, divergence: Callable[[PyTree], Any], step: float = 
         alone[path] = max(float(divergence(jax.tree.unflatten(treedef, leaves))) - start, 1e-9)
     worth = {path: np.log(sizes[path] / alone[path]) / 2 for path in sizes}
     mean = sum(sizes[path] * worth[path] for path in sizes) / sum(sizes.values())
-    return {path: float(np.clip(np.exp(worth[path] - mean), 0.3, 3.0)) for path in sizes}
+    return {path: float(np.clip(np.exp(worth[path] - mean), network.least, 3.0)) for path in sizes}
 
 
 def named(names: Sequence[str], args: Any) -> list[Network]:

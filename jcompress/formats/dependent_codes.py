@@ -73,7 +73,7 @@ class DependentCodes(Compressed):
         scale = unit.saturated(jnp.where(square > 0, product / jnp.where(square > 0, square, 1), 0.0))
         if core.is_node(self.scale):
             return dataclasses.replace(self, scale=self.scale.project(scale))
-        return dataclasses.replace(self, scale=scale.astype(self.scale.dtype))
+        return dataclasses.replace(self, scale=scale if self.scale is None else scale.astype(self.scale.dtype))
 
     def widths(self) -> dict[str, int]:
         return {"codes": self.bits}

@@ -32,7 +32,8 @@ class WaterFilling(Method):
     all inputs add alike to it, so the step of input ``j`` is in proportion to ``U_jj``: reverse water-filling, at a
     rate where every input gets bits. Codes minimize ``(w / s - level)**2 + price * b``, with ``b`` the code length
     under a Laplace density of the input's own scale, ``-log2`` of its mass in the code's cell. Inputs that matter less
-    take wider steps, whose codes cost less: a coded file has tables for classes of inputs.
+    take wider steps, whose codes cost less: a coded file has tables for classes of inputs. Weights that are zero stay
+    zero, and others make up for the errors, so that a pruned network stays pruned.
 
     Needs the statistic ``gram``. An error of a layer's outputs of ``step**2 / 12`` times their energy is what rounding
     in these steps gives, so that one ``step`` for all layers keeps their signals alike. Steps are stored in 16 bits, of
@@ -93,6 +94,8 @@ class WaterFilling(Method):
 
     def _solve(self, w: jax.Array, gram: jax.Array, shown: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
         """Values (k, n) and steps (k,) of one layer."""
+        visible, shown = shown, shown & (w != 0)
+        density = jnp.sum(shown, axis=1, dtype=jnp.float32) / jnp.maximum(jnp.sum(visible, axis=1), 1)
         w, gram = jnp.where(shown, w, 0), damped(gram, self.damping)
         factor = inverse_factor(gram)
         energy = jnp.sum(w * jnp.matmul(gram, w, precision=jax.lax.Precision.HIGHEST)) / w.size
@@ -103,15 +106,16 @@ class WaterFilling(Method):
 
         def fix(row: jax.Array, known: Known, pivot: jax.Array) -> tuple[jax.Array, jax.Array]:
             step = jnp.where(known["step"] > 0, known["step"], 1)
-            value = step * self._levels(row / step, known["shown"], most)
+            value = step * self._levels(row / step, known["shown"], known["density"], most)
             return value, (row - value) / pivot
 
-        return sweep(w, factor, fix, {"step": steps, "shown": shown})[0], steps
+        return sweep(w, factor, fix, {"step": steps, "shown": shown, "density": density})[0], steps
 
-    def _levels(self, x: jax.Array, shown: jax.Array, most: int) -> jax.Array:
+    def _levels(self, x: jax.Array, shown: jax.Array, density: jax.Array, most: int) -> jax.Array:
         """The levels of one input's weights, (outputs,), in steps."""
         scale = jnp.sum(jnp.abs(x), where=shown) / jnp.maximum(jnp.sum(shown), 1)
-        prices = self.price * laplace_lengths(jnp.maximum(scale, 0.05), most, 2 if self.states else 1)
+        lengths = laplace_lengths(jnp.maximum(scale, 0.05), most, 2 if self.states else 1)
+        prices = self.price * among_zeros(lengths, density, most)
         x = jnp.clip(x, -most, most)
         if self.states:
             unit = jnp.ones((), jnp.float32)
@@ -153,6 +157,12 @@ def laplace_lengths(scale: jax.Array, most: int, quantizers: int = 1) -> jax.Arr
         zero = -jnp.log1p(-jnp.exp(-high / scale))
         found.append(jnp.where(m > 0, bits, zero) / jnp.log(2.0))
     return jnp.stack(found)
+
+
+def among_zeros(lengths: jax.Array, density: jax.Array, most: int) -> jax.Array:
+    """The same where only a part of all codes, ``density``, is of that kind and the rest are zeros."""
+    zero = jnp.log2(1 - density + density * jnp.exp2(-lengths[:, most]))
+    return (lengths - jnp.log2(jnp.maximum(density, 1e-6))).at[:, most].set(-zero)
 
 
 def _short(x: jax.Array) -> jax.Array:
