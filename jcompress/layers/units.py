@@ -121,6 +121,22 @@ def scatter(w: jax.Array, axis: int, index: np.ndarray, units: jax.Array) -> jax
     return jnp.moveaxis(placed, 0, axis)
 
 
+def movable(group: Group) -> bool:
+    """Whether the units of a group may change places: each occurs as often as any other, and only in parameters."""
+    whole = ((positions(index, group.size) < len(index)).all() for index in group.maps.values())
+    return not group.arguments and all(whole)
+
+
+def reordered(found: Mapping[str, Any], group: Group, order: np.ndarray) -> dict[str, Any]:
+    """The members of a group with its units in another order: at each place that which ``order`` names."""
+    changed: dict[str, Any] = {}
+    for path, axis in group.members:
+        index, table = np.arange(len(group.maps[path, axis])), positions(group.maps[path, axis], group.size)
+        index[table] = table[order]  # occurrences of a unit keep their order
+        changed[path] = jnp.take(changed.get(path, found[path]), jnp.asarray(index), axis=axis)
+    return changed
+
+
 def rows(name: str, group: Group, picked: Iterable[Member], found: Mapping[str, Any]) -> jax.Array:
     """All entries of each unit in all picked members, as float32 rows: shape (size, features)."""
     parts = []

@@ -12,6 +12,7 @@ from jcompress.rewrite.depth import fuse_layers, remove_layers
 from jcompress.rewrite.equalization import equalize
 from jcompress.rewrite.folding import fold_norms, fold_rotations, fold_scales
 from jcompress.rewrite.growing import identity_layer, take_layers, widen
+from jcompress.rewrite.matching import match_units
 from jcompress.rewrite.merging import merge_convolutions, merge_dense
 from jcompress.rewrite.neurons import merge_neurons
 from jcompress.rewrite.permutation import permute
@@ -30,6 +31,7 @@ __all__ = [
     "fuse_layers",
     "identity_layer",
     "liar",
+    "match_units",
     "merge_convolutions",
     "merge_dense",
     "merge_neurons",

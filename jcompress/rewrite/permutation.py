@@ -81,10 +81,9 @@ def permute(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.key(0) if key is None else key)).ravel())
     for name in units.prunable(groups):
         group = groups[name]
-        places = {m: units.positions(group.maps[m], group.size) for m in group.members}
-        movable = all((table < len(group.maps[m])).all() for m, table in places.items())
-        if not group.size or group.size % block or not movable or group.arguments:
+        if not group.size or group.size % block or not units.movable(group):
             continue
+        places = {m: units.positions(group.maps[m], group.size) for m in group.consumers}
         readers = [m for m in group.consumers if _in_blocks(places[m], len(group.maps[m]), block)]
         kernels = [_Part.of(found[path], axis, places[path, axis]) for path, axis in readers]
         if not kernels:
@@ -92,11 +91,7 @@ def permute(
         order = _searched([_Moments.of(x) for x in kernels], group.size, block, swaps, rng)
         if words is not None and not _fits_better(kernels, order, block, words):
             continue
-        changed: dict[str, Any] = {}
-        for path, axis in group.members:
-            index, table = np.arange(len(group.maps[path, axis])), places[path, axis]
-            index[table] = table[order]  # occurrences of a unit keep their order
-            changed[path] = jnp.take(changed.get(path, found[path]), jnp.asarray(index), axis=axis)
+        changed = units.reordered(found, group, order)
         moved = units.replace(params, found | changed)
         if outputs is None or _alike_outputs(outputs(params), outputs(moved)):
             orders[name], found = order, found | changed

@@ -1,6 +1,7 @@
 """Methods that let many weights share one value."""
 
 from jcompress.share.circulant import Circulant
+from jcompress.share.columns import zipped
 from jcompress.share.hashed import Hashed, HashedFrequencies
 from jcompress.share.kmeans import KMeans
 from jcompress.share.mixture import ByMixture, Mixture
@@ -23,4 +24,5 @@ __all__ = [
     "Templates",
     "TiedRows",
     "Toeplitz",
+    "zipped",
 ]

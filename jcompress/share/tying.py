@@ -50,11 +50,13 @@ def tie(
       (40, 40.0)
     """
     leaves = rules.leaves(params)
-    owners = _owners(leaves, shared)
+    found = owners(leaves, shared, "tie")
     turned = transpose if isinstance(transpose, Mapping) else dict.fromkeys(transpose, (-1, -2))
-    orders = {path: tuple(axes) for pattern, axes in turned.items() for path in _matching(pattern, owners, "transpose")}
+    orders = {
+        path: tuple(axes) for pattern, axes in turned.items() for path in _matching(pattern, found, "tie: transpose")
+    }
     return rules.rebuild(
-        params, {path: _reference(path, owner, orders.get(path, ()), leaves) for path, owner in owners.items()}
+        params, {path: _reference(path, owner, orders.get(path, ()), leaves) for path, owner in found.items()}
     )
 
 
@@ -62,27 +64,27 @@ def _matching(pattern: str, known: Iterable[str], name: str) -> list[str]:
     known = list(known)
     found = [pattern] if pattern in known else [path for path in known if re.fullmatch(pattern, path)]
     if not found:
-        raise ValueError(f"tie: {name} {pattern!r} matches no leaf of those; {rules.closest(pattern, known)}")
+        raise ValueError(f"{name} {pattern!r} matches no leaf of those; {rules.closest(pattern, known)}")
     return found
 
 
-def _owners(leaves: Mapping[str, Any], shared: Mapping[str, str]) -> dict[str, str]:
-    """The owner of each leaf that gets one."""
-    owners: dict[str, str] = {}
+def owners(leaves: Mapping[str, Any], shared: Mapping[str, str], verb: str) -> dict[str, str]:
+    """The owner of each leaf that gets one: ``shared`` with its patterns resolved, for the verb that errors name."""
+    found: dict[str, str] = {}
     for pattern, template in shared.items():
-        for path in _matching(pattern, leaves, "leaf"):
+        for path in _matching(pattern, leaves, f"{verb}: leaf"):
             match = None if pattern in leaves else re.fullmatch(pattern, path)
             owner = match.expand(template) if match else template
             if owner not in leaves:
                 raise ValueError(f"{path}: its owner {owner!r} is not in the tree; {rules.closest(owner, leaves)}")
-            if owner != path and owners.setdefault(path, owner) != owner:
-                raise ValueError(f"{path}: found two owners, {owners[path]} and {owner}, expected one; leave one out")
-    for path, owner in owners.items():
-        if owner in owners:
+            if owner != path and found.setdefault(path, owner) != owner:
+                raise ValueError(f"{path}: found two owners, {found[path]} and {owner}, expected one; leave one out")
+    for path, owner in found.items():
+        if owner in found:
             raise ValueError(
-                f"{path}: its owner {owner} is to stand for {owners[owner]} itself; tie {path} to {owners[owner]} too"
+                f"{path}: its owner {owner} is to stand for {found[owner]} itself; {verb} {path} to {found[owner]} too"
             )
-    return owners
+    return found
 
 
 def _reference(path: str, owner: str, axes: tuple[int, ...], leaves: Mapping[str, Any]) -> Reference:
