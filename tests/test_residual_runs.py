@@ -90,8 +90,8 @@ def test_biases_are_trained_towards_the_dense_network_and_kernels_are_held(folde
     dense, moved = jc.materialize(tree), jc.materialize(tuned)
     assert all((moved[path] == dense[path]).all() for path in network.leaves())
     images = resnet.augmented(network.train[:40], 0)
-    wanted = network._logits(network.params, images)
-    before, after = (jc.distill.soft_targets(network._fn(x, images), wanted, temperature=1.0) for x in (dense, moved))
+    wanted = network.apply(network.params, images)
+    before, after = (jc.distill.soft_targets(network.apply(x, images), wanted, temperature=1.0) for x in (dense, moved))
     assert after < before
 
 

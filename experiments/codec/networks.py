@@ -118,19 +118,19 @@ class ResNet(Network):
         self.params, self._rest = folded(params, statistics)
         data = datasets.load("cifar10", data_dir)
         self.test, self.seen, self.train = data.test, data.train.x[:held], data.train.x[held:]
-        self.layout = jc.trace.layout(self._fn, self.params, self.seen[:1])
+        self.layout = jc.trace.layout(self.apply, self.params, self.seen[:1])
         images = [resnet.augmented(data.train.x[i : i + 100], i) for i in range(held, held + calibration, 100)]
         plan = jc.plan(self.params, [(self.kernels, Q.WaterFilling()), (".*", None)], layout=self.layout)
-        self.stats = jc.calibrate(self._fn, self.params, images, plan)
-        self._logits = jax.jit(self._fn)
+        self.stats = jc.calibrate(self.apply, self.params, images, plan)
+        self._logits = jax.jit(self.apply)
         self.wanted = jax.nn.log_softmax(self._logits(self.params, self.seen))
 
-    def _fn(self, params: Any, x: Any) -> Any:
+    def apply(self, params: Any, x: Any) -> Any:
         ones, statistics = self._rest
         return resnet.logits({**params, **ones}, x, statistics)
 
     def divergence(self, params: PyTree) -> Any:
-        found = jax.nn.log_softmax(self._fn(params, self.seen))
+        found = jax.nn.log_softmax(self.apply(params, self.seen))
         return (jnp.exp(self.wanted) * (self.wanted - found)).sum(-1).mean()
 
     def tuned(self, tree: PyTree, steps: int, seed: int = 0) -> PyTree:
@@ -143,7 +143,7 @@ class ResNet(Network):
         @jax.jit
         def step(train: PyTree, state: Any, x: Any, targets: Any) -> tuple[PyTree, Any]:
             def loss(train: PyTree) -> Any:
-                return jc.distill.soft_targets(self._fn({**held, **train}, x), targets, temperature=1.0)
+                return jc.distill.soft_targets(self.apply({**held, **train}, x), targets, temperature=1.0)
 
             updates, state = tx.update(jax.grad(loss)(train), state)
             return optax.apply_updates(train, updates), state

@@ -44,7 +44,7 @@ class Bench:
 
     def __init__(self, path: Path, data_dir: str, test: int, images: int = 1000) -> None:
         self.network, data = ResNet(path, data_dir, images, images), datasets.load("cifar10", data_dir)
-        self.fn, self.params, self.test = self.network._fn, self.network.params, data.test.take(slice(test))
+        self.fn, self.params, self.test = self.network.apply, self.network.params, data.test.take(slice(test))
         self.ranges = jc.calibrate(self.fn, self.params, [data.train.x[: images // 2]], statistics=["absmax"])
 
     def tree(self, method: Any) -> Any:
