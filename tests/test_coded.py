@@ -31,6 +31,8 @@ def codes(w, bits=8):
 
 SIGNS = np.sign(np.sin(np.cumsum(normal(160, 160), 0) / 3))
 MASK = normal(160, 160) * np.exp(normal(1, 160, seed=1)) > 1
+KEPT = np.abs(np.cumsum(normal(160, 160, seed=2), 0)) % 6 < 4 * (np.arange(160) % 8 < 3)[:, None]
+IMAGES = codes(KEPT * (1 + 2 * np.abs(normal(160, 160, seed=3))))  # a pruned layer on images: rows that have most, runs
 ARRAYS = {
     "one table": (codes(20 * normal(160, 160)), 8),
     "narrow": (codes(2 * normal(160, 160), 4), 4),
@@ -39,6 +41,9 @@ ARRAYS = {
     "columns": (codes(5 * normal(160, 160) * np.exp(normal(1, 160, seed=1))), 8),
     "above": (codes(SIGNS * np.abs(5 * normal(160, 160))), 8),
     "left": (codes(SIGNS * np.abs(5 * normal(160, 160))).T.copy(), 8),
+    "above in rows": (IMAGES, 8),
+    "left in columns": (IMAGES.T.copy(), 8),
+    "above in wide rows": (np.concatenate([IMAGES, IMAGES[:, ::-1]], 1), 8),
     "mask": (MASK, 1),
     "many symbols": (np.random.default_rng(0).geometric(1e-3, 20_000).astype(np.uint16), 16),
     "gaps": (np.random.default_rng(0).geometric(0.05, 20_000).astype(np.uint16), 10),
@@ -113,6 +118,25 @@ def test_within_a_hundredth_of_the_entropy_of_the_model(name):
         classes = models.relative(y[:-1], model.centre, model.reach)
         own = sum(_entropy_bytes(y[1:][classes == c]) for c in range(len(model.tables))) + _entropy_bytes(y[0])
         assert len(stream) < 1.02 * own  # among 25,600 codes tables take the second hundredth
+
+
+@pytest.mark.parametrize(("name", "kind"), [("above in rows", "ABOVE"), ("left in columns", "LEFT")])
+def test_the_number_before_within_classes_of_rows(name, kind):
+    """Less than either alone takes, and what each class's entropy says but for tables."""
+    x, width = ARRAYS[name]
+    stream, turned = coded(x, width), x if name.startswith("above") else x.T
+    assert stream[0] >> 5 == getattr(models, kind)
+    y = np.ascontiguousarray(turned).reshape(-1).astype(np.int32)
+    y -= y.min()
+    _, model = models.choose(y, int(y.max()) + 1, grid_of(turned.shape))
+    assert model.labels.size == len(turned) and model.rows > 1
+    y = y.reshape(turned.shape)
+    before = models.relative(np.concatenate([np.full_like(y[:1], model.centre), y[:-1]]), model.centre, model.reach)
+    both = model.rows * before + model.labels[:, None]
+    own = {
+        alone: sum(_entropy_bytes(y[c == i]) for i in np.unique(c)) for alone, c in (("before", before), ("both", both))
+    }
+    assert own["both"] < len(stream) < 0.95 * own["before"]
 
 
 def _entropy_bytes(x):

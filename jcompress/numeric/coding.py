@@ -25,6 +25,8 @@ from jcompress.numeric.tables import MOST_SYMBOLS, Table, read_table, write_tabl
 from jcompress.numeric.tokens import Split
 
 RAW, CONSTANT = range(2)
+_LABELLED = 7
+"""Stands where the classes of the number before are told, for those that come within classes of rows."""
 _MOST_TOGETHER = 1 << 8
 
 
@@ -117,7 +119,9 @@ def _encode(flat: np.ndarray, grid: Grid, split: Split, found: np.ndarray, model
     header = HeaderWriter()
     header.number(model.kind, 3)
     split.write(header)
-    if model.kind != ONE:
+    if model.kind in (ABOVE, LEFT):
+        header.number(_LABELLED if model.labels.size else model.contexts - 1, 3)
+    if model.kind not in (ONE, ABOVE, LEFT) or model.labels.size:
         header.number(model.rows - 1, 3)
     if model.kind in (ABOVE, LEFT):
         header.golomb(model.centre, 3)
@@ -236,7 +240,7 @@ def _decode(data: memoryview, header: HeaderReader, kind: int, dtype: np.dtype, 
     stack = coder().stack.AnsCoder(np.frombuffer(words + b"\0" * (-size % 4), "<u4").astype(np.uint32))
     if label_table is not None:
         model = dataclasses.replace(
-            model, labels=_pop(grid.columns if kind == COLUMNS else grid.rows, label_table, stack)
+            model, labels=_pop(grid.columns if kind in (COLUMNS, LEFT) else grid.rows, label_table, stack)
         )
     sizes = sizes or walks.sizes(grid, model)
     queues = [_pop(n, table, stack) for n, table in zip(sizes, model.tables, strict=True)]
@@ -249,14 +253,16 @@ def _decode(data: memoryview, header: HeaderReader, kind: int, dtype: np.dtype, 
 
 def _read_model(header: HeaderReader, kind: int, symbols: int, grid: Grid) -> tuple[Model, Table | None, list[int]]:
     """A model without its labels, the table of these, and the lengths of its queues where they stand in the header."""
-    rows = 1 if kind == ONE else header.number(3) + 1
-    count = 2 * rows if kind == STATE else rows
+    told = header.number(3) if kind in (ABOVE, LEFT) else _LABELLED
+    rows = header.number(3) + 1 if kind != ONE and told == _LABELLED else 1
     centre, reach = (header.golomb(3), header.golomb(1)) if kind in (ABOVE, LEFT) else (0, 0)
+    contexts = Model(kind, [], reach=reach).contexts
+    count = contexts * rows
     if (kind == STATE) > bool(grid.states) or centre > MOST_SYMBOLS or reach > MOST_SYMBOLS:
         raise ValueError(f"found the model {kind} with centre {centre} and reach {reach}, which this array cannot have")
-    if kind in (ABOVE, LEFT) and (count != (5 if reach else 3) or grid.where is not None):
-        raise ValueError(f"found {count} classes of the number before, expected 3 or 5 of an array that is whole")
-    labelled = kind in (ROWS, COLUMNS) or (kind == STATE and rows > 1)
+    if kind in (ABOVE, LEFT) and (told not in (contexts - 1, _LABELLED) or grid.where is not None):
+        raise ValueError(f"found {told + 1} classes of the number before, expected 3 or 5 of an array that is whole")
+    labelled = kind in (ROWS, COLUMNS) or rows > 1
     label_table = read_table(rows, None, header) if labelled else None
     sizes = []
     if kind in (ABOVE, LEFT, STATE):

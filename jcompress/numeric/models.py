@@ -1,8 +1,8 @@
 """Models of a coded array: one table of frequencies, or one a class of numbers.
 
-Classes are those of rows, of columns, of the number before, or of the quantizer that a trellis gives, in rows
-or all. Which is taken is decided by the bits that the array takes with it, tables and labels of classes
-counted.
+Classes are those of rows, of columns, of the number before, or of the quantizer that a trellis gives, the last two in
+classes of rows or in all. Which is taken is decided by the bits that the array takes with it, tables and labels of
+classes counted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ONE, ROWS, COLUMNS, ABOVE, LEFT, STATE = range(2, 8)
 CLASSES = (2, 4, 8)
 _BINS, _ROUNDS, _FEW, _LABELS = 16, 3, 2048, 8
 _CHUNK = 1 << 17
-_WEIGHED, _ENTRY = 2, 3.0
-"""How many candidates get tables, and about the bits of an entry."""
+_WEIGHED, _ENTRY, _PAYS = 2, 3.0, 0.99
+"""How many candidates get tables, about the bits of an entry, and where the number before is looked at more closely."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Model:
     Attributes:
       kind: one of the kinds.
       tables: one a class.
-      labels: the class of each row or column, uint8; empty for the other kinds.
+      labels: the class of each row or column, uint8; empty where there is one.
       centre: for the number before, the token that counts as zero, and how far from it is far.
       reach: see ``centre``; 0 where only the sign counts.
     """
@@ -48,9 +48,19 @@ class Model:
         return fit_table(np.bincount(self.labels, minlength=self.rows))
 
     @property
+    def contexts(self) -> int:
+        """How many classes there are of what came before."""
+        return {STATE: 2, ABOVE: 5 if self.reach else 3, LEFT: 5 if self.reach else 3}.get(self.kind, 1)
+
+    @property
     def rows(self) -> int:
-        """How many classes of rows there are."""
-        return len(self.tables) // 2 if self.kind == STATE else len(self.tables)
+        """How many classes of rows there are, or of columns."""
+        return len(self.tables) // self.contexts
+
+    @property
+    def start(self) -> int:
+        """The class of what came before the first row, a zero."""
+        return self.contexts // 2
 
     def every_label(self, grid: Grid) -> np.ndarray:
         """The class of each row, where there may be but one."""
@@ -84,11 +94,16 @@ def choose(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray 
     if quantizers is not None:
         found.append(_by_state(tokens, symbols, quantizers))
     if tokens.size >= _FEW and symbols > 1 and grid.rows > 1:
-        found += _by_labels(tokens, symbols, grid, quantizers)
+        labelled = _by_labels(tokens, symbols, grid, quantizers)
+        found += labelled
         if quantizers is None and grid.where is None:
-            found += _by_context(tokens, counts, grid, ABOVE)
             turned = tokens.reshape(grid.rows, grid.columns).T.reshape(-1)
-            found += _by_context(turned, counts, grid.turned(), LEFT)
+            for kind, by, own, place in ((ABOVE, ROWS, tokens, grid), (LEFT, COLUMNS, turned, grid.turned())):
+                alone = _by_context(own, counts, place, kind)
+                found += alone
+                if min(_estimate(*x) for x in alone) < _PAYS * _estimate(*found[0]):
+                    labels = [model.labels for model, _ in labelled if model.kind == by]
+                    found += [x for each in labels for x in _by_context(own, counts, place, kind, each)]
     likely = sorted(found, key=lambda pair: _estimate(*pair))[:_WEIGHED]
     return min((_weighed(*pair) for pair in likely), key=lambda pair: pair[0])
 
@@ -127,6 +142,8 @@ def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
     if model.labels.size:
         uses = np.bincount(model.labels, minlength=model.rows)
         total += model.label_table.rate(uses) + table_nbits(model.label_table, None)
+    if model.contexts > 1:
+        total += (len(tables) - 1) * int(counts.sum()).bit_length()  # the lengths of the queues
     return total, model
 
 
@@ -196,22 +213,29 @@ def _counts(tokens: np.ndarray, symbols: int, grid: Grid, kind: int, labels: np.
     return total.reshape(count, symbols)
 
 
-def _by_context(tokens: np.ndarray, counts: np.ndarray, grid: Grid, kind: int) -> list[Candidate]:
-    """Classes by the number a row before: by its sign, and by sign and size."""
+def _by_context(
+    tokens: np.ndarray, counts: np.ndarray, grid: Grid, kind: int, labels: np.ndarray | None = None
+) -> list[Candidate]:
+    """Classes by the number a row before, by its sign, and by sign and size, within classes of rows."""
     symbols, centre = len(counts), int(np.argmax(counts))
     distances = np.bincount(np.abs(np.arange(symbols) - centre), counts)
     distances[0] = 0
     far = np.cumsum(distances)
     reach = max(int(np.searchsorted(far, far[-1] / 2)), 1)
-    joint, classes = np.zeros(5 * symbols, np.int64), relative(np.arange(symbols), centre, reach).astype(np.int64)
-    joint[2 * symbols :][:symbols] += np.bincount(tokens[: grid.columns], minlength=symbols)
+    own = np.zeros(0, np.uint8) if labels is None else labels
+    rows = int(own.max(initial=0)) + 1
+    of_row = np.repeat(own, grid.columns) if own.size else np.zeros(1, np.uint8)
+    classes = rows * relative(np.arange(symbols), centre, reach).astype(np.int64)
+    joint, first = np.zeros(5 * rows * symbols, np.int64), 2 * rows + int(of_row[0])
+    joint[first * symbols :][:symbols] += np.bincount(tokens[: grid.columns], minlength=symbols)
     for start in range(grid.columns, tokens.size, _CHUNK):
         now = tokens[start : start + _CHUNK]
         before = classes[tokens[start - grid.columns : start - grid.columns + now.size]]
+        before = before + of_row[start : start + _CHUNK] if own.size else before
         joint += np.bincount(before * symbols + now, minlength=joint.size)
-    fine = joint.reshape(5, symbols)
+    fine = joint.reshape(5, rows, symbols)
     coarse = np.stack([fine[0] + fine[1], fine[2], fine[3] + fine[4]])
     return [
-        (Model(kind, [], centre=centre, reach=0), coarse),
-        (Model(kind, [], centre=centre, reach=reach), fine),
+        (Model(kind, [], own, centre=centre, reach=0), coarse.reshape(-1, symbols)),
+        (Model(kind, [], own, centre=centre, reach=reach), fine.reshape(-1, symbols)),
     ]

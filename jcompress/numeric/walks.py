@@ -57,8 +57,9 @@ def _classes(tokens: np.ndarray, grid: Grid, model: Model, low: int) -> np.ndarr
         return grid.by_columns(model.labels, 0, grid.rows)
     if model.kind == STATE:
         return model.rows * quantizers(tokens, grid, low) + grid.by_rows(model.every_label(grid), 0, grid.rows)
-    first = np.full(grid.columns, len(model.tables) // 2, np.uint8)
-    return np.concatenate([first, model.relative[tokens[: -grid.columns or None]]])[: tokens.size]
+    first = np.full(grid.columns, model.start, np.uint8)
+    before = np.concatenate([first, model.relative[tokens[: -grid.columns or None]]])[: tokens.size]
+    return model.rows * before + grid.by_rows(model.every_label(grid), 0, grid.rows)
 
 
 def sizes(grid: Grid, model: Model) -> list[int]:
@@ -158,10 +159,10 @@ def _flat(rows: Iterable[list[int]], dtype: np.dtype) -> np.ndarray:
 
 
 def _wide_rows(queues: list[np.ndarray], grid: Grid, model: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
-    queue, classes = Queues(queues, dtype), np.full(grid.columns, len(model.tables) // 2, np.uint8)
-    for _ in range(grid.rows):
-        row = queue.take(classes)
-        classes = model.relative[row]
+    queue, before = Queues(queues, dtype), np.full(grid.columns, model.start, np.uint8)
+    for label in model.every_label(grid):
+        row = queue.take(model.rows * before + label)
+        before = model.relative[row]
         yield row
     queue.close()
 
@@ -169,13 +170,15 @@ def _wide_rows(queues: list[np.ndarray], grid: Grid, model: Model, dtype: np.dty
 def _narrow_rows(queues: list[np.ndarray], grid: Grid, model: Model) -> Iterator[list[int]]:
     """As :func:`_wide_rows`, token by token, which is faster for few columns."""
     queue = [iter(x.tobytes() if x.dtype == np.uint8 else x.tolist()) for x in queues]
-    after = [queue[c] for c in model.relative.tolist()].__getitem__
-    due: Iterable[Iterator[int]] = [queue[len(queue) // 2]] * grid.columns
-    for _ in range(grid.rows):
+    by_label = [queue[label :: model.rows] for label in range(model.rows)]
+    after = [[own[c] for c in model.relative.tolist()].__getitem__ for own in by_label]
+    labels = model.every_label(grid).tolist()
+    due: Iterable[Iterator[int]] = [by_label[labels[0]][model.start]] * grid.columns
+    for below in [*labels[1:], 0]:
         row = list(map(next, due))  # ends early with the queue that does, and runs in C
         if len(row) < grid.columns:
             raise ValueError("found fewer numbers in a coded stream than its array takes")
-        due = map(after, row)
+        due = map(after[below], row)
         yield row
     if any(next(x, None) is not None for x in queue):
         raise ValueError("found more in a coded stream than its array takes")
