@@ -23,12 +23,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jcompress as jc
 from experiments import data as datasets
 from experiments import flags, runner, tables
-from experiments.lab import Lab, batches, cross_entropy, steps_in
+from experiments.lab import Lab, batches, cross_entropy, make_evaluate, steps_in
 from experiments.workdir import Row, Rows, write
 
 PyTree = Any
@@ -57,6 +58,23 @@ class Bench(Lab):
     ) -> None:
         super().__init__(model, load)
         self.batch_size, self.scale, self.shift = batch_size, scale, shift
+
+    @functools.cached_property
+    def groups(self) -> dict[str, Any]:
+        """The units that may be cut."""
+        found = jc.trace.coupling(self.apply, self.shapes, self.load(0).test.x[:1])
+        return {name: group for name, group in found.items() if group.prunable}
+
+    def constants(self, params: PyTree, name: str) -> jax.Array:
+        """What the units of a group put out whose kernels are zero: after a dense layer the positive part of biases."""
+        layer = name.partition("/")[0]
+        bias = params[layer]["bias"]
+        return jax.nn.relu(bias) if layer.startswith("dense") else bias
+
+    def smaller(self, params: PyTree) -> Callable[[PyTree, Any], Any]:
+        """The function of a network with fewer units."""
+        kept = {name: jnp.arange(g.size) < _length(params, g.producers[0]) for name, g in self.groups.items()}
+        return jc.shrink(self.apply, self.shapes, kept, self.load(0).test.x[:1])[0]
 
     def steps(self, epochs: float) -> int:
         """Steps in so many epochs of the training split."""
@@ -108,6 +126,11 @@ def shifted(x: jax.Array, most: int, key: jax.Array) -> jax.Array:
     wide = jnp.pad(x, ((0, 0), (most, most), (most, most), (0, 0)))
     starts = jax.random.randint(key, (len(x), 2), 0, 2 * most + 1)
     return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), x.shape[1:]))(wide, starts)
+
+
+def _length(params: PyTree, member: tuple[str, int]) -> int:
+    path, axis = member
+    return dict(jc.paths(params))[path].shape[axis]
 
 
 Stage = Callable[[Bench, PyTree, int], PyTree]
@@ -197,6 +220,32 @@ def code(bench: Bench, tree: PyTree, seed: int, *, price: float) -> PyTree:
     )
 
 
+def cut(bench: Bench, tree: PyTree, seed: int) -> PyTree:
+    """Units cut out whose kernels are zero or that nothing reads; what the former put out goes into the next biases."""
+    params, groups = jc.materialize(tree), bench.groups
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    score = functools.partial(jc.prune.structured.l1, groups=groups)
+    before, units = -1, sum(group.size for group in groups.values())
+    while before != units:
+        made = {name: x > 0 for name, x in score(params, members="kernels").items()}
+        read = {name: x > 0 for name, x in score(params, members="consumers").items()}
+        constants = {name: bench.constants(params, name) for name in groups}
+        params = jc.rewrite.fold_constants(params, groups, made, constants)
+        keep = {name: made[name] & read[name] for name in groups}
+        params = jc.trace.mask(params, groups, keep)
+        before, units = units, sum(int(x.sum()) for x in keep.values())
+    small = jc.shrink(bench.apply, params, keep, bench.load(0).test.x[:1])[1]
+    return jax.tree.map(_on_grid, tree, small, is_leaf=lambda x: isinstance(x, jc.Compressed))
+
+
+def _on_grid(node: Any, small: jax.Array) -> Any:
+    """A smaller array in the codes of a node, where it lies on their grid; else in 16 bits."""
+    if not isinstance(node, jc.Compressed):
+        return small.astype(node.dtype)
+    found = dataclasses.replace(node, codes=jnp.round(small / node.scale.astype(jnp.float32)).astype(node.codes.dtype))
+    return found if np.allclose(found.materialize(), small, atol=1e-6) else small.astype(jnp.bfloat16)
+
+
 def _named(train: PyTree, rates: dict[str, float]) -> PyTree:
     def name(path: Any, _: Any) -> str:
         last = str(getattr(path[-1], "name", ""))
@@ -249,8 +298,15 @@ def pipelines(model: str) -> dict[str, Pipeline]:
         "learned, smallest": Pipeline(
             {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8)}, penalized
         ),
+        "learned, cut": Pipeline(
+            {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8), "cut": cut}, penalized
+        ),
         "learned, biases too": Pipeline(
             {**start, "learn all": functools.partial(learn, price=5e-5, epochs=12, what=".*")}, penalized
+        ),
+        "learned long, biases too, cut": Pipeline(
+            {**start, "learn long": functools.partial(learn, price=4e-5, epochs=36, what=".*"), "cut after long": cut},
+            penalized,
         ),
         "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
         "self-distilled": Pipeline(
@@ -311,8 +367,10 @@ class Staged:
     def _judged(self, tree: PyTree, final: bool) -> Row:
         data = self.bench.load(0)
         params = jax.tree.map(lambda x: x.astype(jnp.float32), jc.materialize(tree))
-        row = {"validation": 100 * (1 - self.bench.evaluate(params, data.val).accuracy)}
-        return row | ({"test": 100 * (1 - self.bench.evaluate(params, data.test).accuracy)} if final else {})
+        sizes, whole = (jax.tree.map(jnp.shape, x) for x in (params, self.bench.shapes))
+        evaluate = self.bench.evaluate if sizes == whole else make_evaluate(self.bench.smaller(params))
+        row = {"validation": 100 * (1 - evaluate(params, data.val).accuracy)}
+        return row | ({"test": 100 * (1 - evaluate(params, data.test).accuracy)} if final else {})
 
     def _file(self, seed: int, stages: Sequence[str]) -> Path:
         name = "-".join(stages).replace(" ", "_").replace(",", "")
@@ -369,7 +427,7 @@ def _spread(values: list[float]) -> str:
 
 def _told(stage: Any) -> Any:
     """What tells a stage from another of the same name."""
-    return {"does": stage.func.__name__, **stage.keywords}
+    return {"does": stage.func.__name__, **stage.keywords} if isinstance(stage, functools.partial) else stage.__name__
 
 
 def load_split(name: str, folder: str | None, seed: int) -> datasets.Data:
