@@ -304,8 +304,13 @@ def pipelines(model: str) -> dict[str, Pipeline]:
         "learned, biases too": Pipeline(
             {**start, "learn all": functools.partial(learn, price=5e-5, epochs=12, what=".*")}, penalized
         ),
-        "learned long, biases too, cut": Pipeline(
-            {**start, "learn long": functools.partial(learn, price=4e-5, epochs=36, what=".*"), "cut after long": cut},
+        "learned twice, cut": Pipeline(
+            {
+                **start,
+                "learn few bits": functools.partial(learn, price=2e-5, epochs=8),
+                "learn fewer": functools.partial(learn, price=4.5e-5, epochs=12, what=".*"),
+                "cut again": cut,
+            },
             penalized,
         ),
         "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
