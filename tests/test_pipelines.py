@@ -1,5 +1,6 @@
 """The experiments on whole files: their tables by hand, stages that keep what others fixed, and resuming."""
 
+import functools
 import itertools
 import types
 
@@ -123,3 +124,26 @@ def test_stages_resume_from_their_files(tmp_path):
     assert (tmp_path / "models" / "0-dense-4_bits.jc").stat().st_size == second["bytes"]
     with pytest.raises(jc.io.StorageError):
         staged.measure(None, 1, "dense > 4 bits")  # what comes before is not there
+
+
+@pytest.mark.parametrize("model", ["lenet_300_100", "lenet5"])
+def test_units_without_weights_or_readers_are_cut_and_the_function_stays(model, tmp_path):
+    bench = pipelines.Bench(model, functools.partial(pipelines.load_split, "digits", None))
+    params = jax.tree.map(lambda x: x + 0.1, bench.start(0))
+    names = [name for name in params if name != "head"]
+    gone = {name: 5 + i for i, name in enumerate(names[-2:])}  # behind padding a constant is none at the border
+    for name, count in gone.items():
+        params[name]["kernel"] = params[name]["kernel"].at[..., :count].set(0)  # these are constant
+    params["head"]["kernel"] = params["head"]["kernel"].at[-7:].set(0)  # and nothing reads these
+    plan = jc.plan(params, [(".*kernel", jc.quantize.Int(8, axis=None)), (".*", None)])
+    tree = jc.compress(params, plan)
+    small = pipelines.cut(bench, tree, 0)
+    assert all(isinstance(small[name]["kernel"], jc.formats.Quantized) for name in params)
+    whole = {name: params[name]["bias"].size for name in names}
+    gone[names[-1]] += 7
+    assert {name: small[name]["bias"].size for name in names} == {n: whole[n] - gone.get(n, 0) for n in names}
+    jc.save(tmp_path / "small.jc", small, coded=True)
+    again, x = jc.materialize(jc.load(tmp_path / "small.jc")), bench.load(0).val.x[:50]
+    np.testing.assert_allclose(
+        bench.smaller(again)(again, x), bench.apply(jc.materialize(tree), x), rtol=1e-4, atol=1e-4
+    )
