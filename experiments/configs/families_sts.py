@@ -8,9 +8,9 @@ from __future__ import annotations
 from experiments.families.lab import Config
 
 WAYS = (
-    "dense", "SVD", "whitened SVD", "chosen ranks", "SVD, 8 bits", "random factors", "ranks and bits chosen",
-    "magnitude, 8 bits", "units", "shared values", "shared blocks of 4", "shared blocks of 4, by outputs",
-    "shared blocks, twice", "hashed", "circulant", "trellis", "GPTQ",
+    "dense", "SVD", "whitened SVD", "tensor train", "Kronecker", "chosen ranks", "SVD, 8 bits", "random factors",
+    "ranks and bits chosen", "magnitude, 8 bits", "units", "shared values", "shared blocks of 4",
+    "shared blocks of 4, by outputs", "shared blocks, twice", "hashed", "circulant", "trellis", "GPTQ",
 )  # fmt: skip
 
 
