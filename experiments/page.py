@@ -53,6 +53,8 @@ SOURCES = (
            "dense, trained as long; a random mask", "Deep Compression 40x at 1.58%, 39x at 0.74%, on MNIST-60k"),
     Source("families/mnist.jsonl", "all families on one network", "experiments.families --config.data=mnist", _LARGE,
            "dense, trained as long; random masks and factors"),
+    Source("families/mnist_lenet5.jsonl", "families on a convolutional network",
+           "experiments.families --config.data=mnist --config.model=lenet5", _LARGE, "dense, trained as long"),
     Source("families/text.jsonl", "all families on a byte transformer", "experiments.families --config.data=text",
            _TEXT, "dense, trained as long; random factors"),
     Source("families/sts.jsonl", "families of matrices on a sentence encoder", "experiments.families --config.data=sts",
