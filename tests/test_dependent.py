@@ -13,7 +13,7 @@ from jcompress.numeric import coding, dependent, models
 from jcompress.numeric.entropy import code_lengths
 from jcompress.numeric.grids import grid_of
 from jcompress.quantize.dependent import chosen
-from jcompress.quantize.water_filling import laplace_lengths
+from jcompress.quantize.water_filling import among_zeros, laplace_lengths
 
 Dependent, Int = jc.quantize.Dependent, jc.quantize.Int
 W = jax.random.laplace(jax.random.key(0), (60, 128))
@@ -145,6 +145,15 @@ def test_lengths_are_those_of_the_cells():
     edges = {0: [-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5], 1: [-3, -2, -1, -0.25, 0.25, 1, 2, 3]}
     for quantizer, at in edges.items():
         np.testing.assert_allclose(lengths[quantizer], -np.log2(np.diff(density.cdf(at))), rtol=1e-4)
+
+
+def test_lengths_among_zeros_are_those_of_the_mixture():
+    """Of a hundred codes five come from the density; all the rest are zeros."""
+    lengths = laplace_lengths(jnp.float32(0.8), 3, 2)
+    found, alone = (np.exp2(-np.asarray(x, np.float64)) for x in (among_zeros(lengths, jnp.float32(0.05), 3), lengths))
+    zeros = np.arange(-3, 4) == 0
+    np.testing.assert_allclose(found, 0.95 * zeros + 0.05 * alone, rtol=1e-4)
+    np.testing.assert_allclose(among_zeros(lengths, jnp.float32(1), 3), lengths, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"step": -1.0}, {"states": 3}, {"bits": 1}])

@@ -207,3 +207,24 @@ def test_bad_input_names_the_path_and_the_fix(pairs, options, message):
         params["a"]["down"]["kernel"] = params["a"]["up"]["kernel"]
     with pytest.raises(ValueError, match=message):
         jc.share.zipped(params, pairs, **options)
+
+
+def test_what_is_not_finite_is_refused_by_name():
+    params = {"a": network(KEYS[0]), "b": network(KEYS[1])}
+    groups = jc.trace.coupling(mlp, params["a"], jnp.ones((1, 8)))
+    params["b"]["up"]["kernel"] = params["b"]["up"]["kernel"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="b/up/kernel: found NaN or infinity"):
+        jc.share.zipped(params, {"b/up/kernel": "a/up/kernel"})
+    with pytest.raises(ValueError, match="up/kernel: found NaN or infinity"):
+        jc.rewrite.match_units(params["b"], params["a"], groups)
+    with pytest.raises(ValueError, match="a/up/kernel: zipped reads the values"):
+        jax.jit(lambda p: jc.share.zipped(p, {"b/up/kernel": "a/up/kernel"}))(params)
+
+
+def test_narrow_kernels_stay_narrow():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"a": network(KEYS[0]), "b": network(KEYS[1])})
+    tree = jc.share.zipped(params, {r"b/(.*kernel)": r"a/\1"}, share=0.5)
+    dense = jc.materialize(tree)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(dense))
+    a, b = (np.asarray(dense[n]["up"]["kernel"], np.float32) for n in ("a", "b"))
+    assert (np.abs(a[:, :, None] - b[:, None]).max(0) == 0).sum() == 6

@@ -37,7 +37,8 @@ def match_units(
       taken for it.
 
     Raises:
-      ValueError: for a parameter of a group that one of the trees does not hold, or holds in another shape.
+      ValueError: for a parameter of a group that one of the trees does not hold, or holds in another shape, or that is
+        not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -58,6 +59,8 @@ def match_units(
             mine, theirs = (np.shape(units.leaf(tree, path, name)) for tree in (found, other))
             if mine != theirs:
                 raise ValueError(f"{path}: found shape {mine}, and {theirs} in like; match networks of equal shapes")
+            if not all(np.isfinite(np.asarray(units.leaf(x, path, name), np.float32)).all() for x in (found, other)):
+                raise ValueError(f"{path}: found NaN or infinity, expected finite parameters in both networks")
     for _ in range(sweeps):
         changed = False
         for name, group in movable.items():

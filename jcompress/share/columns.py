@@ -48,7 +48,8 @@ def zipped(
 
     Raises:
       ValueError: for a share out of range, a path that is not there or in two pairs, kernels of different shapes or
-        dtypes, one that is no matrix or convolution, or statistics that are missing. The message names the paths.
+        dtypes, one that is no matrix or convolution or not finite, or statistics that are missing. The message names
+        the paths.
 
     Example:
       >>> import jax, jax.numpy as jnp, jcompress as jc
@@ -105,6 +106,10 @@ def _layer(path: str, w: Any, stats: Mapping[str, Any] | None) -> Contraction:
     """A kernel as a matrix of one layer; without statistics its last axis is that of outputs."""
     if core.is_node(w) or w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"{path}: found {w!r}, expected the kernel of a dense layer or a convolution, an array")
+    if not core.is_concrete(w):
+        raise ValueError(f"{path}: zipped reads the values, so it works outside jit only")
+    if not np.isfinite(np.asarray(w, np.float32)).all():
+        raise ValueError(f"{path}: found NaN or infinity, expected finite weights; mend the kernel, or leave it out")
     if stats is None:
         return Contraction(path, w, tuple(range(w.ndim - 1)), 0, 1, None)
     layer = matrices.contraction(path, w, stats.get(path), "gram")
