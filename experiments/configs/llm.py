@@ -160,22 +160,31 @@ def cut() -> Iterator[Recipe]:
         yield Recipe(f"{what}50-chance", "control", cut=Cut(what, by="chance"))
 
 
-def healed(name: str, family: str, kernels: Any) -> Iterator[Recipe]:
-    """Three seeds."""
+def healed(recipe: Recipe) -> Iterator[Recipe]:
+    """A row with a low rank trained beside each kernel; three seeds."""
     for seed in range(3):
-        yield Recipe(f"{name}-healed-{seed}", family, kernels, healing=Healing(), seed=seed)
+        name, family = f"{recipe.name}-healed-{seed}", f"{recipe.family}, healed"
+        yield dataclasses.replace(recipe, name=name, family=family, healing=Healing(), seed=seed)
 
 
-def healing() -> Iterator[Recipe]:
-    """Half of the weights, by SparseGPT and by chance, and codes of 2 bits, each with a low rank trained beside it."""
-    yield from healed("sparsegpt50", "SparseGPT, healed", jc.prune.SparseGPT(sparsity=0.5))
-    yield Recipe("random50", "control", jc.prune.Random(sparsity=0.5))
-    yield from healed("random50", "control, healed", jc.prune.Random(sparsity=0.5))
-    yield from healed("gptq2", "GPTQ, healed", gptq(2).kernels)
+def healing(rows: dict[str, Recipe]) -> Iterator[Recipe]:
+    """What is healed, those first that say most."""
+    yield from healed(rows["sparsegpt50"])
+    chance = Recipe("random50", "control", jc.prune.Random(sparsity=0.5))
+    yield from (chance, *healed(chance))
+    for name in HEALED:
+        yield from healed(rows[name])
 
 
-def recipes() -> Iterator[Recipe]:
-    """The rows, those first that say most."""
+HEALED = (
+    "gptq2", "turned2-attended", "lattice2-attended", "round3", "gptq3-attended", "turned3-attended", "wanda50",
+    "magnitude50", "sparsegpt24", "svd20-attended", "layers50", "awq3", "hqq3", "lqer3", "round4", "gptq4-attended",
+    "sparsegpt48", "round2", "gptq3", "layers50-chance",
+)  # fmt: skip
+
+
+def unhealed() -> Iterator[Recipe]:
+    """Rows in which nothing trains, those first that say most."""
     yield Recipe("half", "16 bits")
     yield from (rounded(3), gptq(3), gptq(3, "attended"), turned(3))
     half, fours, eights = (list(pruning())[i : i + 5] for i in (0, 5, 10))
@@ -197,7 +206,12 @@ def recipes() -> Iterator[Recipe]:
     yield Recipe("wanda50-guided", "Wanda, guided", jc.prune.Wanda(sparsity=0.5), "guided")
     yield Recipe("svd20-guided", "low rank, guided", jc.factorize.WhitenedSVD(rank=0.8), "guided")
     yield gptq(3, "guided", sequential=True)
-    yield from healing()
+
+
+def recipes() -> list[Recipe]:
+    """All rows."""
+    found = list(unhealed())
+    return [*found, *healing({recipe.name: recipe for recipe in found})]
 
 
 def get_config() -> Config:

@@ -14,7 +14,7 @@ import optax
 
 import jcompress as jc
 from experiments.models import llama
-from jcompress.formats import LowRank, Sum
+from jcompress.formats import Frozen, LowRank, Sum
 
 PyTree = Any
 
@@ -42,35 +42,25 @@ class Healing:
     ) -> list[PyTree]:
         """The layers with what was learned: the cross-entropy to the dense model's predictions falls.
 
+        Meanwhile each kernel is what its node stands for, dense, so that all methods share one program; only the low
+        rank has gradients.
+
         Args:
           params: dense, layers as a list.
-          layers: the same layers compressed, all alike in form.
+          layers: the same layers compressed, kernels of all alike in shape.
           config: the model.
           tokens: of the text.
           seed: of the adapters and of the windows.
         """
-        keys = jax.random.split(jax.random.key(seed), len(layers))
-        teacher, tree = llama.stack(params), jax.vmap(self._adapted)(_stacked(layers), keys)
-        train, held = jc.split(tree)
-        schedule = optax.cosine_decay_schedule(self.learning_rate, self.steps)
-        optimizer = optax.adam(schedule)
-        state, half = optimizer.init(train), tokens[: len(tokens) // 2]
-
-        def loss(train: PyTree, window: jax.Array) -> jax.Array:
-            dense = {**params, "layers": jc.materialize(jc.merge(train, held))}
-            goal = jax.nn.softmax(llama.apply(teacher, window, config))
-            found = jax.nn.log_softmax(llama.apply(dense, window, config, remat=True))
-            return -jnp.mean(jnp.sum(goal * found, -1))
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(train: PyTree, state: Any, window: jax.Array) -> tuple[PyTree, Any]:
-            updates, state = optimizer.update(jax.grad(loss)(train, window), state)
-            return optax.apply_updates(train, updates), state
-
-        for window in self._drawn(half, seed):
-            train, state = step(train, state, window)
-        tree = _narrow(jc.merge(train, held))
-        return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(len(layers))]
+        teacher, keys = llama.stack(params), jax.random.split(jax.random.key(seed), len(layers))
+        dense = (jax.tree.map(lambda x: x.astype(jnp.float32), jc.materialize(layer)) for layer in layers)
+        adapted = [self._adapted(layer, key) for layer, key in zip(dense, keys, strict=True)]
+        train, held = jc.split(jax.tree.map(lambda *x: jnp.stack(x), *adapted))
+        optimizer, step = _step(self, config)
+        state = optimizer.init(train)
+        for window in self._drawn(tokens[: len(tokens) // 2], seed):
+            train, state = step(train, state, held, teacher, window)
+        return [_learned(layer, jax.tree.map(lambda x, i=i: x[i], train)) for i, layer in enumerate(layers)]
 
     def _drawn(self, tokens: np.ndarray, seed: int) -> Any:
         rng = np.random.default_rng(seed)
@@ -80,29 +70,44 @@ class Healing:
 
     def _adapted(self, layer: PyTree, key: jax.Array) -> PyTree:
         """An adapter on each kernel; whatever else there is stays as it is."""
-        found, tree = jax.tree.flatten(layer, is_leaf=lambda x: isinstance(x, jc.Compressed))
-        made = []
-        for node, k in zip(found, jax.random.split(key, len(found)), strict=True):
-            node = jc.factorize.adapter(node, self.rank, k) if len(node.shape) > 1 else _held(node)
-            made.append(node)
+        found, tree = jax.tree.flatten(layer)
+        keys = jax.random.split(key, len(found))
+        pairs = zip(found, keys, strict=True)
+        made = [jc.factorize.adapter(x, self.rank, k) if x.ndim > 1 else Frozen.of(x) for x, k in pairs]
         return jax.tree.unflatten(tree, made)
 
 
-def _held(node: Any) -> Any:
-    return jax.tree.map(lambda x: jc.formats.Frozen.of(x), node)
+@functools.cache
+def _step(healing: Healing, config: llama.Config) -> tuple[optax.GradientTransformation, Any]:
+    """Adam, and a step of it that lowers the cross-entropy to the dense model's predictions."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(healing.learning_rate, healing.steps))
+    apply = jc.accelerate(lambda params, window: llama.apply(params, window, config))
+
+    def loss(train: PyTree, held: PyTree, teacher: PyTree, window: jax.Array) -> jax.Array:
+        goal = jax.nn.softmax(llama.apply(teacher, window, config))
+        found = jax.nn.log_softmax(apply({**teacher, "layers": jc.merge(train, held)}, window))
+        return -jnp.mean(jnp.sum(goal * found, -1))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(train: PyTree, state: Any, held: PyTree, teacher: PyTree, window: jax.Array) -> tuple[PyTree, Any]:
+        updates, state = optimizer.update(jax.grad(loss)(train, held, teacher, window), state)
+        return optax.apply_updates(train, updates), state
+
+    return optimizer, step
 
 
-def _stacked(layers: Sequence[PyTree]) -> PyTree:
-    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+def _learned(layer: PyTree, train: PyTree) -> PyTree:
+    """The nodes of a layer, each with its low rank in 16 bits beside it."""
+    is_node = lambda x: isinstance(x, jc.Compressed)  # noqa: E731
+    nodes, tree = jax.tree.flatten(layer, is_leaf=is_node)
+    sums = jax.tree.leaves(train, is_leaf=is_node)
+    made = [_beside(node, low) for node, low in zip(nodes, sums, strict=True)]
+    return jax.tree.unflatten(tree, made)
 
 
-def _narrow(tree: PyTree) -> PyTree:
-    """Adapters in 16 bits."""
-
-    def narrow(node: Any) -> Any:
-        if not isinstance(node, Sum):
-            return node
-        base, low = node.terms
-        return Sum((base, LowRank(low.u.astype(jnp.float16), low.v.astype(jnp.float16))))
-
-    return jax.tree.map(narrow, tree, is_leaf=lambda x: isinstance(x, Sum))
+def _beside(node: Any, trained: Any) -> Any:
+    held = jax.tree.map(lambda x: Frozen.of(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, node)
+    if not isinstance(trained, Sum):
+        return held
+    low = trained.terms[1]
+    return Sum((held, LowRank(low.u.astype(jnp.float16), low.v.astype(jnp.float16))))
