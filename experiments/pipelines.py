@@ -14,6 +14,7 @@ What the order of distillation, pruning, quantization and an early exit does: ``
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import sys
@@ -71,9 +72,19 @@ class Bench(Lab):
         bias = params[layer]["bias"]
         return jax.nn.relu(bias) if layer.startswith("dense") else bias
 
-    def smaller(self, params: PyTree) -> Callable[[PyTree, Any], Any]:
-        """The function of a network with fewer units."""
+    def sized(self, params: PyTree) -> Bench:
+        """The bench of the network that these parameters are of, which may have fewer units."""
+        shapes = jax.eval_shape(lambda: params)
+        if jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, self.shapes):
+            return self
         kept = {name: jnp.arange(g.size) < _length(params, g.producers[0]) for name, g in self.groups.items()}
+        small = copy.copy(self)
+        small.__dict__.pop("groups")
+        small.apply, small.shapes, small._once = self._cut(kept), shapes, {}
+        small.evaluate = make_evaluate(small.apply)
+        return small
+
+    def _cut(self, kept: dict[str, jax.Array]) -> Any:
         return jc.shrink(self.apply, self.shapes, kept, self.load(0).test.x[:1])[0]
 
     def steps(self, epochs: float) -> int:
@@ -181,7 +192,8 @@ def share(bench: Bench, tree: PyTree, seed: int, *, clusters: dict[str, int], ep
 
 def learn(bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float, what: str = ".*/kernel") -> PyTree:
     """Integers, steps and densities trained for loss and bits (Oktay et al. 2020, arXiv:1906.06624)."""
-    params = jc.materialize(tree)
+    params = _wide(tree)
+    bench = bench.sized(params)
     plan = jc.plan(params, [(what, T.EntropyPenalized(levels=15)), (".*", None)])
     train, held = jc.split(jc.compress(params, plan))
     rates = {"values": 0.03, "log_step": 1e-3, "density": 1e-2, "dense": 5e-4}
@@ -222,8 +234,9 @@ def code(bench: Bench, tree: PyTree, seed: int, *, price: float) -> PyTree:
 
 def cut(bench: Bench, tree: PyTree, seed: int) -> PyTree:
     """Units cut out whose kernels are zero or that nothing reads; what the former put out goes into the next biases."""
-    params, groups = jc.materialize(tree), bench.groups
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    params = _wide(tree)
+    bench = bench.sized(params)
+    groups = bench.groups
     score = functools.partial(jc.prune.structured.l1, groups=groups)
     before, units = -1, sum(group.size for group in groups.values())
     while before != units:
@@ -256,6 +269,11 @@ def _named(train: PyTree, rates: dict[str, float]) -> PyTree:
 
 def _falling(bench: Bench, peak: float, epochs: float) -> optax.Schedule:
     return optax.cosine_decay_schedule(peak, bench.steps(epochs), alpha=0.01)
+
+
+def _wide(tree: PyTree) -> PyTree:
+    """What nodes stand for, in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), jc.materialize(tree))
 
 
 def _halved(tree: PyTree) -> PyTree:
@@ -308,7 +326,8 @@ def pipelines(model: str) -> dict[str, Pipeline]:
             {
                 **start,
                 "learn few bits": functools.partial(learn, price=2e-5, epochs=8),
-                "learn fewer": functools.partial(learn, price=4.5e-5, epochs=12, what=".*"),
+                "cut": cut,
+                "learn on": functools.partial(learn, price=4e-5, epochs=24, what=".*"),
                 "cut again": cut,
             },
             penalized,
@@ -370,10 +389,8 @@ class Staged:
         return {"plain": plain, "bytes": coded, **self._judged(jc.load(path), final)}
 
     def _judged(self, tree: PyTree, final: bool) -> Row:
-        data = self.bench.load(0)
-        params = jax.tree.map(lambda x: x.astype(jnp.float32), jc.materialize(tree))
-        sizes, whole = (jax.tree.map(jnp.shape, x) for x in (params, self.bench.shapes))
-        evaluate = self.bench.evaluate if sizes == whole else make_evaluate(self.bench.smaller(params))
+        data, params = self.bench.load(0), _wide(tree)
+        evaluate = self.bench.sized(params).evaluate
         row = {"validation": 100 * (1 - evaluate(params, data.val).accuracy)}
         return row | ({"test": 100 * (1 - evaluate(params, data.test).accuracy)} if final else {})
 

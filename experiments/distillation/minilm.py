@@ -36,6 +36,7 @@ from experiments.workdir import Row, Rows, write
 from jcompress.io import load, save
 
 PyTree = Any
+T = jc.quantize.training
 KERNELS, TABLES, PLACES = "layer_.*/kernel", "embeddings/token/embedding", "embeddings/position/embedding"
 HALF = jc.quantize.Float("float16")
 
@@ -96,12 +97,14 @@ class Way(NamedTuple):
       words: its vectors are taught, the codes are not.
       simulated: whether the kernels themselves are taught, and rounded at the end.
       places: as ``words``.
+      price: of a bit, for kernels whose integers and their density are taught.
     """
 
     kernels: Any
     words: Any
     simulated: bool = False
     places: Any = grid(8)
+    price: float = 0.0
 
 
 WAYS: dict[str, Way] = {
@@ -109,6 +112,8 @@ WAYS: dict[str, Way] = {
     "3 bits in training and words": Way(seen(3), words(512, 8), simulated=True),
     "2 bits in training and words": Way(seen(2), words(512, 8), simulated=True),
     "2 bits on a trellis and words": Way(walks(2), words(384, 8), places=words(256, 4)),
+    "2 bits, steps learned, and words": Way(T.LSQ(bits=2, start="deviation"), words(384, 8), places=words(256, 4)),
+    "bits learned, and words": Way(T.EntropyPenalized(levels=15), words(384, 8), places=words(256, 4), price=1e-8),
     "4 bits": Way(kernels(4), grid(4)),
 }
 
@@ -166,6 +171,7 @@ def learn(
     tx: optax.GradientTransformation,
     seed: int,
     plan: Any = None,
+    price: float = 0.0,
 ) -> PyTree:
     """All that trains in a tree of arrays or nodes, taught for some steps; what a plan names is simulated meanwhile.
 
@@ -176,27 +182,29 @@ def learn(
     dtypes = dtypes_of(train)
     train = widened(train)  # Adam's epsilon is nothing in 16 bits
 
-    def loss(train: PyTree, held: PyTree, batch: Batch) -> jax.Array:
+    def loss(train: PyTree, held: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
         x, mask, states, ends = batch
-        params = jc.materialize(jc.merge(narrowed(train, dtypes), held))
+        tree = jc.merge(narrowed(train, dtypes), held)
+        params, rate = jc.materialize(tree), T.rate(tree, key)
         found = encoder.states(params if plan is None else jc.simulate(params, plan), x, mask)
         own = encoder.pool(found[-1], mask)
         pairs = zip(found[1:], (state.astype(jnp.float32) for state in states), strict=True)
         errors = [jnp.square(a - b).sum() / jnp.square(b).sum() for a, b in pairs]
         relations = jnp.square(own @ own.T - ends @ ends.T).mean()
         cosine = 1 - jnp.sum(own * ends, -1).mean()
-        return cosine + config.states * sum(errors) / len(errors) + config.relations * relations
+        return cosine + config.states * sum(errors) / len(errors) + config.relations * relations + price * rate
 
     @jax.jit
-    def step(train: PyTree, state: Any, held: PyTree, batch: Batch) -> tuple:
-        value, grads = jax.value_and_grad(loss)(train, held, batch)
+    def step(train: PyTree, state: Any, held: PyTree, batch: Batch, key: jax.Array) -> tuple:
+        value, grads = jax.value_and_grad(loss)(train, held, batch, key)
         updates, state = tx.update(grads, state, train)
         return optax.apply_updates(train, updates), state, value
 
     state, batches, mean = tx.init(train), lessons.batches(seed), 0.0
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for number in range(steps):
-            train, state, value = step(train, state, held, next(batches))
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            train, state, value = step(train, state, held, next(batches), key)
             mean = float(value) if number == 0 else 0.98 * mean + 0.02 * float(value)
             bar.update()
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
@@ -239,10 +247,9 @@ class Halving:
         tx = optax.chain(optax.scale_by_adam(), sized, optax.scale_by_learning_rate(rate))
         tree, rounded = self._compressed(way)
         before = self._judged(jc.materialize(_rounded(tree, rounded)))
-        tree = self._taught(tree, self.config.finetuning, tx, 1, rounded)
-        return self._row("taught, compressed", name, self._stored(name, _rounded(tree, rounded))) | {
-            "before": before["mean"]
-        }
+        tree = self._taught(tree, self.config.finetuning, tx, 1, rounded, way.price)
+        stored = self._stored(name, jc.finalize(_rounded(tree, rounded)))
+        return self._row("taught, compressed", name, stored) | {"before": before["mean"]}
 
     def _row(self, group: str, name: str, tree: PyTree) -> Row:
         size = self._path(name).stat().st_size
@@ -289,10 +296,16 @@ class Halving:
         return max(round(epochs * self._lessons().steps), 1)
 
     def _taught(
-        self, tree: PyTree, epochs: float, tx: optax.GradientTransformation, order: int, plan: Any = None
+        self,
+        tree: PyTree,
+        epochs: float,
+        tx: optax.GradientTransformation,
+        order: int,
+        plan: Any = None,
+        price: float = 0.0,
     ) -> PyTree:
         seed = 100 * self.config.seed + order
-        return learn(self.encoder, tree, self._lessons(), self.config, self._steps(epochs), tx, seed, plan)
+        return learn(self.encoder, tree, self._lessons(), self.config, self._steps(epochs), tx, seed, plan, price)
 
     def _compressed(self, way: Way) -> tuple[PyTree, Any]:
         """The student as it is taught, and the plan of what is rounded only after that."""

@@ -25,6 +25,12 @@ class LeNet300100(nn.Module):
         return nn.Dense(self.classes, name="head")(x)
 
 
+def halved(x: jax.Array) -> jax.Array:
+    """``nn.max_pool`` of windows of 2x2, by slices, whose gradient takes a tenth of the time on a CPU."""
+    rows = jnp.maximum(x[:, : x.shape[1] // 2 * 2 : 2], x[:, 1::2])
+    return jnp.maximum(rows[:, :, : x.shape[2] // 2 * 2 : 2], rows[:, :, 1::2])
+
+
 class CNN(nn.Module):
     """Two 3x3 convolutions with pooling, then one hidden layer."""
 
@@ -35,7 +41,7 @@ class CNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(2):
             x = nn.relu(nn.Conv(self.width * 2**i, (3, 3), name=f"conv_{i}")(x))
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = halved(x)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(4 * self.width, name="dense_0")(x))
         return nn.Dense(self.classes, name="head")(x)
@@ -56,7 +62,7 @@ class LeNet5(nn.Module):
         for i, features in enumerate((20, 50)):
             # Caffe has no nonlinearity between a convolution and its pooling here.
             x = nn.Conv(features, (5, 5), padding=padding, name=f"conv_{i}")(x)
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = halved(x)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(500, name="dense_0")(x))
         return nn.Dense(self.classes, name="head")(x)
