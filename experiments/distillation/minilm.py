@@ -112,8 +112,8 @@ WAYS: dict[str, Way] = {
     "3 bits in training and words": Way(seen(3), words(512, 8), simulated=True),
     "2 bits in training and words": Way(seen(2), words(512, 8), simulated=True),
     "2 bits on a trellis and words": Way(walks(2), words(384, 8), places=words(256, 4)),
-    "2 bits, steps learned, and words": Way(T.LSQ(bits=2, start="deviation"), words(384, 8), places=words(256, 4)),
-    "bits learned, and words": Way(T.EntropyPenalized(levels=15), words(384, 8), places=words(256, 4), price=1e-8),
+    "2 bits with learned steps and words": Way(T.LSQ(bits=2, start="deviation"), words(384, 8), places=words(256, 4)),
+    "learned bits and words": Way(T.EntropyPenalized(levels=15), words(384, 8), places=words(256, 4), price=1e-8),
     "4 bits": Way(kernels(4), grid(4)),
 }
 
