@@ -327,7 +327,7 @@ def pipelines(model: str) -> dict[str, Pipeline]:
                 **start,
                 "learn few bits": functools.partial(learn, price=2e-5, epochs=8),
                 "cut": cut,
-                "learn on": functools.partial(learn, price=4e-5, epochs=24, what=".*"),
+                "learn on": functools.partial(learn, price=4e-5, epochs=12, what=".*"),
                 "cut again": cut,
             },
             penalized,

@@ -82,6 +82,7 @@ def known(shape, layout):
     of_leaf = {name: RNG.uniform(0.5, 2, shape).astype("f4") for name in ("grad_square", "hessian_diagonal")}
     stats = jc.trace.Stats(
         gram=jnp.asarray(np.swapaxes(x, -1, -2) @ x), square=jnp.asarray((x**2).sum(-2)), axes=axes,
+        counts=jnp.asarray(np.round((x**2).sum(-2))),
         **{name: jnp.asarray(value) for name, value in of_leaf.items()},
     )  # fmt: skip
     return jnp.asarray(RNG.normal(size=shape), jnp.float32), stats
@@ -102,6 +103,7 @@ def relaid(stats, case):
     of_leaf = {n: case.layout.restore(getattr(stats, n), case.shape) for n in ("grad_square", "hessian_diagonal")}
     return dataclasses.replace(
         stats, gram=stats.gram[..., back, :][..., back], square=stats.square[..., back], axes=case.layout.contracted,
+        counts=stats.counts[..., back],
         **of_leaf,
     )  # fmt: skip
 

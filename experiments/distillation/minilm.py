@@ -74,6 +74,11 @@ def words(clusters: int, block: int) -> Any:
     return jc.chain(jc.share.KMeans(clusters=clusters, block=(1, block), iterations=12), HALF)
 
 
+def by_use(step: float) -> Any:
+    """A table whose rows have steps by how often they are read; of the others a tenth of the mean is taken."""
+    return jc.quantize.WaterFilling(step, weigh="counts", states=4, damping=0.1)
+
+
 def grid(bits: int) -> Any:
     """A table on affine grids along the vocabulary."""
     return jc.chain(jc.quantize.Int(bits=bits, group_size=128, symmetric=False, clip="mse", pad=True), HALF)
@@ -107,13 +112,16 @@ class Way(NamedTuple):
     price: float = 0.0
 
 
+STEP = 1.0
+"""Of words by use, so that all is a thirtieth with kernels of 2 bits."""
+
 WAYS: dict[str, Way] = {
     "3 bits and words": Way(kernels(3), words(256, 8)),
     "3 bits in training and words": Way(seen(3), words(512, 8), simulated=True),
     "2 bits in training and words": Way(seen(2), words(512, 8), simulated=True),
     "2 bits on a trellis and words": Way(walks(2), words(384, 8), places=words(256, 4)),
-    "2 bits with learned steps and words": Way(T.LSQ(bits=2, start="deviation"), words(384, 8), places=words(256, 4)),
-    "learned bits and words": Way(T.EntropyPenalized(levels=15), words(384, 8), places=words(256, 4), price=1e-8),
+    "2 bits on a trellis and words by use": Way(walks(2), by_use(STEP), places=words(256, 4)),
+    "learned bits and words by use": Way(T.EntropyPenalized(levels=15), by_use(STEP), places=words(256, 4), price=1e-8),
     "4 bits": Way(kernels(4), grid(4)),
 }
 
@@ -320,9 +328,16 @@ class Halving:
             short = [ids for ids in self.tokens if len(ids) <= 24][: self.config.calibration]
             batches = [minilm.pad(short[i : i + 64], 24) for i in range(0, len(short), 64)]
             kernels_only = jc.plan(student, [(KERNELS, jc.quantize.GPTQ(bits=4)), (".*", None)])
-            return jc.calibrate(self.encoder, student, batches, kernels_only)
+            return jc.calibrate(self.encoder, student, batches, kernels_only).merge(self._read(student))
 
         return jc.compress(student, plan, stats=self._once("stats", gathered), key=key), None
+
+    def _read(self, student: PyTree) -> Any:
+        """How often each word stands in the sentences."""
+        longest, several = self.config.longest, range(0, len(self.tokens), 1024)
+        batches = (minilm.pad([ids[:longest] for ids in self.tokens[i : i + 1024]], longest) for i in several)
+        looked_up = lambda params, x, mask: params["embeddings"]["token"]["embedding"][x]  # noqa: E731
+        return jc.calibrate(looked_up, student, batches, statistics=["counts"], where=lambda x, mask: mask > 0)
 
     def line(self, r: Row) -> str:
         return f"{r['name']:<26} {r['bytes']:>11,} bytes {r['ratio']:6.2f}x  mean {r['mean']:.4f}"

@@ -62,7 +62,7 @@ def _relaid(stats: Any, layout: Layout, shape: tuple[int, ...]) -> Any:
     kept = (*layout.window, *layout.inputs)
     order = _order(kept, shape)
     found: dict[str, Any] = {"others": (), "axes": tuple(range(-2 - len(layout.window), -1))}
-    for name in _PER_FEATURE:
+    for name in (*_PER_FEATURE, "counts"):
         if (x := getattr(stats, name)) is not None:
             found[name] = x if order is None else x[..., order]
     if stats.gram is not None:

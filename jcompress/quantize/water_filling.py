@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,11 @@ class WaterFilling(Method):
     take wider steps, whose codes cost less: a coded file has tables for classes of inputs. Weights that are zero stay
     zero, and others make up for the errors, so that a pruned network stays pruned.
 
-    Needs the statistic ``gram``. An error of a layer's outputs of ``step**2 / 12`` times their energy is what rounding
+    A table that is read by rows, such as an embedding, is a product with one-hot vectors: ``H`` has on its diagonal how
+    often each row is read, and nothing beside it. ``weigh="counts"`` takes these counts alone, so that words that are
+    read a hundred times more often have steps ten times finer.
+
+    Needs the statistic ``gram``, or ``counts``. An error of a layer's outputs of ``step**2 / 12`` times their energy is what rounding
     in these steps gives, so that one ``step`` for all layers keeps their signals alike. Steps are stored in 16 bits, of
     which a coded file keeps five or six. Sharded by outputs a kernel stays where it is; by inputs it is gathered.
 
@@ -45,7 +50,8 @@ class WaterFilling(Method):
         tenth of it may lose less at the same size: choose on data held out.
       states: of a trellis along the outputs, as of :class:`Dependent`; 0 for one quantizer.
       bits: bits of the codes at most, 2 to 16; the coded size does not depend on them.
-      damping: as of :class:`GPTQ`.
+      damping: as of :class:`GPTQ`: a share of the mean added to each input's energy, or to how often a row was read.
+      weigh: ``"gram"``, or ``"counts"`` for a table that is read by rows.
 
     Raises:
       ValueError: for hyperparameters out of range, or statistics that are missing or of another shape.
@@ -67,7 +73,7 @@ class WaterFilling(Method):
     states: Literal[0, 4, 8] = 0
     bits: int = 8
     damping: Any = 0.01
-    reads: ClassVar[tuple[str, ...]] = ("stats.gram",)
+    weigh: Literal["gram", "counts"] = "gram"
 
     def __post_init__(self) -> None:
         for name, low in (("step", 1e-6), ("price", 0.0), ("damping", 0.0)):
@@ -78,38 +84,60 @@ class WaterFilling(Method):
             raise ValueError(
                 f"WaterFilling: states={self.states}, bits={self.bits}, expected 0, 4 or 8, and 2 to 16 bits"
             )
+        if self.weigh not in ("gram", "counts"):
+            raise ValueError(f"WaterFilling: weigh={self.weigh!r}, expected 'gram' or 'counts'")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be in the context."""
+        return (f"stats.{self.weigh}",)
 
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized | DependentCodes:
         """The node for one array."""
-        layer, gram = matrices.of(w, context, "gram")
+        layer, energies = matrices.of(w, context, self.weigh)
         matrix, shown, most = layer.matrix(), matrices.visible(layer, context), 2 ** (self.bits - 1) - 1
         if not w.size:
             steps = jnp.ones(matrix.shape[:-1], jnp.float32)
             return self._node(layer, jnp.zeros(matrix.shape, jnp.float32), steps, context)
         unit = scaling.unit([matrix])
-        solve = jax.vmap(lambda w, gram, shown: self._solve(w, gram, shown, most))
-        values, steps = solve(unit.divide(matrix), gram, shown)
+        solve = jax.vmap(functools.partial(self._solve if self.weigh == "gram" else self._apart, most=most))
+        values, steps = solve(unit.divide(matrix), energies, shown)
         return self._node(layer, values / steps[..., None], unit.saturated(steps), context)
 
     def _solve(self, w: jax.Array, gram: jax.Array, shown: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
         """Values (k, n) and steps (k,) of one layer."""
-        visible, shown = shown, shown & (w != 0)
-        density = jnp.sum(shown, axis=1, dtype=jnp.float32) / jnp.maximum(jnp.sum(visible, axis=1), 1)
-        w, gram = jnp.where(shown, w, 0), damped(gram, self.damping)
+        known, gram = _known(w, shown), damped(gram, self.damping)
+        w = jnp.where(known["shown"], w, 0)
         factor = inverse_factor(gram)
         energy = jnp.sum(w * jnp.matmul(gram, w, precision=jax.lax.Precision.HIGHEST)) / w.size
-        pivots = jnp.diagonal(factor)
-        # Never so small that the largest weight has no code, nor of zeros.
-        steps = jnp.maximum(self.step * jnp.sqrt(jnp.maximum(energy, 0)) * pivots, jnp.max(jnp.abs(w), axis=1) / most)
-        steps = _short(jnp.where(steps > 0, steps, 1))
+        known["step"] = self._steps(w, energy, jnp.diagonal(factor), most)
 
         def fix(row: jax.Array, known: Known, pivot: jax.Array) -> tuple[jax.Array, jax.Array]:
-            step = jnp.where(known["step"] > 0, known["step"], 1)
-            value = step * self._levels(row / step, known["shown"], known["density"], most)
+            value = self._value(row, known, most)
             return value, (row - value) / pivot
 
-        return sweep(w, factor, fix, {"step": steps, "shown": shown, "density": density})[0], steps
+        return sweep(w, factor, fix, known)[0], known["step"]
+
+    def _apart(self, w: jax.Array, counts: jax.Array, shown: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+        """The same where no input makes up for another: rows of a table, a few at a time."""
+        known, counts = _known(w, shown), counts + self.damping * jnp.mean(counts)
+        counts = jnp.where(counts > 0, counts, 1)  # of rows never read, without damping
+        w = jnp.where(known["shown"], w, 0)
+        energy = jnp.sum(jnp.square(w) * counts[:, None]) / w.size
+        known["step"] = self._steps(w, energy, jax.lax.rsqrt(counts), most)
+        of_row = lambda row: self._value(row[0], row[1], most)  # noqa: E731
+        return jax.lax.map(of_row, (w, known), batch_size=256), known["step"]
+
+    def _steps(self, w: jax.Array, energy: jax.Array, pivots: jax.Array, most: int) -> jax.Array:
+        """A step for each input: never so small that its largest weight has no code, nor of zeros."""
+        steps = self.step * jnp.sqrt(jnp.maximum(energy, 0)) * pivots
+        steps = jnp.maximum(steps, jnp.max(jnp.abs(w), axis=1) / most)
+        return _short(jnp.where(steps > 0, steps, 1))
+
+    def _value(self, row: jax.Array, known: Known, most: int) -> jax.Array:
+        step = jnp.where(known["step"] > 0, known["step"], 1)
+        return step * self._levels(row / step, known["shown"], known["density"], most)
 
     def _levels(self, x: jax.Array, shown: jax.Array, density: jax.Array, most: int) -> jax.Array:
         """The levels of one input's weights, (outputs,), in steps."""
@@ -137,6 +165,13 @@ class WaterFilling(Method):
             codes = (jnp.sign(levels) * jnp.ceil(jnp.abs(levels) - 0.25)).astype(dtype)
             return DependentCodes(codes, scale, self.bits, self.states, axes, dtype=kind)
         return Quantized(jnp.round(levels).astype(dtype), scale, bits=self.bits, axes=axes, dtype=kind)
+
+
+def _known(w: jax.Array, visible: jax.Array) -> dict[str, jax.Array]:
+    """Of each input, which weights are neither hidden nor zero, and how many of those in sight that is."""
+    shown = visible & (w != 0)
+    density = jnp.sum(shown, axis=1, dtype=jnp.float32) / jnp.maximum(jnp.sum(visible, axis=1), 1)
+    return {"shown": shown, "density": density}
 
 
 def laplace_lengths(scale: jax.Array, most: int, quantizers: int = 1) -> jax.Array:
