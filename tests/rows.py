@@ -49,7 +49,7 @@ def statistics(shape: tuple[int, ...]) -> jc.trace.Stats:
     x = rng.normal(size=(*lead, 64, math.prod(shape[i] for i in axes)))
     known = {"gram": np.swapaxes(x, -1, -2) @ x, "square": (x**2).sum(-2)}
     known |= {name: rng.uniform(0.5, 2, size=shape) for name in ("grad_square", "hessian_diagonal")}
-    known["counts"] = rng.integers(0, 9, size=known["square"].shape)
+    known["counts"] = rng.integers(1, 9, size=known["square"].shape)
     return jc.trace.Stats(**{name: jnp.asarray(value, jnp.float32) for name, value in known.items()}, axes=axes)
 
 
@@ -136,7 +136,10 @@ METHODS = [
     Row("dependent", jc.quantize.Dependent(0.1), exact=False, gathers=True, adjusts=True),
     Row("dependent-weighed", jc.quantize.Dependent(0.1, Int(bits=4), 4, "grad_square"), exact=False, gathers=True),
     Row("water-filling", jc.quantize.WaterFilling(0.3), exact=False, stationary=False, gathers="inputs", adjusts=True),
-    Row("water-filling-counts", jc.quantize.WaterFilling(0.3, weigh="counts"), exact=False, stationary=False),
+    Row(
+        "water-filling-counts", jc.quantize.WaterFilling(0.3, weigh="counts"), exact=False, stationary=False,
+        adjusts=True,
+    ),
     Row(
         "water-filling-dependent", jc.quantize.WaterFilling(0.3, states=4), (3, 3, 4, 8), exact=False, stationary=False,
         gathers=True, adjusts=True,

@@ -33,6 +33,7 @@ class Network:
       stats: Gram matrices of the kernels.
       kernels: a pattern for the leaves that take steps by their Gram matrices.
       tables: a pattern for those that are looked up, and have none.
+      words: a pattern for tables whose rows take steps by how often each is read.
       score: the unit of what is scored, and its sign: +1 where less is better.
       least: the smallest part of the common step that a leaf takes.
     """
@@ -42,6 +43,7 @@ class Network:
     stats: Any
     kernels: str
     tables: str | None = None
+    words: str | None = None
     layout: Any = None
     score: tuple[str, int] = ("error, %", 1)
     least: float = 0.3
@@ -60,6 +62,8 @@ class Network:
         return [*found, (".*", BITS)]
 
     def _method(self, path: str, step: Any, price: Any, states: int) -> Any:
+        if self.words is not None and re.fullmatch(self.words, path):
+            return Q.WaterFilling(step, price, states, damping=0.1, weigh="counts")
         if self.tables is not None and re.fullmatch(self.tables, path):
             w = dict(jc.paths(self.params))[path]
             size = jnp.sqrt(jnp.mean(jnp.square(w)))
@@ -68,8 +72,8 @@ class Network:
 
     def leaves(self) -> dict[str, int]:
         """Numbers of each leaf that has a step of its own, those that are not zero."""
-        both = self.kernels if self.tables is None else f"{self.kernels}|{self.tables}"
-        return {path: np.count_nonzero(x) for path, x in jc.paths(self.params) if re.fullmatch(both, path)}
+        several = "|".join(x for x in (self.kernels, self.tables, self.words) if x is not None)
+        return {path: np.count_nonzero(x) for path, x in jc.paths(self.params) if re.fullmatch(several, path)}
 
     def compressed(self, step: float, price: float, states: int, parts: Mapping[str, Any]) -> PyTree:
         """The tree, compiled once for all steps and prices."""
@@ -177,7 +181,8 @@ def folded(params: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[Py
 class Encoder(Network):
     """all-MiniLM-L6-v2; judged by the cosine to its own embeddings of sentences that nobody judged."""
 
-    name, kernels, tables, score = "MiniLM", recipes.KERNELS, recipes.TABLES, ("Spearman", -1)
+    name, kernels, score = "MiniLM", recipes.KERNELS, ("Spearman", -1)
+    tables, words = "embeddings/position/embedding", "embeddings/token/embedding"
 
     def __init__(self, model_dir: str, data_dir: str) -> None:
         self.encoder, self.params = minilm.load(model_dir)
@@ -187,6 +192,8 @@ class Encoder(Network):
         tokens = [*free.first, *free.second]
         self.judge = sts.Judge(self.encoder)
         self.stats = recipes.Calibration(self.encoder, self.params, tokens[600:], 768, 24).stats(["stats.gram"])
+        lines = (Path(data_dir) / "sentences.txt").read_text(encoding="utf-8").splitlines()
+        self.stats = self.stats.merge(recipes.words_read(self.params, self.encoder.tokens(lines)))
         short = [x for x in tokens[:600] if len(x) <= 24][:128]
         self.seen = minilm.pad(short, 24)
         self.wanted = jax.jit(self.encoder)(self.params, *self.seen)

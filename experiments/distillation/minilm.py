@@ -31,7 +31,7 @@ import jcompress as jc
 from experiments import flags, pictures, runner, tables
 from experiments.compress import dtypes_of, narrowed, widened
 from experiments.models import minilm
-from experiments.quantization import sts
+from experiments.quantization import recipes, sts
 from experiments.workdir import Row, Rows, write
 from jcompress.io import load, save
 
@@ -328,16 +328,10 @@ class Halving:
             short = [ids for ids in self.tokens if len(ids) <= 24][: self.config.calibration]
             batches = [minilm.pad(short[i : i + 64], 24) for i in range(0, len(short), 64)]
             kernels_only = jc.plan(student, [(KERNELS, jc.quantize.GPTQ(bits=4)), (".*", None)])
-            return jc.calibrate(self.encoder, student, batches, kernels_only).merge(self._read(student))
+            found = jc.calibrate(self.encoder, student, batches, kernels_only)
+            return found.merge(recipes.words_read(student, [ids[: self.config.longest] for ids in self.tokens]))
 
         return jc.compress(student, plan, stats=self._once("stats", gathered), key=key), None
-
-    def _read(self, student: PyTree) -> Any:
-        """How often each word stands in the sentences."""
-        longest, several = self.config.longest, range(0, len(self.tokens), 1024)
-        batches = (minilm.pad([ids[:longest] for ids in self.tokens[i : i + 1024]], longest) for i in several)
-        looked_up = lambda params, x, mask: params["embeddings"]["token"]["embedding"][x]  # noqa: E731
-        return jc.calibrate(looked_up, student, batches, statistics=["counts"], where=lambda x, mask: mask > 0)
 
     def line(self, r: Row) -> str:
         return f"{r['name']:<26} {r['bytes']:>11,} bytes {r['ratio']:6.2f}x  mean {r['mean']:.4f}"

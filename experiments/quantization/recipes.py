@@ -154,6 +154,13 @@ def _alike(x: jax.Array, z: jax.Array) -> jax.Array:
     return jnp.corrcoef((x @ x.T)[first, second], (z @ z.T)[first, second])[0, 1]
 
 
+def words_read(params: PyTree, tokens: Sequence[Sequence[int]]) -> jc.trace.Calibration:
+    """How often each row of the table of words is read for some sentences."""
+    looked_up = lambda params, x, mask: params["embeddings"]["token"]["embedding"][x]  # noqa: E731
+    batches = (minilm.pad(tokens[i : i + 1024]) for i in range(0, len(tokens), 1024))
+    return jc.calibrate(looked_up, params, batches, statistics=["counts"], where=lambda x, mask: mask)
+
+
 KERNELS = "layer_.*/kernel"
 TABLES = "embeddings/(token|position)/embedding"
 
