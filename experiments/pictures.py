@@ -169,12 +169,16 @@ def encoders(rows: Sequence[Row], path: Path) -> None:
 
 
 def language(rows: Sequence[Row], path: Path) -> None:
-    """A decoder: perplexity, on a logarithmic scale, against stored megabytes, a colour a family."""
+    """A decoder: perplexity, on a logarithmic scale, against stored megabytes, a colour a family; healed rows hollow."""
     figure, ((axes,),) = _figure(1, 1, (9.0, 5.0))
-    groups = list(dict.fromkeys(r["group"] for r in rows))
-    for i, group in enumerate(groups):
-        own = sorted((r["bytes"] / 1e6, r["perplexity"]) for r in rows if r["group"] == group)
-        axes.plot(*zip(*own, strict=True), "os^vDP"[i // len(_COLOURS)], color=_COLOURS[i % len(_COLOURS)], label=group)
+    family = lambda r: r["group"].removesuffix(", healed")  # noqa: E731
+    for i, group in enumerate(dict.fromkeys(map(family, rows))):
+        look = {"linestyle": "", "marker": "os^vDP"[i // len(_COLOURS)], "color": _COLOURS[i % len(_COLOURS)]}
+        for healed in (False, True):
+            own = [r for r in rows if family(r) == group and (r["group"] != group) == healed]
+            points = [(r["bytes"] / 1e6, r["perplexity"]) for r in own]
+            face = {"markerfacecolor": "none"} if healed else {"label": group}
+            axes.plot(*(zip(*points, strict=True) if points else ([], [])), **look, **face)
     dense = next((r["perplexity"] for r in rows if r["name"] == "half"), None)
     if dense is not None:
         axes.axhline(dense, color=_INK, linestyle=":", linewidth=1)
