@@ -169,7 +169,7 @@ def encoders(rows: Sequence[Row], path: Path) -> None:
 
 
 def language(rows: Sequence[Row], path: Path) -> None:
-    """A decoder: perplexity, on a logarithmic scale, against stored megabytes, a colour a family; healed rows hollow."""
+    """A decoder: perplexity, logarithmic, against stored megabytes, a colour a family; healed rows hollow."""
     figure, ((axes,),) = _figure(1, 1, (9.0, 5.0))
     family = lambda r: r["group"].removesuffix(", healed")  # noqa: E731
     for i, group in enumerate(dict.fromkeys(map(family, rows))):

@@ -36,7 +36,6 @@ from experiments.workdir import Row, Rows, write
 from jcompress.io import load, save
 
 PyTree = Any
-T = jc.quantize.training
 KERNELS, TABLES, PLACES = "layer_.*/kernel", "embeddings/token/embedding", "embeddings/position/embedding"
 HALF = jc.quantize.Float("float16")
 
@@ -102,26 +101,20 @@ class Way(NamedTuple):
       words: its vectors are taught, the codes are not.
       simulated: whether the kernels themselves are taught, and rounded at the end.
       places: as ``words``.
-      price: of a bit, for kernels whose integers and their density are taught.
     """
 
     kernels: Any
     words: Any
     simulated: bool = False
     places: Any = grid(8)
-    price: float = 0.0
 
-
-STEP = 1.0
-"""Of words by use, so that all is a thirtieth with kernels of 2 bits."""
 
 WAYS: dict[str, Way] = {
     "3 bits and words": Way(kernels(3), words(256, 8)),
     "3 bits in training and words": Way(seen(3), words(512, 8), simulated=True),
     "2 bits in training and words": Way(seen(2), words(512, 8), simulated=True),
     "2 bits on a trellis and words": Way(walks(2), words(384, 8), places=words(256, 4)),
-    "2 bits on a trellis and words by use": Way(walks(2), by_use(STEP), places=words(256, 4)),
-    "learned bits and words by use": Way(T.EntropyPenalized(levels=15), by_use(STEP), places=words(256, 4), price=1e-8),
+    "2 bits on a trellis and words by use": Way(walks(2), by_use(1.0), places=words(256, 4)),
     "4 bits": Way(kernels(4), grid(4)),
 }
 
@@ -179,7 +172,6 @@ def learn(
     tx: optax.GradientTransformation,
     seed: int,
     plan: Any = None,
-    price: float = 0.0,
 ) -> PyTree:
     """All that trains in a tree of arrays or nodes, taught for some steps; what a plan names is simulated meanwhile.
 
@@ -190,29 +182,27 @@ def learn(
     dtypes = dtypes_of(train)
     train = widened(train)  # Adam's epsilon is nothing in 16 bits
 
-    def loss(train: PyTree, held: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
+    def loss(train: PyTree, held: PyTree, batch: Batch) -> jax.Array:
         x, mask, states, ends = batch
-        tree = jc.merge(narrowed(train, dtypes), held)
-        params, rate = jc.materialize(tree), T.rate(tree, key)
+        params = jc.materialize(jc.merge(narrowed(train, dtypes), held))
         found = encoder.states(params if plan is None else jc.simulate(params, plan), x, mask)
         own = encoder.pool(found[-1], mask)
         pairs = zip(found[1:], (state.astype(jnp.float32) for state in states), strict=True)
         errors = [jnp.square(a - b).sum() / jnp.square(b).sum() for a, b in pairs]
         relations = jnp.square(own @ own.T - ends @ ends.T).mean()
         cosine = 1 - jnp.sum(own * ends, -1).mean()
-        return cosine + config.states * sum(errors) / len(errors) + config.relations * relations + price * rate
+        return cosine + config.states * sum(errors) / len(errors) + config.relations * relations
 
     @jax.jit
-    def step(train: PyTree, state: Any, held: PyTree, batch: Batch, key: jax.Array) -> tuple:
-        value, grads = jax.value_and_grad(loss)(train, held, batch, key)
+    def step(train: PyTree, state: Any, held: PyTree, batch: Batch) -> tuple:
+        value, grads = jax.value_and_grad(loss)(train, held, batch)
         updates, state = tx.update(grads, state, train)
         return optax.apply_updates(train, updates), state, value
 
     state, batches, mean = tx.init(train), lessons.batches(seed), 0.0
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for number in range(steps):
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            train, state, value = step(train, state, held, next(batches), key)
+            train, state, value = step(train, state, held, next(batches))
             mean = float(value) if number == 0 else 0.98 * mean + 0.02 * float(value)
             bar.update()
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
@@ -255,8 +245,8 @@ class Halving:
         tx = optax.chain(optax.scale_by_adam(), sized, optax.scale_by_learning_rate(rate))
         tree, rounded = self._compressed(way)
         before = self._judged(jc.materialize(_rounded(tree, rounded)))
-        tree = self._taught(tree, self.config.finetuning, tx, 1, rounded, way.price)
-        stored = self._stored(name, jc.finalize(_rounded(tree, rounded)))
+        tree = self._taught(tree, self.config.finetuning, tx, 1, rounded)
+        stored = self._stored(name, _rounded(tree, rounded))
         return self._row("taught, compressed", name, stored) | {"before": before["mean"]}
 
     def _row(self, group: str, name: str, tree: PyTree) -> Row:
@@ -304,16 +294,10 @@ class Halving:
         return max(round(epochs * self._lessons().steps), 1)
 
     def _taught(
-        self,
-        tree: PyTree,
-        epochs: float,
-        tx: optax.GradientTransformation,
-        order: int,
-        plan: Any = None,
-        price: float = 0.0,
+        self, tree: PyTree, epochs: float, tx: optax.GradientTransformation, order: int, plan: Any = None
     ) -> PyTree:
         seed = 100 * self.config.seed + order
-        return learn(self.encoder, tree, self._lessons(), self.config, self._steps(epochs), tx, seed, plan, price)
+        return learn(self.encoder, tree, self._lessons(), self.config, self._steps(epochs), tx, seed, plan)
 
     def _compressed(self, way: Way) -> tuple[PyTree, Any]:
         """The student as it is taught, and the plan of what is rounded only after that."""

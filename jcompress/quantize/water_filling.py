@@ -38,7 +38,8 @@ class WaterFilling(Method):
 
     A table that is read by rows, such as an embedding, is a product with one-hot vectors: ``H`` has on its diagonal how
     often each row is read, and nothing beside it. ``weigh="counts"`` takes these counts alone, so that words that are
-    read a hundred times more often have steps ten times finer.
+    read a hundred times more often have steps ten times finer. Not for a table that is the last layer too: that has
+    the statistics of its product.
 
     Needs the statistic ``gram``, or ``counts``. An error of a layer's outputs of ``step**2 / 12`` times their energy is
     what rounding in these steps gives, so that one ``step`` for all layers keeps their signals alike. Steps are stored
