@@ -182,7 +182,7 @@ class Encoder(Network):
     """all-MiniLM-L6-v2; judged by the cosine to its own embeddings of sentences that nobody judged."""
 
     name, kernels, score = "MiniLM", recipes.KERNELS, ("Spearman", -1)
-    tables, words = "embeddings/position/embedding", "embeddings/token/embedding"
+    tables, words, least = "embeddings/position/embedding", "embeddings/token/embedding", 0.1
 
     def __init__(self, model_dir: str, data_dir: str) -> None:
         self.encoder, self.params = minilm.load(model_dir)
