@@ -122,14 +122,13 @@ class WaterFilling(Method):
         return sweep(w, factor, fix, known)[0], known["step"]
 
     def _apart(self, w: jax.Array, counts: jax.Array, shown: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-        """The same where no input makes up for another: rows of a table, a few at a time."""
+        """The same where no input makes up for another: rows of a table."""
         known, counts = _known(w, shown), counts + self.damping * jnp.mean(counts)
         counts = jnp.where(counts > 0, counts, 1)  # of rows never read, without damping
         w = jnp.where(known["shown"], w, 0)
         energy = jnp.sum(jnp.square(w) * counts[:, None]) / w.size
         known["step"] = self._steps(w, energy, jax.lax.rsqrt(counts), most)
-        of_row = lambda row: self._value(row[0], row[1], most)  # noqa: E731
-        return jax.lax.map(of_row, (w, known), batch_size=256), known["step"]
+        return jax.vmap(functools.partial(self._value, most=most))(w, known), known["step"]
 
     def _steps(self, w: jax.Array, energy: jax.Array, pivots: jax.Array, most: int) -> jax.Array:
         """A step for each input: never so small that its largest weight has no code, nor of zeros."""
