@@ -46,7 +46,7 @@ class Network:
     words: str | None = None
     layout: Any = None
     score: tuple[str, int] = ("error, %", 1)
-    least: float = 0.3
+    least: float = 0.1
 
     def divergence(self, params: PyTree) -> Any:
         """How far a network is from the dense one on data that is neither test nor calibration; may be traced."""
@@ -92,7 +92,7 @@ class Network:
 class Pruned(Network):
     """A pruned LeNet-300-100 from a file; judged by cross entropy on the last 5,000 training images."""
 
-    kernels, least = ".*/kernel", 0.1
+    kernels = ".*/kernel"
 
     def __init__(self, path: Path, data_dir: str) -> None:
         self.lab = Lab("lenet_300_100", lambda seed: datasets.load("mnist", data_dir, val=5000 / 60000))
@@ -182,7 +182,7 @@ class Encoder(Network):
     """all-MiniLM-L6-v2; judged by the cosine to its own embeddings of sentences that nobody judged."""
 
     name, kernels, score = "MiniLM", recipes.KERNELS, ("Spearman", -1)
-    tables, words, least = "embeddings/position/embedding", "embeddings/token/embedding", 0.1
+    tables, words = "embeddings/position/embedding", "embeddings/token/embedding"
 
     def __init__(self, model_dir: str, data_dir: str) -> None:
         self.encoder, self.params = minilm.load(model_dir)
