@@ -52,7 +52,9 @@ def chain(*methods: Method) -> Method:
     """Compress by the first method, then the trainable leaves of its result by the next, and so on.
 
     Nodes nest: ``chain(Magnitude(0.9), KMeans(16))`` gives a mask around a codebook, fitted to the kept weights and
-    stored for them only; ``chain(SVD(8), Int(8))`` gives factors in 8 bits.
+    stored for them only; ``chain(SVD(8), Int(8))`` gives factors in 8 bits. The order matters: codes do not train, so
+    ``chain(Int(8), Magnitude(0.5))`` would prune scales, whole outputs at once, where ``chain(Magnitude(0.5), Int(8))``
+    prunes weights.
 
     Args:
       *methods: at least one.
