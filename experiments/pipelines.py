@@ -233,7 +233,10 @@ def code(bench: Bench, tree: PyTree, seed: int, *, price: float) -> PyTree:
 
 
 def cut(bench: Bench, tree: PyTree, seed: int) -> PyTree:
-    """Units cut out whose kernels are zero or that nothing reads; what the former put out goes into the next biases."""
+    """Units cut out whose kernels are zero or that nothing reads; what the former put out goes into the next biases.
+
+    Where those leave their grid and take more bytes than the units did, all stays as it is.
+    """
     params = _wide(tree)
     bench = bench.sized(params)
     groups = bench.groups
@@ -248,7 +251,8 @@ def cut(bench: Bench, tree: PyTree, seed: int) -> PyTree:
         params = jc.trace.mask(params, groups, keep)
         before, units = units, sum(int(x.sum()) for x in keep.values())
     small = jc.shrink(bench.apply, params, keep, bench.load(0).test.x[:1])[1]
-    return jax.tree.map(_on_grid, tree, small, is_leaf=lambda x: isinstance(x, jc.Compressed))
+    found = jax.tree.map(_on_grid, tree, small, is_leaf=lambda x: isinstance(x, jc.Compressed))
+    return min((found, tree), key=lambda x: jc.nbits(x, coded=True))
 
 
 def _on_grid(node: Any, small: jax.Array) -> Any:
@@ -326,9 +330,18 @@ def pipelines(model: str) -> dict[str, Pipeline]:
             {
                 **start,
                 "learn few bits": functools.partial(learn, price=2e-5, epochs=8),
+                "learn fewer": functools.partial(learn, price=4.5e-5, epochs=12, what=".*"),
+                "cut again": cut,
+            },
+            penalized,
+        ),
+        "cut, learned again, cut": Pipeline(
+            {
+                **start,
+                "learn few bits": functools.partial(learn, price=2e-5, epochs=8),
                 "cut": cut,
                 "learn on": functools.partial(learn, price=4e-5, epochs=12, what=".*"),
-                "cut again": cut,
+                "cut once more": cut,
             },
             penalized,
         ),
