@@ -50,7 +50,7 @@ def _energy(name: str, context: Context) -> Any:
         return None
     if name == "gram":
         return jnp.diagonal(x, axis1=-2, axis2=-1).real  # of complex inputs too
-    if name in ("norm", "square", "counts"):
+    if name in ("norm", "square"):
         return x
     by_weight = name in ("grad_square", "hessian_diagonal") and jnp.ndim(x) > 1
     return jnp.max(jnp.abs(x), axis=-1) if by_weight else None

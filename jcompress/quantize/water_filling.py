@@ -53,6 +53,7 @@ class WaterFilling(Method):
       states: of a trellis along the outputs, as of :class:`Dependent`; 0 for one quantizer.
       bits: bits of the codes at most, 2 to 16; the coded size does not depend on them.
       damping: as of :class:`GPTQ`: a share of the mean added to each input's energy, or to how often a row was read.
+        Rows that calibration never read have that alone: 0.1 to 0.3 where others will be read later.
       weigh: ``"gram"``, or ``"counts"`` for a table that is read by rows.
 
     Raises:
