@@ -335,16 +335,6 @@ def pipelines(model: str) -> dict[str, Pipeline]:
             },
             penalized,
         ),
-        "cut, learned again, cut": Pipeline(
-            {
-                **start,
-                "learn few bits": functools.partial(learn, price=2e-5, epochs=8),
-                "cut": cut,
-                "learn on": functools.partial(learn, price=4e-5, epochs=12, what=".*"),
-                "cut once more": cut,
-            },
-            penalized,
-        ),
         "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
         "self-distilled": Pipeline(
             {"dense": start["dense"], "4 bits": functools.partial(self_distil, bits=4, epochs=4)}
