@@ -43,8 +43,8 @@ class WaterFilling(Method):
 
     Needs the statistic ``gram``, or ``counts``. An error of a layer's outputs of ``step**2 / 12`` times their energy is
     what rounding in these steps gives, so that one ``step`` for all layers keeps their signals alike. Steps are stored
-    in 16 bits, of which a coded file keeps five or six. Sharded by outputs a kernel stays where it is; by inputs it is
-    gathered.
+    in 16 bits, of which a coded file keeps five or six. Sharded by outputs a kernel stays where it is, and a table
+    sharded by rows; by inputs a kernel is gathered.
 
     Attributes:
       step: of the outputs' root mean square, > 0; about ``2**(1.8 - bits)`` for so many bits a weight.
