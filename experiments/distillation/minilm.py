@@ -334,7 +334,7 @@ def _rounded(tree: PyTree, plan: Any) -> PyTree:
 
 
 def finish(rows: Sequence[Row], table: Path, picture: Path) -> str:
-    """Write the table and the picture; return the table."""
+    """Write the table, and the picture without rows of other seeds; return the table."""
     head = ["encoder", "bytes", "ratio", "mean Spearman", "before teaching", "cosine with the whole, validation"]
     shown = [head]
     for r in rows:
@@ -344,7 +344,7 @@ def finish(rows: Sequence[Row], table: Path, picture: Path) -> str:
         shown.append([name, f"{r['bytes']:,}", f"{r['ratio']:.2f}", f"{r['mean']:.4f}", before, cosine])
     text = tables.markdown(shown)
     write(table, text + "\n")
-    pictures.encoders(rows, picture)
+    pictures.encoders([r for r in rows if not r.get("seed")], picture)
     return text
 
 
