@@ -169,12 +169,14 @@ def test_words_that_are_read_often_get_the_bits():
     assert bits < 1.1 * others and error < 0.6 * theirs
 
 
-def test_a_table_that_is_the_last_layer_too_has_no_counts_for_its_rows():
-    params = {"words": jnp.ones((9, 4))}
+@pytest.mark.parametrize("width", [4, 9])
+def test_a_table_that_is_the_last_layer_too_is_refused(width):
+    """Also where it is square, and its counts would fit the other axis."""
+    params = {"words": jnp.ones((9, width))}
     fn = lambda params, ids: jnp.tanh(params["words"][ids]) @ params["words"].T  # noqa: E731
     plan = jc.plan(params, [("words", jc.quantize.WaterFilling(weigh="counts"))])
     stats = jc.calibrate(fn, params, [np.arange(9)], plan)
-    with pytest.raises(ValueError, match=r"words: found 'counts' of shape \(9,\) for a kernel .* expected 4 features"):
+    with pytest.raises(ValueError, match="words: found a table that is multiplied too"):
         jc.compress(params, plan, stats=stats)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jcompress.core import Context, Layout
 from jcompress.formats.arranged import arranged
 
-_PER_FEATURE = ("sum", "square", "absmax", "zeros")
+_PER_FEATURE = ("sum", "square", "absmax", "zeros", "counts")
 _OF_LEAF = ("grad", "grad_square", "hessian_diagonal")
 
 
@@ -62,7 +62,7 @@ def _relaid(stats: Any, layout: Layout, shape: tuple[int, ...]) -> Any:
     kept = (*layout.window, *layout.inputs)
     order = _order(kept, shape)
     found: dict[str, Any] = {"others": (), "axes": tuple(range(-2 - len(layout.window), -1))}
-    for name in (*_PER_FEATURE, "counts"):
+    for name in _PER_FEATURE:
         if (x := getattr(stats, name)) is not None:
             found[name] = x if order is None else x[..., order]
     if stats.gram is not None:

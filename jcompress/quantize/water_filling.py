@@ -98,6 +98,11 @@ class WaterFilling(Method):
     @core.compiled
     def __call__(self, w: jax.Array, context: Context = Context(), /) -> Quantized | DependentCodes:
         """The node for one array."""
+        if self.weigh == "counts" and getattr(context.stats, "count", None) is not None:
+            raise ValueError(
+                f"{context.path}: found a table that is multiplied too, as a last layer is, expected one that is only "
+                "read by rows; use weigh='gram', which takes the statistics of the product"
+            )
         layer, energies = matrices.of(w, context, self.weigh)
         matrix, shown, most = layer.matrix(), matrices.visible(layer, context), 2 ** (self.bits - 1) - 1
         if not w.size:
