@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ class Subject:
 
     def method(self, path: str, family: str) -> Any:
         """What a family does to a leaf."""
-        is_table = self.network.tables is not None and path not in self.stats
+        is_table = re.fullmatch(self.network.kernels, path) is None
         if family in OTHERS:
             return OTHERS[family][is_table]
         if family.startswith("gptq"):
