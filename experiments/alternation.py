@@ -6,8 +6,8 @@
 From one dense network each: codebooks of two and of four values (1 and 2 bits a weight), and masks of 2% of all
 weights. *Compressed, then trained* trains the values that are left (codebooks, kept weights, biases); *learning and
 compression* (:func:`jcompress.lc`) trains all weights under a penalty that grows and leads them there, equally long.
-Penalties, and the part of the steps over which they grow to their end, were chosen by the last training images of
-another seed; the test images are read once for each row.
+Penalties, and the part of the steps over which they grow to their end, were chosen for LeNet-300-100 by the last
+training images of another seed; the CNN takes the same. The test images are read once for each row.
 
 Expect from the literature: Carreira-Perpinan & Idelbayev (2017, arXiv:1707.01319) report LeNet-300-100 with one bit a
 weight at the dense error, where training after compression loses several points.

@@ -80,12 +80,9 @@ class Bench(Lab):
         kept = {name: jnp.arange(g.size) < _length(params, g.producers[0]) for name, g in self.groups.items()}
         small = copy.copy(self)
         small.__dict__.pop("groups")
-        small.apply, small.shapes, small._once = self._cut(kept), shapes, {}
-        small.evaluate = make_evaluate(small.apply)
+        small.apply = jc.shrink(self.apply, self.shapes, kept, self.load(0).test.x[:1])[0]
+        small.shapes, small.evaluate, small._once = shapes, make_evaluate(small.apply), {}
         return small
-
-    def _cut(self, kept: dict[str, jax.Array]) -> Any:
-        return jc.shrink(self.apply, self.shapes, kept, self.load(0).test.x[:1])[0]
 
     def steps(self, epochs: float) -> int:
         """Steps in so many epochs of the training split."""

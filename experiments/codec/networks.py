@@ -30,7 +30,7 @@ class Network:
     Attributes:
       name: in the rows.
       params: what a file holds, a tree of float32 arrays.
-      stats: Gram matrices of the kernels.
+      stats: Gram matrices of the kernels, and how often rows of words are read.
       kernels: a pattern for the leaves that take steps by their Gram matrices.
       tables: a pattern for those that are looked up, and have none.
       words: a pattern for tables whose rows take steps by how often each is read.
