@@ -42,7 +42,7 @@ class Model:
     centre: int = 0
     reach: int = 0
 
-    @property
+    @functools.cached_property
     def label_table(self) -> Table:
         """The table that the labels are coded by."""
         return fit_table(np.bincount(self.labels, minlength=self.rows))
@@ -90,7 +90,7 @@ def choose(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray 
       quantizers: 0 or 1 for each token, where a trellis says so.
     """
     counts = np.bincount(tokens, minlength=symbols)
-    found = [(Model(ONE, []), counts[None])]
+    found = [_Candidate(Model(ONE, []), counts[None])]
     if quantizers is not None:
         found.append(_by_state(tokens, symbols, quantizers))
     if tokens.size >= _FEW and symbols > 1 and grid.rows > 1:
@@ -101,33 +101,37 @@ def choose(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray 
             for kind, by, own, place in ((ABOVE, ROWS, tokens, grid), (LEFT, COLUMNS, turned, grid.turned())):
                 alone = _by_context(own, counts, place, kind)
                 found += alone
-                if min(_estimate(*x) for x in alone) < _PAYS * _estimate(*found[0]):
-                    labels = [model.labels for model, _ in labelled if model.kind == by]
+                if min(x.estimate for x in alone) < _PAYS * found[0].estimate:
+                    labels = [x.model.labels for x in labelled if x.model.kind == by]
                     found += [x for each in labels for x in _by_context(own, counts, place, kind, each)]
-    likely = sorted(found, key=lambda pair: _estimate(*pair))[:_WEIGHED]
-    return min((_weighed(*pair) for pair in likely), key=lambda pair: pair[0])
+    likely = sorted(found, key=lambda x: x.estimate)[:_WEIGHED]
+    return min((_weighed(x.model, x.counts) for x in likely), key=lambda pair: pair[0])
 
 
-Candidate = tuple[Model, np.ndarray]
-"""A model without its tables, and the counts of tokens in each of its classes."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A model without its tables, and the counts of tokens in each of its classes."""
 
+    model: Model
+    counts: np.ndarray
 
-def _estimate(model: Model, counts: np.ndarray) -> float:
-    """About the bits of a candidate, at a few for each entry of its tables."""
-    labels = _rate(np.bincount(model.labels)[None]) if model.labels.size else 0.0
-    return _rate(counts) + _ENTRY * np.count_nonzero(counts) + labels
+    @functools.cached_property
+    def estimate(self) -> float:
+        """About the bits, at a few for each entry of the tables."""
+        labels = _rate(np.bincount(self.model.labels)[None]) if self.model.labels.size else 0.0
+        return _rate(self.counts) + _ENTRY * np.count_nonzero(self.counts) + labels
 
 
 def _by_state(
     tokens: np.ndarray, symbols: int, quantizers: np.ndarray, labels: np.ndarray | None = None, grid: Grid | None = None
-) -> Candidate:
+) -> _Candidate:
     """Classes by the quantizer, within classes of rows."""
     classes, rows, chosen = quantizers.astype(np.int64), 1, np.zeros(0, np.uint8)
     if labels is not None and grid is not None:
         rows, chosen = int(labels.max()) + 1, labels
         classes = rows * classes + grid.by_rows(labels, 0, grid.rows)
     counts = np.bincount(classes * symbols + tokens, minlength=2 * rows * symbols).reshape(2 * rows, symbols)
-    return Model(STATE, [], chosen), counts
+    return _Candidate(Model(STATE, [], chosen), counts)
 
 
 def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
@@ -147,7 +151,7 @@ def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
     return total, model
 
 
-def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None) -> list[Candidate]:
+def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None) -> list[_Candidate]:
     """Classes of rows and of columns, the most promising number of each."""
     found = []
     for kind, histograms in zip((ROWS, COLUMNS), _histograms(tokens, symbols, grid), strict=True):
@@ -161,14 +165,14 @@ def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndar
                 break  # more classes serve no better
             best, gain = labels, told
         if best is not None:
-            found.append((Model(kind, [], best), _counts(tokens, symbols, grid, kind, best)))
+            found.append(_Candidate(Model(kind, [], best), _counts(tokens, symbols, grid, kind, best)))
             if quantizers is not None and kind == ROWS:
                 found.append(_by_state(tokens, symbols, quantizers, best, grid))
     return found
 
 
 def _histograms(tokens: np.ndarray, symbols: int, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """How often tokens of each of 16 ranges stand in each row and in each column."""
+    """How often tokens of each of 16 ranges stand in each row and in each column, as doubles, whose products are fast."""
     mass = np.cumsum(np.bincount(tokens, minlength=symbols))
     bins = np.minimum((mass - 1) * _BINS // max(int(mass[-1]), 1), _BINS - 1)
     rows, columns = np.zeros((grid.rows, _BINS), np.int64), np.zeros((grid.columns, _BINS), np.int64)
@@ -178,7 +182,7 @@ def _histograms(tokens: np.ndarray, symbols: int, grid: Grid) -> tuple[np.ndarra
         in_columns = grid.by_columns(np.arange(grid.columns), first, last) * _BINS + coarse
         rows[first:last] += np.bincount(in_rows, minlength=(last - first) * _BINS).reshape(-1, _BINS)
         columns += np.bincount(in_columns, minlength=columns.size).reshape(-1, _BINS)
-    return rows, columns
+    return rows.astype(np.float64), columns.astype(np.float64)
 
 
 def _clusters(histograms: np.ndarray, count: int) -> np.ndarray:
@@ -190,11 +194,12 @@ def _clusters(histograms: np.ndarray, count: int) -> np.ndarray:
     for _ in range(_ROUNDS):
         parted = _summed(histograms, labels, count) + 0.1
         labels = np.argmin(-histograms @ np.log2(parted / parted.sum(1, keepdims=True)).T, axis=1).astype(np.uint8)
-    return np.unique(labels, return_inverse=True)[1].astype(np.uint8).reshape(-1)
+    taken = np.bincount(labels, minlength=count) > 0
+    return (np.cumsum(taken) - 1).astype(np.uint8)[labels]
 
 
 def _summed(histograms: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """The histogram of each class; whole numbers in float64, where products are fast."""
+    """The histogram of each class."""
     return (labels == np.arange(count)[:, None]).astype(np.float64) @ histograms
 
 
@@ -215,7 +220,7 @@ def _counts(tokens: np.ndarray, symbols: int, grid: Grid, kind: int, labels: np.
 
 def _by_context(
     tokens: np.ndarray, counts: np.ndarray, grid: Grid, kind: int, labels: np.ndarray | None = None
-) -> list[Candidate]:
+) -> list[_Candidate]:
     """Classes by the number a row before, by its sign, and by sign and size, within classes of rows."""
     symbols, centre = len(counts), int(np.argmax(counts))
     distances = np.bincount(np.abs(np.arange(symbols) - centre), counts)
@@ -236,6 +241,6 @@ def _by_context(
     fine = joint.reshape(5, rows, symbols)
     coarse = np.stack([fine[0] + fine[1], fine[2], fine[3] + fine[4]])
     return [
-        (Model(kind, [], own, centre=centre, reach=0), coarse.reshape(-1, symbols)),
-        (Model(kind, [], own, centre=centre, reach=reach), fine.reshape(-1, symbols)),
+        _Candidate(Model(kind, [], own, centre=centre, reach=0), coarse.reshape(-1, symbols)),
+        _Candidate(Model(kind, [], own, centre=centre, reach=reach), fine.reshape(-1, symbols)),
     ]

@@ -89,6 +89,7 @@ def _filled(table: Table, steps: int) -> np.ndarray:
     return np.where(levels > 0, (levels - 1) * steps // table.steps + 1, 0)
 
 
+@functools.lru_cache(maxsize=256)  # what was weighed is written next; tables are told apart by identity
 def _written(table: Table, before: Table | None) -> tuple[int, int, np.ndarray]:
     """The bits after the first five, the order of the codes, and the numbers to write."""
     numbers = np.zeros(len(table.levels), np.int64)
