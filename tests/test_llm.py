@@ -120,8 +120,10 @@ def test_units_and_layers_are_cut_to_half_of_the_multiply_adds(calibration):
     assert not np.array_equal(score, chance)
 
 
-def test_healing_learns_from_the_dense_model_and_moves_nothing_else(calibration):
-    layers = calibration.compress(((".*/kernel", jc.quantize.Int(bits=2)), (".*", full.HALF)))
+@pytest.mark.parametrize("cut", [False, True])
+def test_healing_learns_from_the_dense_model_and_moves_nothing_else(calibration, cut):
+    own = [units.Cut("units")(calibration)[0], PARAMS["layers"][1]] if cut else ()  # of two shapes
+    layers = calibration.compress(((".*/kernel", jc.quantize.Int(bits=2)), (".*", full.HALF)), layers=own)
     healing = Healing(steps=15, rank=2, length=16, windows=4)
     healed = healing(PARAMS, layers, CONFIG, TOKENS, 0)
     goal = jax.nn.softmax(function(PARAMS, WINDOWS))

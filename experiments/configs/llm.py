@@ -179,7 +179,7 @@ def healing(rows: dict[str, Recipe]) -> Iterator[Recipe]:
 HEALED = (
     "gptq2", "turned2-attended", "lattice2-attended", "round3", "gptq3-attended", "turned3-attended", "wanda50",
     "magnitude50", "sparsegpt24", "svd20-attended", "layers50", "awq3", "hqq3", "lqer3", "round4", "gptq4-attended",
-    "sparsegpt48", "round2", "gptq3", "layers50-chance",
+    "sparsegpt48", "units50", "round2", "gptq3", "layers50-chance",
 )  # fmt: skip
 
 

@@ -43,11 +43,11 @@ class Healing:
         """The layers with what was learned: the cross-entropy to the dense model's predictions falls.
 
         Meanwhile each kernel is what its node stands for, dense, so that all methods share one program; only the low
-        rank has gradients.
+        rank has gradients. Layers that differ in shape, as after cuts, have a program of their own, without a loop.
 
         Args:
           params: dense, layers as a list.
-          layers: the same layers compressed, kernels of all alike in shape.
+          layers: the same layers compressed.
           config: the model.
           tokens: of the text.
           seed: of the adapters and of the windows.
@@ -55,12 +55,14 @@ class Healing:
         teacher, keys = llama.stack(params), jax.random.split(jax.random.key(seed), len(layers))
         dense = (jax.tree.map(lambda x: x.astype(jnp.float32), jc.materialize(layer)) for layer in layers)
         adapted = [self._adapted(layer, key) for layer, key in zip(dense, keys, strict=True)]
-        train, held = jc.split(jax.tree.map(lambda *x: jnp.stack(x), *adapted))
+        alike = len({str(jax.tree.map(jnp.shape, layer)) for layer in adapted}) == 1
+        train, held = jc.split(jax.tree.map(lambda *x: jnp.stack(x), *adapted) if alike else adapted)
         optimizer, step = _step(self, config)
         state = optimizer.init(train)
         for window in self._drawn(tokens[: len(tokens) // 2], seed):
             train, state = step(train, state, held, teacher, window)
-        return [_learned(layer, jax.tree.map(lambda x, i=i: x[i], train)) for i, layer in enumerate(layers)]
+        own = [jax.tree.map(lambda x, i=i: x[i], train) for i in range(len(layers))] if alike else train
+        return [_learned(*pair) for pair in zip(layers, own, strict=True)]
 
     def _drawn(self, tokens: np.ndarray, seed: int) -> Any:
         rng = np.random.default_rng(seed)
