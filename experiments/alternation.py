@@ -6,8 +6,11 @@
 From one dense network each: codebooks of two and of four values (1 and 2 bits a weight), and masks of 2% of all
 weights. *Compressed, then trained* trains the values that are left (codebooks, kept weights, biases); *learning and
 compression* (:func:`jcompress.lc`) trains all weights under a penalty that grows and leads them there, equally long.
-Penalties, and the part of the steps over which they grow to their end, were chosen for LeNet-300-100 by the last
-training images of another seed; the CNN takes the same. The test images are read once for each row.
+Masks have two ways more: the set that they are led to may tighten, from all weights to 2% of them along a cubic ramp
+over a part of the steps, and the same ramp without a penalty is gradual pruning (:func:`jcompress.project`), the
+control. Penalties, the part of the steps over which they grow to their end, and that of the ramp were chosen for
+LeNet-300-100 by the last training images of another seed; the CNN takes the same. The test images are read once for
+each row.
 
 Expect from the literature: Carreira-Perpinan & Idelbayev (2017, arXiv:1707.01319) report LeNet-300-100 with one bit a
 weight at the dense error, where training after compression loses several points.
@@ -15,6 +18,7 @@ weight at the dense error, where training after compression loses several points
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,6 +42,9 @@ METHODS = {
     "2% of the weights": jc.prune.Magnitude(sparsity=0.98, scope="global"),
 }
 WAYS = ("compressed, then trained", "learning and compression")
+OF_MASKS = ("the same, not tightened", "tightened alone")
+RAMP = 0.5
+"""Of the steps, over which the set of masks tightens."""
 PENALTIES = {"1 bit": 1e-3, "2 bits": 1e-3, "2% of the weights": 1e-2}
 """At first, in units of one over the step size; it grows to 1."""
 
@@ -59,14 +66,16 @@ class Alternation:
         self.benches = {name: Bench(name, load) for name in self.epochs}
         self.workdir, self.seeds = Path(args.workdir or f"runs/alternation/{args.data}"), args.seeds
         self.setting = {"data": args.data, "epochs": self.epochs, "parts": self.parts, "penalties": PENALTIES}
+        self.setting |= {"ramp": RAMP}
         self._dense: dict[Any, PyTree] = {}
 
     def todo(self) -> Iterator[Row]:
         for network in self.benches:
             for seed in range(self.seeds):
                 yield {"network": network, "seed": seed, "method": "dense", "way": "trained"}
-                for method in METHODS:
-                    yield from ({"network": network, "seed": seed, "method": method, "way": way} for way in WAYS)
+                for method, found in METHODS.items():
+                    ways = (*WAYS, *OF_MASKS) if isinstance(found, jc.prune.Magnitude) else WAYS
+                    yield from ({"network": network, "seed": seed, "method": method, "way": way} for way in ways)
 
     def measure(self, rows: Rows, network: str, seed: int, method: str, way: str) -> Row:
         bench, epochs = self.benches[network], self.epochs[network]
@@ -74,9 +83,12 @@ class Alternation:
             self._dense = {(network, seed): dense(bench, None, 100 * seed, epochs=epochs)}
         tree = self._dense[network, seed]
         if method != "dense":
-            plan = jc.plan(tree, [(KERNELS, METHODS[method]), (".*", None)])
-            make = {WAYS[0]: tuned, WAYS[1]: alternated}[way]
-            tree = make(bench, tree, plan, (method, self.parts[network], epochs), 100 * seed + 1)
+            chosen = METHODS[method]
+            if isinstance(chosen, jc.prune.Magnitude) and way in (WAYS[1], OF_MASKS[1]):
+                chosen = _tightened(chosen, int(RAMP * bench.steps(epochs)))
+            plan = jc.plan(tree, [(KERNELS, chosen), (".*", None)])
+            make = dict(zip((*WAYS, *OF_MASKS), (tuned, alternated, alternated, projected), strict=True))[way]
+            tree = make(bench, tree, plan, (method, way, self.parts[network], epochs), 100 * seed + 1)
         params, data = jc.materialize(tree), bench.load(0)
         errors = {name: 100 * (1 - bench.evaluate(params, getattr(data, name)).accuracy) for name in ("val", "test")}
         return {"bits": jc.nbits(tree), **errors}
@@ -100,18 +112,37 @@ def tuned(bench: Bench, params: PyTree, plan: jc.Plan, name: Any, seed: int) -> 
     return jc.merge(bench.fit(("tuned", name), train, held, loss, tx, epochs, seed, None)[0], held)
 
 
+def _tightened(method: jc.prune.Magnitude, steps: int) -> jc.prune.Magnitude:
+    """From all weights to those that stay, along a cubic ramp."""
+    return dataclasses.replace(method, sparsity=optax.polynomial_schedule(0.0, method.sparsity, 3, steps))
+
+
 def alternated(bench: Bench, params: PyTree, plan: jc.Plan, name: Any, seed: int) -> PyTree:
     """All weights trained, and led to the set of compressed ones."""
-    epochs, steps = name[-1], bench.steps(name[-1])
-    first = PENALTIES[name[0]]
-    grows = optax.exponential_decay(first, max(int(name[1] * steps), 1), 1 / first, end_value=1.0)
-    tx = optax.chain(optax.adam(_pace(bench, epochs)), jc.lc(plan, every=EVERY, mu=grows))
+    method, _, part, epochs = name
+    first = PENALTIES[method]
+    grows = optax.exponential_decay(first, max(int(part * bench.steps(epochs)), 1), 1 / first, end_value=1.0)
+    return _held(bench, params, jc.lc(plan, every=_every(bench, epochs), mu=grows), name, seed)
+
+
+def projected(bench: Bench, params: PyTree, plan: jc.Plan, name: Any, seed: int) -> PyTree:
+    """All weights trained, and kept on the set."""
+    return _held(bench, params, jc.project(plan, every=_every(bench, name[-1])), name, seed)
+
+
+def _every(bench: Bench, epochs: float) -> int:
+    """Steps between C steps, of short runs fewer: a ramp has ten at least."""
+    return max(min(EVERY, int(RAMP * bench.steps(epochs) / 10)), 1)
+
+
+def _held(bench: Bench, params: PyTree, by: optax.GradientTransformation, name: Any, seed: int) -> PyTree:
+    epochs = name[-1]
 
     def loss(train: PyTree, held: Any, x: Any, y: Any, targets: Any, key: Any) -> jax.Array:
         return bench.hard(train, x, y, targets)
 
-    trained, state = bench.fit(("alternated", name), params, None, loss, tx, epochs, seed, None)
-    return jc.nodes(trained, state)
+    tx = optax.chain(optax.adam(_pace(bench, epochs)), by)
+    return jc.nodes(*bench.fit(("held", name), params, None, loss, tx, epochs, seed, None))
 
 
 def _pace(bench: Bench, epochs: float) -> optax.Schedule:
@@ -120,19 +151,21 @@ def _pace(bench: Bench, epochs: float) -> optax.Schedule:
 
 def publish(rows: Sequence[Row], path: Path) -> str:
     """Write the table: means over seeds, and the mean of what each seed gains, with its standard error."""
-    shown = [["network", "method", "bytes", *(f"{x}: test error, %" for x in WAYS), "gain", "seeds that gain"]]
+    head = ["network", "method", "bytes", *(f"{x}: test error, %" for x in WAYS), "gain", "seeds that gain", *OF_MASKS]
+    shown = [head]
     for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
         own = [row for row in rows if (row["network"], row["method"]) == (network, method)]
         stored = f"{sum(row['bits'] for row in own) / len(own) / 8:,.0f}"
-        found = [[row["test"] for row in own if row["way"] == way] for way in ("trained", *WAYS)]
-        cells = [tables.spread(*tables.mean_std(x)) if x else "" for x in found]
-        if cells[0]:
-            shown.append([network, method, stored, cells[0], "", "", ""])
+        found = [[row["test"] for row in own if row["way"] == way] for way in ("trained", *WAYS, *OF_MASKS)]
+        dense, *cells = [tables.spread(*tables.mean_std(x)) if x else "" for x in found]
+        if dense:
+            shown.append([network, method, stored, dense, *[""] * (len(head) - 4)])
             continue
-        gains = np.subtract(*([x[: min(map(len, found[1:]))] for x in found[1:]]))
+        gains = np.subtract(*([x[: min(map(len, found[1:3]))] for x in found[1:3]]))
         error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         told = f"{gains.mean():.2f} ± {error:.2f}" if len(gains) else ""
-        shown.append([network, method, stored, *cells[1:], told, f"{int((gains > 0).sum())} of {len(gains)}"])
+        count = f"{int((gains > 0).sum())} of {len(gains)}"
+        shown.append([network, method, stored, *cells[:2], told, count, *cells[2:]])
     text = tables.markdown(shown, (0, 1))
     write(path, text + "\n")
     return text

@@ -58,9 +58,10 @@ def test_a_teacher_of_stages_teaches_its_cut_self_and_another_network(folder, tm
     assert len({row["multiply_adds"] for row in rows}) == 1 and len({row["test_bits"] for row in rows}) == 5
 
 
-def test_a_network_with_fewer_multiply_adds_is_taught_by_itself(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("blended", [0, 1])
+def test_a_network_with_fewer_multiply_adds_is_taught_by_itself(folder, tmp_path, monkeypatch, blended):
     monkeypatch.setattr(ways, "LADDER", (0.3,))
-    config = ["model=resnet8", "fewer=1.5", "epochs=0.1", "batch_size=8", "test=10"]
+    config = ["model=resnet8", "fewer=1.5", "epochs=0.1", "batch_size=8", "test=10", f"blended={blended}"]
     flags = [f"--config.{x}" for x in config] + [f"--data_dir={folder}", f"--workdir={tmp_path / 'run'}"]
     assert lighter.main(flags) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
@@ -69,6 +70,18 @@ def test_a_network_with_fewer_multiply_adds_is_taught_by_itself(folder, tmp_path
         assert row["multiply_adds"] <= 0.71 * rows[0]["multiply_adds"]
         assert row["test_bits"] != row["test_bits_before"]
     assert "| chosen CP |" in (tmp_path / "run" / "table.md").read_text()
+    (tmp_path / "again").mkdir()
+    flags[-1] = f"--workdir={tmp_path / 'again'}"
+    assert lighter.main([*flags, "--config.ways=('CP',)"]) == 2
+
+
+def test_an_image_has_so_much_of_another_at_most():
+    x = np.random.default_rng(0).normal(size=(16, 4, 4, 3)).astype(np.float32)
+    found = lighter.blended(x, 0.25, 0)
+    assert found.dtype == x.dtype and not np.array_equal(found, x)
+    nearest = [min(np.linalg.norm(y - z) for z in x) / np.linalg.norm(y) for y in found]
+    assert max(nearest) < 0.5
+    np.testing.assert_array_equal(lighter.blended(x, 0.0, 0), x)
 
 
 def test_few_bits_are_measured_with_and_without_activations(folder):
