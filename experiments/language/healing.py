@@ -108,8 +108,7 @@ def _learned(layer: PyTree, train: PyTree) -> PyTree:
 
 
 def _beside(node: Any, trained: Any) -> Any:
-    held = jax.tree.map(lambda x: Frozen.of(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, node)
     if not isinstance(trained, Sum):
-        return held
+        return node
     low = trained.terms[1]
-    return Sum((held, LowRank(low.u.astype(jnp.float16), low.v.astype(jnp.float16))))
+    return Sum((node, LowRank(low.u.astype(jnp.float16), low.v.astype(jnp.float16))))
