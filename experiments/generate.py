@@ -277,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         print(args.prompt + tokenizer.decode(made[0].tolist()))
     others = llama_cpp(args.file, ids, args.tokens, length) if (args.file or "").endswith(".gguf") else {}
     rows = measured(trees, generator, jnp.asarray([ids], jnp.int32), args.tokens, args.turns, others)
-    record = {"settings": vars(args), "environment": environment(), "rows": rows}
+    settings = {k: x for k, x in vars(args).items() if k != "out"} | {"file": args.file and Path(args.file).name}
+    record = {"settings": settings, "environment": environment(), "rows": rows}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_file(Path(args.out), json.dumps(record, indent=1) + "\n")
     print(f"{table(rows)}\nwrote {args.out}")
