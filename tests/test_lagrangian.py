@@ -69,6 +69,14 @@ def test_a_growing_penalty_leads_onto_the_set():
     assert float(jnp.abs(early["w"]).min()) > 0.1
 
 
+def test_the_set_may_tighten_meanwhile():
+    ramp = optax.polynomial_schedule(0.0, 0.5, 1, 200)
+    method = jc.prune.Magnitude(sparsity=ramp)
+    tx = optax.chain(optax.adam(0.02), jc.lc(planned(method), 5, mu=optax.exponential_decay(1e-3, 100, 10.0)))
+    zeros = [int((jc.nodes(*train(tx, steps))["w"].materialize() == 0).sum()) for steps in (4, 120, 700)]
+    assert zeros == [0, 1, 2]
+
+
 def test_additive_combinations_are_learned_too():
     matrix = jax.random.normal(jax.random.key(0), (6, 4))
     plan = jc.plan({"w": matrix}, [("w", jc.residual(jc.factorize.SVD(1), jc.prune.Magnitude(sparsity=0.8)))])
