@@ -21,7 +21,7 @@ from jcompress.numeric.grids import Grid, grid_of
 from jcompress.numeric.headers import HeaderReader, HeaderWriter
 from jcompress.numeric.models import ABOVE, COLUMNS, LEFT, ONE, ROWS, STATE, Model
 from jcompress.numeric.packing import BitReader, BitWriter
-from jcompress.numeric.tables import MOST_SYMBOLS, Table, read_table, write_table
+from jcompress.numeric.tables import MOST_SYMBOLS, Table, read_table, write_tables
 from jcompress.numeric.tokens import Split
 
 RAW, CONSTANT = range(2)
@@ -127,14 +127,11 @@ def _encode(flat: np.ndarray, grid: Grid, split: Split, found: np.ndarray, model
         header.golomb(model.centre, 3)
         header.golomb(model.reach, 1)
     if model.kind in (ROWS, COLUMNS) or model.labels.size:
-        write_table(model.label_table, None, header)
+        write_tables([model.label_table], header)
     if model.kind in (ABOVE, LEFT, STATE):
         for queue in queues[:-1]:
             header.number(len(queue), flat.size.bit_length())
-    before = None
-    for table in model.tables:
-        write_table(table, before, header)
-        before = table
+    write_tables(model.tables, header)
     header.golomb(len(words), 6)
     return header.getvalue() + words + _raw(flat, split, found)
 

@@ -87,10 +87,9 @@ class HeaderReader:
         return int(self._take(one - first + 1 + order), 2) - (1 << order)
 
 
-def shortest_golomb(values: np.ndarray, orders: int) -> tuple[int, int]:
-    """The fewest bits that :meth:`HeaderWriter.golomb` takes for all of ``values``, and the order that takes them."""
+def shortest_golomb(values: np.ndarray, orders: int) -> tuple[list[int], list[int]]:
+    """The fewest bits that :meth:`HeaderWriter.golomb` takes for each row of values, and the orders that take them."""
     order = np.arange(orders)[:, None]
-    lengths = np.frexp(values.astype(np.float64) + (1 << order))[1]
-    nbits = (2 * lengths - 1 - order).sum(1)
-    best = int(nbits.argmin())
-    return int(nbits[best]), best
+    lengths = np.frexp(values[:, None] + np.float64(1 << order))[1]
+    nbits = (2 * lengths - 1 - order).sum(-1)
+    return nbits.min(1).tolist(), nbits.argmin(1).tolist()

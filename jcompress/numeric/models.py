@@ -13,7 +13,7 @@ import functools
 import numpy as np
 
 from jcompress.numeric.grids import Grid
-from jcompress.numeric.tables import Table, fit_table, table_nbits
+from jcompress.numeric.tables import Table, fit_tables, tables_nbits, tables_rate
 
 ONE, ROWS, COLUMNS, ABOVE, LEFT, STATE = range(2, 8)
 """Kinds of models as files name them; 0 and 1 are arrays that need none."""
@@ -45,7 +45,7 @@ class Model:
     @functools.cached_property
     def label_table(self) -> Table:
         """The table that the labels are coded by."""
-        return fit_table(np.bincount(self.labels, minlength=self.rows))
+        return fit_tables(np.bincount(self.labels, minlength=self.rows)[None])[0]
 
     @property
     def contexts(self) -> int:
@@ -136,16 +136,12 @@ def _by_state(
 
 def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
     """A model with its tables, and its bits."""
-    tables, before, total = [], None, 0.0
-    for row in counts:
-        table = fit_table(row)
-        total += table.rate(row) + table_nbits(table, before)
-        tables.append(table)
-        before = table
+    tables = fit_tables(counts)
+    total = tables_rate(tables, counts) + tables_nbits(tables)
     model = dataclasses.replace(model, tables=tables)
     if model.labels.size:
         uses = np.bincount(model.labels, minlength=model.rows)
-        total += model.label_table.rate(uses) + table_nbits(model.label_table, None)
+        total += tables_rate([model.label_table], uses[None]) + tables_nbits([model.label_table])
     if model.contexts > 1:
         total += (len(tables) - 1) * int(counts.sum()).bit_length()  # the lengths of the queues
     return total, model

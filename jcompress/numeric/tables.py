@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,78 +51,97 @@ class Table:
     @functools.cached_property
     def frequencies(self) -> np.ndarray:
         """Integers in proportion to the counts, int64, shape (symbols,); all alike where nothing was counted."""
-        if not self.levels.any():
-            return np.ones(len(self.levels), np.int64)
-        exponents = np.maximum(self.levels - 1, 0)
-        octaves = exponents >> self.steps.bit_length() - 1
-        down = np.minimum(octaves.max(initial=0) - octaves, 40)
-        values = np.maximum(_powers()[(exponents & self.steps - 1) * (_FINEST // self.steps)] >> down, 1)
-        return np.where(self.levels > 0, values, 0)
-
-    def rate(self, counts: np.ndarray) -> float:
-        """Bits of a message with these counts by this table."""
-        kept, frequencies = counts[counts > 0], self.frequencies[counts > 0]
-        return float(kept.sum() * np.log2(max(self.frequencies.sum(), 1)) - (kept * np.log2(frequencies)).sum())
+        return _frequencies(*_stacked([self]))[0]
 
 
-def fit_table(counts: np.ndarray) -> Table:
-    """The table for these counts, in steps as fine as the length of the message pays for."""
-    kinds, total = max(int((counts > 0).sum()), 1), int(counts.sum())
-    fine = 0.2 * math.sqrt(total / kinds)  # where another bit an entry costs what the error of a step does
-    steps = 1 << min(max(round(math.log2(max(fine, 1))), 0), 6)
-    levels = np.where(counts > 0, 1 + np.rint(steps * np.log2(np.maximum(counts, 1))), 0)
-    return Table(levels.astype(np.int64), steps)
+def _stacked(tables: Sequence[Table]) -> tuple[np.ndarray, np.ndarray]:
+    """Levels (tables, symbols) and steps (tables, 1)."""
+    return np.stack([x.levels for x in tables]), np.array([[x.steps] for x in tables])
 
 
-def _differences(table: Table, before: Table | None) -> np.ndarray:
-    """What is written: each level less the one before, and less the same difference in the table before."""
-    there = np.flatnonzero(table.levels)
-    levels = table.levels[there] - (0 if before is None else _filled(before, table.steps)[there])
-    changes = levels.copy()
-    changes[1:] -= levels[:-1]
-    return (changes << 1) ^ (changes >> 63)  # 0, -1, 1, -2, ... in the order of their sizes
+def _frequencies(levels: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    exponents = np.maximum(levels - 1, 0)
+    octaves = exponents // steps
+    down = np.minimum(octaves.max(1, keepdims=True, initial=0) - octaves, 40)
+    values = np.maximum(_powers()[(exponents & steps - 1) * (_FINEST // steps)] >> down, 1)
+    there = levels > 0
+    return np.where(there.any(1, keepdims=True), np.where(there, values, 0), 1)
 
 
-def _filled(table: Table, steps: int) -> np.ndarray:
+def fit_tables(counts: np.ndarray) -> list[Table]:
+    """A table for each row of counts, in steps as fine as the length of its message pays for."""
+    kinds = np.maximum(np.count_nonzero(counts, axis=1), 1)
+    fine = 0.2 * np.sqrt(counts.sum(1) / kinds)  # where another bit an entry costs what the error of a step does
+    steps = 1 << np.clip(np.rint(np.log2(np.maximum(fine, 1))), 0, 6).astype(np.int64)
+    levels = np.where(counts > 0, 1 + np.rint(steps[:, None] * np.log2(np.maximum(counts, 1))), 0).astype(np.int64)
+    return [Table(*pair) for pair in zip(levels, steps.tolist(), strict=True)]
+
+
+def tables_rate(tables: Sequence[Table], counts: np.ndarray) -> float:
+    """Bits of messages with these counts, a row for each, by their tables."""
+    frequencies = _frequencies(*_stacked(tables))
+    kept = np.where(counts > 0, frequencies, 1)
+    return float(counts.sum(1) @ np.log2(frequencies.sum(1)) - (counts * np.log2(kept)).sum())
+
+
+def tables_nbits(tables: Sequence[Table]) -> int:
+    """How many bits :func:`write_tables` takes."""
+    return sum(8 + x.nbits for x in _written(tuple(tables)))
+
+
+class _Written(NamedTuple):
+    """A table as it is written: bits and order of its codes, their numbers, and whether it refers to the one before."""
+
+    nbits: int
+    order: int
+    numbers: np.ndarray
+    refers: bool
+
+
+@functools.lru_cache(maxsize=8)  # what was weighed is written next
+def _written(tables: tuple[Table, ...]) -> list[_Written]:
+    """Each table alone, or the difference from the one before it, whichever takes fewer bits."""
+    levels, steps = _stacked(tables)
+    alone = _differences(levels, levels)
+    beside = _differences(levels[1:], levels[1:] - _filled(levels[:-1], steps[:-1], steps[1:]))
+    kinds = [[*zip(*shortest_golomb(x, _ORDERS), x, strict=True)] for x in (alone, beside)]
+    found = [_Written(*kinds[0][0], False)]
+    for first, second in zip(kinds[0][1:], kinds[1], strict=True):
+        found.append(_Written(*second, True) if second[0] < first[0] else _Written(*first, False))
+    return found
+
+
+def _differences(levels: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """What is written of each table: values less those of the symbol before that is there; 0 for one that is not."""
+    there = levels > 0
+    last = np.maximum.accumulate(np.where(there, np.arange(levels.shape[1]), -1), axis=1)
+    before = np.concatenate([np.full((len(levels), 1), -1), last[:, :-1]], axis=1)
+    known = np.where(before >= 0, np.take_along_axis(values, np.maximum(before, 0), axis=1), 0)
+    changes = values - known
+    # 0, -1, 1, -2, ... in the order of their sizes, behind the 0 of what is not there.
+    return np.where(there, ((changes << 1) ^ (changes >> 63)) + ~there.all(1, keepdims=True), 0)
+
+
+def _filled(levels: np.ndarray, steps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Levels in other steps; where there is none, that of the symbol before."""
-    there = table.levels > 0
-    last = np.maximum.accumulate(np.where(there, np.arange(len(there)), 0))
-    levels = table.levels[last]
-    return np.where(levels > 0, (levels - 1) * steps // table.steps + 1, 0)
+    last = np.maximum.accumulate(np.where(levels > 0, np.arange(levels.shape[1]), 0), axis=1)
+    found = np.take_along_axis(levels, last, axis=1)
+    return np.where(found > 0, (found - 1) * wanted // steps + 1, 0)
 
 
-@functools.lru_cache(maxsize=256)  # what was weighed is written next; tables are told apart by identity
-def _written(table: Table, before: Table | None) -> tuple[int, int, np.ndarray]:
-    """The bits after the first five, the order of the codes, and the numbers to write."""
-    numbers = np.zeros(len(table.levels), np.int64)
-    there = table.levels > 0
-    gaps = not there.all()
-    numbers[there] = _differences(table, before) + gaps
-    return *shortest_golomb(numbers, _ORDERS), numbers
-
-
-def table_nbits(table: Table, before: Table | None) -> int:
-    """How many bits :func:`write_table` takes."""
-    kinds = [None] if before is None else [None, before]
-    return 8 + min(_written(table, other)[0] for other in kinds)
-
-
-def write_table(table: Table, before: Table | None, header: HeaderWriter) -> None:
-    """Append a table; of the one before it only the difference is written, where that is less."""
-    alone = _written(table, None)
-    beside = None if before is None else _written(table, before)
-    refers = beside is not None and beside[0] < alone[0]
-    _, order, numbers = beside if beside is not None and refers else alone
-    header.number(table.steps.bit_length() - 1, 3)
-    header.number(order, 3)
-    header.number(not (table.levels > 0).all(), 1)
-    header.number(refers, 1)
-    for number in numbers.tolist():
-        header.golomb(number, order)
+def write_tables(tables: Sequence[Table], header: HeaderWriter) -> None:
+    """Append tables of as many symbols each; of the one before only the difference is written, where that is less."""
+    for table, written in zip(tables, _written(tuple(tables)), strict=True):
+        header.number(table.steps.bit_length() - 1, 3)
+        header.number(written.order, 3)
+        header.number(not (table.levels > 0).all(), 1)
+        header.number(written.refers, 1)
+        for number in written.numbers.tolist():
+            header.golomb(number, written.order)
 
 
 def read_table(symbols: int, before: Table | None, header: HeaderReader) -> Table:
-    """What :func:`write_table` wrote.
+    """One of the tables that :func:`write_tables` wrote.
 
     Raises:
       ValueError: for levels that no table has.
@@ -128,7 +149,9 @@ def read_table(symbols: int, before: Table | None, header: HeaderReader) -> Tabl
     steps, order, gaps, refers = 1 << header.number(3), header.number(3), header.number(1), header.number(1)
     if steps > _FINEST or (refers and before is None):
         raise ValueError("found a table of frequencies that refers to none, or in steps too fine")
-    reference = _filled(before, steps).tolist() if refers and before is not None else [0] * symbols
+    reference = [0] * symbols
+    if refers and before is not None:
+        reference = _filled(*_stacked([before]), np.array([[steps]]))[0].tolist()
     levels, last = [], 0
     for at, written in enumerate(header.golombs(symbols, order)):
         number = written - gaps
