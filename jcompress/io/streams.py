@@ -17,6 +17,9 @@ from jcompress.numeric import coding, packing
 from jcompress.numeric.grids import Grid, grid_of
 from jcompress.numeric.processes import runs, shown_before, spans, whole
 
+_SMALL = 1 << 16
+"""Bytes of an array."""
+
 
 class MissingCoderError(StorageError, ImportError):
     """So that ``except ImportError`` works too."""
@@ -97,8 +100,8 @@ def _grid(part: Part) -> Grid | None:
 def integers(part: Part) -> tuple[np.ndarray, int]:
     """The values of one part as they are written, and how many bits each takes."""
     x = part.array
-    if isinstance(x, jax.Array) and x.is_fully_addressable:
-        # Another array of the same buffers, that the copy on the host goes with it.
+    if isinstance(x, jax.Array) and x.is_fully_addressable and x.nbytes > _SMALL:
+        # Another array of the same buffers, that the copy on the host goes with it; small ones may keep theirs.
         x = jax.device_put(x, x.sharding)
     values = whole(x)
     if part.code is not None:
