@@ -69,7 +69,8 @@ def lc(
     brings them there: take ``jc.nodes(params, state)`` when it is large.
 
     Args:
-      plan: from :func:`jcompress.plan`: any methods, ``residual`` too. Schedules are read at the number of steps taken.
+      plan: from :func:`jcompress.plan`: any methods, ``residual`` too. Schedules are read at the number of steps taken:
+        a sparsity that rises tightens the set on the way, which serves masks of few weights.
       every: steps between C steps.
       mu: the penalty in units of one over the step size, >= 0; a number or an ``optax.Schedule``, such as
         ``optax.exponential_decay(1e-3, 1000, 3.0, end_value=10.0)``.
