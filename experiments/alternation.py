@@ -6,11 +6,11 @@
 From one dense network each: codebooks of two and of four values (1 and 2 bits a weight), and masks of 2% of all
 weights. *Compressed, then trained* trains the values that are left (codebooks, kept weights, biases); *learning and
 compression* (:func:`jcompress.lc`) trains all weights under a penalty that grows and leads them there, equally long.
-Masks have two ways more: the set that they are led to may tighten, from all weights to 2% of them along a cubic ramp
-over a part of the steps, and the same ramp without a penalty is gradual pruning (:func:`jcompress.project`), the
-control. Penalties, the part of the steps over which they grow to their end, and that of the ramp were chosen for
-LeNet-300-100 by the last training images of another seed; the CNN takes the same. The test images are read once for
-each row.
+The set of masks tightens on the way, from all weights to 2% of them along a cubic ramp over half of the steps. Masks
+have two ways more: led to 2% from the start, and that ramp without a penalty, which is gradual pruning
+(:func:`jcompress.project`). Penalties, the part of the steps over which they grow to their end, and the length of the
+ramp were chosen for LeNet-300-100 by the last training images of another seed; the CNN takes the same. The test images
+are read once for each row.
 
 Expect from the literature: Carreira-Perpinan & Idelbayev (2017, arXiv:1707.01319) report LeNet-300-100 with one bit a
 weight at the dense error, where training after compression loses several points.
@@ -164,7 +164,7 @@ def publish(rows: Sequence[Row], path: Path) -> str:
         gains = np.subtract(*([x[: min(map(len, found[1:3]))] for x in found[1:3]]))
         error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         told = f"{gains.mean():.2f} ± {error:.2f}" if len(gains) else ""
-        count = f"{int((gains > 0).sum())} of {len(gains)}"
+        count = f"{int((gains > 0).sum())} of {len(gains)}" if len(gains) else ""
         shown.append([network, method, stored, *cells[:2], told, count, *cells[2:]])
     text = tables.markdown(shown, (0, 1))
     write(path, text + "\n")
