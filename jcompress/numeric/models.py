@@ -168,7 +168,7 @@ def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndar
 
 
 def _histograms(tokens: np.ndarray, symbols: int, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """How often tokens of each of 16 ranges stand in each row and in each column, as doubles, whose products are fast."""
+    """How often tokens of each of 16 ranges stand in each row and in each column; doubles, whose products are fast."""
     mass = np.cumsum(np.bincount(tokens, minlength=symbols))
     bins = np.minimum((mass - 1) * _BINS // max(int(mass[-1]), 1), _BINS - 1)
     rows, columns = np.zeros((grid.rows, _BINS), np.int64), np.zeros((grid.columns, _BINS), np.int64)
