@@ -168,25 +168,46 @@ def encoders(rows: Sequence[Row], path: Path) -> None:
     measure.pareto(points, path, score_name="mean Spearman x 100", lowest=lowest(points))
 
 
+_WORST = 300.0
+
+
 def language(rows: Sequence[Row], path: Path) -> None:
-    """A decoder: perplexity, logarithmic, against stored megabytes, a colour a family; healed rows hollow."""
-    figure, ((axes,),) = _figure(1, 1, (9.0, 5.0))
-    family = lambda r: r["group"].removesuffix(", healed")  # noqa: E731
-    for i, group in enumerate(dict.fromkeys(map(family, rows))):
-        look = {"linestyle": "", "marker": "os^vDP"[i // len(_COLOURS)], "color": _COLOURS[i % len(_COLOURS)]}
-        for healed in (False, True):
-            own = [r for r in rows if family(r) == group and (r["group"] != group) == healed]
-            points = [(r["bytes"] / 1e6, r["perplexity"]) for r in own]
-            face = {"markerfacecolor": "none"} if healed else {"label": group}
-            axes.plot(*(zip(*points, strict=True) if points else ([], [])), **look, **face)
-    dense = next((r["perplexity"] for r in rows if r["name"] == "half"), None)
-    if dense is not None:
-        axes.axhline(dense, color=_INK, linestyle=":", linewidth=1)
-    axes.set(xlabel="stored MB", ylabel="perplexity", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    """A decoder: perplexity, logarithmic, against stored megabytes, a look a method; healed rows hollow.
+
+    Files below half of the largest stand beside the others; what is worse than 300 stands on the upper edge.
+    """
+    figure, ((left, right),) = _figure(1, 2, (11.0, 5.0), sharey=True)
+    most = max(r["bytes"] for r in rows)
+    dense = next((r["perplexity"] for r in rows if r["name"] == "half"), 0.0)
+    worst = max(_WORST, 4 * dense)
+    for axes, small in ((left, True), (right, False)):
+        here = [r for r in rows if (r["bytes"] < most / 2) == small]
+        for i, method in enumerate(dict.fromkeys(map(_method, here))):
+            look = {"linestyle": "", "marker": "os^vDP"[i // len(_COLOURS)], "color": _COLOURS[i % len(_COLOURS)]}
+            for healed in (False, True):
+                own = [r for r in here if _method(r) == method and r["group"].endswith(", healed") == healed]
+                points = [(r["bytes"] / 1e6, min(r["perplexity"], worst)) for r in own]
+                face = {"markerfacecolor": "none"} if healed else {"label": method}
+                if points:
+                    axes.plot(*zip(*points, strict=True), **look, **face, clip_on=False)
+        axes.set(yscale="log", ylim=(0.95 * dense or None, worst))
+        if dense:
+            axes.axhline(dense, color=_INK, linestyle=":", linewidth=1)
+        if worst == _WORST:
+            axes.set_yticks([30, 40, 60, 100, 200, 300], ["30", "40", "60", "100", "200", "300 and more"])
+            axes.minorticks_off()
+        axes.set(xlabel="stored MB")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if here:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    left.set(ylabel="perplexity")
     figure.savefig(path, dpi=110)
+
+
+def _method(row: Row) -> str:
+    """Of a row of a decoder, however positions count and whether it is healed."""
+    return row["group"].removesuffix(", healed").removesuffix(", attended").removesuffix(", guided")
 
 
 def families(found: Sequence[Row], kind: str, path: Path, title: str) -> None:
