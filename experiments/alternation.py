@@ -1,4 +1,4 @@
-"""Learning-compression beside compressing first and training then, at equal bytes and equal steps.
+"""Learning-compression beside compressing first and training then: equal steps, equal bytes or as many weights.
 
     python -m experiments.alternation --data=mnist --data_dir=D
     python -m experiments.alternation --networks=lenet_300_100 --epochs=20 --parts=1 --seeds=1
@@ -65,8 +65,9 @@ class Alternation:
         )
         self.benches = {name: Bench(name, load) for name in self.epochs}
         self.workdir, self.seeds = Path(args.workdir or f"runs/alternation/{args.data}"), args.seeds
-        self.setting = {"data": args.data, "epochs": self.epochs, "parts": self.parts, "penalties": PENALTIES}
-        self.setting |= {"ramp": RAMP}
+        self.setting = {
+            "data": args.data, "epochs": self.epochs, "parts": self.parts, "penalties": PENALTIES, "ramp": RAMP
+        }  # fmt: skip
         self._dense: dict[Any, PyTree] = {}
 
     def todo(self) -> Iterator[Row]:
@@ -87,7 +88,7 @@ class Alternation:
             if isinstance(chosen, jc.prune.Magnitude) and way in (WAYS[1], OF_MASKS[1]):
                 chosen = _tightened(chosen, int(RAMP * bench.steps(epochs)))
             plan = jc.plan(tree, [(KERNELS, chosen), (".*", None)])
-            make = dict(zip((*WAYS, *OF_MASKS), (tuned, alternated, alternated, projected), strict=True))[way]
+            make = {WAYS[0]: tuned, OF_MASKS[1]: projected}.get(way, alternated)
             tree = make(bench, tree, plan, (method, way, self.parts[network], epochs), 100 * seed + 1)
         params, data = jc.materialize(tree), bench.load(0)
         errors = {name: 100 * (1 - bench.evaluate(params, getattr(data, name)).accuracy) for name in ("val", "test")}
@@ -131,8 +132,8 @@ def projected(bench: Bench, params: PyTree, plan: jc.Plan, name: Any, seed: int)
 
 
 def _every(bench: Bench, epochs: float) -> int:
-    """Steps between C steps, of short runs fewer: a ramp has ten at least."""
-    return max(min(EVERY, int(RAMP * bench.steps(epochs) / 10)), 1)
+    """Steps between C steps, of short runs fewer: a ramp has five at least."""
+    return max(min(EVERY, int(RAMP * bench.steps(epochs) / 5)), 1)
 
 
 def _held(bench: Bench, params: PyTree, by: optax.GradientTransformation, name: Any, seed: int) -> PyTree:

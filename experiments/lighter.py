@@ -105,6 +105,7 @@ class Lighter:
             return row
         if not self.config.blended:
             return row | self.lab.score(self._taught(network, seed), seed)
+        # It is scored under the statistics that it was taught under; the lab's own score would estimate them anew.
         return row | families.Lab.score(self.lab, self._taught(self.lab.settled(network, seed), seed), seed)
 
     def _taught(self, network: Network, seed: int) -> Network:
