@@ -36,6 +36,7 @@ from experiments.workdir import Row, Rows, write
 PyTree = Any
 T = jc.quantize.training
 HELD_OUT = {"mnist": 5000 / 60000}
+_APART = 100  # of the seeds of pipelines; stages take those between
 
 
 class Bench(Lab):
@@ -47,6 +48,7 @@ class Bench(Lab):
       batch_size: examples a step.
       scale: of all epochs.
       shift: pixels by which training images are moved at most, each by its own, zeros where nothing was.
+      dense: ``dense(seed)``, the network that a pipeline started from, for the stages that it teaches.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class Bench(Lab):
         batch_size: int = 128,
         scale: float = 1.0,
         shift: int = 0,
+        dense: Callable[[int], PyTree] | None = None,
     ) -> None:
         super().__init__(model, load)
-        self.batch_size, self.scale, self.shift = batch_size, scale, shift
+        self.batch_size, self.scale, self.shift, self.dense = batch_size, scale, shift, dense
+        self.whole = self
 
     @functools.cached_property
     def groups(self) -> dict[str, Any]:
@@ -75,7 +79,7 @@ class Bench(Lab):
     def sized(self, params: PyTree) -> Bench:
         """The bench of the network that these parameters are of, which may have fewer units."""
         shapes = jax.eval_shape(lambda: params)
-        if jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, self.shapes):
+        if _shapes(shapes) == _shapes(self.shapes):
             return self
         kept = {name: jnp.arange(g.size) < _length(params, g.producers[0]) for name, g in self.groups.items()}
         small = copy.copy(self)
@@ -101,12 +105,14 @@ class Bench(Lab):
           tx: an optax transform.
           epochs: how long.
           seed: of the order of examples, of shifts and of noise.
-          teacher: parameters of the model whose outputs are the targets, or None.
+          teacher: parameters whose outputs are the targets, of this network or of the whole one, or None.
         """
+        own = teacher is None or _shapes(teacher) == _shapes(self.shapes)
+        taught_by = self.apply if own else self.whole.apply
 
         def one(train: PyTree, state: Any, held: PyTree, teacher: PyTree, x: Any, y: Any, key: Any) -> tuple:
             x = shifted(x, self.shift, key)
-            targets = None if teacher is None else self.apply(teacher, x)
+            targets = None if teacher is None else taught_by(teacher, x)
             grads = jax.grad(loss)(train, held, x, y, targets, key)
             updates, state = tx.update(grads, state, train)
             return optax.apply_updates(train, updates), state
@@ -134,6 +140,10 @@ def shifted(x: jax.Array, most: int, key: jax.Array) -> jax.Array:
     wide = jnp.pad(x, ((0, 0), (most, most), (most, most), (0, 0)))
     starts = jax.random.randint(key, (len(x), 2), 0, 2 * most + 1)
     return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), x.shape[1:]))(wide, starts)
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.shape, tree)
 
 
 def _length(params: PyTree, member: tuple[str, int]) -> int:
@@ -187,9 +197,15 @@ def share(bench: Bench, tree: PyTree, seed: int, *, clusters: dict[str, int], ep
     return _halved(jc.merge(tuned, held))
 
 
-def learn(bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float, what: str = ".*/kernel") -> PyTree:
-    """Integers, steps and densities trained for loss and bits (Oktay et al. 2020, arXiv:1906.06624)."""
+def learn(
+    bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float, what: str = ".*/kernel", by: str = "itself"
+) -> PyTree:
+    """Integers, steps and densities trained for loss and bits (Oktay et al. 2020, arXiv:1906.06624).
+
+    The teacher is what the stage starts from, or the dense network: ``by="itself"`` or ``"dense"``.
+    """
     params = _wide(tree)
+    teacher = params if by == "itself" else bench.dense(seed)
     bench = bench.sized(params)
     plan = jc.plan(params, [(what, T.EntropyPenalized(levels=15)), (".*", None)])
     train, held = jc.split(jc.compress(params, plan))
@@ -201,8 +217,8 @@ def learn(bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float,
         tree = jc.merge(train, held)
         return bench.hard(jc.materialize(tree), x, y, targets) + price * T.rate(tree, key)
 
-    name = ("learn", price, epochs, what)
-    trained, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 3, params)
+    name = ("learn", price, epochs, what, by)
+    trained, _ = bench.fit(name, train, held, loss, tx, epochs, seed + 3, teacher)
     return _halved(jc.finalize(jc.merge(trained, held)))
 
 
@@ -310,26 +326,28 @@ def pipelines(model: str) -> dict[str, Pipeline]:
     sparsity = _MLP if model == "lenet_300_100" else _CAFFE
     start, (deep, penalized) = _start(8, 8, sparsity), _PAPERS[model]
     shared = functools.partial(share, clusters=dict.fromkeys(sparsity, 16), epochs=2)
+    cheap = {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8)}
+    relearn = functools.partial(learn, what=".*", by="dense")  # biases too, and what is left of the units alone
+    again: dict[str, Stage] = {
+        **cheap,
+        "cut": cut,
+        "relearn": functools.partial(relearn, price=4.5e-5, epochs=12),
+        "cut again": cut,
+        "relearn longer": functools.partial(relearn, price=4.5e-5, epochs=24),
+        "cut once more": cut,
+    }
     return {
         "deep compression": Pipeline({**start, "share": shared}, deep),
         "learned, mild": Pipeline({**start, "learn mildly": functools.partial(learn, price=3e-6, epochs=8)}, deep),
         "learned": Pipeline({**start, "learn": functools.partial(learn, price=1e-5, epochs=8)}, penalized),
-        "learned, smallest": Pipeline(
-            {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8)}, penalized
-        ),
-        "learned, cut": Pipeline(
-            {**start, "learn few bits": functools.partial(learn, price=2e-5, epochs=8), "cut": cut}, penalized
-        ),
+        "learned, smallest": Pipeline(cheap, penalized),
+        "learned, cut": Pipeline({**cheap, "cut": cut}, penalized),
         "learned, biases too": Pipeline(
             {**start, "learn all": functools.partial(learn, price=5e-5, epochs=12, what=".*")}, penalized
         ),
-        "learned twice, cut": Pipeline(
-            {
-                **start,
-                "learn few bits": functools.partial(learn, price=2e-5, epochs=8),
-                "learn fewer": functools.partial(learn, price=4.5e-5, epochs=12, what=".*"),
-                "cut again": cut,
-            },
+        "learned again": Pipeline(again, penalized),
+        "learned again, dearer": Pipeline(
+            {**again, "relearn dearer": functools.partial(relearn, price=1e-4, epochs=24), "cut at last": cut},
             penalized,
         ),
         "trellis": Pipeline({**start, "code": functools.partial(code, price=0.1)}),
@@ -346,7 +364,7 @@ class Staged:
 
     def __init__(self, args: Any) -> None:
         load = functools.partial(load_split, args.data, args.data_dir)
-        self.bench = Bench(args.model, load, scale=args.epochs, shift=args.shift)
+        self.bench = Bench(args.model, load, scale=args.epochs, shift=args.shift, dense=self._dense)
         self.model, self.pipelines = args.model, pipelines(args.model)
         self.orders = {[*p.stages][-1]: list(p.stages) for p in self.pipelines.values()}
         if unknown := set(args.only.split(",") if args.only else ()) - set(self.orders):
@@ -380,13 +398,16 @@ class Staged:
             p.stages[last] for p in self.pipelines.values() if [*p.stages][: len(before) + 1] == [*before, last]
         )
         tree = jc.load(self._file(seed, before)) if before else None
-        tree = stage(self.bench, tree, 100 * seed)
+        tree = stage(self.bench, tree, _APART * seed)
         path = self._file(seed, [*before, last])
         path.parent.mkdir(parents=True, exist_ok=True)
         plain, coded = jc.save(path.with_suffix(".plain"), tree), jc.save(path, tree, coded=True)
         path.with_suffix(".plain").unlink()
         final = any([*p.stages] == [*before, last] for p in self.pipelines.values())
         return {"plain": plain, "bytes": coded, **self._judged(jc.load(path), final)}
+
+    def _dense(self, seed: int) -> PyTree:
+        return _wide(jc.load(self._file(seed // _APART, ["dense"])))
 
     def _judged(self, tree: PyTree, final: bool) -> Row:
         data, params = self.bench.load(0), _wide(tree)

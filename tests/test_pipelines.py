@@ -147,3 +147,23 @@ def test_units_without_weights_or_readers_are_cut_and_the_function_stays(model, 
     np.testing.assert_allclose(
         bench.sized(again).apply(again, x), bench.apply(jc.materialize(tree), x), rtol=1e-4, atol=1e-4
     )
+
+
+def test_the_dense_network_teaches_what_was_cut():
+    params = {}
+    bench = pipelines.Bench(
+        "lenet_300_100", functools.partial(pipelines.load_split, "digits", None), scale=0.5, dense=params.get
+    )
+    params[7] = bench.start(0)
+    cut = jax.tree.map(jnp.copy, params[7])
+    cut["dense_0"]["kernel"] = cut["dense_0"]["kernel"].at[:, 20:].set(0)
+    small = pipelines.cut(bench, jc.compress(cut, jc.plan(cut, [(".*", jc.quantize.Int(8, axis=None))])), 0)
+    own, taught = (
+        jc.materialize(pipelines.learn(bench, small, 7, price=0.0, epochs=1, what=".*", by=by))
+        for by in ("itself", "dense")
+    )
+    assert own["dense_0"]["kernel"].shape == taught["dense_0"]["kernel"].shape == (64, 20)
+    x = bench.load(0).train.x[:200]
+    told, apply = bench.apply(params[7], x), bench.sized(own).apply
+    far = [float(jnp.abs(jax.nn.softmax(apply(p, x)) - jax.nn.softmax(told)).mean()) for p in (own, taught)]
+    assert far[1] < far[0]
