@@ -74,7 +74,8 @@ def encode(values: np.ndarray, width: int, grid: Grid | None = None) -> bytes:
         cost, model = models.choose(
             found, split.symbols, grid, walks.quantizers(found, grid, split.low) if follows else None
         )
-        cost += (tokens.raw_widths(split, flat.dtype) * np.bincount(found, minlength=split.symbols)).sum()
+        if split.kind != tokens.DIRECT:
+            cost += (tokens.raw_widths(split, flat.dtype) * np.bincount(found, minlength=split.symbols)).sum()
         if cost / 8 < most:
             best, most = (split, found, model), cost / 8
     coded = _encode(flat, grid, *best, streams.AnsCoder()) if best is not None else None
@@ -162,9 +163,9 @@ def _push(queue: np.ndarray, table: Table, stack: Any) -> None:
     if whole < queue.size:
         stack.encode_reverse(queue[whole:].astype(np.int32), _probabilities(table))
     if whole:
-        grouped = queue[:whole].reshape(-1, group).astype(np.int32) @ (symbols ** np.arange(group)[::-1]).astype(
-            np.int32
-        )
+        grouped = queue[:whole:group].astype(np.int32)
+        for i in range(1, group):
+            grouped = symbols * grouped + queue[i:whole:group]
         stack.encode_reverse(grouped, _probabilities(table, group))
 
 

@@ -56,6 +56,18 @@ class Grid:
             return np.tile(labels, last - first)
         return labels[np.nonzero(self.where[first:last])[1]]
 
+    def plus_rows(self, numbers: np.ndarray, of_row: np.ndarray, first: int, last: int) -> np.ndarray:
+        """The numbers of a chunk, int64, each with what is added to its row; ``of_row`` is that of all rows."""
+        if self.where is None:
+            return (numbers.reshape(last - first, -1) + of_row[first:last, None]).reshape(-1)
+        return numbers + self.by_rows(of_row, first, last)
+
+    def plus_columns(self, numbers: np.ndarray, of_column: np.ndarray, first: int, last: int) -> np.ndarray:
+        """The same by columns."""
+        if self.where is None:
+            return (numbers.reshape(last - first, -1) + of_column).reshape(-1)
+        return numbers + self.by_columns(of_column, first, last)
+
     def slices(self) -> Iterator[tuple[int, int, slice]]:
         """First and last row of each chunk, and which of the numbers stand there."""
         for first, last in self.chunks():

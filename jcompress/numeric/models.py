@@ -19,7 +19,6 @@ ONE, ROWS, COLUMNS, ABOVE, LEFT, STATE = range(2, 8)
 """Kinds of models as files name them; 0 and 1 are arrays that need none."""
 CLASSES = (2, 4, 8)
 _BINS, _ROUNDS, _FEW, _LABELS = 16, 3, 2048, 8
-_CHUNK = 1 << 17
 _WEIGHED, _ENTRY, _PAYS = 2, 3.0, 0.99
 """How many candidates get tables, about the bits of an entry, and where the number before is looked at more closely."""
 
@@ -149,21 +148,12 @@ def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
 
 def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None) -> list[_Candidate]:
     """Classes of rows and of columns, the most promising number of each."""
-    found = []
-    for kind, histograms in zip((ROWS, COLUMNS), _histograms(tokens, symbols, grid), strict=True):
-        best, gain = None, 0.0
-        whole = _rate(histograms.sum(0, keepdims=True))
-        for count in CLASSES:
-            labels = _clusters(histograms, count)
-            parted = _summed(histograms, labels, count)
-            told = whole - _rate(parted) - _rate(np.bincount(labels, minlength=count)[None]) - _LABELS * count
-            if told <= gain:
-                break  # more classes serve no better
-            best, gain = labels, told
-        if best is not None:
-            found.append(_Candidate(Model(kind, [], best), _counts(tokens, symbols, grid, kind, best)))
+    found, histograms = [], _histograms(tokens, symbols, grid)
+    for kind, labels in zip((ROWS, COLUMNS), _best_labels(*histograms), strict=True):
+        if labels is not None:
+            found.append(_Candidate(Model(kind, [], labels), _counts(tokens, symbols, grid, kind, labels)))
             if quantizers is not None and kind == ROWS:
-                found.append(_by_state(tokens, symbols, quantizers, best, grid))
+                found.append(_by_state(tokens, symbols, quantizers, labels, grid))
     return found
 
 
@@ -171,27 +161,58 @@ def _histograms(tokens: np.ndarray, symbols: int, grid: Grid) -> tuple[np.ndarra
     """How often tokens of each of 16 ranges stand in each row and in each column; doubles, whose products are fast."""
     mass = np.cumsum(np.bincount(tokens, minlength=symbols))
     bins = np.minimum((mass - 1) * _BINS // max(int(mass[-1]), 1), _BINS - 1)
-    rows, columns = np.zeros((grid.rows, _BINS), np.int64), np.zeros((grid.columns, _BINS), np.int64)
+    rows, columns = np.zeros((grid.rows, _BINS)), np.zeros((grid.columns, _BINS))
+    of_row, of_column = _BINS * np.arange(grid.rows), _BINS * np.arange(grid.columns)
     for first, last, part in grid.slices():
         coarse = bins[tokens[part]]
-        in_rows = grid.by_rows(np.arange(grid.rows) - first, first, last) * _BINS + coarse
-        in_columns = grid.by_columns(np.arange(grid.columns), first, last) * _BINS + coarse
+        in_rows = grid.plus_rows(coarse, of_row - _BINS * first, first, last)
+        in_columns = grid.plus_columns(coarse, of_column, first, last)
         rows[first:last] += np.bincount(in_rows, minlength=(last - first) * _BINS).reshape(-1, _BINS)
         columns += np.bincount(in_columns, minlength=columns.size).reshape(-1, _BINS)
-    return rows.astype(np.float64), columns.astype(np.float64)
+    return rows, columns
 
 
-def _clusters(histograms: np.ndarray, count: int) -> np.ndarray:
-    """Classes of rows whose codes are short: each goes to the class whose code is shortest for it, a few times."""
-    weight = np.maximum(histograms.sum(1), 1)
-    order = np.argsort(histograms @ np.arange(_BINS) / weight, kind="stable")
+def _best_labels(rows: np.ndarray, columns: np.ndarray) -> list[np.ndarray | None]:
+    """A class for each row and one for each column, in as many classes as pay for their tables; None where none do."""
+    both = [rows, columns]
+    whole = [_rate(x.sum(0, keepdims=True)) for x in both]
+    best: list[np.ndarray | None] = [None, None]
+    gains, going = [0.0, 0.0], [True, True]
+    for count in CLASSES:
+        for i, labels in enumerate(_clusters(rows, columns, count)):
+            told = whole[i] - _rate(_summed(both[i], labels, count))
+            told -= _rate(np.bincount(labels, minlength=count)[None]) + _LABELS * count
+            going[i] = going[i] and told > gains[i]
+            if going[i]:
+                best[i], gains[i] = labels, told
+        if not any(going):
+            break  # more classes serve no better
+    return best
+
+
+def _clusters(rows: np.ndarray, columns: np.ndarray, count: int) -> list[np.ndarray]:
+    """Classes of rows, and of columns, whose codes are short: each goes to the class whose code is shortest for it.
+
+    Both at once, a few times; small arrays take their time by the call.
+    """
+    histograms = np.concatenate([rows, columns])
+    means = histograms @ np.arange(_BINS) / np.maximum(histograms.sum(1), 1)
+    parts = [slice(0, len(rows)), slice(len(rows), None)]
     labels = np.empty(len(histograms), np.uint8)
-    labels[order] = np.arange(len(order)) * count // max(len(order), 1)
+    for i, part in enumerate(parts):
+        order = np.argsort(means[part], kind="stable")
+        labels[part][order] = np.arange(len(order)) * count // max(len(order), 1) + i * count
     for _ in range(_ROUNDS):
-        parted = _summed(histograms, labels, count) + 0.1
-        labels = np.argmin(-histograms @ np.log2(parted / parted.sum(1, keepdims=True)).T, axis=1).astype(np.uint8)
-    taken = np.bincount(labels, minlength=count) > 0
-    return (np.cumsum(taken) - 1).astype(np.uint8)[labels]
+        parted = _summed(histograms, labels, 2 * count) + 0.1
+        lengths = -histograms @ np.log2(parted / parted.sum(1, keepdims=True)).T
+        for i, part in enumerate(parts):
+            labels[part] = np.argmin(lengths[part, i * count : (i + 1) * count], axis=1) + i * count
+    found = []
+    for i, part in enumerate(parts):
+        own = labels[part] - np.uint8(i * count)
+        taken = np.bincount(own, minlength=count) > 0
+        found.append((np.cumsum(taken) - 1).astype(np.uint8)[own])
+    return found
 
 
 def _summed(histograms: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
@@ -207,10 +228,10 @@ def _rate(counts: np.ndarray) -> float:
 
 def _counts(tokens: np.ndarray, symbols: int, grid: Grid, kind: int, labels: np.ndarray) -> np.ndarray:
     """How often each token occurs in each class of rows or columns."""
-    count, own = int(labels.max()) + 1, grid.by_rows if kind == ROWS else grid.by_columns
-    total = np.zeros(count * symbols, np.int64)
+    count, plus = int(labels.max()) + 1, grid.plus_rows if kind == ROWS else grid.plus_columns
+    total, classes = np.zeros(count * symbols, np.int64), labels * np.int64(symbols)
     for first, last, part in grid.slices():
-        total += np.bincount(own(labels, first, last) * np.int64(symbols) + tokens[part], minlength=total.size)
+        total += np.bincount(plus(tokens[part], classes, first, last), minlength=total.size)
     return total.reshape(count, symbols)
 
 
@@ -225,15 +246,17 @@ def _by_context(
     reach = max(int(np.searchsorted(far, far[-1] / 2)), 1)
     own = np.zeros(0, np.uint8) if labels is None else labels
     rows = int(own.max(initial=0)) + 1
-    of_row = np.repeat(own, grid.columns) if own.size else np.zeros(1, np.uint8)
-    classes = rows * relative(np.arange(symbols), centre, reach).astype(np.int64)
-    joint, first = np.zeros(5 * rows * symbols, np.int64), 2 * rows + int(of_row[0])
-    joint[first * symbols :][:symbols] += np.bincount(tokens[: grid.columns], minlength=symbols)
-    for start in range(grid.columns, tokens.size, _CHUNK):
-        now = tokens[start : start + _CHUNK]
-        before = classes[tokens[start - grid.columns : start - grid.columns + now.size]]
-        before = before + of_row[start : start + _CHUNK] if own.size else before
-        joint += np.bincount(before * symbols + now, minlength=joint.size)
+    of_row, of_class = (
+        own * np.int64(symbols),
+        rows * symbols * relative(np.arange(symbols), centre, reach).astype(np.int64),
+    )
+    joint = np.zeros(5 * rows * symbols, np.int64)
+    before = np.concatenate([np.full(grid.columns, centre, tokens.dtype), tokens[: -grid.columns]])
+    for first, last, part in grid.slices():
+        index = of_class[before[part]]
+        index += tokens[part]
+        index = grid.plus_rows(index, of_row, first, last) if own.size else index
+        joint += np.bincount(index, minlength=joint.size)
     fine = joint.reshape(5, rows, symbols)
     coarse = np.stack([fine[0] + fine[1], fine[2], fine[3] + fine[4]])
     return [

@@ -104,9 +104,10 @@ def _written(tables: tuple[Table, ...]) -> list[_Written]:
     levels, steps = _stacked(tables)
     alone = _differences(levels, levels)
     beside = _differences(levels[1:], levels[1:] - _filled(levels[:-1], steps[:-1], steps[1:]))
-    kinds = [[*zip(*shortest_golomb(x, _ORDERS), x, strict=True)] for x in (alone, beside)]
-    found = [_Written(*kinds[0][0], False)]
-    for first, second in zip(kinds[0][1:], kinds[1], strict=True):
+    both = np.concatenate([alone, beside])
+    codes = [*zip(*shortest_golomb(both, _ORDERS), both, strict=True)]
+    found = [_Written(*codes[0], False)]
+    for first, second in zip(codes[1 : len(tables)], codes[len(tables) :], strict=True):
         found.append(_Written(*second, True) if second[0] < first[0] else _Written(*first, False))
     return found
 

@@ -122,6 +122,10 @@ def tokens(values: np.ndarray, split: Split) -> np.ndarray:
     """The token of each number, uint8 or uint16."""
     out = np.empty(values.size, np.uint8 if split.symbols <= 256 else np.uint16)
     low, floating = np.uint64(split.low), float_bits(values.dtype)
+    if split.kind == DIRECT and values.dtype.itemsize == 1:
+        signed = jnp.issubdtype(values.dtype, jnp.signedinteger)
+        bits = values.astype(np.int8).view(np.uint8) if signed else packing.unsigned(values)
+        return np.subtract(bits, np.uint8(split.low & 255), out=out)  # modulo 256
     for start, chunk in chunks(values):
         bits = patterns(chunk)
         if floating is not None:
