@@ -57,8 +57,8 @@ def save(
     ``coded=True`` every array is. What fails on one process raises on all.
 
     With ``coded=True`` everything is entropy-coded besides, without loss: codes, indices, masks and gaps, and the
-    exponents of floats. Each array is coded by the model that gives the fewest bytes, its tables of frequencies
-    counted, and the file takes ``jc.nbits(tree, coded=True) / 8`` bytes and the manifest, which is compressed too.
+    exponents of floats. Each array is coded by the model that takes the fewest bits, its tables of frequencies
+    reckoned in, and the file takes ``jc.nbits(tree, coded=True) / 8`` bytes and the manifest, which is compressed too.
     Writing and reading it needs the extra ``jcompress[coded]``.
 
     Args:

@@ -67,7 +67,8 @@ def encode(values: np.ndarray, width: int, grid: Grid | None = None) -> bytes:
     if _is_constant(flat):
         return _packed(CONSTANT, flat[:1], _width(flat, width))
     streams = coder().stack
-    best, most = None, width * np.asarray(values).size / 8
+    plain = width * np.asarray(values).size
+    best, most = None, float(plain)
     for split in tokens.splits(flat):
         found = tokens.tokens(flat, split)
         follows = grid.states and split.kind == tokens.DIRECT
@@ -76,10 +77,10 @@ def encode(values: np.ndarray, width: int, grid: Grid | None = None) -> bytes:
         )
         if split.kind != tokens.DIRECT:
             cost += (tokens.raw_widths(split, flat.dtype) * np.bincount(found, minlength=split.symbols)).sum()
-        if cost / 8 < most:
-            best, most = (split, found, model), cost / 8
+        if cost < most:
+            best, most = (split, found, model), cost
     coded = _encode(flat, grid, *best, streams.AnsCoder()) if best is not None else None
-    if coded is not None and 8 * len(coded) < width * np.asarray(values).size:
+    if coded is not None and 8 * len(coded) < plain:
         return coded
     return _packed(RAW, flat, _width(flat, width))
 

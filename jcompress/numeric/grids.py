@@ -54,7 +54,7 @@ class Grid:
         """The label of the column of each number in a chunk."""
         if self.where is None:
             return np.tile(labels, last - first)
-        return labels[np.nonzero(self.where[first:last])[1]]
+        return labels[np.flatnonzero(self.where[first:last]) % self.columns]
 
     def plus_rows(self, numbers: np.ndarray, of_row: np.ndarray, first: int, last: int) -> np.ndarray:
         """The numbers of a chunk, int64, each with what is added to its row; ``of_row`` is that of all rows."""

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Iterable
+
 import numpy as np
 
 _LONGEST, _PIECE = 64, 256
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _golomb(value: int, order: int) -> str:
+    text = format(value + (1 << order), "b")
+    return "0" * (len(text) - 1 - order) + text
 
 
 class HeaderWriter:
@@ -20,8 +30,11 @@ class HeaderWriter:
 
     def golomb(self, value: int, order: int = 0) -> None:
         """Append any ``value >= 0``: about ``2 log2(value / 2**order + 1) + order`` bits."""
-        text = format(value + (1 << order), "b")
-        self._pieces.append("0" * (len(text) - 1 - order) + text)
+        self._pieces.append(_golomb(value, order))
+
+    def golombs(self, values: Iterable[int], order: int) -> None:
+        """Append several of them."""
+        self._pieces.extend(map(_golomb, values, itertools.repeat(order)))
 
     def getvalue(self) -> bytes:
         """The bits, the last byte filled up with zeros."""

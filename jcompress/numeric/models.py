@@ -1,26 +1,30 @@
 """Models of a coded array: one table of frequencies, or one a class of numbers.
 
 Classes are those of rows, of columns, of the number before, or of the quantizer that a trellis gives, the last two in
-classes of rows or in all. Which is taken is decided by the bits that the array takes with it, tables and labels of
-classes counted.
+classes of rows or in all. Which is taken is decided by the bits that the array takes with it: by its entropy, and by what
+tables and labels of classes take on the whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
 from jcompress.numeric.grids import Grid
-from jcompress.numeric.tables import Table, fit_tables, tables_nbits, tables_rate
+from jcompress.numeric.tables import Table, fit_tables
 
 ONE, ROWS, COLUMNS, ABOVE, LEFT, STATE = range(2, 8)
 """Kinds of models as files name them; 0 and 1 are arrays that need none."""
 CLASSES = (2, 4, 8)
-_BINS, _ROUNDS, _FEW, _LABELS = 16, 3, 2048, 8
-_WEIGHED, _ENTRY, _PAYS = 2, 3.0, 0.99
-"""How many candidates get tables, about the bits of an entry, and where the number before is looked at more closely."""
+_BINS, _ROUNDS, _FEW = 16, 3, 2048
+_ENTRY, _TABLE, _LABELLED = 4.5, 20.0, 90.0
+"""About the bits of an entry of a table, of a table besides, and of the table of labels, as in kernels of ResNet-20."""
+_CLASS, _MORE, _PAYS = 40, 800, 0.99
+"""What another class takes, the gain from a class that has twice as many tried, and the part of the bits below which
+the number before is looked at within classes of rows."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +84,7 @@ def relative(tokens: np.ndarray, centre: int, reach: int) -> np.ndarray:
 
 
 def choose(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None = None) -> tuple[float, Model]:
-    """The model that takes the fewest bits, and how many they are about.
+    """About how many bits the model takes that takes the fewest, and that model.
 
     Args:
       tokens: of the array.
@@ -93,18 +97,17 @@ def choose(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray 
     if quantizers is not None:
         found.append(_by_state(tokens, symbols, quantizers))
     if tokens.size >= _FEW and symbols > 1 and grid.rows > 1:
-        labelled = _by_labels(tokens, symbols, grid, quantizers)
-        found += labelled
+        rows, columns = _best_labels(*_histograms(tokens, symbols, grid))
         if quantizers is None and grid.where is None:
             turned = tokens.reshape(grid.rows, grid.columns).T.reshape(-1)
-            for kind, by, own, place in ((ABOVE, ROWS, tokens, grid), (LEFT, COLUMNS, turned, grid.turned())):
-                alone = _by_context(own, counts, place, kind)
-                found += alone
-                if min(x.estimate for x in alone) < _PAYS * found[0].estimate:
-                    labels = [x.model.labels for x in labelled if x.model.kind == by]
-                    found += [x for each in labels for x in _by_context(own, counts, place, kind, each)]
-    likely = sorted(found, key=lambda x: x.estimate)[:_WEIGHED]
-    return min((_weighed(x.model, x.counts) for x in likely), key=lambda pair: pair[0])
+            found += _by_context(tokens, found[0], grid, (ROWS, ABOVE), rows)
+            found += _by_context(turned, found[0], grid.turned(), (COLUMNS, LEFT), columns)
+        else:
+            found += _by_labels(tokens, symbols, grid, ROWS, rows) + _by_labels(tokens, symbols, grid, COLUMNS, columns)
+            if quantizers is not None and rows is not None:
+                found.append(_by_state(tokens, symbols, quantizers, rows, grid))
+    best = min(found, key=lambda x: x.estimate)
+    return best.estimate, dataclasses.replace(best.model, tables=fit_tables(best.counts))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,9 +119,13 @@ class _Candidate:
 
     @functools.cached_property
     def estimate(self) -> float:
-        """About the bits, at a few for each entry of the tables."""
-        labels = _rate(np.bincount(self.model.labels)[None]) if self.model.labels.size else 0.0
-        return _rate(self.counts) + _ENTRY * np.count_nonzero(self.counts) + labels
+        """About the bits, at a few for each table and each of its entries."""
+        total = _rate(self.counts) + _TABLE * len(self.counts) + _ENTRY * np.count_nonzero(self.counts)
+        if self.model.labels.size:
+            total += _rate(np.bincount(self.model.labels)[None]) + _LABELLED
+        if self.model.contexts > 1:
+            total += (len(self.counts) - 1) * int(self.counts.sum()).bit_length()  # the lengths of the queues
+        return total
 
 
 def _by_state(
@@ -133,43 +140,32 @@ def _by_state(
     return _Candidate(Model(STATE, [], chosen), counts)
 
 
-def _weighed(model: Model, counts: np.ndarray) -> tuple[float, Model]:
-    """A model with its tables, and its bits."""
-    tables = fit_tables(counts)
-    total = tables_rate(tables, counts) + tables_nbits(tables)
-    model = dataclasses.replace(model, tables=tables)
-    if model.labels.size:
-        uses = np.bincount(model.labels, minlength=model.rows)
-        total += tables_rate([model.label_table], uses[None]) + tables_nbits([model.label_table])
-    if model.contexts > 1:
-        total += (len(tables) - 1) * int(counts.sum()).bit_length()  # the lengths of the queues
-    return total, model
-
-
-def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, quantizers: np.ndarray | None) -> list[_Candidate]:
-    """Classes of rows and of columns, the most promising number of each."""
-    found, histograms = [], _histograms(tokens, symbols, grid)
-    for kind, labels in zip((ROWS, COLUMNS), _best_labels(*histograms), strict=True):
-        if labels is not None:
-            found.append(_Candidate(Model(kind, [], labels), _counts(tokens, symbols, grid, kind, labels)))
-            if quantizers is not None and kind == ROWS:
-                found.append(_by_state(tokens, symbols, quantizers, labels, grid))
-    return found
-
-
 def _histograms(tokens: np.ndarray, symbols: int, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """How often tokens of each of 16 ranges stand in each row and in each column; doubles, whose products are fast."""
-    mass = np.cumsum(np.bincount(tokens, minlength=symbols))
+    counts = np.bincount(tokens, minlength=symbols)
+    mass, common = np.cumsum(counts), np.argmax(counts)
     bins = np.minimum((mass - 1) * _BINS // max(int(mass[-1]), 1), _BINS - 1)
     rows, columns = np.zeros((grid.rows, _BINS)), np.zeros((grid.columns, _BINS))
     of_row, of_column = _BINS * np.arange(grid.rows), _BINS * np.arange(grid.columns)
-    for first, last, part in grid.slices():
-        coarse = bins[tokens[part]]
-        in_rows = grid.plus_rows(coarse, of_row - _BINS * first, first, last)
-        in_columns = grid.plus_columns(coarse, of_column, first, last)
+    few, here = _few(tokens != common, grid)
+    own = tokens[here]
+    for first, last, part in few.slices():
+        coarse = bins[own[part]]
+        in_rows = few.plus_rows(coarse, of_row - _BINS * first, first, last)
+        in_columns = few.plus_columns(coarse, of_column, first, last)
         rows[first:last] += np.bincount(in_rows, minlength=(last - first) * _BINS).reshape(-1, _BINS)
         columns += np.bincount(in_columns, minlength=columns.size).reshape(-1, _BINS)
+    if few is not grid:
+        rows[:, bins[common]] += grid.columns - rows.sum(1)
+        columns[:, bins[common]] += grid.rows - columns.sum(1)
     return rows, columns
+
+
+def _few(there: np.ndarray, grid: Grid) -> tuple[Grid, Any]:
+    """Where those stand that are there, and an index of them, if they are a few of an array that is whole."""
+    if grid.where is not None or 4 * np.count_nonzero(there) > there.size:
+        return grid, slice(None)
+    return Grid(grid.rows, grid.columns, there.reshape(grid.rows, -1)), np.flatnonzero(there)
 
 
 def _best_labels(rows: np.ndarray, columns: np.ndarray) -> list[np.ndarray | None]:
@@ -181,12 +177,13 @@ def _best_labels(rows: np.ndarray, columns: np.ndarray) -> list[np.ndarray | Non
     for count in CLASSES:
         for i, labels in enumerate(_clusters(rows, columns, count)):
             told = whole[i] - _rate(_summed(both[i], labels, count))
-            told -= _rate(np.bincount(labels, minlength=count)[None]) + _LABELS * count
-            going[i] = going[i] and told > gains[i]
-            if going[i]:
-                best[i], gains[i] = labels, told
+            told -= _rate(np.bincount(labels, minlength=count)[None]) + _CLASS * count
+            if going[i] and told > gains[i]:
+                best[i], gains[i], going[i] = labels, told, told > _MORE * count
+            else:
+                going[i] = False
         if not any(going):
-            break  # more classes serve no better
+            break
     return best
 
 
@@ -226,40 +223,53 @@ def _rate(counts: np.ndarray) -> float:
     return float((counts.sum(-1) * np.log2(totals)).sum() - (counts * np.log2(kept)).sum())
 
 
-def _counts(tokens: np.ndarray, symbols: int, grid: Grid, kind: int, labels: np.ndarray) -> np.ndarray:
-    """How often each token occurs in each class of rows or columns."""
+def _by_labels(tokens: np.ndarray, symbols: int, grid: Grid, kind: int, labels: np.ndarray | None) -> list[_Candidate]:
+    """Classes of rows or of columns, where they pay."""
+    if labels is None:
+        return []
     count, plus = int(labels.max()) + 1, grid.plus_rows if kind == ROWS else grid.plus_columns
     total, classes = np.zeros(count * symbols, np.int64), labels * np.int64(symbols)
     for first, last, part in grid.slices():
         total += np.bincount(plus(tokens[part], classes, first, last), minlength=total.size)
-    return total.reshape(count, symbols)
+    return [_Candidate(Model(kind, [], labels), total.reshape(count, symbols))]
 
 
 def _by_context(
-    tokens: np.ndarray, counts: np.ndarray, grid: Grid, kind: int, labels: np.ndarray | None = None
+    tokens: np.ndarray, whole: _Candidate, grid: Grid, kinds: tuple[int, int], labels: np.ndarray | None
 ) -> list[_Candidate]:
-    """Classes by the number a row before, by its sign, and by sign and size, within classes of rows."""
+    """Classes of rows; of the number a row before, by its sign, and by sign and size; of both, where these pay.
+
+    All are counted at once. ``kinds`` are that of a model by rows and that of one by the number before.
+    """
+    counts, (by_rows, by_before) = whole.counts[0], kinds
     symbols, centre = len(counts), int(np.argmax(counts))
     distances = np.bincount(np.abs(np.arange(symbols) - centre), counts)
     distances[0] = 0
     far = np.cumsum(distances)
     reach = max(int(np.searchsorted(far, far[-1] / 2)), 1)
-    own = np.zeros(0, np.uint8) if labels is None else labels
-    rows = int(own.max(initial=0)) + 1
-    of_row, of_class = (
-        own * np.int64(symbols),
-        rows * symbols * relative(np.arange(symbols), centre, reach).astype(np.int64),
-    )
+    own = np.zeros(grid.rows, np.uint8) if labels is None else labels
+    rows = int(own.max()) + 1
+    of_row = own * np.int64(symbols)
+    of_class = rows * symbols * relative(np.arange(symbols), centre, reach).astype(np.int64)
     joint = np.zeros(5 * rows * symbols, np.int64)
     before = np.concatenate([np.full(grid.columns, centre, tokens.dtype), tokens[: -grid.columns]])
-    for first, last, part in grid.slices():
+    few, here = _few((tokens != centre) | (before != centre), grid)
+    now, before = tokens[here], before[here]
+    for first, last, part in few.slices():
         index = of_class[before[part]]
-        index += tokens[part]
-        index = grid.plus_rows(index, of_row, first, last) if own.size else index
-        joint += np.bincount(index, minlength=joint.size)
+        index += now[part]
+        joint += np.bincount(few.plus_rows(index, of_row, first, last), minlength=joint.size)
     fine = joint.reshape(5, rows, symbols)
+    fine[2, :, centre] += np.bincount(own) * grid.columns - fine.sum((0, 2))
     coarse = np.stack([fine[0] + fine[1], fine[2], fine[3] + fine[4]])
-    return [
-        _Candidate(Model(kind, [], own, centre=centre, reach=0), coarse.reshape(-1, symbols)),
-        _Candidate(Model(kind, [], own, centre=centre, reach=reach), fine.reshape(-1, symbols)),
+    nothing = np.zeros(0, np.uint8)
+    alone = [
+        _Candidate(Model(by_before, [], nothing, centre, reach * i), x.sum(1)) for i, x in enumerate((coarse, fine))
     ]
+    if labels is None:
+        return alone
+    found = [_Candidate(Model(by_rows, [], labels), fine.sum(0)), *alone]
+    if min(x.estimate for x in alone) < _PAYS * whole.estimate:
+        for i, x in enumerate((coarse, fine)):
+            found.append(_Candidate(Model(by_before, [], labels, centre, reach * i), x.reshape(-1, symbols)))
+    return found

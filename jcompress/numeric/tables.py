@@ -77,18 +77,6 @@ def fit_tables(counts: np.ndarray) -> list[Table]:
     return [Table(*pair) for pair in zip(levels, steps.tolist(), strict=True)]
 
 
-def tables_rate(tables: Sequence[Table], counts: np.ndarray) -> float:
-    """Bits of messages with these counts, a row for each, by their tables."""
-    frequencies = _frequencies(*_stacked(tables))
-    kept = np.where(counts > 0, frequencies, 1)
-    return float(counts.sum(1) @ np.log2(frequencies.sum(1)) - (counts * np.log2(kept)).sum())
-
-
-def tables_nbits(tables: Sequence[Table]) -> int:
-    """How many bits :func:`write_tables` takes."""
-    return sum(8 + x.nbits for x in _written(tuple(tables)))
-
-
 class _Written(NamedTuple):
     """A table as it is written: bits and order of its codes, their numbers, and whether it refers to the one before."""
 
@@ -98,8 +86,7 @@ class _Written(NamedTuple):
     refers: bool
 
 
-@functools.lru_cache(maxsize=8)  # what was weighed is written next
-def _written(tables: tuple[Table, ...]) -> list[_Written]:
+def _written(tables: Sequence[Table]) -> list[_Written]:
     """Each table alone, or the difference from the one before it, whichever takes fewer bits."""
     levels, steps = _stacked(tables)
     alone = _differences(levels, levels)
@@ -132,13 +119,12 @@ def _filled(levels: np.ndarray, steps: np.ndarray, wanted: np.ndarray) -> np.nda
 
 def write_tables(tables: Sequence[Table], header: HeaderWriter) -> None:
     """Append tables of as many symbols each; of the one before only the difference is written, where that is less."""
-    for table, written in zip(tables, _written(tuple(tables)), strict=True):
+    for table, written in zip(tables, _written(tables), strict=True):
         header.number(table.steps.bit_length() - 1, 3)
         header.number(written.order, 3)
         header.number(not (table.levels > 0).all(), 1)
         header.number(written.refers, 1)
-        for number in written.numbers.tolist():
-            header.golomb(number, written.order)
+        header.golombs(written.numbers.tolist(), written.order)
 
 
 def read_table(symbols: int, before: Table | None, header: HeaderReader) -> Table:
