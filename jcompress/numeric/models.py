@@ -1,8 +1,8 @@
 """Models of a coded array: one table of frequencies, or one a class of numbers.
 
 Classes are those of rows, of columns, of the number before, or of the quantizer that a trellis gives, the last two in
-classes of rows or in all. Which is taken is decided by the bits that the array takes with it: by its entropy, and by what
-tables and labels of classes take on the whole.
+classes of rows or in all. Which is taken is decided by the bits that the array takes with it: its entropy, and about
+what tables and labels of classes take.
 """
 
 from __future__ import annotations
