@@ -345,6 +345,14 @@ def pipelines(model: str) -> dict[str, Pipeline]:
         "learned, biases too": Pipeline(
             {**start, "learn all": functools.partial(learn, price=5e-5, epochs=12, what=".*")}, penalized
         ),
+        "learned twice": Pipeline(
+            {
+                **cheap,
+                "learn fewer": functools.partial(learn, price=4.5e-5, epochs=12, what=".*"),
+                "cut again": cut,
+            },
+            penalized,
+        ),
         "learned again": Pipeline(again, penalized),
         "learned again, dearer": Pipeline(
             {**again, "relearn dearer": functools.partial(relearn, price=1e-4, epochs=24), "cut at last": cut},
