@@ -354,10 +354,6 @@ def pipelines(model: str) -> dict[str, Pipeline]:
             penalized,
         ),
         "learned again": Pipeline(again, penalized),
-        "learned again, longest": Pipeline(
-            {**again, "relearn longest": functools.partial(relearn, price=3.8e-5, epochs=36), "cut in the end": cut},
-            penalized,
-        ),
         "learned again, dearer": Pipeline(
             {**again, "relearn dearer": functools.partial(relearn, price=1e-4, epochs=24), "cut at last": cut},
             penalized,
