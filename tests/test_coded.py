@@ -144,6 +144,28 @@ def _entropy_bytes(x):
     return counts.sum() * scipy.stats.entropy(counts, base=2) / 8
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns", "above", "left", "one"])
+def test_what_is_counted_by_the_rest_is_counted_right(kind, monkeypatch):
+    """Of an array that is mostly one number only the others are counted; nothing changes where all are."""
+    rng = np.random.default_rng(0)
+    size = np.repeat([1.0, 8.0], 40)
+    x = np.rint(rng.normal(size=(80, 60)) * 3 * (rng.random((80, 60)) < 0.08))
+    if kind in ("rows", "columns"):
+        x *= size[:, None]
+    if kind in ("above", "left"):
+        x = np.sign(x) * np.abs(rng.normal(0, 4, x.shape).round()) * (x != 0)
+        x[1:] += np.where(x[1:] == 0, np.rint(0.8 * x[:-1]), 0)
+    x = np.clip(x.T if kind in ("columns", "left") else x, -120, 120).astype(np.int8)
+    assert (x == 0).mean() > 0.75
+    grid = grid_of(x.shape)
+    few = coding.encode(x, 8, grid)
+    rows, columns = models._histograms(x.reshape(-1).view(np.uint8) + np.uint8(120), 241, grid)
+    np.testing.assert_array_equal(rows.sum(1), 1.0 * x.shape[1])
+    np.testing.assert_array_equal(columns.sum(1), 1.0 * x.shape[0])
+    monkeypatch.setattr(models, "_few", lambda there, grid: (grid, slice(None)))
+    assert coding.encode(x, 8, grid) == few
+
+
 def test_tables_are_read_as_they_were_written_and_have_frequencies_near_the_counts():
     counts = np.random.default_rng(0).integers(0, 3000, 40) * (np.arange(40) % 7 > 0)
     every = tables.fit_tables(np.stack([counts, counts // 3 + 1, 0 * counts, counts]))
