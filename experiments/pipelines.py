@@ -20,7 +20,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,14 @@ def share(bench: Bench, tree: PyTree, seed: int, *, clusters: dict[str, int], ep
 
 
 def learn(
-    bench: Bench, tree: PyTree, seed: int, *, price: float, epochs: float, what: str = ".*/kernel", by: str = "itself"
+    bench: Bench,
+    tree: PyTree,
+    seed: int,
+    *,
+    price: float,
+    epochs: float,
+    what: str = ".*/kernel",
+    by: Literal["itself", "dense"] = "itself",
 ) -> PyTree:
     """Integers, steps and densities trained for loss and bits (Oktay et al. 2020, arXiv:1906.06624).
 
